@@ -1,0 +1,122 @@
+"""What crosses an edge between two fused nodes: a raw tensor and what its reader still has to do to it.
+
+*Deferred normalisation* is the one abstraction of this project, in both directions::
+
+    forward edge    x, Transform(mean, scale, beta, act, gate)    reader uses z  = act((x - mean) * scale + beta) * gate
+    backward edge   P, BackwardEdge(s, a, b, y, mean)             reader uses dY = s * P + a * (y - mean) + b
+
+All vectors are per channel, shape [C], in the *accumulation dtype* of the tensor they belong to: float64 for a float64
+tensor, float32 for everything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "BackwardEdge",
+    "ConvGeometry",
+    "ConvGradients",
+    "PoolGeometry",
+    "Transform",
+    "accumulation_dtype",
+    "per_channel",
+    "values_per_channel",
+]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and per-channel vectors over tensors of this dtype: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    """A [C] vector viewed so that it broadcasts over ``like`` of shape [N, C, *spatial]."""
+    return vector.view(1, -1, *([1] * (like.dim() - 2)))
+
+
+def values_per_channel(x: Tensor) -> int:
+    """M of the formulas: how many values of ``x`` [N, C, *spatial] each channel has."""
+    channels = x.shape[1]
+    return x.numel() // channels if channels else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """The forward edge: ``z = act((x - mean) * scale + beta) * gate``.
+
+    ``mean``, ``scale`` and ``beta`` are all [C] or all None (then ``z = act(x) * gate``). ``gate`` is [N, C], a
+    squeeze-and-excitation factor, or None for 1.
+    """
+
+    mean: Tensor | None = None
+    scale: Tensor | None = None
+    beta: Tensor | None = None
+    act: str = "identity"
+    gate: Tensor | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        """True when the reader may use the raw tensor as it is."""
+        return self.mean is None and self.act == "identity" and self.gate is None
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardEdge:
+    """The backward edge: ``dY = s * P + a * (y - mean) + b``. ``s`` None is 1; ``a`` and ``b`` are both [C] or both None.
+
+    ``y`` is the raw forward tensor (the producer's output) and ``mean`` its batch mean; both are needed only with ``a``.
+    """
+
+    s: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    y: Tensor | None = None
+    mean: Tensor | None = None
+
+
+class ConvGeometry(NamedTuple):
+    """A convolution's shape parameters, one int per spatial dimension. Padding is zeros, put *after* the activation."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def output_size(self, spatial: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
+        """Spatial size of the convolution's output."""
+        return tuple(
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(spatial, kernel, self.stride, self.padding, self.dilation, strict=True)
+        )
+
+
+class PoolGeometry(NamedTuple):
+    """A max-pooling window, one int per spatial dimension; dilation is 1."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    ceil_mode: bool
+
+
+class ConvGradients(NamedTuple):
+    """What a fused convolution's backward hands back. Members that were not asked for, or do not apply, are None.
+
+    dx        gradient of the raw input x, [N, C, *spatial] in x's dtype: ``scale * P`` (P itself without a scale);
+              with a gate, the gradient at the gate's input, ``G * gate``, mask *not* applied (see ops/squeeze.py).
+    sum_p     SP = sum P, [C].                 sum_px    SPX = sum P * (x - mean), [C].
+    gate      [N, C]: sum over the spatial positions of G * act(...).
+    weight    the weight's shape, dtype and memory format.      bias      [C_out].
+    """
+
+    dx: Tensor | None = None
+    sum_p: Tensor | None = None
+    sum_px: Tensor | None = None
+    gate: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None

@@ -1,0 +1,22 @@
+"""What a fused node means: its arguments, its autograd, and nothing else. Kernels are in ``bnrestructure.kernels``."""
+
+from bnrestructure.ops.concat import concat_buffer, own_gradient
+from bnrestructure.ops.conv import ConvOutputs, conv
+from bnrestructure.ops.residual import ResidualOutputs, residual
+from bnrestructure.ops.statistics import StatisticsOutputs, finalize, statistics
+from bnrestructure.ops.sweeps import max_pool, normalise, squeeze
+
+__all__ = [
+    "ConvOutputs",
+    "ResidualOutputs",
+    "StatisticsOutputs",
+    "concat_buffer",
+    "conv",
+    "finalize",
+    "max_pool",
+    "normalise",
+    "own_gradient",
+    "residual",
+    "squeeze",
+    "statistics",
+]

@@ -1,0 +1,68 @@
+"""The one list of kernel implementations, and the choice among them for a node's actual arguments.
+
+An implementation is a module with the functions of ``kernels/reference`` and ``supports(name, args, kwargs)``, which gives a
+one-line reason when it cannot run these arguments, or None. ``auto`` takes the implementation of the tensor's device where it
+supports the call, and the reference otherwise; the reference supports everything.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from bnrestructure.kernels import reference
+
+__all__ = ["BACKENDS", "implementation", "reason_unsupported", "select", "unavailable_reason"]
+
+#: What ``restructure(backend=...)`` accepts.
+BACKENDS = ("auto", "reference", "cpu", "cuda")
+
+_DEVICE_MODULES = {"cpu": "bnrestructure.kernels.cpu", "cuda": "bnrestructure.kernels.cuda"}
+
+
+@cache
+def implementation(name: str) -> ModuleType | None:
+    """The implementation module for a device type, or None where this installation has none."""
+    if name == "reference":
+        return reference
+    try:
+        return importlib.import_module(_DEVICE_MODULES[name])
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.startswith("bnrestructure"):
+            return None
+        raise
+
+
+@cache
+def unavailable_reason(name: str) -> str | None:
+    """Why no kernel of this implementation can run in this installation at all, or None if some can."""
+    if name == "reference":
+        return None
+    module = implementation(name)
+    if module is None:
+        return f"this installation has no {name} kernels"
+    return module.unavailable_reason()
+
+
+def reason_unsupported(backend: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why the device's own implementation cannot run this call (then the reference does), or None."""
+    device = args[0].device.type
+    if backend == "reference":
+        return "the reference backend was asked for"
+    if device not in _DEVICE_MODULES:
+        return f"there are no {device} kernels"
+    if backend not in ("auto", device):
+        return f"backend {backend!r} was asked for, the tensor is on {device}"
+    module = implementation(device)
+    reason = unavailable_reason(device)
+    return reason if reason is not None or module is None else module.supports(name, args, kwargs)
+
+
+def select(backend: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """The function to call for kernel ``name`` on these arguments; ``args[0]`` is a tensor."""
+    if backend != "reference" and reason_unsupported(backend, name, args, kwargs) is None:
+        return getattr(implementation(args[0].device.type), name)
+    return getattr(reference, name)

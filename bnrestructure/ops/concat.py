@@ -1,0 +1,64 @@
+"""Concat buffers: segments written in place, gradients handed down as slices of one tensor (inter-composite fusion, ICF)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnrestructure.ops.aliases import channel_slice, channels_last_buffer
+from bnrestructure.ops.dispatch import guard_second_derivative
+
+__all__ = ["concat_buffer", "own_gradient"]
+
+
+def concat_buffer(
+    x: Tensor, *, into: Tensor | None = None, offset: int = 0, channels: int = 0, extra: int = 0, visible: int | None = None
+) -> Tensor:
+    """Copy x [N, C, *spatial] into channels ``[offset, offset + C)`` of a concat buffer and return its first ``visible`` channels.
+
+    Without ``into`` a buffer of ``channels`` channels is made, or of ``C + extra`` when ``extra`` is given. ``visible`` None means up to and
+    including x's channels when the buffer is new and ``extra`` is given, and the whole buffer otherwise.
+    """
+    return _ConcatBuffer.apply(x, into, offset, channels, extra, visible)
+
+
+class _ConcatBuffer(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, into: Tensor | None, offset: int, channels: int, extra: int, visible: int | None
+    ) -> Tensor:
+        own = x.shape[1]
+        ctx.offset, ctx.channels = offset, own
+        ctx.into_channels = None if into is None else into.shape[1]
+        if into is None:
+            into = channels_last_buffer((x.shape[0], own + extra if extra else channels, *x.shape[2:]), x.dtype, x.device)
+            if extra and visible is None:
+                visible = own
+        channel_slice(into, offset, own).copy_(x)
+        return channel_slice(into, 0, into.shape[1] if visible is None else visible)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        dx = gradient.narrow(1, ctx.offset, ctx.channels)
+        dinto = None if ctx.into_channels is None else gradient.narrow(1, 0, ctx.into_channels)
+        return guard_second_derivative((dx, dinto, None, None, None, None))
+
+
+def own_gradient(x: Tensor) -> Tensor:
+    """Identity whose gradient arrives in fresh memory, so that the readers before it in a thread may accumulate in place."""
+    return _OwnGradient.apply(x)
+
+
+class _OwnGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.dtype = x.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        n, c, *spatial = gradient.shape
+        owned = channels_last_buffer((n, c, *spatial), ctx.dtype, gradient.device)
+        return guard_second_derivative((owned.copy_(gradient),))[0]

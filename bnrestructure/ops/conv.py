@@ -1,0 +1,193 @@
+"""The heart: one convolution node that carries a normalisation in its prologue and statistics in its epilogue.
+
+    y, mean, var = conv(x, [mean, scale, beta, act, gate], weight, bias, ..., statistics=True)
+
+In the words of the paper: RCF when only an activation rides along, MVF when the statistics do, BNFF with both (section 4).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnrestructure.ops.aliases import alias, channel_slice, channels_last_buffer
+from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform, accumulation_dtype, values_per_channel
+
+__all__ = ["ConvOutputs", "conv"]
+
+
+class ConvOutputs(NamedTuple):
+    """What :func:`conv` returns; members that were not asked for are None.
+
+    y      [N, C_out, *spatial_out]; with ``channels``, the concat buffer that y was written into
+    mean, var, size     biased batch statistics of y, [C_out], and the size of the tensor that they are of
+    x      the input passed through for its next reader (``thread``)
+    gain   [C_out] of ones whose *gradient* is the factor s of y's backward edge (``gain``)
+    """
+
+    y: Tensor
+    mean: Tensor | None
+    var: Tensor | None
+    size: torch.Size | None
+    x: Tensor | None
+    gain: Tensor | None
+
+
+class _Options(NamedTuple):
+    act: str
+    geometry: ConvGeometry
+    statistics: bool
+    thread: bool
+    gain: bool
+    offset: int
+    channels: int | None
+    visible: int | None
+    dtype: torch.dtype
+    backend: str
+
+
+def conv(
+    x: Tensor,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    beta: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    act: str = "identity",
+    gate: Tensor | None = None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    statistics: bool = False,
+    thread: bool = False,
+    gain: bool = False,
+    into: Tensor | None = None,
+    offset: int = 0,
+    channels: int | None = None,
+    visible: int | None = None,
+    backend: str = "auto",
+) -> ConvOutputs:
+    """``y = conv(act((x - mean) * scale + beta) * gate, weight) + bias``; the transformed input never reaches memory.
+
+    x [N, C_in, *spatial] raw; mean, scale, beta [C_in] or all None; gate [N, C_in] or None; weight [C_out, C_in / groups, *kernel].
+    ``statistics`` adds y's biased mean and variance. ``thread`` returns x for its next reader, whose gradient this node's dgrad
+    then accumulates into in place. ``into``/``offset``/``channels``/``visible`` write y as channels ``[offset, offset + C_out)`` of a
+    concat buffer: of ``into``, or of a new one of ``channels`` channels, returned as its first ``visible`` channels.
+
+    Raises RuntimeError, in the words of PyTorch's convolution, on shapes or dtypes that do not fit.
+    """
+    dtype = compute_dtype(x)
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
+    geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    _check_shapes(x, weight, geometry)
+    options = _Options(act, geometry, statistics, thread, gain, offset, channels, visible, dtype, backend)
+    y, ymean, yvar, passed, ones = _Conv.apply(x, mean, scale, beta, gate, weight, bias, into, options)
+    size = torch.Size((y.shape[0], weight.shape[0], *y.shape[2:])) if statistics else None
+    return ConvOutputs(y, ymean, yvar, size, passed, ones)
+
+
+def _check_shapes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> None:
+    spatial = len(geometry.stride)
+    if x.dim() != spatial + 2:
+        raise RuntimeError(
+            f"Expected {spatial + 2}D input [N, C, *spatial] to a {spatial}-D convolution, but got input of size: {list(x.shape)}"
+        )
+    expected = weight.shape[1] * geometry.groups
+    if x.shape[1] != expected:
+        raise RuntimeError(
+            f"Given groups={geometry.groups}, weight of size {list(weight.shape)}, expected input{list(x.shape)} "
+            f"to have {expected} channels, but got {x.shape[1]} channels instead"
+        )
+    if any(n < 1 for n in geometry.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))):
+        raise RuntimeError(
+            f"Calculated output size is too small for input {list(x.shape)} and kernel {list(weight.shape[2:])}: "
+            "kernel size can't be greater than actual input size"
+        )
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]  # autograd.Function's forward takes whatever the node takes
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor | None,
+        scale: Tensor | None,
+        beta: Tensor | None,
+        gate: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        into: Tensor | None,
+        options: _Options,
+    ) -> tuple[Tensor | None, ...]:
+        transform = Transform(mean, scale, beta, options.act, gate)
+        buffer, out = _destination(x, weight, into, options)
+        y, ymean, yvar = call_kernel(
+            options.backend, "conv_forward", x, transform, weight, bias, options.geometry,
+            dtype=options.dtype, statistics=options.statistics, out=out,
+        )  # fmt: skip
+        ctx.options = options
+        ctx.has_bias = bias is not None
+        ctx.into_channels = None if into is None else into.shape[1]
+        ctx.out_channels = weight.shape[0]
+        ctx.save_for_backward(x, mean, scale, beta, gate, weight, y if options.statistics else None, ymean)
+        ctx.set_materialize_grads(False)
+        result = y if buffer is None else buffer
+        passed = alias(x) if options.thread else None
+        ones = torch.ones(weight.shape[0], dtype=accumulation_dtype(y.dtype), device=y.device) if options.gain else None
+        return result, ymean, yvar, passed, ones
+
+    @staticmethod
+    def backward(ctx: Any, dresult: Any, dmean: Any, dvar: Any, dpassed: Any, dgain: Any) -> Any:  # type: ignore[override]
+        options: _Options = ctx.options
+        x, mean, scale, beta, gate, weight, y, ymean = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        needs_x = needs[0] or any(needs[1:5])
+        if dresult is None and dmean is None and dvar is None:
+            return guard_second_derivative((dpassed, *[None] * 8))
+        dy, dinto = dresult, None
+        if dresult is not None and (options.channels is not None or ctx.into_channels is not None):
+            dy = dresult.narrow(1, options.offset, ctx.out_channels)
+            dinto = None if ctx.into_channels is None else dresult.narrow(1, 0, ctx.into_channels)
+        edge = _edge(dgain, dmean, dvar, y, ymean)
+        if dy is None:
+            dy = torch.zeros_like(y)
+        own = None if dpassed is None or dpassed.dtype != x.dtype else dpassed
+        gradients = call_kernel(
+            options.backend, "conv_backward", dy, edge, x, Transform(mean, scale, beta, options.act, gate), weight,
+            options.geometry, dtype=options.dtype, needs=(needs_x, needs[5], ctx.has_bias and needs[6]), accumulate=own,
+        )  # fmt: skip
+        dx = gradients.dx if needs_x else dpassed
+        dmu = dscale = dbeta = None
+        if gradients.sum_p is not None and mean is not None:
+            dmu, dscale, dbeta = -scale * gradients.sum_p, gradients.sum_px, gradients.sum_p
+        dbias = gradients.bias
+        return guard_second_derivative((dx, dmu, dscale, dbeta, gradients.gate, gradients.weight, dbias, dinto, None))
+
+
+def _destination(x: Tensor, weight: Tensor, into: Tensor | None, options: _Options) -> tuple[Tensor | None, Tensor | None]:
+    """(the buffer to return, the slice of it to write), or (None, None) when y is a tensor of its own."""
+    if into is None and options.channels is None:
+        return None, None
+    out_channels = weight.shape[0]
+    if into is None:
+        size = options.geometry.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
+        into = channels_last_buffer((x.shape[0], options.channels or 0, *size), options.dtype, x.device)
+    visible = into.shape[1] if options.visible is None else options.visible
+    return channel_slice(into, 0, visible), channel_slice(into, options.offset, out_channels)
+
+
+def _edge(dgain: Any, dmean: Any, dvar: Any, y: Any, ymean: Any) -> BackwardEdge:
+    """The backward edge of y. From the statistics' gradients: a = 2 dvar / M, b = dmean / M."""
+    if dmean is None and dvar is None:
+        return BackwardEdge(s=dgain)
+    count = values_per_channel(y)
+    zeros = torch.zeros_like(ymean)
+    a = zeros if dvar is None else dvar * (2.0 / count)
+    b = zeros if dmean is None else dmean / count
+    return BackwardEdge(s=dgain, a=a, b=b, y=y, mean=ymean)

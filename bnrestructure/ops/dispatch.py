@@ -1,0 +1,61 @@
+"""From a fused node to a kernel: compute dtype, implementation, and the guard that every node's backward shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnrestructure.kernels import registry
+
+__all__ = ["call_kernel", "compute_dtype", "guard_second_derivative"]
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a node computes and stores in: autocast's where it applies (never to float64), else x's own."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def call_kernel(backend: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Run kernel ``name`` of the implementation chosen for these arguments (see kernels/registry.py).
+
+    Kernels do their own casting, so autocast is off inside them.
+    """
+    kernel: Callable[..., Any] = registry.select(backend, name, args, kwargs)
+    device = args[0].device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return kernel(*args, **kwargs)
+    return kernel(*args, **kwargs)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity on gradients whose own derivative is an error: kernels write gradients in place, so there is none to give."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "bnrestructure: a second derivative through a restructured model is not available; "
+            "call bnrestructure.unrestructure(model) before using create_graph=True"
+        )
+
+
+def guard_second_derivative(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Under ``create_graph=True``, make differentiating these gradients again a clear error instead of a wrong number."""
+    if not torch.is_grad_enabled():
+        return gradients
+    present = [g for g in gradients if g is not None]
+    if not present:
+        return gradients
+    anchor = torch.zeros((), requires_grad=True)
+    guarded = iter(_NoSecondDerivative.apply(anchor, *present))
+    return tuple(None if g is None else next(guarded) for g in gradients)

@@ -1,0 +1,113 @@
+"""The residual join: normalise + add (+ the shortcut's normalise) + activation in one sweep, statistics where a BN follows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative
+from bnrestructure.ops.edges import Transform, per_channel, values_per_channel
+
+__all__ = ["ResidualOutputs", "residual"]
+
+
+class ResidualOutputs(NamedTuple):
+    """out [N, C, *spatial]; mean, var [C] and size of it when statistics were asked for."""
+
+    out: Tensor
+    mean: Tensor | None
+    var: Tensor | None
+    size: torch.Size | None
+
+
+def residual(
+    y: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    beta: Tensor,
+    r: Tensor,
+    r_mean: Tensor | None = None,
+    r_scale: Tensor | None = None,
+    r_beta: Tensor | None = None,
+    *,
+    act: str = "identity",
+    gain: Tensor | None = None,
+    r_gain: Tensor | None = None,
+    statistics: bool = False,
+    backend: str = "auto",
+) -> ResidualOutputs:
+    """``out = act((y - mean) * scale + beta + shortcut)``; the shortcut is r, or r normalised with its own vectors.
+
+    With ``gain`` (the output of that name of y's producer) the gradient G of the sum itself is handed to y's edge, its factor s =
+    scale as the gain's gradient, and *the same tensor* to r: nobody may write to it before y's producer has read it, which the pass that sets
+    ``gain`` must have made sure. Without it y's gradient is a tensor of its own, scale * G. ``r_gain`` is the same for a normalised r.
+    """
+    if y.shape != r.shape or y.dtype != r.dtype or y.device != r.device:
+        raise RuntimeError(
+            f"a residual join needs two tensors of one shape, dtype and device, got {list(y.shape)} {y.dtype} on {y.device} "
+            f"and {list(r.shape)} {r.dtype} on {r.device}"
+        )
+    out, omean, ovar = _Residual.apply(
+        y, mean, scale, beta, r, r_mean, r_scale, r_beta, gain, r_gain, act, statistics, backend
+    )
+    return ResidualOutputs(out, omean, ovar, out.shape if statistics else None)
+
+
+class _Residual(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        y: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        beta: Tensor,
+        r: Tensor,
+        r_mean: Tensor | None,
+        r_scale: Tensor | None,
+        r_beta: Tensor | None,
+        gain: Tensor | None,
+        r_gain: Tensor | None,
+        act: str,
+        statistics: bool,
+        backend: str,
+    ) -> Any:
+        ty, tr = Transform(mean, scale, beta), Transform(r_mean, r_scale, r_beta)
+        out, omean, ovar = call_kernel(
+            backend, "residual_forward", y, ty, r, tr, act, dtype=y.dtype, statistics=statistics
+        )
+        ctx.act, ctx.backend = act, backend
+        ctx.has_gain, ctx.has_r_gain = gain is not None, r_gain is not None
+        ctx.save_for_backward(y, mean, scale, beta, r, r_mean, r_scale, r_beta, out, omean)
+        ctx.set_materialize_grads(False)
+        return out, omean, ovar
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dmean: Any, dvar: Any) -> Any:  # type: ignore[override]
+        y, mean, scale, beta, r, r_mean, r_scale, r_beta, out, omean = ctx.saved_tensors
+        statistics = None
+        if dmean is not None or dvar is not None:
+            count = values_per_channel(out)
+            a = torch.zeros_like(omean) if dvar is None else dvar * (2.0 / count)
+            b = torch.zeros_like(omean) if dmean is None else dmean / count
+            statistics = (a, b, omean)
+        if dout is None:
+            if statistics is None:
+                return (None,) * 13
+            dout = torch.zeros_like(out)
+        g, sum_g, sum_gy, sum_gr = call_kernel(
+            ctx.backend, "residual_backward", dout, statistics, y, Transform(mean, scale, beta), r,
+            Transform(r_mean, r_scale, r_beta), out, ctx.act,
+        )  # fmt: skip
+        dy, dgain = (g, scale) if ctx.has_gain else (_scaled(g, scale), None)
+        dr, dr_gain, r_vectors = g, None, (None, None, None)
+        if r_mean is not None:
+            dr, dr_gain = (g, r_scale) if ctx.has_r_gain else (_scaled(g, r_scale), None)
+            r_vectors = (-r_scale * sum_g, sum_gr, sum_g)
+        gradients = (dy, -scale * sum_g, sum_gy, sum_g, dr, *r_vectors, dgain, dr_gain, None, None, None)
+        return guard_second_derivative(gradients)
+
+
+def _scaled(g: Tensor, scale: Tensor) -> Tensor:
+    return (g * per_channel(scale, g)).to(g.dtype)

@@ -1,0 +1,121 @@
+"""Batch statistics as nodes of their own: of any tensor, of a concat from its segments', across ranks; and the finalize."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnrestructure.ops.aliases import alias
+from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative
+from bnrestructure.ops.edges import values_per_channel
+
+__all__ = ["StatisticsOutputs", "finalize", "statistics"]
+
+
+class StatisticsOutputs(NamedTuple):
+    """mean and var (biased) are [C] in the accumulation dtype, size is x's, x is passed through when threaded."""
+
+    mean: Tensor
+    var: Tensor
+    size: torch.Size
+    x: Tensor | None
+
+
+def statistics(x: Tensor, *, thread: bool = False, backend: str = "auto") -> StatisticsOutputs:
+    """Mean and biased variance of x [N, C, *spatial] over all but the channel, in one sweep (the paper's MVF, section 3.2)."""
+    mean, var, passed = _Statistics.apply(x, thread, backend)
+    return StatisticsOutputs(mean, var, x.shape, passed)
+
+
+class _Statistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, thread: bool, backend: str) -> Any:  # type: ignore[override]
+        mean, var = call_kernel(backend, "statistics_forward", x)
+        ctx.backend = backend
+        ctx.save_for_backward(x, mean)
+        ctx.set_materialize_grads(False)
+        return mean, var, alias(x) if thread else None
+
+    @staticmethod
+    def backward(ctx: Any, dmean: Any, dvar: Any, dpassed: Any) -> Any:  # type: ignore[override]
+        x, mean = ctx.saved_tensors
+        if dmean is None and dvar is None:
+            return guard_second_derivative((dpassed, None, None))
+        count = values_per_channel(x)
+        a = torch.zeros_like(mean) if dvar is None else dvar * (2.0 / count)
+        b = torch.zeros_like(mean) if dmean is None else dmean / count
+        dx = call_kernel(ctx.backend, "statistics_backward", x, mean, a, b, dpassed)
+        return guard_second_derivative((dx, None, None))
+
+
+def finalize(
+    mean: Tensor,
+    var: Tensor,
+    size: torch.Size | Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The per-channel step between the halves of a batch norm: (scale, beta), each [C]; running statistics updated in place.
+
+    ``size`` is the size of the tensor that mean and var are of, or, for statistics merged across ranks, the number of values per
+    channel as a tensor. ``momentum`` None is the cumulative average over ``num_batches_tracked``. The running variance takes the
+    unbiased estimate var * M / (M - 1).
+
+    Raises PyTorch's ValueError when a channel has a single value.
+    """
+    if isinstance(size, Tensor):
+        count: int | Tensor = size
+    else:
+        count = size.numel() // size[1] if size[1] else 0
+        if count == 1:
+            shown = torch.Size((size[0], mean.shape[0], *size[2:]))
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shown}")
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if momentum is None:
+        momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
+    return _Finalize.apply(mean, var, count, weight, bias, running_mean, running_var, momentum, eps, backend)
+
+
+class _Finalize(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        mean: Tensor,
+        var: Tensor,
+        count: int | Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        rstd, scale, beta = call_kernel(
+            backend, "finalize_forward", mean, var, count, weight, bias, running_mean, running_var, momentum, eps
+        )
+        ctx.backend = backend
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(rstd, weight)
+        ctx.set_materialize_grads(False)
+        return scale, beta
+
+    @staticmethod
+    def backward(ctx: Any, dscale: Any, dbeta: Any) -> Any:  # type: ignore[override]
+        rstd, weight = ctx.saved_tensors
+        dvar = dweight = None
+        if dscale is not None:
+            dvar, dweight = call_kernel(ctx.backend, "finalize_backward", dscale, rstd, weight)
+            dweight = None if weight is None else dweight.to(weight.dtype)
+        dbias = None if dbeta is None or ctx.bias_dtype is None else dbeta.to(ctx.bias_dtype)
+        return guard_second_derivative((None, dvar, None, dweight, dbias, None, None, None, None, None))

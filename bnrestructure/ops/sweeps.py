@@ -1,0 +1,142 @@
+"""Nodes for what reads a normalised tensor and is no convolution: a plain sweep, a max pool, a global average (squeeze)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnrestructure.ops.aliases import alias
+from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative
+from bnrestructure.ops.edges import PoolGeometry, Transform
+
+__all__ = ["max_pool", "normalise", "squeeze"]
+
+Outputs = tuple[Tensor, Tensor | None]
+
+
+def _vector_gradients(scale: Tensor | None, sum_p: Any, sum_px: Any) -> tuple[Any, Any, Any]:
+    """Gradients of (mean, scale, beta) from the two sums."""
+    return (None, None, None) if scale is None or sum_p is None else (-scale * sum_p, sum_px, sum_p)
+
+
+def normalise(
+    x: Tensor,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    beta: Tensor | None,
+    *,
+    act: str = "identity",
+    thread: bool = False,
+    backend: str = "auto",
+) -> Outputs:
+    """(``act((x - mean) * scale + beta)`` in x's dtype, x passed through when threaded): one read and one write of memory."""
+    return _Normalise.apply(x, mean, scale, beta, act, thread, backend)
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, act: str, thread: bool, backend: str) -> Any:  # type: ignore[override]
+        ctx.act, ctx.backend = act, backend
+        ctx.save_for_backward(x, mean, scale, beta)
+        ctx.set_materialize_grads(False)
+        z = call_kernel(backend, "normalise_forward", x, Transform(mean, scale, beta, act), dtype=x.dtype)
+        return z, alias(x) if thread else None
+
+    @staticmethod
+    def backward(ctx: Any, dz: Any, dpassed: Any) -> Any:  # type: ignore[override]
+        x, mean, scale, beta = ctx.saved_tensors
+        if dz is None:
+            return guard_second_derivative((dpassed, *[None] * 6))
+        dx, sum_p, sum_px = call_kernel(
+            ctx.backend, "normalise_backward", dz, x, Transform(mean, scale, beta, ctx.act), accumulate=dpassed
+        )
+        return guard_second_derivative((dx, *_vector_gradients(scale, sum_p, sum_px), None, None, None))
+
+
+def max_pool(
+    x: Tensor,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    beta: Tensor | None,
+    *,
+    act: str = "identity",
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    ceil_mode: bool = False,
+    thread: bool = False,
+    backend: str = "auto",
+) -> Outputs:
+    """(max pool of ``act((x - mean) * scale + beta)``, x passed through when threaded). 2-D, dilation 1, at most 255 positions."""
+    geometry = PoolGeometry(tuple(kernel), tuple(stride), tuple(padding), ceil_mode)
+    return _MaxPool.apply(x, mean, scale, beta, act, geometry, thread, backend)
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, act: str, geometry: PoolGeometry, thread: bool, backend: str
+    ) -> Any:
+        y, index = call_kernel(
+            backend, "max_pool_forward", x, Transform(mean, scale, beta, act), geometry, dtype=x.dtype
+        )
+        ctx.act, ctx.geometry, ctx.backend = act, geometry, backend
+        ctx.save_for_backward(x, mean, scale, beta, index)
+        ctx.set_materialize_grads(False)
+        return y, alias(x) if thread else None
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any, dpassed: Any) -> Any:  # type: ignore[override]
+        x, mean, scale, beta, index = ctx.saved_tensors
+        if dy is None:
+            return guard_second_derivative((dpassed, *[None] * 7))
+        dx, sum_p, sum_px = call_kernel(
+            ctx.backend, "max_pool_backward", dy, index, x, Transform(mean, scale, beta, ctx.act), ctx.geometry,
+            accumulate=dpassed,
+        )  # fmt: skip
+        return guard_second_derivative((dx, *_vector_gradients(scale, sum_p, sum_px), None, None, None, None))
+
+
+def squeeze(
+    x: Tensor,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    beta: Tensor | None,
+    *,
+    act: str = "identity",
+    excite: bool = False,
+    backend: str = "auto",
+) -> Outputs:
+    """(mean over the spatial positions of ``z = act((x - mean) * scale + beta)``, [N, C]; the deferred z when ``excite``).
+
+    The second output is x again, standing for z: a reader with a ``gate`` applies the transform itself and sends back the gradient
+    *at z*. This node's backward adds the average's share, applies the mask and takes the sums, in one sweep, in place.
+    """
+    return _Squeeze.apply(x, mean, scale, beta, act, excite, backend)
+
+
+class _Squeeze(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, act: str, excite: bool, backend: str) -> Any:  # type: ignore[override]
+        ctx.act, ctx.backend = act, backend
+        ctx.save_for_backward(x, mean, scale, beta)
+        ctx.set_materialize_grads(False)
+        dtype = compute_dtype(x) if excite else x.dtype
+        pooled = call_kernel(backend, "squeeze_forward", x, Transform(mean, scale, beta, act), dtype=dtype)
+        return pooled, alias(x) if excite else None
+
+    @staticmethod
+    def backward(ctx: Any, dpooled: Any, dz: Any) -> Any:  # type: ignore[override]
+        x, mean, scale, beta = ctx.saved_tensors
+        transform = Transform(mean, scale, beta, ctx.act)
+        if dpooled is None and dz is None:
+            return (None,) * 7
+        if dpooled is None:
+            dx, sum_p, sum_px = call_kernel(ctx.backend, "normalise_backward", dz, x, transform)
+        else:
+            dx, sum_p, sum_px = call_kernel(
+                ctx.backend, "squeeze_backward", dpooled, dz, x, transform, accumulate=dz
+            )
+        return guard_second_derivative((dx, *_vector_gradients(scale, sum_p, sum_px), None, None, None))

@@ -1,0 +1,53 @@
+"""Restructured batch normalisation for training CNNs: the statistics ride on the convolution before, the rest on the one after.
+
+After Jung et al., "Restructuring Batch Normalization to Accelerate CNN Training", arXiv 1807.01702.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bnrestructure.api import explain, restructure, unrestructure
+    from bnrestructure.errors import BNRestructureError, CaptureError, NotFullyFusedError, UsageError
+    from bnrestructure.plan import Plan, Site
+    from bnrestructure.verify import VerificationReport, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BNRestructureError",
+    "CaptureError",
+    "NotFullyFusedError",
+    "Plan",
+    "Site",
+    "UsageError",
+    "VerificationReport",
+    "explain",
+    "restructure",
+    "unrestructure",
+    "verify",
+]
+
+_HOMES = {
+    "bnrestructure.api": ("explain", "restructure", "unrestructure"),
+    "bnrestructure.errors": ("BNRestructureError", "CaptureError", "NotFullyFusedError", "UsageError"),
+    "bnrestructure.plan": ("Plan", "Site"),
+    "bnrestructure.verify": ("VerificationReport", "verify"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load on first use: ``import bnrestructure`` and ``bnrestructure --help`` must not wait for torch."""
+    import importlib
+
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(home), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bnrestructure.ops.aliases import channel_slice, channels_last_buffer
-from bnrestructure.ops.dispatch import guard_second_derivative
+from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative
 
 __all__ = ["concat_buffer", "own_gradient"]
 
@@ -30,10 +30,11 @@ class _ConcatBuffer(torch.autograd.Function):
         ctx: Any, x: Tensor, into: Tensor | None, offset: int, channels: int, extra: int, visible: int | None
     ) -> Tensor:
         own = x.shape[1]
-        ctx.offset, ctx.channels = offset, own
+        ctx.offset, ctx.channels, ctx.dtype = offset, own, x.dtype
         ctx.into_channels = None if into is None else into.shape[1]
         if into is None:
-            into = channels_last_buffer((x.shape[0], own + extra if extra else channels, *x.shape[2:]), x.dtype, x.device)
+            size = (x.shape[0], own + extra if extra else channels, *x.shape[2:])
+            into = channels_last_buffer(size, compute_dtype(x), x.device)  # what the convolutions will write
             if extra and visible is None:
                 visible = own
         channel_slice(into, offset, own).copy_(x)
@@ -41,7 +42,7 @@ class _ConcatBuffer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        dx = gradient.narrow(1, ctx.offset, ctx.channels)
+        dx = gradient.narrow(1, ctx.offset, ctx.channels).to(ctx.dtype)
         dinto = None if ctx.into_channels is None else gradient.narrow(1, 0, ctx.into_channels)
         return guard_second_derivative((dx, dinto, None, None, None, None))
 

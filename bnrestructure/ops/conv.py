@@ -42,7 +42,7 @@ class _Options(NamedTuple):
     statistics: bool
     thread: bool
     gain: bool
-    offset: int
+    offset: int | None
     channels: int | None
     visible: int | None
     dtype: torch.dtype
@@ -67,7 +67,7 @@ def conv(
     thread: bool = False,
     gain: bool = False,
     into: Tensor | None = None,
-    offset: int = 0,
+    offset: int | None = 0,
     channels: int | None = None,
     visible: int | None = None,
     backend: str = "auto",
@@ -77,7 +77,8 @@ def conv(
     x [N, C_in, *spatial] raw; mean, scale, beta [C_in] or all None; gate [N, C_in] or None; weight [C_out, C_in / groups, *kernel].
     ``statistics`` adds y's biased mean and variance. ``thread`` returns x for its next reader, whose gradient this node's dgrad
     then accumulates into in place. ``into``/``offset``/``channels``/``visible`` write y as channels ``[offset, offset + C_out)`` of a
-    concat buffer: of ``into``, or of a new one of ``channels`` channels, returned as its first ``visible`` channels.
+    concat buffer: of ``into``, or of a new one of ``channels`` channels, returned as its first ``visible`` channels. ``offset`` None
+    appends: y comes right behind the channels of ``into`` and becomes visible with them.
 
     Raises RuntimeError, in the words of PyTorch's convolution, on shapes or dtypes that do not fit.
     """
@@ -86,6 +87,8 @@ def conv(
         raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     _check_shapes(x, weight, geometry)
+    if gate is not None:
+        gate = gate.to(accumulation_dtype(x.dtype))
     options = _Options(act, geometry, statistics, thread, gain, offset, channels, visible, dtype, backend)
     y, ymean, yvar, passed, ones = _Conv.apply(x, mean, scale, beta, gate, weight, bias, into, options)
     size = torch.Size((y.shape[0], weight.shape[0], *y.shape[2:])) if statistics else None
@@ -126,7 +129,7 @@ class _Conv(torch.autograd.Function):
         options: _Options,
     ) -> tuple[Tensor | None, ...]:
         transform = Transform(mean, scale, beta, options.act, gate)
-        buffer, out = _destination(x, weight, into, options)
+        buffer, out, offset = _destination(x, weight, into, options)
         y, ymean, yvar = call_kernel(
             options.backend, "conv_forward", x, transform, weight, bias, options.geometry,
             dtype=options.dtype, statistics=options.statistics, out=out,
@@ -134,7 +137,7 @@ class _Conv(torch.autograd.Function):
         ctx.options = options
         ctx.has_bias = bias is not None
         ctx.into_channels = None if into is None else into.shape[1]
-        ctx.out_channels = weight.shape[0]
+        ctx.offset, ctx.out_channels = offset, weight.shape[0]
         ctx.save_for_backward(x, mean, scale, beta, gate, weight, y if options.statistics else None, ymean)
         ctx.set_materialize_grads(False)
         result = y if buffer is None else buffer
@@ -152,7 +155,7 @@ class _Conv(torch.autograd.Function):
             return guard_second_derivative((dpassed, *[None] * 8))
         dy, dinto = dresult, None
         if dresult is not None and (options.channels is not None or ctx.into_channels is not None):
-            dy = dresult.narrow(1, options.offset, ctx.out_channels)
+            dy = dresult.narrow(1, ctx.offset, ctx.out_channels)
             dinto = None if ctx.into_channels is None else dresult.narrow(1, 0, ctx.into_channels)
         edge = _edge(dgain, dmean, dvar, y, ymean)
         if dy is None:
@@ -170,16 +173,21 @@ class _Conv(torch.autograd.Function):
         return guard_second_derivative((dx, dmu, dscale, dbeta, gradients.gate, gradients.weight, dbias, dinto, None))
 
 
-def _destination(x: Tensor, weight: Tensor, into: Tensor | None, options: _Options) -> tuple[Tensor | None, Tensor | None]:
-    """(the buffer to return, the slice of it to write), or (None, None) when y is a tensor of its own."""
+def _destination(
+    x: Tensor, weight: Tensor, into: Tensor | None, options: _Options
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """(the buffer to return, the slice of it to write, its first channel); (None, None, 0) when y is a tensor of its own."""
     if into is None and options.channels is None:
-        return None, None
+        return None, None, 0
     out_channels = weight.shape[0]
     if into is None:
         size = options.geometry.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
         into = channels_last_buffer((x.shape[0], options.channels or 0, *size), options.dtype, x.device)
-    visible = into.shape[1] if options.visible is None else options.visible
-    return channel_slice(into, 0, visible), channel_slice(into, options.offset, out_channels)
+    if options.offset is None:
+        offset, visible = into.shape[1], into.shape[1] + out_channels
+    else:
+        offset, visible = options.offset, into.shape[1] if options.visible is None else options.visible
+    return channel_slice(into, 0, visible), channel_slice(into, offset, out_channels), offset
 
 
 def _edge(dgain: Any, dmean: Any, dvar: Any, y: Any, ymean: Any) -> BackwardEdge:

@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bnrestructure.ops.activation import activate
 from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative
 from bnrestructure.ops.edges import Transform, per_channel, values_per_channel
+from bnrestructure.ops.statistics import statistics as compute_statistics
+from bnrestructure.ops.sweeps import normalise
 
 __all__ = ["ResidualOutputs", "residual"]
 
@@ -44,15 +47,35 @@ def residual(
     scale as the gain's gradient, and *the same tensor* to r: nobody may write to it before y's producer has read it, which the pass that sets
     ``gain`` must have made sure. Without it y's gradient is a tensor of its own, scale * G. ``r_gain`` is the same for a normalised r.
     """
-    if y.shape != r.shape or y.dtype != r.dtype or y.device != r.device:
-        raise RuntimeError(
-            f"a residual join needs two tensors of one shape, dtype and device, got {list(y.shape)} {y.dtype} on {y.device} "
-            f"and {list(r.shape)} {r.dtype} on {r.device}"
-        )
+    if y.shape != r.shape:
+        return _broadcast_join(y, (mean, scale, beta), r, (r_mean, r_scale, r_beta), act, statistics, backend)
+    if y.dtype != r.dtype:
+        dtype = torch.promote_types(y.dtype, r.dtype)
+        y, r = y.to(dtype), r.to(dtype)
     out, omean, ovar = _Residual.apply(
         y, mean, scale, beta, r, r_mean, r_scale, r_beta, gain, r_gain, act, statistics, backend
     )
     return ResidualOutputs(out, omean, ovar, out.shape if statistics else None)
+
+
+def _broadcast_join(
+    y: Tensor,
+    y_vectors: tuple[Tensor, Tensor, Tensor],
+    r: Tensor,
+    r_vectors: tuple[Tensor | None, Tensor | None, Tensor | None],
+    act: str,
+    statistics: bool,
+    backend: str,
+) -> ResidualOutputs:
+    """The join of two tensors of different shapes, as PyTorch broadcasts them: in separate steps."""
+    y, _ = normalise(y, *y_vectors, backend=backend)
+    if r_vectors[0] is not None:
+        r, _ = normalise(r, *r_vectors, backend=backend)
+    out = activate(y + r, act)
+    if not statistics:
+        return ResidualOutputs(out, None, None, None)
+    found = compute_statistics(out, backend=backend)
+    return ResidualOutputs(out, found.mean, found.var, found.size)
 
 
 class _Residual(torch.autograd.Function):

@@ -1,0 +1,54 @@
+"""Modules that capture must call as they are, because something outside their forward() runs when they are called."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrize
+
+__all__ = ["any_global_hooks", "boundary_reason", "has_hooks", "is_library_leaf"]
+
+
+def has_hooks(state: dict[str, object]) -> bool:
+    """Whether a module's ``__dict__`` holds any hook that calling it would run."""
+    return bool(
+        state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
+    )
+
+
+def any_global_hooks() -> bool:
+    """Whether hooks for *every* module are installed (``register_module_forward_hook`` and kin): then nothing may be inlined."""
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
+
+
+def boundary_reason(module: nn.Module) -> str | None:
+    """Why this module must stay a call of its own in a captured graph, or None when its forward() may be traced through."""
+    if has_hooks(module.__dict__):
+        return "it has hooks"
+    if "forward" in module.__dict__:
+        return "its forward is replaced on the instance"
+    if parametrize.is_parametrized(module):
+        return "it is parametrized"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a ScriptModule"
+    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return f"it is a {type(module).__name__}"
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
+        return "FSDP manages its parameters"
+    return None
+
+
+def is_library_leaf(module: nn.Module) -> bool:
+    """Whether this is one of torch's own layers, whose forward() is not traced through (containers are)."""
+    name = type(module).__module__
+    own = name.startswith(("torch.nn", "torch.ao.nn", "torch.ao.quantization"))
+    return own and not isinstance(module, nn.Sequential)

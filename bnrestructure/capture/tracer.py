@@ -1,0 +1,288 @@
+"""Symbolic capture of one module's forward() into a torch.fx graph, or a CaptureError that says what it could not follow.
+
+Beyond torch.fx's own tracer: tensors say that they are tensors to ``isinstance``; buffers are read at run time; arguments keep their pytree
+structure; and whatever tracing would silently freeze - random numbers drawn, attributes written, activation checkpoints -
+makes the capture fail instead.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils import checkpoint as checkpoint_module
+
+from bnrestructure.capture.boundaries import boundary_reason, is_library_leaf
+from bnrestructure.errors import CaptureError
+
+__all__ = ["Arguments", "capture", "is_capturing"]
+
+_active = threading.local()
+_lock = threading.RLock()
+
+_RANDOM = "its forward draws random numbers outside the graph (a frozen draw would be wrong)"
+_NOT_TENSOR_METHODS = {"size", "dim", "numel", "item", "stride", "tolist", "ndimension", "nelement", "element_size"}
+_ARITHMETIC = {
+    operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv, operator.neg,
+    operator.pow, operator.matmul,
+}  # fmt: skip
+
+
+def is_capturing() -> bool:
+    """Whether this thread is inside a capture: restructured modules then run their own forward, to be traced through."""
+    return getattr(_active, "depth", 0) > 0
+
+
+class Arguments:
+    """The structure of a call: which leaves of (args, kwargs) are tensors, which are constants of the captured graph.
+
+    Two calls with equal ``key`` share a graph. Leaves that are neither tensors nor plain constants raise CaptureError.
+    """
+
+    _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.is_tensor = tuple(isinstance(leaf, Tensor) for leaf in leaves)
+        for leaf in leaves:
+            if not isinstance(leaf, (Tensor, *self._CONSTANTS)):
+                raise CaptureError(f"an argument of type {type(leaf).__name__} is neither a tensor nor a plain constant")
+        constants = tuple((type(c), c) for c in self.constants)
+        self.key = (self.is_tensor, constants, self.spec)
+
+    @classmethod
+    def assumed(cls, forward: Callable[..., Any]) -> Arguments:
+        """Where no call has been seen: each required parameter is one tensor, the others keep their defaults."""
+        import inspect
+
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        keyword = {p.name: torch.empty(0) for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY}
+        return cls(tuple(torch.empty(0) for _ in required), keyword)
+
+    def unflatten(self, tensors: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) with ``tensors`` in the places of the tensor leaves."""
+        given = iter(tensors)
+        leaves = [next(given) if t else c for t, c in zip(self.is_tensor, self.constants, strict=True)]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+class _TensorProxy(fx.Proxy):
+    """A proxy known to stand for a tensor, and that says so: ``isinstance(x, torch.Tensor)`` in a forward() takes the right branch."""
+
+    _is_param = False
+    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]
+
+
+class _Constant:
+    """A tensor made inside forward() from constants alone, as a function that a graph can call."""
+
+    def __init__(self, value: Tensor, name: str) -> None:
+        self.value = value
+        self.__name__ = self.__qualname__ = name
+        self.__module__ = "bnrestructure.capture"
+
+    def __call__(self) -> Tensor:
+        return self.value
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, arguments: Arguments, opaque: set[nn.Module], watch_random: bool) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.opaque = opaque
+        self.watch_random = watch_random
+        self.random_before = _random_state() if watch_random else ()
+        self.constants: list[_Constant] = []
+        self.stack: list[nn.Module] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_library_leaf(m) or m in self.opaque or boundary_reason(m) is not None
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        count = sum(self.arguments.is_tensor)
+        names = ["x"] if count == 1 else [f"x{i}" for i in range(count)]
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
+        args, kwargs = self.arguments.unflatten(proxies)
+        root = self.root
+        return (lambda: root_fn(root, *args, **kwargs)), []
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.stack.append(m)
+        result = super().call_module(m, forward, args, kwargs)
+        if self.watch_random and not _same_random_state(_random_state(), self.random_before):
+            raise CaptureError(_RANDOM)
+        self.stack.pop()  # not reached on an error: the innermost module being traced is then the one at fault
+        return result
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        if not _stands_for_tensor(node, self.root):
+            return fx.Proxy(node, self)
+        node.meta["bnr_tensor"] = True
+        return _TensorProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and not self._is_attribute(a):
+            constant = _Constant(a, f"constant_{len(self.constants)}")
+            self.constants.append(constant)
+            return self.create_node("call_function", constant, (), {})
+        return super().create_arg(a)
+
+    def _is_attribute(self, tensor: Tensor) -> bool:
+        return tensor in self.tensor_attrs or any(tensor is b for b in self.root.buffers())
+
+
+def _stands_for_tensor(node: fx.Node, root: nn.Module) -> bool:
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    if node.op == "call_module":
+        return is_library_leaf(root.get_submodule(str(node.target)))
+    if node.op == "call_method":
+        return node.target not in _NOT_TENSOR_METHODS and _known_tensor(node.args[0])
+    if node.target in _ARITHMETIC or node.target is operator.getitem:
+        return any(_known_tensor(a) for a in (node.args[:1] if node.target is operator.getitem else node.args))
+    module = getattr(node.target, "__module__", None) or ""
+    return node.op == "call_function" and (
+        module.startswith(("torch.nn.functional", "torch._C._nn")) or node.target in (torch.cat, torch.relu, torch.flatten)
+    )
+
+
+def _known_tensor(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and argument.meta.get("bnr_tensor", False)
+
+
+def _refuse_checkpoint(*_: Any, **__: Any) -> Any:
+    raise CaptureError("it uses activation checkpointing (torch.utils.checkpoint)")
+
+
+@contextmanager
+def _no_checkpoints() -> Iterator[None]:
+    """Make any activation checkpoint met while tracing a CaptureError, by whichever name the model imported it."""
+    names = ("_checkpoint_without_reentrant_generator", "CheckpointFunction", "checkpoint")
+    saved = {name: getattr(checkpoint_module, name) for name in names if hasattr(checkpoint_module, name)}
+
+    class Refusing:
+        apply = staticmethod(_refuse_checkpoint)
+
+    for name in saved:
+        setattr(checkpoint_module, name, Refusing if name == "CheckpointFunction" else _refuse_checkpoint)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(checkpoint_module, name, value)
+
+
+def _attributes(module: nn.Module) -> dict[tuple[nn.Module, str], tuple[Any, int | None]]:
+    """Every attribute of the module tree with its length if it is a container: what a forward() might write to."""
+    found: dict[tuple[nn.Module, str], tuple[Any, int | None]] = {}
+    for m in module.modules():
+        for key, value in m.__dict__.items():
+            if key != "_modules" and not key.startswith("_bnr"):
+                found[m, key] = (value, len(value) if isinstance(value, dict | list | set) else None)
+    return found
+
+
+def _restore_attributes(
+    module: nn.Module, before: dict[tuple[nn.Module, str], tuple[Any, int | None]]
+) -> tuple[nn.Module, str] | None:
+    """Undo what tracing wrote to plain attributes, and name one (module, attribute) that was written, or None."""
+    written = None
+    for (m, key), (value, size) in _attributes(module).items():
+        if (m, key) not in before:
+            del m.__dict__[key]
+        else:
+            old, old_size = before[m, key]
+            if value is old and size == old_size:
+                continue
+            m.__dict__[key] = old
+        written = (m, key)
+    return written
+
+
+def _random_state() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    return (torch.get_rng_state(), random.getstate(), None if numpy is None else numpy.random.get_state(legacy=False))
+
+
+def _same_random_state(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return torch.equal(a[0], b[0]) and a[1] == b[1] and str(a[2]) == str(b[2])
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    torch.set_rng_state(state[0])
+    random.setstate(state[1])
+    if state[2] is not None:
+        sys.modules["numpy"].random.set_state(state[2])
+
+
+def capture(
+    module: nn.Module, forward: Callable[..., Any], arguments: Arguments
+) -> tuple[fx.GraphModule, dict[nn.Module, str]]:
+    """The graph of ``forward(module, ...)`` for calls of this structure, with its submodules' training flags as they are.
+
+    Placeholders are the tensor leaves, in order. torch's own layers and boundary modules stay calls; everything else is traced
+    through, but for submodules that cannot be: those stay calls too, and the second result says why for each. The module
+    is left as it was. Raises CaptureError naming what in the module's *own* forward could not be followed.
+    """
+    opaque: dict[nn.Module, str] = {}
+    watch_random = False
+    with _lock:
+        while True:
+            tracer = _Tracer(arguments, set(opaque), watch_random)
+            try:
+                graph = _trace(tracer, module, forward)
+                break
+            except CaptureError as error:
+                if str(error) == _RANDOM and not watch_random:
+                    watch_random = True  # trace once more, looking after each submodule, to learn which one draws
+                elif tracer.stack:
+                    opaque[tracer.stack[-1]] = str(error)
+                else:
+                    raise
+    return fx.GraphModule(module, graph, class_name=type(module).__name__), opaque
+
+
+def _trace(tracer: _Tracer, module: nn.Module, forward: Callable[..., Any]) -> fx.Graph:
+    """torch.fx's tracing, of the given forward function instead of the (perhaps swapped) class's own, less its side effects."""
+    create_args = tracer.create_args_for_root
+    tracer.create_args_for_root = lambda _, is_module, concrete_args=None: create_args(forward, is_module)  # type: ignore[method-assign]
+    before, rng = _attributes(module), _random_state()
+    _active.depth = getattr(_active, "depth", 0) + 1
+    try:
+        with _no_checkpoints(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = tracer.trace(module)
+    except CaptureError:
+        raise
+    except Exception as error:  # whatever user code raises under symbolic tracing is a reason, not a fault of ours
+        lines = str(error).strip().splitlines()
+        raise CaptureError(f"the tracer cannot follow its forward: {lines[0] if lines else type(error).__name__}") from error
+    finally:
+        _active.depth -= 1
+        changed = _restore_attributes(module, before)
+        drawn = not _same_random_state(_random_state(), rng)
+        _set_random_state(rng)
+    if changed is not None:
+        owner, key = changed
+        tracer.stack[:] = [owner] if owner is not module else []
+        raise CaptureError(f"its forward writes the attribute {key!r}")
+    if drawn:
+        raise CaptureError(_RANDOM)
+    return graph

@@ -1,0 +1,1 @@
+"""Helpers over torch.fx graphs that patterns and passes share; nothing here rewrites."""

@@ -1,0 +1,174 @@
+"""In-place operations in a captured graph: where they are, what they may alias, and their out-of-place forms."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+__all__ = ["functionalise", "inplace_target"]
+
+_OPERATORS = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+}
+_ACTIVATIONS: dict[type[nn.Module], Any] = {
+    nn.ReLU: nn.functional.relu,
+    nn.ReLU6: nn.functional.relu6,
+    nn.SiLU: nn.functional.silu,
+    nn.Hardswish: nn.functional.hardswish,
+    nn.Hardsigmoid: nn.functional.hardsigmoid,
+    nn.Mish: nn.functional.mish,
+}
+#: Operations whose output never shares memory with an input. Everything else might.
+_FRESH_MODULES = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.Linear,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+)
+_FRESH_FUNCTIONS = {
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, torch.add, torch.mul, torch.cat, torch.relu,
+    torch.sigmoid, torch.tanh, torch.matmul, torch.conv1d, torch.conv2d, torch.conv3d, nn.functional.batch_norm,
+    nn.functional.linear, nn.functional.max_pool2d, nn.functional.avg_pool2d, nn.functional.adaptive_avg_pool2d,
+    nn.functional.sigmoid, nn.functional.interpolate, torch.stack, torch.mean, torch.sum,
+}  # fmt: skip
+_FRESH_METHODS = {"add", "sub", "mul", "div", "relu", "sigmoid", "tanh", "mean", "sum", "matmul", "neg", "exp", "pow"}
+_METHODS_NOT_IN_PLACE = {"requires_grad_", "retain_grad_"}
+
+
+def _module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
+    return modules.get(str(node.target)) if node.op == "call_module" else None
+
+
+def inplace_target(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """The node whose tensor this node overwrites, or None."""
+    argument = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(argument, fx.Node):
+        return None
+    if node.op == "call_module":
+        return argument if getattr(_module(node, modules), "inplace", False) is True else None
+    if node.op == "call_method":
+        name = str(node.target)
+        own = name.endswith("_") and not name.startswith("_") and name not in _METHODS_NOT_IN_PLACE
+        return argument if own or name == "__setitem__" else None
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        if node.target in _OPERATORS or node.target is operator.setitem:
+            return argument
+        if _inplace_argument(node) or (name.endswith("_") and not name.startswith("_")):
+            return argument
+    return None
+
+
+def _inplace_argument(node: fx.Node) -> bool:
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is True
+    import inspect
+
+    try:
+        parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    position = parameters.index("inplace") if "inplace" in parameters else len(node.args)
+    return position < len(node.args) and node.args[position] is True
+
+
+def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether this node's output certainly has memory of its own."""
+    if inplace_target(node, modules) is not None:
+        return False
+    if node.op == "call_module":
+        module = _module(node, modules)
+        return isinstance(module, _FRESH_MODULES) or type(module) in _ACTIVATIONS
+    if node.op == "call_method":
+        return node.target in _FRESH_METHODS
+    return node.op == "call_function" and (
+        node.target in _FRESH_FUNCTIONS or node.target in [f for f in _ACTIVATIONS.values()]
+    )
+
+
+def functionalise(gm: fx.GraphModule) -> None:
+    """Replace in-place operations by their out-of-place forms, with their results where the overwritten tensors were read later.
+
+    Values stay the same. An in-place operation on a tensor that something else may share memory with is left alone, and every node of that
+    group gets ``meta["bnr_shared"]``, the name of the operation: patterns must keep away from those.
+    """
+    modules = dict(gm.named_modules(remove_duplicate=False))
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    for node in list(gm.graph.nodes):
+        target = inplace_target(node, modules)
+        if target is None:
+            continue
+        group = _sharing(target, modules, exclude=node)
+        if group != {target} or not _is_fresh(target, modules) and not _was_functionalised(target):
+            for member in group | {node}:
+                member.meta["bnr_shared"] = node.name
+            continue
+        if not _make_out_of_place(node, modules):
+            for member in (target, node):
+                member.meta["bnr_shared"] = node.name
+            continue
+        for user in list(target.users):
+            if user is not node and order[user] > order[node]:
+                user.replace_input_with(target, node)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _was_functionalised(node: fx.Node) -> bool:
+    return bool(node.meta.get("bnr_functional", False))
+
+
+def _sharing(node: fx.Node, modules: dict[str, nn.Module], exclude: fx.Node) -> set[fx.Node]:
+    """Every node whose tensor may share memory with ``node``'s, through views and passed-on inputs."""
+    group, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        fresh = _is_fresh(current, modules) or _was_functionalised(current)
+        up = [] if fresh or current.op in ("placeholder", "get_attr") else current.all_input_nodes
+        down = [
+            u for u in current.users
+            if u is not exclude and u.op != "output" and not _is_fresh(u, modules) and not _was_functionalised(u)
+        ]  # fmt: skip
+        for other in [*up, *down]:
+            if other not in group:
+                group.add(other)
+                stack.append(other)
+    return group
+
+
+def _make_out_of_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Turn one in-place node into its out-of-place form; False when it has none."""
+    if node.op == "call_module":
+        function = _ACTIVATIONS.get(type(_module(node, modules)))  # type: ignore[arg-type]
+        if function is None:
+            return False
+        node.meta["bnr_module"] = str(node.target)
+        node.op, node.target = "call_function", function
+    elif node.op == "call_method":
+        name = str(node.target).rstrip("_")
+        if not hasattr(Tensor, name):
+            return False
+        node.target = name
+    elif node.target in _OPERATORS:
+        node.target = _OPERATORS[node.target]
+    elif "inplace" in node.kwargs:
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+    elif _inplace_argument(node):
+        node.args = tuple(False if a is True else a for a in node.args)
+    else:
+        out_of_place = getattr(torch, getattr(node.target, "__name__", "").rstrip("_"), None)
+        if out_of_place is None or node.target is operator.setitem:
+            return False
+        node.target = out_of_place
+    node.meta["bnr_functional"] = True
+    return True

@@ -1,0 +1,369 @@
+"""What a node of a captured graph is: a convolution, a batch norm, an activation ..., whichever way the model spelt it.
+
+Module calls are recognised by *exact* type and functional calls by target, and both give the same description. A parameter is referred
+to by its attribute path (module form) or by its node (functional form); :func:`reference` turns either into a node.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from bnrestructure.ops.activation import leaky_relu_name
+
+__all__ = [
+    "BatchNormLayer",
+    "ConvLayer",
+    "Parameter",
+    "activation_of",
+    "add_of",
+    "batch_norm_of",
+    "concat_of",
+    "conv_of",
+    "global_average_of",
+    "max_pool_of",
+    "modules_of",
+    "module_path",
+    "reference",
+]
+
+#: An attribute path from the graph's root, a node, or None.
+Parameter = str | fx.Node | None
+
+
+@dataclass(frozen=True)
+class ConvLayer:
+    """A convolution call. Per-dimension parameters are tuples; padding is zeros."""
+
+    input: fx.Node
+    weight: Parameter
+    bias: Parameter
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    out_channels: int | None
+    depthwise: bool
+
+
+@dataclass(frozen=True)
+class BatchNormLayer:
+    """A batch norm call that uses batch statistics. ``process_group`` is set for SyncBatchNorm alone."""
+
+    input: fx.Node
+    weight: Parameter
+    bias: Parameter
+    running_mean: Parameter
+    running_var: Parameter
+    num_batches_tracked: Parameter
+    momentum: float | None
+    eps: float
+    process_group: Parameter = None
+    synchronised: bool = False
+
+
+def modules_of(gm: fx.GraphModule) -> dict[str, nn.Module]:
+    """Every module that a call_module node can name."""
+    return dict(gm.named_modules(remove_duplicate=False))
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module that this node came from, or the node's name where it came from none."""
+    if node.op == "call_module":
+        return str(node.target)
+    if "bnr_module" in node.meta:
+        return str(node.meta["bnr_module"])
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        innermost = next(reversed(stack.values()))
+        path = innermost[0] if isinstance(innermost, tuple) else str(innermost)
+        if path:
+            return str(path)
+    return node.name
+
+
+def reference(graph: fx.Graph, parameter: Parameter, before: fx.Node) -> fx.Node | None:
+    """A node that reads the parameter, inserted before ``before`` if it has to be made."""
+    if not isinstance(parameter, str):
+        return parameter
+    with graph.inserting_before(before):
+        return graph.create_node("get_attr", parameter)
+
+
+def _arguments(node: fx.Node, names: tuple[str, ...], defaults: dict[str, Any]) -> dict[str, Any]:
+    values = dict(defaults)
+    values.update(zip(names, node.args, strict=False))
+    values.update(node.kwargs)
+    return values
+
+
+def _tuple(value: Any, dimensions: int) -> tuple[int, ...] | None:
+    if isinstance(value, int):
+        return (value,) * dimensions
+    if isinstance(value, tuple | list) and all(isinstance(v, int) for v in value):
+        return tuple(value) * (dimensions if len(value) == 1 else 1)
+    return None
+
+
+_CONV_MODULES: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_CONV_FUNCTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+_CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+def _same_padding(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...] | None:
+    total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    return tuple(t // 2 for t in total) if all(t % 2 == 0 for t in total) else None
+
+
+def conv_of(node: fx.Node, modules: dict[str, nn.Module]) -> ConvLayer | str | None:
+    """The convolution that this node calls; a reason why a convolution cannot be fused; or None when it is something else."""
+    if node.op == "call_module":
+        module = modules.get(str(node.target))
+        if isinstance(module, nn.modules.conv._ConvNd) and type(module) not in _CONV_MODULES:
+            return f"the convolution is a {type(module).__name__}"
+        if not isinstance(module, nn.modules.conv._ConvNd):
+            return None
+        return _conv_module(node, module)
+    if node.op == "call_function" and node.target in _CONV_FUNCTIONS:
+        return _conv_function(node, _CONV_FUNCTIONS[node.target])
+    return None
+
+
+def _conv_module(node: fx.Node, module: nn.modules.conv._ConvNd) -> ConvLayer | str:
+    from bnrestructure.capture.boundaries import boundary_reason
+
+    reason = boundary_reason(module)
+    if reason is not None:
+        return f"of its convolution: {reason}"
+    if module.padding_mode != "zeros":
+        return f"the convolution pads with padding_mode={module.padding_mode!r}"
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(source, fx.Node):
+        return "the convolution's input is not a tensor of the graph"
+    padding: Any = module.padding
+    if isinstance(padding, str):
+        padding = _same_padding(module.kernel_size, module.dilation) if padding == "same" else (0,) * len(module.stride)
+        if padding is None:
+            return "the convolution pads asymmetrically (padding='same' with an even kernel)"
+    path = str(node.target)
+    return ConvLayer(
+        input=source,
+        weight=f"{path}.weight",
+        bias=None if module.bias is None else f"{path}.bias",
+        stride=tuple(module.stride),
+        padding=tuple(padding),
+        dilation=tuple(module.dilation),
+        groups=module.groups,
+        out_channels=module.out_channels,
+        depthwise=module.groups == module.in_channels and module.groups > 1,
+    )
+
+
+def _conv_function(node: fx.Node, dimensions: int) -> ConvLayer | str:
+    values = _arguments(node, _CONV_NAMES, {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
+    stride, padding, dilation = (_tuple(values[k], dimensions) for k in ("stride", "padding", "dilation"))
+    if stride is None or padding is None or dilation is None or not isinstance(values["groups"], int):
+        return "the convolution's stride, padding, dilation or groups are computed in the graph"
+    if not isinstance(values["input"], fx.Node) or not isinstance(values["weight"], fx.Node):
+        return "the convolution's input or weight is not a tensor of the graph"
+    weight = values["weight"]
+    shape = _shape_of_attribute(weight)
+    return ConvLayer(
+        values["input"], weight, values["bias"], stride, padding, dilation, values["groups"],
+        out_channels=None if shape is None else shape[0],
+        depthwise=shape is not None and values["groups"] > 1 and shape[1] == 1,
+    )  # fmt: skip
+
+
+def _shape_of_attribute(node: fx.Node) -> tuple[int, ...] | None:
+    example = node.meta.get("example_value")
+    if example is not None:
+        return tuple(example.shape)
+    if node.op == "get_attr":
+        owner: Any = node.graph.owning_module
+        for atom in str(node.target).split("."):
+            owner = getattr(owner, atom, None)
+        return tuple(owner.shape) if isinstance(owner, torch.Tensor) else None
+    return None
+
+
+_BATCH_NORM_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_BATCH_NORM_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+def batch_norm_of(node: fx.Node, modules: dict[str, nn.Module]) -> BatchNormLayer | str | None:
+    """The batch norm that this node calls; a reason why it is left alone; or None when it is something else."""
+    if node.op == "call_module":
+        module = modules.get(str(node.target))
+        return _batch_norm_module(node, module) if isinstance(module, nn.modules.batchnorm._BatchNorm) else None
+    if node.op == "call_function" and node.target in (F.batch_norm, torch.batch_norm):
+        return _batch_norm_function(node)
+    return None
+
+
+def _batch_norm_module(node: fx.Node, module: nn.modules.batchnorm._BatchNorm) -> BatchNormLayer | str:
+    from bnrestructure.capture.boundaries import boundary_reason
+
+    reason = boundary_reason(module)
+    if reason is not None:
+        return reason
+    kind = type(module)
+    if kind not in _BATCH_NORM_MODULES:
+        return f"{kind.__name__} is not one of PyTorch's batch norm layers"
+    if not module.training and module.running_mean is not None:
+        return "frozen: it is in eval mode and normalises with its running statistics"
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(source, fx.Node):
+        return "its input is not a tensor of the graph"
+    path = str(node.target)
+
+    def parameter(name: str) -> Parameter:
+        return None if getattr(module, name) is None else f"{path}.{name}"
+
+    updates = module.training and module.track_running_stats
+    return BatchNormLayer(
+        input=source,
+        weight=parameter("weight"),
+        bias=parameter("bias"),
+        running_mean=parameter("running_mean") if updates else None,
+        running_var=parameter("running_var") if updates else None,
+        num_batches_tracked=parameter("num_batches_tracked") if updates else None,
+        momentum=module.momentum,
+        eps=module.eps,
+        process_group=f"{path}.process_group" if kind is nn.SyncBatchNorm else None,
+        synchronised=kind is nn.SyncBatchNorm,
+    )
+
+
+def _batch_norm_function(node: fx.Node) -> BatchNormLayer | str:
+    if node.target is torch.batch_norm:
+        names: tuple[str, ...] = (
+            "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled",
+        )  # fmt: skip
+    else:
+        names = _BATCH_NORM_NAMES
+    values = _arguments(node, names, {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5})
+    if values["training"] is not True:
+        return "frozen: batch_norm is called with training=False"
+    if not isinstance(values["momentum"], int | float) or not isinstance(values["eps"], int | float):
+        return "its momentum or eps is computed in the graph"
+    if not isinstance(values["input"], fx.Node):
+        return "its input is not a tensor of the graph"
+    return BatchNormLayer(
+        values["input"], values["weight"], values["bias"], values["running_mean"], values["running_var"], None,
+        float(values["momentum"]), float(values["eps"]),
+    )  # fmt: skip
+
+
+_PLAIN_ACTIVATIONS: dict[Any, str] = {
+    nn.ReLU: "relu", F.relu: "relu", torch.relu: "relu", "relu": "relu",
+    nn.ReLU6: "relu6", F.relu6: "relu6",
+    nn.SiLU: "silu", F.silu: "silu",
+    nn.Hardswish: "hardswish", F.hardswish: "hardswish",
+}  # fmt: skip
+
+
+def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, fx.Node] | None:
+    """(activation name, its input) when this node applies an activation that a prologue can, else None."""
+    if "bnr_shared" in node.meta:
+        return None
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(source, fx.Node):
+        return None
+    name: str | None = None
+    if node.op == "call_module":
+        module = modules.get(str(node.target))
+        from bnrestructure.capture.boundaries import boundary_reason
+
+        if module is None or boundary_reason(module) is not None:
+            return None
+        if type(module) is nn.LeakyReLU:
+            name = leaky_relu_name(module.negative_slope)
+        elif type(module) is nn.GELU:
+            name = "gelu" if module.approximate == "none" else "gelu_tanh"
+        else:
+            name = _PLAIN_ACTIVATIONS.get(type(module))
+    elif node.op == "call_method":
+        name = _PLAIN_ACTIVATIONS.get(node.target)
+    elif node.target is F.leaky_relu:
+        slope = _arguments(node, ("input", "negative_slope", "inplace"), {"negative_slope": 0.01})["negative_slope"]
+        name = leaky_relu_name(slope) if isinstance(slope, int | float) else None
+    elif node.target is F.gelu:
+        approximate = node.kwargs.get("approximate", "none")
+        name = "gelu" if approximate == "none" else "gelu_tanh"
+    elif node.op == "call_function":
+        name = _PLAIN_ACTIVATIONS.get(node.target)
+    return None if name is None else (name, source)
+
+
+def add_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two tensors that this node adds elementwise with weight one, else None."""
+    is_add = (node.op == "call_function" and node.target in (operator.add, torch.add)) or (
+        node.op == "call_method" and node.target == "add"
+    )
+    if not is_add or len(node.args) != 2 or node.kwargs or "bnr_shared" in node.meta:
+        return None
+    a, b = node.args
+    return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b else None
+
+
+def concat_of(node: fx.Node) -> list[fx.Node] | None:
+    """The segments of a concatenation along channels, else None."""
+    if node.op != "call_function" or node.target not in (torch.cat, torch.concat, torch.concatenate):
+        return None
+    values = _arguments(node, ("tensors", "dim"), {"dim": 0})
+    segments = values["tensors"]
+    if values["dim"] != 1 or not isinstance(segments, list | tuple) or "bnr_shared" in node.meta:
+        return None
+    return list(segments) if segments and all(isinstance(s, fx.Node) for s in segments) else None
+
+
+def max_pool_of(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, Any] | None:
+    """Window parameters of a 2-D max pool that the fused pool can compute, with its ``input``, else None."""
+    if node.op == "call_module":
+        module = modules.get(str(node.target))
+        from bnrestructure.capture.boundaries import boundary_reason
+
+        if type(module) is not nn.MaxPool2d or boundary_reason(module) is not None:
+            return None
+        values = {k: getattr(module, k) for k in ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")}
+        values["input"] = node.args[0] if node.args else None
+    elif node.op == "call_function" and node.target in (F.max_pool2d, torch.max_pool2d):
+        names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        defaults = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
+        values = _arguments(node, names, defaults)
+    else:
+        return None
+    kernel = _tuple(values["kernel_size"], 2)
+    stride = kernel if values["stride"] in (None, [], ()) else _tuple(values["stride"], 2)
+    padding, dilation = _tuple(values["padding"], 2), _tuple(values["dilation"], 2)
+    if kernel is None or stride is None or padding is None or dilation != (1, 1) or values["return_indices"]:
+        return None
+    if kernel[0] * kernel[1] > 255 or not isinstance(values["input"], fx.Node) or "bnr_shared" in node.meta:
+        return None
+    return {
+        "input": values["input"], "kernel": kernel, "stride": stride, "padding": padding,
+        "ceil_mode": bool(values["ceil_mode"]),
+    }  # fmt: skip
+
+
+def global_average_of(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """The input of an average pool over all spatial positions of a 2-D map that leaves [N, C, 1, 1], else None."""
+    if node.op == "call_module":
+        module = modules.get(str(node.target))
+        if type(module) is not nn.AdaptiveAvgPool2d or module.output_size not in (1, (1, 1), [1, 1]):
+            return None
+        source = node.args[0] if node.args else None
+    elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
+        values = _arguments(node, ("input", "output_size"), {"output_size": None})
+        if values["output_size"] not in (1, (1, 1), [1, 1]):
+            return None
+        source = values["input"]
+    else:
+        return None
+    return source if isinstance(source, fx.Node) else None

@@ -1,0 +1,84 @@
+"""The plan: one site per batch norm, where its halves went, and why whatever was left alone was left alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["Plan", "Site"]
+
+
+@dataclass
+class Site:
+    """One batch norm of a model.
+
+    name       the path of its module, or of the module that calls F.batch_norm
+    pattern    where its halves are, e.g. ``conv-bn-relu-conv``
+    status     ``fused`` (both halves ride on neighbours), ``partial`` (one does), ``kept`` (untouched)
+    reason     why it is not fully fused; None when it is
+    sweeps_before, sweeps_after    passes over its tensor in main memory in one training step, convolutions' own not counted
+    bytes_before, bytes_after      the same in bytes, None where the shape is not known
+    shape, dtype                   of the tensor that is normalised, None where not known
+    """
+
+    name: str
+    pattern: str
+    status: str
+    reason: str | None = None
+    statistics: str | None = None
+    normalise: str | None = None
+    sweeps_before: int = 0
+    sweeps_after: int = 0
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    shape: tuple[int, ...] | None = None
+    dtype: str | None = None
+    kernel: str | None = None
+
+
+@dataclass
+class Plan:
+    """What restructuring does, or did, to a model."""
+
+    model: str
+    sites: list[Site] = field(default_factory=list)
+    regions: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many sites have each status."""
+        counted = Counter(site.status for site in self.sites)
+        return {status: counted[status] for status in ("fused", "partial", "kept")}
+
+    @property
+    def coverage(self) -> float:
+        """The share of sites that are fully fused, 0 to 1; 1 for a model without batch norm."""
+        return self.counts["fused"] / len(self.sites) if self.sites else 1.0
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How often each reason occurs, most frequent first."""
+        return dict(Counter(site.reason for site in self.sites if site.reason is not None).most_common())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for json.dumps."""
+        return {
+            "model": self.model,
+            "sites": [asdict(site) for site in self.sites],
+            "regions": self.regions,
+            "notes": self.notes,
+            "counts": self.counts,
+            "coverage": self.coverage,
+            "reasons": self.reasons,
+        }
+
+    def __str__(self) -> str:
+        n = self.counts
+        lines = [
+            f"{self.model}: {len(self.sites)} BN layers, {n['fused']} fused, {n['partial']} partial, {n['kept']} kept "
+            f"({self.coverage:.0%} fully fused)"
+        ]
+        lines += [f"  {count} x {reason}" for reason, count in self.reasons.items()]
+        return "\n".join(lines)

@@ -1,0 +1,74 @@
+"""The passes in order, the paper's ladder as selections of them, and running a selection."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+
+from torch import fx
+
+from bnrestructure.errors import UsageError
+from bnrestructure.passes.base import Fuel, Pass, PassResult
+from bnrestructure.passes.eliminate_concat import EliminateConcat
+from bnrestructure.passes.fission import Fission
+from bnrestructure.passes.fuse_normalise import FuseNormalise
+from bnrestructure.passes.fuse_residual import FuseResidual
+from bnrestructure.passes.fuse_statistics import FuseStatistics
+from bnrestructure.passes.select_kernels import SelectKernels
+from bnrestructure.passes.share_statistics import ShareStatistics
+from bnrestructure.passes.thread_forks import ThreadForks
+
+__all__ = ["LADDER", "PASSES", "resolve", "run", "steps"]
+
+_REWRITES = (
+    Fission,
+    ShareStatistics,
+    FuseStatistics,
+    FuseNormalise,
+    FuseResidual,
+    ThreadForks,
+    EliminateConcat,
+)
+#: Every pass by name, in the order of the full pipeline.
+PASSES = (*(p.name for p in _REWRITES), SelectKernels.name)
+
+#: The rungs of the paper's ablation: RCF fuses ReLU into CONV, MVF computes mean and variance in one sweep, BNFF fuses both halves
+#: of BN onto convolutions, ICF crosses concats and residual joins.
+LADDER: dict[str, tuple[str, ...]] = {
+    "baseline": (),
+    "rcf": ("fuse-normalise",),
+    "mvf": ("fuse-normalise", "fission"),
+    "bnff": ("fission", "fuse-statistics", "fuse-normalise"),
+    "icf": PASSES[:-1],
+}
+
+
+def resolve(passes: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Pass names from a rung of the ladder, a sequence of names, or None for all. Raises UsageError for an unknown name."""
+    if passes is None:
+        return PASSES
+    names = LADDER.get(passes, (passes,)) if isinstance(passes, str) else tuple(passes)
+    for name in names:
+        if name not in PASSES:
+            near = difflib.get_close_matches(name, [*PASSES, *LADDER], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"unknown pass {name!r}{hint} (passes: {', '.join(PASSES)}; ladder: {', '.join(LADDER)})")
+    return tuple(names)
+
+
+def steps(names: Sequence[str], backend: str = "auto", fuel: int | None = None) -> Iterator[Pass]:
+    """The pass objects for these names, sharing one tank of fuel; select-kernels always comes last, for nothing runs without it."""
+    tank = Fuel(fuel)
+    rewrites = {p.name: p for p in _REWRITES}
+    for name in names:
+        if name != SelectKernels.name:
+            yield rewrites[name](fuel=tank)
+    if backend != "auto" or SelectKernels.name in names:
+        yield SelectKernels(backend=backend)
+
+
+def run(
+    gm: fx.GraphModule, names: Sequence[str] = PASSES, backend: str = "auto", fuel: int | None = None
+) -> list[tuple[str, PassResult]]:
+    """Run passes on a captured graph, in place, and return what each did."""
+    return [(step.name, step(gm)) for step in steps(names, backend, fuel)]

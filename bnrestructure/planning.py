@@ -8,10 +8,18 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from bnrestructure import ops
 from bnrestructure.capture.regions import Options, captured
-from bnrestructure.capture.swap import find_regions, is_restructured, original_class, region_of, training_flags
+from bnrestructure.capture.swap import (
+    find_regions,
+    is_restructured,
+    original_class,
+    region_of,
+    swap_out,
+    training_flags,
+)
 from bnrestructure.capture.tracer import Arguments
 from bnrestructure.graph.fused import is_fused, outputs_of, tensor_readers
 from bnrestructure.graph.layers import modules_of
@@ -48,7 +56,9 @@ def make_plan(model: nn.Module, options: Options, inputs: tuple[Any, ...] | None
     """The plan of restructuring ``model`` with these options; with example inputs, shapes and bytes too. Changes nothing."""
     plan = Plan(original_class(model).__name__)
     seen: set[str] = set()
-    shapes = {} if inputs is None else batch_norm_shapes(model, inputs)
+    shapes, missing = ({}, None) if inputs is None else batch_norm_shapes(model, inputs)
+    if missing is not None:
+        plan.notes.append(missing)
     for path, before, after in region_graphs(model, options):
         plan.regions.append(path or "the whole model")
         for site in _sites(path, before, after):
@@ -175,22 +185,25 @@ def _add_bytes(site: Site, known: tuple[torch.Size, torch.dtype] | None) -> None
     site.bytes_before, site.bytes_after = site.sweeps_before * size, site.sweeps_after * size
 
 
-def batch_norm_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Input shape and dtype of every batch norm layer in one training forward, worked out on the meta device; {} if that fails."""
-    from torch.utils import _pytree as pytree
+def batch_norm_shapes(
+    model: nn.Module, inputs: tuple[Any, ...]
+) -> tuple[dict[str, tuple[torch.Size, torch.dtype]], str | None]:
+    """Input shape and dtype of every batch norm layer in one training forward, worked out on the meta device.
 
-    from bnrestructure.capture.swap import swap_out
-
+    The second result says why some are missing, or is None: data-dependent models cannot run there to the end.
+    """
     found: dict[str, tuple[torch.Size, torch.dtype]] = {}
+
+    def record(name: str, x: torch.Tensor) -> None:
+        found.setdefault(name, (x.shape, x.dtype))
+
+    double = copy.deepcopy(model).to("meta").train()
+    swap_out(double)
+    for name, module in double.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]))
     try:
-        double = copy.deepcopy(model).to("meta").train()
-        swap_out(double)
-        for name, module in double.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.register_forward_pre_hook(
-                    lambda _, args, name=name: found.setdefault(name, (args[0].shape, args[0].dtype))
-                )
         double(*pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), inputs))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
-        return found  # data-dependent models cannot run on the meta device: what was reached is known, the rest is not
-    return found
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
+        return found, f"shapes are known for {len(found)} batch norms only: {str(error).splitlines()[0]}"
+    return found, None

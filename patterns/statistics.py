@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 from torch import fx
@@ -84,5 +85,8 @@ def describe(node: fx.Node, modules: dict[str, object]) -> str:
         return f"{type(modules.get(str(node.target))).__name__} {node.target}"
     if node.op == "get_attr":
         return f"the attribute {node.target}"
+    source = node.args[0] if node.args else None
+    if node.target is operator.getitem and is_fused(source):
+        node = source  # type: ignore[assignment]
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return str(name)
+    return f"{name} {node.meta['bnr_module']}" if "bnr_module" in node.meta else str(name)

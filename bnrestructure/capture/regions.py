@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from bnrestructure.capture.boundaries import any_global_hooks, boundary_reason, is_library_leaf
+from bnrestructure.capture.formats import restore_formats
 from bnrestructure.capture.program import compile_graph, use_reshape
 from bnrestructure.capture.state import ModuleState
 from bnrestructure.capture.tracer import Arguments, capture, is_capturing
@@ -145,6 +146,7 @@ class Region:
             program = None
         else:
             inner = [child for child, _ in subregions(module, opaque)]
+            restore_formats(gm)
             program = compile_graph(gm, type(module).__name__)
         if self.on_opaque is not None:
             for child in inner:

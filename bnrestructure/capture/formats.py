@@ -1,0 +1,53 @@
+"""Memory formats where a region's tensors meet code that is not ours: the user's modules and callers see what eager would give them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from bnrestructure.capture.boundaries import is_library_leaf
+from bnrestructure.graph.fused import is_fused
+
+__all__ = ["restore_formats"]
+
+
+def uses_channels_last(*tensors: Tensor) -> bool:
+    """Whether any of these 4-D or 5-D tensors is laid out channels_last: eager convolutions then answer in channels_last too."""
+    for t in tensors:
+        if t.dim() in (4, 5) and not t.is_contiguous():
+            last = torch.channels_last if t.dim() == 4 else torch.channels_last_3d
+            if t.is_contiguous(memory_format=last):
+                return True
+    return False
+
+
+def eager_format(x: object, channels_last: bool) -> object:
+    """``x`` contiguous, unless the model runs in channels_last (or x is no tensor)."""
+    return x if channels_last or not isinstance(x, Tensor) else x.contiguous()
+
+
+def restore_formats(gm: fx.GraphModule) -> None:
+    """Put :func:`eager_format` before every opaque module call and the output, if the graph has fused nodes.
+
+    Fused kernels answer in channels_last whatever the input's layout; a ``.view()`` in the user's own code would not bear that.
+    """
+    fused = [node for node in gm.graph.nodes if is_fused(node)]
+    if not fused:
+        return
+    modules = dict(gm.named_modules(remove_duplicate=False))
+    deciding = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    weight = next((n.kwargs["weight"] for n in fused if n.kwargs.get("weight") is not None), None)
+    with gm.graph.inserting_before(fused[0]):
+        flag = gm.graph.call_function(uses_channels_last, (*deciding, *([] if weight is None else [weight])))
+    for node in list(gm.graph.nodes):
+        opaque = node.op == "call_module" and not is_library_leaf(modules[str(node.target)])
+        if node.op == "output" or opaque:
+            for source in list(node.all_input_nodes):
+                if source.op in ("placeholder", "get_attr"):
+                    continue
+                with gm.graph.inserting_before(node):
+                    restored = gm.graph.call_function(eager_format, (source, flag))
+                node.replace_input_with(source, restored)
+    gm.recompile()
+
+

@@ -37,8 +37,11 @@ def restore_formats(gm: fx.GraphModule) -> None:
     modules = dict(gm.named_modules(remove_duplicate=False))
     deciding = [node for node in gm.graph.nodes if node.op == "placeholder"]
     weight = next((n.kwargs["weight"] for n in fused if n.kwargs.get("weight") is not None), None)
-    with gm.graph.inserting_before(fused[0]):
-        flag = gm.graph.call_function(uses_channels_last, (*deciding, *([] if weight is None else [weight])))
+    start = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    with gm.graph.inserting_before(start):
+        if weight is not None and weight.op == "get_attr":
+            deciding.append(gm.graph.create_node("get_attr", weight.target))
+        flag = gm.graph.call_function(uses_channels_last, tuple(deciding))
     for node in list(gm.graph.nodes):
         opaque = node.op == "call_module" and not is_library_leaf(modules[str(node.target)])
         if node.op == "output" or opaque:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bnrestructure.ops import library
 from bnrestructure.ops.aliases import alias, channel_slice, channels_last_buffer
 from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform, accumulation_dtype, values_per_channel
@@ -89,6 +90,11 @@ def conv(
     _check_shapes(x, weight, geometry)
     if gate is not None:
         gate = gate.to(accumulation_dtype(x.dtype))
+    if torch.compiler.is_compiling() and not (thread or gain or into is not None or channels is not None):
+        y, ymean, yvar = library.conv(
+            x, mean, scale, beta, act, gate, weight, bias, stride, padding, dilation, groups, statistics, dtype, backend
+        )
+        return ConvOutputs(y, *((ymean, yvar, y.shape) if statistics else (None, None, None)), None, None)
     options = _Options(act, geometry, statistics, thread, gain, offset, channels, visible, dtype, backend)
     y, ymean, yvar, passed, ones = _Conv.apply(x, mean, scale, beta, gate, weight, bias, into, options)
     size = torch.Size((y.shape[0], weight.shape[0], *y.shape[2:])) if statistics else None

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bnrestructure.ops import library
 from bnrestructure.ops.aliases import alias
 from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative
 from bnrestructure.ops.edges import values_per_channel
@@ -25,6 +26,9 @@ class StatisticsOutputs(NamedTuple):
 
 def statistics(x: Tensor, *, thread: bool = False, backend: str = "auto") -> StatisticsOutputs:
     """Mean and biased variance of x [N, C, *spatial] over all but the channel, in one sweep (the paper's MVF, section 3.2)."""
+    if torch.compiler.is_compiling() and not thread:
+        mean, var = library.statistics(x, backend)
+        return StatisticsOutputs(mean, var, x.shape, None)
     mean, var, passed = _Statistics.apply(x, thread, backend)
     return StatisticsOutputs(mean, var, x.shape, passed)
 

@@ -1,0 +1,96 @@
+# Every target does its own set-up on a fresh machine: Python 3.11 or newer, git and a C++ compiler are all it takes.
+# Without a compiler the reference kernels are used, and the installation says so.
+#
+#   make demo       restructure densenet121 and resnet50, verify them on photos, train both versions, one table at the end
+#   make test       the test-suite
+#   make zoo        every torchvision model with a batch norm
+#   make lint       ruff, and mypy on the installed wheel
+#   make sanitize   the kernel tests under the address and undefined-behaviour sanitizers
+#   make bench      timings against eager
+#   make clean      remove .venv and everything that was built
+#
+# ARGS reaches the command behind a target: make test ARGS="tests/passes -x"
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+KERNELS := bnrestructure/kernels/cpu
+KERNEL_SOURCES := $(wildcard $(KERNELS)/src/*.cpp $(KERNELS)/src/*.h) $(KERNELS)/build.py
+ARGS ?=
+
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: help demo test zoo lint sanitize bench clean setup
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# --- set-up -----------------------------------------------------------------------------------------------------------
+
+setup: $(VENV)/.installed
+
+# PYTHON names an interpreter; otherwise the first one on the path that is new enough.
+$(BIN)/python:
+	@for python in $${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python}; do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found="$$python"; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then echo "make: no Python 3.11 or newer found; name one with PYTHON=/path/to/python make ..." >&2; exit 1; fi; \
+	echo "Creating $(VENV) with $$("$$found" --version)"; \
+	"$$found" -m venv $(VENV) || { rm -rf $(VENV); echo "make: $$found cannot create a venv (on Debian: apt install python3-venv)" >&2; exit 1; }
+
+$(VENV)/.installed: pyproject.toml setup.py $(KERNEL_SOURCES) | $(BIN)/python
+	@echo "Installing bnrestructure and its dependencies into $(VENV) (PyTorch is large: minutes the first time)"
+	@$(PIP) install --editable '.[test]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	@echo "Installing the development tools"
+	@$(PIP) install --editable '.[dev]'
+	@touch $@
+
+# --- what it does -----------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.installed
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.installed
+	@$(BIN)/python -m pytest -m "not zoo" --durations=10 $(ARGS)
+
+zoo: $(VENV)/.installed
+	@$(BIN)/python -m pytest -m zoo --durations=10 $(ARGS)
+
+bench: $(VENV)/.installed
+	@$(BIN)/bnrestructure bench $(or $(ARGS),densenet121)
+
+# mypy reads the wheel as a user's installation has it, from outside the tree: the folders passes/ and patterns/ only become
+# bnrestructure.passes and bnrestructure.patterns there. The wheel goes into a venv of its own that borrows .venv's packages.
+LINT := $(VENV)/lint
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@rm -rf $(LINT) && mkdir -p $(LINT)
+	@BNRESTRUCTURE_NO_KERNELS=1 $(PIP) wheel --no-deps --wheel-dir $(LINT)/dist .
+	@$(BIN)/python -m venv --without-pip $(LINT)/venv
+	@site=$$($(LINT)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/borrowed.pth"; \
+	$(PIP) install --no-deps --target "$$site" $(LINT)/dist/*.whl
+	@root=$$PWD; cd "$$(mktemp -d)"; \
+	"$$root/$(BIN)/mypy" --config-file "$$root/pyproject.toml" --cache-dir "$$root/.mypy_cache" \
+	    --python-executable "$$root/$(LINT)/venv/bin/python" --package bnrestructure
+
+# The interpreter is not built with the sanitizer, so its runtime is loaded first; leaks are the interpreter's own.
+sanitize: $(VENV)/.installed
+	@$(BIN)/python -m $(subst /,.,$(KERNELS)).build --sanitize
+	@compiler=$${CXX:-c++}; \
+	LD_PRELOAD="$$($$compiler -print-file-name=libasan.so) $$($$compiler -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 BNRESTRUCTURE_CPU_SANITIZE=1 \
+	$(BIN)/python -m pytest tests/kernels $(ARGS)
+
+clean:
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(KERNELS)/_objects $(KERNELS)/*.so
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,225 @@
+"""The fused nodes as registered operators, ``torch.ops.bnrestructure.*``: schema, fake function and autograd.
+
+They are the functional forms, without threads, shared buffers and gains: each returns fresh tensors, so torch.compile and torch.export can see,
+reorder and differentiate them. The nodes of ``ops`` become these while torch.compile traces; eager regions call kernels directly.
+Activations come back channels_last; statistics that were not asked for come back empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnrestructure.ops.dispatch import call_kernel
+from bnrestructure.ops.edges import (
+    BackwardEdge,
+    ConvGeometry,
+    Transform,
+    accumulation_dtype,
+    values_per_channel,
+)
+
+__all__ = ["conv", "conv_backward", "normalise", "normalise_backward", "statistics", "statistics_backward"]
+
+_custom_op = torch.library.custom_op
+
+
+def _last(x: Tensor) -> Tensor:
+    """x with the strides that the fake functions promise."""
+    if x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last_3d) if x.dim() == 5 else x.contiguous()
+
+
+def _fake(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return _last(x.new_empty(shape, dtype=dtype))
+
+
+def _vector(x: Tensor, size: int) -> Tensor:
+    return x.new_empty((size,), dtype=accumulation_dtype(x.dtype))
+
+
+def _given(x: Tensor, like: Tensor) -> Tensor:
+    """Outputs may not alias each other or an input, and may not be None."""
+    return like.new_empty((0,)) if x is None else x
+
+
+@_custom_op("bnrestructure::conv", mutates_args=())
+def conv(
+    x: Tensor,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    beta: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    statistics: bool,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, var) of ``ops.conv``."""
+    geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    y, ymean, yvar = call_kernel(
+        backend, "conv_forward", x, Transform(mean, scale, beta, act, gate), weight, bias, geometry,
+        dtype=dtype, statistics=statistics,
+    )  # fmt: skip
+    return _last(y), _given(ymean, weight), _given(yvar, weight)
+
+
+@conv.register_fake
+def _(x, mean, scale, beta, act, gate, weight, bias, stride, padding, dilation, groups, statistics, dtype, backend):  # type: ignore[no-untyped-def]
+    geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    size = geometry.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
+    y = _fake(x, (x.shape[0], weight.shape[0], *size), dtype)
+    if not statistics:
+        return y, weight.new_empty((0,)), weight.new_empty((0,))
+    return y, _vector(y, weight.shape[0]), _vector(y, weight.shape[0])
+
+
+@_custom_op("bnrestructure::conv_backward", mutates_args=())
+def conv_backward(
+    dy: Tensor,
+    dmean: Tensor | None,
+    dvar: Tensor | None,
+    y: Tensor | None,
+    y_mean: Tensor | None,
+    x: Tensor,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    beta: Tensor | None,
+    act: str,
+    gate: Tensor | None,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dtype: torch.dtype,
+    needs_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, SP, SPX, dgate, dweight, dbias) of ``ops.conv``; those that do not apply are empty."""
+    geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    edge = BackwardEdge()
+    if dmean is not None and dvar is not None and y is not None:
+        count = values_per_channel(y)
+        edge = BackwardEdge(None, dvar * (2.0 / count), dmean / count, y, y_mean)
+    g = call_kernel(
+        backend, "conv_backward", dy, edge, x, Transform(mean, scale, beta, act, gate), weight,
+        geometry, dtype=dtype, needs=(True, True, needs_bias),
+    )  # fmt: skip
+    rest = (_given(t, weight) for t in (g.sum_p, g.sum_px, g.gate))
+    return (_last(g.dx), *rest, g.weight.contiguous(), _given(g.bias, weight))
+
+
+@conv_backward.register_fake
+def _(dy, dmean, dvar, y, y_mean, x, mean, scale, beta, act, gate, weight, stride, padding, dilation, groups, dtype, needs_bias, backend):  # type: ignore[no-untyped-def]
+    none = weight.new_empty((0,))
+    sums = (none, none) if mean is None or gate is not None else (_vector(x, x.shape[1]), _vector(x, x.shape[1]))
+    dgate = weight.new_empty((0,)) if gate is None else torch.empty_like(gate)
+    dbias = _vector(x, weight.shape[0]) if needs_bias else weight.new_empty((0,))
+    return _fake(x, x.shape, x.dtype), sums[0].clone(), sums[1].clone(), dgate, torch.empty_like(weight).contiguous(), dbias
+
+
+def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, mean, scale, beta, act, gate, weight, bias, *geometry, statistics, dtype, backend = inputs
+    y, y_mean, _ = output
+    ctx.plain = (act, geometry, dtype, backend, bias is not None, statistics)
+    ctx.save_for_backward(x, mean, scale, beta, gate, weight, y, y_mean)
+
+
+def _conv_gradient(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, ...]:
+    act, geometry, dtype, backend, has_bias, statistics = ctx.plain
+    x, mean, scale, beta, gate, weight, y, y_mean = ctx.saved_tensors
+    edge = (dmean, dvar, y, y_mean) if statistics else (None, None, None, None)
+    dx, sum_p, sum_px, dgate, dweight, dbias = conv_backward(
+        dy, *edge, x, mean, scale, beta, act, gate, weight, *geometry, dtype, has_bias, backend
+    )
+    vectors = (None, None, None) if mean is None or gate is not None else (-scale * sum_p, sum_px, sum_p)
+    return (dx, *vectors, None, None if gate is None else dgate, dweight, dbias if has_bias else None, *[None] * 7)
+
+
+conv.register_autograd(_conv_gradient, setup_context=_conv_context)
+
+
+@_custom_op("bnrestructure::statistics", mutates_args=())
+def statistics(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """(mean, biased var) of ``ops.statistics``."""
+    return call_kernel(backend, "statistics_forward", x)
+
+
+@statistics.register_fake
+def _(x, backend):  # type: ignore[no-untyped-def]
+    return _vector(x, x.shape[1]), _vector(x, x.shape[1])
+
+
+@_custom_op("bnrestructure::statistics_backward", mutates_args=())
+def statistics_backward(x: Tensor, mean: Tensor, dmean: Tensor, dvar: Tensor, backend: str) -> Tensor:
+    """``2 dvar / M * (x - mean) + dmean / M`` in x's dtype."""
+    count = values_per_channel(x)
+    return _last(call_kernel(backend, "statistics_backward", x, mean, dvar * (2.0 / count), dmean / count, None))
+
+
+@statistics_backward.register_fake
+def _(x, mean, dmean, dvar, backend):  # type: ignore[no-untyped-def]
+    return _fake(x, x.shape, x.dtype)
+
+
+def _statistics_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.backend = inputs[1]
+    ctx.save_for_backward(inputs[0], output[0])
+
+
+def _statistics_gradient(ctx: Any, dmean: Tensor, dvar: Tensor) -> tuple[Any, ...]:
+    x, mean = ctx.saved_tensors
+    return statistics_backward(x, mean, dmean, dvar, ctx.backend), None
+
+
+statistics.register_autograd(_statistics_gradient, setup_context=_statistics_context)
+
+
+@_custom_op("bnrestructure::normalise", mutates_args=())
+def normalise(x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor, act: str, backend: str) -> Tensor:
+    """z of ``ops.normalise``."""
+    return _last(call_kernel(backend, "normalise_forward", x, Transform(mean, scale, beta, act), dtype=x.dtype)).clone()
+
+
+@normalise.register_fake
+def _(x, mean, scale, beta, act, backend):  # type: ignore[no-untyped-def]
+    return _fake(x, x.shape, x.dtype)
+
+
+@_custom_op("bnrestructure::normalise_backward", mutates_args=())
+def normalise_backward(
+    dz: Tensor, x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor, act: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, SP, SPX)."""
+    dx, sum_p, sum_px = call_kernel(backend, "normalise_backward", dz, x, Transform(mean, scale, beta, act))
+    return _last(dx), sum_p, sum_px
+
+
+@normalise_backward.register_fake
+def _(dz, x, mean, scale, beta, act, backend):  # type: ignore[no-untyped-def]
+    return _fake(x, x.shape, x.dtype), _vector(x, x.shape[1]), _vector(x, x.shape[1])
+
+
+def _normalise_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.plain = inputs[4:]
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _normalise_gradient(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+    x, mean, scale, beta = ctx.saved_tensors
+    dx, sum_p, sum_px = normalise_backward(dz, x, mean, scale, beta, *ctx.plain)
+    return dx, -scale * sum_p, sum_px, sum_p, None, None
+
+
+normalise.register_autograd(_normalise_gradient, setup_context=_normalise_context)

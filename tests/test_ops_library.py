@@ -1,0 +1,52 @@
+"""The registered operators: schema, fake function and autograd agree with what runs; torch.compile sees through them in one graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bnrestructure import ops
+from bnrestructure.ops import library
+
+
+def _tensors() -> tuple[torch.Tensor, ...]:
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    vectors = [torch.randn(4, requires_grad=True) for _ in range(3)]
+    return (x, *vectors, torch.randn(5, 4, 3, 3, requires_grad=True))
+
+
+@pytest.mark.parametrize(("prologue", "statistics", "stride"), [(True, True, 1), (False, False, 2), (True, False, 2)])
+def test_conv_operator_is_registered_consistently(prologue: bool, statistics: bool, stride: int) -> None:
+    x, mean, scale, beta, weight = _tensors()
+    vectors = (mean, scale, beta, "relu") if prologue else (None, None, None, "identity")
+    bias = None if prologue else torch.randn(5, requires_grad=True)
+    geometry = ([stride, stride], [1, 1], [1, 1], 1)
+    arguments = (x, *vectors, None, weight, bias, *geometry, statistics, torch.float32, "reference")
+    assert set(torch.library.opcheck(library.conv, arguments).values()) == {"SUCCESS"}
+
+
+def test_sweep_operators_are_registered_consistently() -> None:
+    x, mean, scale, beta, _ = _tensors()
+    assert set(torch.library.opcheck(library.statistics, (x, "reference")).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(library.normalise, (x, mean, scale, beta, "silu", "reference")).values()) == {"SUCCESS"}
+
+
+def test_nodes_compile_in_one_graph_and_agree_with_eager() -> None:
+    x, *_, weight = _tensors()
+    second = torch.randn(3, 5, 1, 1, requires_grad=True)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        shape = {"stride": (1, 1), "dilation": (1, 1), "groups": 1, "backend": "reference"}
+        first = ops.conv(x, None, None, None, weight, None, padding=(1, 1), statistics=True, **shape)
+        assert first.mean is not None
+        assert first.var is not None
+        scale = torch.rsqrt(first.var + 1e-5)
+        return ops.conv(first.y, first.mean, scale, -first.mean, second, None, act="relu", padding=(0, 0), **shape).y
+
+    expected = step(x)
+    wanted = torch.autograd.grad(expected.square().sum(), [x, weight, second])
+    got = torch.compile(step, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, expected)
+    found = torch.autograd.grad(got.square().sum(), [x, weight, second])
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -45,6 +45,8 @@ $(BIN)/python:
 $(VENV)/.installed: pyproject.toml setup.py $(KERNEL_SOURCES) | $(BIN)/python
 	@echo "Installing bnrestructure and its dependencies into $(VENV) (PyTorch is large: minutes the first time)"
 	@$(PIP) install --editable '.[test]'
+	@$(BIN)/python -c 'from bnrestructure.kernels.registry import unavailable_reason as why; \
+	    reason = why("cpu"); reason and print("The slow reference kernels will be used on the CPU:", reason)'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
@@ -73,7 +75,7 @@ LINT := $(VENV)/lint
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@rm -rf $(LINT) && mkdir -p $(LINT)
-	@BNRESTRUCTURE_NO_KERNELS=1 $(PIP) wheel --no-deps --wheel-dir $(LINT)/dist .
+	@$(PIP) wheel --no-deps --wheel-dir $(LINT)/dist .
 	@$(BIN)/python -m venv --without-pip $(LINT)/venv
 	@site=$$($(LINT)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/borrowed.pth"; \

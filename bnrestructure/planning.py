@@ -39,6 +39,8 @@ _BEFORE_BATCH_NORM, _BEFORE_ACTIVATION = 8, 5
 _AFTER_STATISTICS = {"epilogue": 1, "shared": 0, "sweep": 4}
 _AFTER_NORMALISE = {"prologue": 1, "sweep": 5}
 
+_LONELY = "neither half has a neighbour to ride on: no convolution before it, and none (nor a pool or a residual join) after it"
+
 
 def region_graphs(model: nn.Module, options: Options) -> Iterator[tuple[str, fx.GraphModule, fx.GraphModule]]:
     """(path, captured graph, rewritten graph) of every region, as a training forward with plain tensor arguments would see it."""
@@ -95,7 +97,10 @@ def _sites(path: str, before: fx.GraphModule, after: fx.GraphModule) -> Iterator
     statistics = _carriers(after, "bnr_statistics_of")
     normalises = _carriers(after, "bnr_normalises")
     left = {n.meta["bnr_site"]: n for n in after.graph.nodes if "bnr_site" in n.meta and n.target is not ops.finalize}
+    left |= {site: n for n in after.graph.nodes for site in n.meta.get("bnr_kept", [])}
     refusals = {r.node.meta["bnr_site"]: r.reason for r in find_batch_norms(after) if isinstance(r, Refusal)}
+    refusals |= {n.meta["bnr_site"]: n.meta["bnr_refusal"] for n in left.values() if "bnr_refusal" in n.meta}
+    refusals |= {site: _LONELY for n in left.values() for site in n.meta.get("bnr_kept", [])}
     refused_statistics = {r.node: r.reason for r in find_conv_statistics(after) if isinstance(r, Refusal)}
     swept: set[fx.Node] = set()
     for match in find_batch_norms(before):

@@ -61,7 +61,9 @@ def steps(names: Sequence[str], backend: str = "auto", fuel: int | None = None) 
     tank = Fuel(fuel)
     rewrites = {p.name: p for p in _REWRITES}
     for name in names:
-        if name != SelectKernels.name:
+        if name == Fission.name:
+            yield Fission(only_2d=backend != "reference", fuel=tank)
+        elif name != SelectKernels.name:
             yield rewrites[name](fuel=tank)
     if backend != "auto" or SelectKernels.name in names:
         yield SelectKernels(backend=backend)

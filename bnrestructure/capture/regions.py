@@ -110,6 +110,13 @@ class Region:
     _programs: list[_Cached] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Region:
+        """A copied model starts without programs: they are made again from its own modules."""
+        return Region(self.options, on_opaque=self.on_opaque)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Region, (self.options, [], self.on_opaque))
+
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the module: its rewritten program, or ``forward``, its own, where no program fits."""
         if not module.training or is_capturing() or any_global_hooks() or _is_transformed():

@@ -3,13 +3,14 @@
 from bnrestructure.ops.concat import concat_buffer, own_gradient
 from bnrestructure.ops.conv import ConvOutputs, conv
 from bnrestructure.ops.residual import ResidualOutputs, residual
-from bnrestructure.ops.statistics import StatisticsOutputs, finalize, statistics
+from bnrestructure.ops.statistics import StatisticsOutputs, batch_norm, finalize, statistics
 from bnrestructure.ops.sweeps import max_pool, normalise, squeeze
 
 __all__ = [
     "ConvOutputs",
     "ResidualOutputs",
     "StatisticsOutputs",
+    "batch_norm",
     "concat_buffer",
     "conv",
     "finalize",

@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bnrestructure.ops import library
+from bnrestructure.ops.activation import activate
 from bnrestructure.ops.aliases import alias
 from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative
 from bnrestructure.ops.edges import values_per_channel
 
-__all__ = ["StatisticsOutputs", "finalize", "statistics"]
+__all__ = ["StatisticsOutputs", "batch_norm", "finalize", "statistics"]
 
 
 class StatisticsOutputs(NamedTuple):
@@ -88,6 +90,26 @@ def finalize(
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
     return _Finalize.apply(mean, var, count, weight, bias, running_mean, running_var, momentum, eps, backend)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    *,
+    act: str = "identity",
+) -> Tensor:
+    """A batch norm left whole, with the activation that followed it: PyTorch's own operators, for sites that fission cannot help."""
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if momentum is None:
+        momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
+    return activate(F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps), act)
 
 
 class _Finalize(torch.autograd.Function):

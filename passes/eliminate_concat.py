@@ -31,14 +31,13 @@ class EliminateConcat:
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         graph, count = graph_module.graph, 0
-        for growing in find_growing_concats(graph_module):
-            if self.fuel.take():
-                _grow(graph, growing)
-                count += 1
-        for branches in find_branch_concats(graph_module):
-            if isinstance(branches, BranchConcat) and self.fuel.take():
-                _branch(graph, branches)
-                count += 1
+        # One at a time: a rewrite may replace a tensor, or the concat, that is a segment of the next.
+        while (growing := next(iter(find_growing_concats(graph_module)), None)) is not None and self.fuel.take():
+            _grow(graph, growing)
+            count += 1
+        while (branches := next(filter(None, find_branch_concats(graph_module)), None)) is not None and self.fuel.take():
+            _branch(graph, branches)
+            count += 1
         return finish(graph_module, count)
 
 

@@ -50,8 +50,9 @@ def _split(graph: fx.Graph, match: BatchNormMatch) -> None:
     weight, bias, running_mean, running_var, tracked, group = (
         reference(graph, getattr(layer, name), node) for name in names
     )
+    source = node.args[0] if node.args else node.kwargs["input"]  # layer.input may be a batch norm that has been split since
     with graph.inserting_before(node):
-        statistics = graph.call_function(ops.statistics, (), {"x": layer.input, "thread": False})
+        statistics = graph.call_function(ops.statistics, (), {"x": source, "thread": False})
     mean, var, size = (output(statistics, name) for name in ("mean", "var", "size"))
     with graph.inserting_before(node):
         if layer.synchronised:
@@ -62,7 +63,7 @@ def _split(graph: fx.Graph, match: BatchNormMatch) -> None:
     scale, beta = output(finalize, "scale"), output(finalize, "beta")
     with graph.inserting_before(node):
         vectors = {"mean": mean, "scale": scale, "beta": beta}
-        normalise = graph.call_function(ops.normalise, (), {"x": layer.input, **vectors, "act": "identity", "thread": False})
+        normalise = graph.call_function(ops.normalise, (), {"x": source, **vectors, "act": "identity", "thread": False})
     statistics.meta["bnr_statistics_of"] = [site]
     finalize.meta["bnr_site"] = site
     normalise.meta["bnr_normalises"] = [site]

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from bnrestructure.graph.fused import output, outputs_of, set_kwargs
+from bnrestructure import ops
+from bnrestructure.graph.fused import output, outputs_of, produced_by, set_kwargs
 from bnrestructure.passes.base import Fuel, PassResult, finish
 from bnrestructure.passes.to_fused import to_fused_conv
 from bnrestructure.patterns.statistics import ConvStatistics, find_conv_statistics, find_residual_statistics
@@ -26,7 +27,10 @@ class FuseStatistics:
         graph, count = graph_module.graph, 0
         for match in find_conv_statistics(graph_module):
             if isinstance(match, ConvStatistics) and self.fuel.take():
-                conv = match.conv if match.layer is None else to_fused_conv(graph, match.conv, match.layer)
+                conv = produced_by(match.statistics.kwargs["x"], ops.conv, "y")  # fused by now if it has other statistics, too
+                if conv is None:
+                    assert match.layer is not None
+                    conv = to_fused_conv(graph, match.conv, match.layer)
                 carry_statistics(graph, match.statistics, conv)
                 count += 1
         for statistics, join in find_residual_statistics(graph_module):

@@ -79,7 +79,7 @@ def _statistics_of(graph: fx.Graph, segment: fx.Node, before: fx.Node) -> fx.Nod
     A tensor that is a fused node's output already carrying statistics is left to fuse-statistics, which drops duplicates.
     """
     for user in segment.users:
-        if user.op == "call_function" and user.target is ops.statistics and user is not before:
+        if user.op == "call_function" and user.target is ops.statistics and user < before:
             return user
     position = segment
     while position.next.op in ("placeholder", "get_attr"):

@@ -70,8 +70,8 @@ def find_growing_concats(gm: fx.GraphModule) -> list[GrowingConcat]:
         if not appended or any(c is None for c in convs) or any(c is None for c in counts) or len(set(longest)) < len(longest):
             continue
         places = [position[conv] for conv in convs if conv is not None]
-        if places != sorted(places):
-            continue
+        if places != sorted(places) or position[base] > places[0]:
+            continue  # the buffer starts with the base: the base must be there before anyone writes behind it
         first_read = {segment: i for i, segment in enumerate(appended)}
         ordered = all(
             position[node] > position[conv]  # type: ignore[index]

@@ -1,34 +1,73 @@
-"""A rewritten graph as a plain function of the user's own module: every parameter, buffer and layer is looked up when it runs."""
+"""A rewritten graph as a function of the user's own module: every parameter, buffer and layer is looked up when it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-__all__ = ["compile_graph", "use_reshape"]
+__all__ = ["Program", "use_reshape"]
 
 
-def compile_graph(gm: fx.GraphModule, name: str) -> Callable[..., Any]:
-    """``function(module, *tensors)`` from a graph whose attribute paths start at ``module``.
+class Program:
+    """``program(module, tensors)`` runs a graph whose attribute paths start at ``module``.
 
-    The function holds no parameter or module: replaced parameters, ``load_state_dict(assign=True)`` and deep copies see their own tensors.
+    It holds no tensor: replaced parameters, ``load_state_dict(assign=True)`` and deep copies see their own. Parameters and buffers
+    are fetched straight from the dicts of the modules that own them, which are remembered for the module that was called last;
+    the caller vouches that its module tree has not changed in between (capture/state.py).
     """
-    code = gm.graph.python_code("self")
-    namespace = dict(code.globals)
-    exec(compile(code.src, f"<bnrestructure: {name}>", "exec"), namespace)
-    return namespace["forward"]
+
+    def __init__(self, gm: fx.GraphModule, name: str) -> None:
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(gm.graph, {}))
+        self._slots = _attributes_to_arguments(graph, gm)
+        self._output_spec: pytree.TreeSpec | None = gm.meta.get("bnr_output_spec")
+        code = graph.python_code("self")
+        namespace = dict(code.globals)
+        exec(compile(code.src, f"<bnrestructure: {name}>", "exec"), namespace)
+        self._function = namespace["forward"]
+        self._owner: nn.Module | None = None
+        self._dicts: list[tuple[dict[str, Any], str]] = []
+
+    def __call__(self, module: nn.Module, tensors: Sequence[Tensor]) -> Any:
+        owner, dicts = self._owner, self._dicts
+        if owner is not module:
+            dicts = [(getattr(module.get_submodule(path), kind), name) for path, kind, name in self._slots]
+            self._owner, self._dicts = module, dicts
+        result = self._function(module, *tensors, *[values[name] for values, name in dicts])
+        return result if self._output_spec is None else pytree.tree_unflatten(result, self._output_spec)
+
+
+def _attributes_to_arguments(graph: fx.Graph, gm: fx.GraphModule) -> list[tuple[str, str, str]]:
+    """Turn reads of parameters and buffers into arguments behind the graph's own; where to fetch each: (module path, dict, name)."""
+    slots: list[tuple[str, str, str]] = []
+    arguments: dict[str, fx.Node] = {}
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    last = placeholders[-1] if placeholders else None
+    for node in list(graph.nodes):
+        if node.op != "get_attr":
+            continue
+        target = str(node.target)
+        path, _, name = target.rpartition(".")
+        owner = gm.get_submodule(path)
+        kind = "_parameters" if name in owner._parameters else "_buffers" if name in owner._buffers else None
+        if kind is None:
+            continue
+        if target not in arguments:
+            position = graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes)))
+            with position:
+                last = arguments[target] = graph.placeholder(f"parameter_{len(slots)}")  # paths need not be identifiers
+            slots.append((path, kind, name))
+        node.replace_all_uses_with(arguments[target])
+        graph.erase_node(node)
+    return slots
 
 
 def use_reshape(gm: fx.GraphModule) -> None:
     """Turn ``x.view(...)`` into ``x.reshape(...)``: fused nodes may hand on channels_last tensors where eager has contiguous ones."""
     for node in gm.graph.nodes:
-        if node.op == "call_method" and node.target == "view" and not any(_is_dtype(a) for a in node.args[1:]):
+        if node.op == "call_method" and node.target == "view" and not any(isinstance(a, torch.dtype) for a in node.args[1:]):
             node.target = "reshape"
-
-
-def _is_dtype(argument: Any) -> bool:
-    import torch
-
-    return isinstance(argument, torch.dtype)

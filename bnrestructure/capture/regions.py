@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from bnrestructure.capture.boundaries import any_global_hooks, boundary_reason, is_library_leaf
 from bnrestructure.capture.formats import restore_formats
-from bnrestructure.capture.program import compile_graph, use_reshape
+from bnrestructure.capture.program import Program, use_reshape
 from bnrestructure.capture.state import ModuleState
 from bnrestructure.capture.tracer import Arguments, capture, is_capturing
 from bnrestructure.errors import CaptureError
@@ -94,7 +94,7 @@ def subregions(module: nn.Module, opaque: dict[nn.Module, str]) -> Iterator[tupl
 class _Cached:
     key: Any
     state: ModuleState
-    program: Callable[..., Any] | None
+    program: Program | None
 
 
 @dataclass
@@ -129,9 +129,9 @@ class Region:
         program = self._program(module, forward, arguments)
         if program is None:
             return forward(module, *args, **kwargs)
-        return program(module, *arguments.tensors)
+        return program(module, arguments.tensors)
 
-    def _program(self, module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> Callable[..., Any] | None:
+    def _program(self, module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> Program | None:
         key = (arguments.key, torch.is_grad_enabled())
         with self._lock:
             for i, cached in enumerate(self._programs):
@@ -144,7 +144,7 @@ class Region:
             del self._programs[_CACHED_PROGRAMS:]
             return program
 
-    def _make(self, module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> Callable[..., Any] | None:
+    def _make(self, module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> Program | None:
         try:
             gm, opaque = rewritten(module, forward, arguments, self.options)
         except CaptureError as error:
@@ -154,7 +154,7 @@ class Region:
         else:
             inner = [child for child, _ in subregions(module, opaque)]
             restore_formats(gm)
-            program = compile_graph(gm, type(module).__name__)
+            program = Program(gm, type(module).__name__)
         if self.on_opaque is not None:
             for child in inner:
                 self.on_opaque(child, self.options)

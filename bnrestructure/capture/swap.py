@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ def region_of(module: nn.Module) -> Region:
 
 @cache
 def _restructured_class(cls: type[nn.Module]) -> type[nn.Module]:
+    @wraps(cls.forward)  # callers look at the signature: torch.export, torch.fx, trainers that drop columns
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return cls.forward(self, *args, **kwargs)

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpoint_module
 
 from bnrestructure.capture.boundaries import boundary_reason, is_library_leaf
+from bnrestructure.capture.side_effects import Attributes, ambient_modes
 from bnrestructure.errors import CaptureError
 
 __all__ = ["Arguments", "capture", "is_capturing"]
@@ -95,14 +96,17 @@ class _Constant:
         self.__module__ = "bnrestructure.capture"
 
     def __call__(self) -> Tensor:
-        return self.value
+        return self.value.clone()  # forward() makes it anew in every call, and may write to it
 
 
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, arguments: Arguments, opaque: set[nn.Module], watch_random: bool) -> None:
+    def __init__(self, root: nn.Module, arguments: Arguments, opaque: set[nn.Module], watch_random: bool) -> None:
         super().__init__()
+        self.attributes = Attributes(root)
+        self.modes = ambient_modes()
+        self.output_spec: pytree.TreeSpec | None = None
         self.arguments = arguments
         self.opaque = opaque
         self.watch_random = watch_random
@@ -118,10 +122,35 @@ class _Tracer(fx.Tracer):
         names = ["x"] if count == 1 else [f"x{i}" for i in range(count)]
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
         args, kwargs = self.arguments.unflatten(proxies)
-        root = self.root
-        return (lambda: root_fn(root, *args, **kwargs)), []
+
+        def traced() -> Any:
+            result = root_fn(self.root, *args, **kwargs)
+            left, spec = pytree.tree_flatten((args, kwargs))
+            if spec != self.arguments.spec or [id(a) for a in left if isinstance(a, fx.Proxy)] != [id(p) for p in proxies]:
+                raise CaptureError("its forward writes to a container that it is given")
+            return self._plain(result)
+
+        return traced, []
+
+    def _plain(self, result: Any) -> Any:
+        """The result in containers that fx keeps; where it would not (an OrderedDict), its leaves, and the structure apart."""
+        if _fx_keeps(result):
+            return result
+        leaves, self.output_spec = pytree.tree_flatten(result)
+        return leaves
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        self._check_modes()
+        return super().create_node(*args, **kwargs)
+
+    def _check_modes(self) -> None:
+        if ambient_modes() != self.modes:
+            raise CaptureError("its forward turns gradients or autocast on or off for a part of itself")
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self._check_modes()  # here, while the module that turned them is still the innermost on the stack
+        if self.is_leaf_module(m, "") and self.attributes.changed_on(m):
+            raise CaptureError(f"its forward writes to attributes of a {type(m).__name__} before calling it")
         self.stack.append(m)
         result = super().call_module(m, forward, args, kwargs)
         if self.watch_random and not _same_random_state(_random_state(), self.random_before):
@@ -146,6 +175,17 @@ class _Tracer(fx.Tracer):
 
     def _is_attribute(self, tensor: Tensor) -> bool:
         return tensor in self.tensor_attrs or any(tensor is b for b in self.root.buffers())
+
+
+def _fx_keeps(value: Any) -> bool:
+    """Whether a graph's output can hold this nest of containers as it is (it would make a plain dict of an OrderedDict)."""
+    if isinstance(value, fx.Proxy):
+        return True
+    if isinstance(value, dict):
+        return type(value) is dict and all(_fx_keeps(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return (type(value) in (list, tuple) or hasattr(value, "_fields")) and all(_fx_keeps(v) for v in value)
+    return type(value) not in pytree.SUPPORTED_NODES
 
 
 def _stands_for_tensor(node: fx.Node, root: nn.Module) -> bool:
@@ -174,7 +214,11 @@ def _refuse_checkpoint(*_: Any, **__: Any) -> Any:
 @contextmanager
 def _no_checkpoints() -> Iterator[None]:
     """Make any activation checkpoint met while tracing a CaptureError, by whichever name the model imported it."""
-    names = ("_checkpoint_without_reentrant_generator", "CheckpointFunction", "checkpoint")
+    # What it goes through differs between PyTorch releases; a model may hold checkpoint() itself under a name of its own.
+    names = (
+        "_checkpoint_impl", "_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator",
+        "CheckpointFunction", "checkpoint",
+    )  # fmt: skip
     saved = {name: getattr(checkpoint_module, name) for name in names if hasattr(checkpoint_module, name)}
 
     class Refusing:
@@ -187,33 +231,6 @@ def _no_checkpoints() -> Iterator[None]:
     finally:
         for name, value in saved.items():
             setattr(checkpoint_module, name, value)
-
-
-def _attributes(module: nn.Module) -> dict[tuple[nn.Module, str], tuple[Any, int | None]]:
-    """Every attribute of the module tree with its length if it is a container: what a forward() might write to."""
-    found: dict[tuple[nn.Module, str], tuple[Any, int | None]] = {}
-    for m in module.modules():
-        for key, value in m.__dict__.items():
-            if key != "_modules" and not key.startswith("_bnr"):
-                found[m, key] = (value, len(value) if isinstance(value, dict | list | set) else None)
-    return found
-
-
-def _restore_attributes(
-    module: nn.Module, before: dict[tuple[nn.Module, str], tuple[Any, int | None]]
-) -> tuple[nn.Module, str] | None:
-    """Undo what tracing wrote to plain attributes, and name one (module, attribute) that was written, or None."""
-    written = None
-    for (m, key), (value, size) in _attributes(module).items():
-        if (m, key) not in before:
-            del m.__dict__[key]
-        else:
-            old, old_size = before[m, key]
-            if value is old and size == old_size:
-                continue
-            m.__dict__[key] = old
-        written = (m, key)
-    return written
 
 
 def _random_state() -> tuple[Any, ...]:
@@ -245,7 +262,7 @@ def capture(
     watch_random = False
     with _lock:
         while True:
-            tracer = _Tracer(arguments, set(opaque), watch_random)
+            tracer = _Tracer(module, arguments, set(opaque), watch_random)
             try:
                 graph = _trace(tracer, module, forward)
                 break
@@ -256,14 +273,16 @@ def capture(
                     opaque[tracer.stack[-1]] = str(error)
                 else:
                     raise
-    return fx.GraphModule(module, graph, class_name=type(module).__name__), opaque
+    gm = fx.GraphModule(module, graph, class_name=type(module).__name__)
+    gm.meta["bnr_output_spec"] = tracer.output_spec
+    return gm, opaque
 
 
 def _trace(tracer: _Tracer, module: nn.Module, forward: Callable[..., Any]) -> fx.Graph:
     """torch.fx's tracing, of the given forward function instead of the (perhaps swapped) class's own, less its side effects."""
     create_args = tracer.create_args_for_root
     tracer.create_args_for_root = lambda _, is_module, concrete_args=None: create_args(forward, is_module)  # type: ignore[method-assign]
-    before, rng = _attributes(module), _random_state()
+    rng = _random_state()
     _active.depth = getattr(_active, "depth", 0) + 1
     try:
         with _no_checkpoints(), warnings.catch_warnings():
@@ -276,7 +295,7 @@ def _trace(tracer: _Tracer, module: nn.Module, forward: Callable[..., Any]) -> f
         raise CaptureError(f"the tracer cannot follow its forward: {lines[0] if lines else type(error).__name__}") from error
     finally:
         _active.depth -= 1
-        changed = _restore_attributes(module, before)
+        changed = tracer.attributes.restore()
         drawn = not _same_random_state(_random_state(), rng)
         _set_random_state(rng)
     if changed is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from typing import Any
 
@@ -18,13 +19,17 @@ _OPERATORS = {
     operator.iand: operator.and_,
     operator.ior: operator.or_,
 }
-_ACTIVATIONS: dict[type[nn.Module], Any] = {
-    nn.ReLU: nn.functional.relu,
-    nn.ReLU6: nn.functional.relu6,
-    nn.SiLU: nn.functional.silu,
-    nn.Hardswish: nn.functional.hardswish,
-    nn.Hardsigmoid: nn.functional.hardsigmoid,
-    nn.Mish: nn.functional.mish,
+#: Activation modules: their function, and which of the module's attributes it takes.
+_ACTIVATIONS: dict[type[nn.Module], tuple[Any, tuple[str, ...]]] = {
+    nn.ReLU: (nn.functional.relu, ()),
+    nn.ReLU6: (nn.functional.relu6, ()),
+    nn.SiLU: (nn.functional.silu, ()),
+    nn.Hardswish: (nn.functional.hardswish, ()),
+    nn.Hardsigmoid: (nn.functional.hardsigmoid, ()),
+    nn.Mish: (nn.functional.mish, ()),
+    nn.LeakyReLU: (nn.functional.leaky_relu, ("negative_slope",)),
+    nn.ELU: (nn.functional.elu, ("alpha",)),
+    nn.Hardtanh: (nn.functional.hardtanh, ("min_val", "max_val")),
 }
 #: Operations whose output never shares memory with an input. Everything else might.
 _FRESH_MODULES = (
@@ -72,14 +77,17 @@ def inplace_target(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | No
 def _inplace_argument(node: fx.Node) -> bool:
     if "inplace" in node.kwargs:
         return node.kwargs["inplace"] is True
-    import inspect
+    position = _inplace_position(node)
+    return position < len(node.args) and node.args[position] is True
 
+
+def _inplace_position(node: fx.Node) -> int:
+    """Where the function takes ``inplace`` by position; behind all arguments if it does not."""
     try:
         parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        return False
-    position = parameters.index("inplace") if "inplace" in parameters else len(node.args)
-    return position < len(node.args) and node.args[position] is True
+        return len(node.args)
+    return parameters.index("inplace") if "inplace" in parameters else len(node.args)
 
 
 def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -92,7 +100,7 @@ def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_method":
         return node.target in _FRESH_METHODS
     return node.op == "call_function" and (
-        node.target in _FRESH_FUNCTIONS or node.target in [f for f in _ACTIVATIONS.values()]
+        node.target in _FRESH_FUNCTIONS or node.target in [function for function, _ in _ACTIVATIONS.values()]
     )
 
 
@@ -149,11 +157,15 @@ def _sharing(node: fx.Node, modules: dict[str, nn.Module], exclude: fx.Node) -> 
 def _make_out_of_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Turn one in-place node into its out-of-place form; False when it has none."""
     if node.op == "call_module":
-        function = _ACTIVATIONS.get(type(_module(node, modules)))  # type: ignore[arg-type]
-        if function is None:
+        from bnrestructure.capture.boundaries import boundary_reason
+
+        module = _module(node, modules)
+        if module is None or type(module) not in _ACTIVATIONS or boundary_reason(module) is not None:
             return False
+        function, attributes = _ACTIVATIONS[type(module)]
         node.meta["bnr_module"] = str(node.target)
         node.op, node.target = "call_function", function
+        node.kwargs = {**node.kwargs, **{name: getattr(module, name) for name in attributes}}
     elif node.op == "call_method":
         name = str(node.target).rstrip("_")
         if not hasattr(Tensor, name):
@@ -164,7 +176,8 @@ def _make_out_of_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     elif "inplace" in node.kwargs:
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
     elif _inplace_argument(node):
-        node.args = tuple(False if a is True else a for a in node.args)
+        position = _inplace_position(node)
+        node.args = tuple(False if i == position else a for i, a in enumerate(node.args))
     else:
         out_of_place = getattr(torch, getattr(node.target, "__name__", "").rstrip("_"), None)
         if out_of_place is None or node.target is operator.setitem:

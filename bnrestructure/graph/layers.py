@@ -124,11 +124,7 @@ def conv_of(node: fx.Node, modules: dict[str, nn.Module]) -> ConvLayer | str | N
     """The convolution that this node calls; a reason why a convolution cannot be fused; or None when it is something else."""
     if node.op == "call_module":
         module = modules.get(str(node.target))
-        if isinstance(module, nn.modules.conv._ConvNd) and type(module) not in _CONV_MODULES:
-            return f"the convolution is a {type(module).__name__}"
-        if not isinstance(module, nn.modules.conv._ConvNd):
-            return None
-        return _conv_module(node, module)
+        return _conv_module(node, module) if isinstance(module, nn.modules.conv._ConvNd) else None
     if node.op == "call_function" and node.target in _CONV_FUNCTIONS:
         return _conv_function(node, _CONV_FUNCTIONS[node.target])
     return None
@@ -140,6 +136,8 @@ def _conv_module(node: fx.Node, module: nn.modules.conv._ConvNd) -> ConvLayer | 
     reason = boundary_reason(module)
     if reason is not None:
         return f"of its convolution: {reason}"
+    if type(module) not in _CONV_MODULES:
+        return f"the convolution is a {type(module).__name__}"
     if module.padding_mode != "zeros":
         return f"the convolution pads with padding_mode={module.padding_mode!r}"
     source = node.args[0] if node.args else node.kwargs.get("input")
@@ -356,7 +354,11 @@ def global_average_of(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node |
     """The input of an average pool over all spatial positions of a 2-D map that leaves [N, C, 1, 1], else None."""
     if node.op == "call_module":
         module = modules.get(str(node.target))
-        if type(module) is not nn.AdaptiveAvgPool2d or module.output_size not in (1, (1, 1), [1, 1]):
+        from bnrestructure.capture.boundaries import boundary_reason
+
+        if type(module) is not nn.AdaptiveAvgPool2d or boundary_reason(module) is not None:
+            return None
+        if module.output_size not in (1, (1, 1), [1, 1]):
             return None
         source = node.args[0] if node.args else None
     elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d:

@@ -29,11 +29,12 @@ def implementation(name: str) -> ModuleType | None:
     if name == "reference":
         return reference
     try:
-        return importlib.import_module(_DEVICE_MODULES[name])
+        module = importlib.import_module(_DEVICE_MODULES[name])
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("bnrestructure"):
             return None
         raise
+    return module if module.__file__ is not None else None  # a folder without code is a namespace package
 
 
 @cache

@@ -42,7 +42,8 @@ class _ConcatBuffer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        dx = gradient.narrow(1, ctx.offset, ctx.channels).to(ctx.dtype)
+        # A copy, as forward made one: the thread behind x will write to it, and the gradient may be the caller's.
+        dx = gradient.narrow(1, ctx.offset, ctx.channels).to(ctx.dtype, copy=True)
         dinto = None if ctx.into_channels is None else gradient.narrow(1, 0, ctx.into_channels)
         return guard_second_derivative((dx, dinto, None, None, None, None))
 

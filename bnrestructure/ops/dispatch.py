@@ -39,7 +39,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in gradients)
+        return tuple(g.clone() for g in gradients)  # not views: the threads go on adding to them in place
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

@@ -102,13 +102,17 @@ class _Residual(torch.autograd.Function):
         )
         ctx.act, ctx.backend = act, backend
         ctx.has_gain, ctx.has_r_gain = gain is not None, r_gain is not None
-        ctx.save_for_backward(y, mean, scale, beta, r, r_mean, r_scale, r_beta, out, omean)
+        # Backward reads out for its statistics alone (and under an activation eager would have saved it, too): without them the caller
+        # may overwrite it, as after eager's add.
+        kept = out if statistics or act != "identity" else None
+        ctx.save_for_backward(y, mean, scale, beta, r, r_mean, r_scale, r_beta, kept, omean)
         ctx.set_materialize_grads(False)
         return out, omean, ovar
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dmean: Any, dvar: Any) -> Any:  # type: ignore[override]
         y, mean, scale, beta, r, r_mean, r_scale, r_beta, out, omean = ctx.saved_tensors
+        out = y if out is None else out  # the same shape and dtype
         statistics = None
         if dmean is not None or dvar is not None:
             count = values_per_channel(out)
@@ -123,6 +127,8 @@ class _Residual(torch.autograd.Function):
             ctx.backend, "residual_backward", dout, statistics, y, Transform(mean, scale, beta), r,
             Transform(r_mean, r_scale, r_beta), out, ctx.act,
         )  # fmt: skip
+        if g.data_ptr() == dout.data_ptr():
+            g = g.clone()  # a join without an activation: the threads behind r will write to g, and dout may be the caller's
         dy, dgain = (g, scale) if ctx.has_gain else (_scaled(g, scale), None)
         dr, dr_gain, r_vectors = g, None, (None, None, None)
         if r_mean is not None:

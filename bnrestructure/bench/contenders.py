@@ -1,0 +1,109 @@
+"""The variants of one model that are timed against each other; all start from the same parameters."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bnrestructure.api import restructure
+from bnrestructure.bench.settings import Settings
+from bnrestructure.bench.workload import TrainingStep, Workload
+from bnrestructure.passes.pipeline import LADDER
+
+__all__ = [
+    "COMPILED",
+    "EAGER_CONTIGUOUS",
+    "EAGER_LAST",
+    "MEMORY_EFFICIENT",
+    "RESTRUCTURED",
+    "RIVALS",
+    "autocast_dtype",
+    "build",
+    "contenders",
+    "has_memory_efficient",
+    "moved",
+    "rungs",
+    "to_channels_last",
+]
+
+EAGER_LAST = "eager channels_last"
+EAGER_CONTIGUOUS = "eager contiguous"
+COMPILED = "torch.compile"
+MEMORY_EFFICIENT = "memory_efficient=True"
+RESTRUCTURED = "restructured"
+
+#: The restructured model is compared with the fastest of these. (memory_efficient=True recomputes, and is slower by design.)
+RIVALS = (EAGER_LAST, EAGER_CONTIGUOUS, COMPILED)
+
+_RUNG = "ladder "
+#: The top rung is the whole pipeline: the restructured model itself.
+_TOP = "icf"
+
+
+def rungs(settings: Settings) -> dict[str, str]:
+    """The variant that stands on each rung of the ladder, by the rung's name; empty unless the ladder was asked for."""
+    if not settings.ladder:
+        return {}
+    return {rung: RESTRUCTURED if rung == _TOP else _RUNG + rung for rung in LADDER}
+
+
+def contenders(settings: Settings, memory_efficient: bool) -> list[str]:
+    """Every variant to be timed, in the order of a round."""
+    names = [EAGER_LAST, EAGER_CONTIGUOUS]
+    names += [COMPILED] if settings.compile else []
+    names += [MEMORY_EFFICIENT] if memory_efficient else []
+    lower = [name for name in rungs(settings).values() if name != RESTRUCTURED]
+    return [*names, *lower, RESTRUCTURED]
+
+
+def has_memory_efficient(model: nn.Module) -> bool:
+    """Whether the model is one of torchvision's that can recompute instead of keeping (its DenseNets)."""
+    return "memory_efficient" in inspect.signature(type(model).__init__).parameters
+
+
+def build(name: str, workload: Workload, settings: Settings) -> TrainingStep:
+    """The training step of one variant, with a model of its own. The workload is left as it is."""
+    if name == MEMORY_EFFICIENT:
+        model = workload.make(memory_efficient=True)
+        model.load_state_dict(workload.model.state_dict())
+    else:
+        model = copy.deepcopy(workload.model)
+    model.to(settings.device).train()
+    inputs = moved(workload.inputs, settings.device)
+    if name != EAGER_CONTIGUOUS:
+        model, inputs = to_channels_last(model, inputs)
+    if name == COMPILED:
+        model.compile()
+    elif name == RESTRUCTURED:
+        restructure(model, backend=settings.backend)
+    elif name.startswith(_RUNG):
+        restructure(model, backend=settings.backend, passes=name.removeprefix(_RUNG))
+    return TrainingStep(model, inputs, settings.device, autocast_dtype(settings))
+
+
+def moved(inputs: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+    """The arguments with their tensors on the device."""
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), inputs)
+
+
+def to_channels_last(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
+    """The model and its 4-D (5-D) inputs in channels_last (channels_last_3d)."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in model.parameters():
+        if parameter.dim() in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
+
+    def convert(t: Tensor) -> Tensor:
+        return t.contiguous(memory_format=formats[t.dim()]) if t.dim() in formats else t
+
+    return model, pytree.tree_map_only(Tensor, convert, inputs)
+
+
+def autocast_dtype(settings: Settings) -> torch.dtype | None:
+    """What autocast computes in; None without autocast."""
+    return torch.bfloat16 if settings.dtype == "bf16" else None

@@ -1,0 +1,150 @@
+"""The measurements, one function each; every job runs in a process of its own (``worker.py``) and returns plain data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bnrestructure.api import explain
+from bnrestructure.bench import contenders
+from bnrestructure.bench.ceilings import copy_bandwidth, fma_ceiling
+from bnrestructure.bench.check import check_numbers
+from bnrestructure.bench.contenders import COMPILED, EAGER_LAST, RESTRUCTURED
+from bnrestructure.bench.kinds import time_by_kind
+from bnrestructure.bench.loading import load_workload
+from bnrestructure.bench.machine import environment
+from bnrestructure.bench.paired import time_paired
+from bnrestructure.bench.settings import Settings
+from bnrestructure.bench.workload import Workload
+from bnrestructure.kernels import registry
+from bnrestructure.report.memory import peak_memory, saved_for_backward
+
+__all__ = ["JOBS", "Progress"]
+
+_CHECKED_BATCH = 2
+_MEMORY_STEPS = 2
+
+
+class Progress:
+    """How far a job is: ``send`` takes {"total": runs} once and {"run": name} before each run."""
+
+    def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
+        self._send = send
+
+    def total(self, runs: int) -> None:
+        self._send({"total": runs})
+
+    def run(self, name: str) -> None:
+        self._send({"run": name})
+
+
+def check(settings: Settings, progress: Progress) -> dict[str, Any]:
+    """Whether what would be timed computes the right numbers, on a batch of two of the same images."""
+    workload = load_workload(settings)
+    model = workload.model.to(settings.device)
+    model, inputs = contenders.to_channels_last(model, contenders.moved(workload.first(_CHECKED_BATCH), settings.device))
+    selections: dict[str, str | None] = {RESTRUCTURED: None}
+    selections |= {name: rung for rung, name in contenders.rungs(settings).items() if name != RESTRUCTURED}
+    progress.total(len(selections))
+    reports = {}
+    for name, passes in selections.items():
+        progress.run(name)
+        report = check_numbers(model, inputs, settings, passes)
+        reports[name] = report.to_json() | {"text": str(report)}
+    return {
+        "ok": all(report["ok"] for report in reports.values()),
+        "batch": min(_CHECKED_BATCH, settings.batch),
+        "reports": reports,
+    }
+
+
+def ceilings(settings: Settings, progress: Progress) -> dict[str, Any]:
+    """The machine's ceilings, and what a step of this model needs of each."""
+    progress.total(4)
+    found: dict[str, Any] = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        progress.run(f"{name} multiply-adds")
+        found[f"{name}_flops_per_second"] = fma_ceiling(settings.device, dtype)
+    progress.run("copy bandwidth")
+    found["copy_bytes_per_second"] = copy_bandwidth(settings.device)
+    progress.run("operations of a step")
+    workload = load_workload(settings)
+    with FlopCounterMode(display=False) as counter:
+        contenders.build(EAGER_LAST, workload, settings)()
+    found["step_flops"] = counter.get_total_flops()
+    return found | {"plan": _sweeps(workload, settings), "environment": environment(settings.device)}
+
+
+def _sweeps(workload: Workload, settings: Settings) -> dict[str, Any]:
+    """How many sites each selection of passes fuses, and the bytes that their sweeps move in a step."""
+    selections: dict[str, str | None] = {RESTRUCTURED: None} | {r: r for r in contenders.rungs(settings)}
+    found = {}
+    for name, passes in selections.items():
+        plan = explain(workload.model, workload.inputs, backend=settings.backend, passes=passes)
+        sites = [site for site in plan.sites if site.bytes_before is not None and site.bytes_after is not None]
+        # Shapes are worked out without autocast; with it, what convolutions hand to batch norms is half as wide.
+        width = 0.5 if settings.dtype == "bf16" else 1.0
+        found[name] = {
+            "sites": len(plan.sites),
+            **plan.counts,
+            "bytes_before": round(width * sum(site.bytes_before or 0 for site in sites)),
+            "bytes_after": round(width * sum(site.bytes_after or 0 for site in sites)),
+        }
+    return found
+
+
+def timing(settings: Settings, progress: Progress) -> dict[str, Any]:
+    """Seconds of every contender, round by round, and time by kind of operation of the eager and the restructured model."""
+    workload = load_workload(settings)
+    names = contenders.contenders(settings, contenders.has_memory_efficient(workload.model))
+    profiled = [name for name in (EAGER_LAST, RESTRUCTURED) if name in names]
+    progress.total(len(names) * (settings.warmup + settings.rounds) + len(profiled))
+    steps = {name: contenders.build(name, workload, settings) for name in names}
+    timings = time_paired(steps, rounds=settings.rounds, warmup=settings.warmup, progress=progress.run)
+    kinds = {}
+    for name in profiled:
+        progress.run(f"profile of {name}")
+        kinds[name] = time_by_kind(steps[name], settings.device)
+    return {"samples": timings.samples, "kinds": kinds, "notes": _notes(settings)}
+
+
+def _notes(settings: Settings) -> list[str]:
+    """What a reader of the figures must know about this installation."""
+    if settings.backend == "reference":
+        return ["the reference kernels were asked for: they are plain PyTorch and not made to be fast"]
+    reason = registry.unavailable_reason(settings.device)
+    return [] if reason is None else [f"the slow reference kernels were timed: {reason}"]
+
+
+def memory(settings: Settings, progress: Progress, variant: str) -> dict[str, Any]:
+    """Peak memory of one variant's first steps, and what autograd keeps for backward in one of them. Only for a fresh process."""
+    progress.total(_MEMORY_STEPS + 1)
+    step = contenders.build(variant, load_workload(settings), settings)
+
+    def steps() -> None:
+        for _ in range(_MEMORY_STEPS):
+            progress.run(f"peak memory of {variant}")
+            step()
+
+    peak = peak_memory(steps, settings.device)
+    progress.run(f"saved tensors of {variant}")
+    return {"peak_bytes": peak, "saved_bytes": saved_for_backward(step.model, step)}
+
+
+def compilation(settings: Settings, progress: Progress) -> dict[str, Any]:
+    """Compile the model with torch.compile once, which leaves it in the compiler's cache on disk, and say how long that took."""
+    progress.total(1)
+    progress.run("compiling (minutes)")
+    step = contenders.build(COMPILED, load_workload(settings), settings)
+    start = time.perf_counter()
+    step()
+    return {"seconds": time.perf_counter() - start}
+
+
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {
+    job.__name__: job for job in (check, ceilings, timing, memory, compilation)
+}

@@ -1,0 +1,31 @@
+"""From the settings to a workload: MODEL and its inputs are found as in every other subcommand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from bnrestructure.bench.settings import Settings
+from bnrestructure.bench.workload import Workload
+from bnrestructure.cli.inputs import example_inputs
+from bnrestructure.cli.models import load_model
+from bnrestructure.cli.shapes import check_shapes
+
+__all__ = ["load_workload"]
+
+
+def load_workload(settings: Settings) -> Workload:
+    """The model in training mode with its inputs. Raises UsageError for a model that cannot be had or does not take the inputs."""
+    model = load_model(settings.model).train()
+    inputs = example_inputs(settings.model, model, batch=settings.batch, size=settings.input_size, source=settings.inputs)
+    workload = Workload(model, inputs, lambda **options: _torchvision(settings.model, **options))
+    check_shapes(model, workload.first(2))
+    return workload
+
+
+def _torchvision(name: str, **options: Any) -> nn.Module:
+    """A torchvision model with options of its own, in training mode."""
+    from torchvision import models
+
+    return models.get_model(name, weights=None, **options).train()

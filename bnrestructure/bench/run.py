@@ -1,0 +1,108 @@
+"""A benchmark from its settings to its figures: check, ceilings, then time and memory for each allocator setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any, Protocol
+
+from bnrestructure.bench.contenders import (
+    COMPILED,
+    EAGER_LAST,
+    MEMORY_EFFICIENT,
+    RESTRUCTURED,
+    RIVALS,
+    contenders,
+    rungs,
+)
+from bnrestructure.bench.machine import command_line
+from bnrestructure.bench.paired import PairedTimings
+from bnrestructure.bench.process import JobFailedError, run_job
+from bnrestructure.bench.settings import MALLOC, Settings
+
+__all__ = ["PHASES", "Listener", "run_benchmark"]
+
+PHASES = ("forward", "backward", "step")
+
+
+class Listener(Protocol):
+    """Is told of each job by a title, and gets a function that takes what ``jobs.Progress`` sends."""
+
+    def __call__(self, title: str) -> Callable[[dict[str, Any]], None]: ...
+
+
+def run_benchmark(settings: Settings, listener: Listener) -> dict[str, Any]:
+    """All figures as plain data. With wrong numbers (``result["check"]["ok"]`` false) nothing is timed and there are no sections.
+
+    Raises UsageError for a model that cannot be loaded or trained on, JobFailedError when a measuring process dies.
+    """
+    result: dict[str, Any] = {"command": command_line(), "settings": asdict(settings), "notes": []}
+    first = settings.malloc[-1]
+    result["check"] = run_job("check", settings, malloc=first, listen=listener("checking the numbers"))
+    if not result["check"]["ok"]:
+        return result
+    found = run_job("ceilings", settings, malloc=first, listen=listener("the machine's ceilings"))
+    result["environment"], result["plan"] = found.pop("environment"), found.pop("plan")
+    result["ceilings"] = found
+    if settings.compile:
+        settings = _compiled(settings, result, listener)
+    result["sections"] = [_section(settings, malloc, result, listener) for malloc in settings.malloc]
+    return result
+
+
+def _compiled(settings: Settings, result: dict[str, Any], listener: Listener) -> Settings:
+    """Fill the compiler's cache; without torch.compile among the contenders where that fails or takes too long, and a note of it."""
+    try:
+        done = run_job("compilation", settings, limit=settings.compile_limit, listen=listener("torch.compile"))
+    except JobFailedError as error:
+        result["notes"].append(f"torch.compile was not timed: {error}")
+        return replace(settings, compile=False)
+    result["compile_seconds"] = done["seconds"]
+    return settings
+
+
+def _section(settings: Settings, malloc: str, result: dict[str, Any], listener: Listener) -> dict[str, Any]:
+    """Everything that was measured under one allocator setting."""
+    measured = run_job("timing", settings, malloc=malloc, listen=listener(f"timing, {malloc} malloc"))
+    timings = PairedTimings(measured["samples"])
+    variants: dict[str, dict[str, Any]] = {}
+    for name in timings.samples:
+        variants[name] = {phase: asdict(timings.spread(name, phase)) for phase in PHASES}
+    if settings.memory:
+        for name in contenders(settings, MEMORY_EFFICIENT in variants):
+            # torch.compile's own memory while it compiles is most of what such a process holds: no figure of a training step.
+            if name != COMPILED:
+                variants[name] |= run_job("memory", settings, malloc=malloc, listen=listener(f"memory, {malloc} malloc"), variant=name)
+    result["notes"] += [note for note in measured["notes"] if note not in result["notes"]]
+    return {
+        "malloc": malloc,
+        "malloc_environment": MALLOC[malloc],
+        "variants": variants,
+        "comparison": _compare(timings, variants),
+        "speedups": _speedups(timings),
+        "ladder": {rung: name for rung, name in rungs(settings).items() if name in variants},
+        "kinds": measured["kinds"],
+        "samples": timings.samples,
+    }
+
+
+def _compare(timings: PairedTimings, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The restructured model beside the fastest of its rivals, both sides of every ratio; memory beside eager channels_last."""
+    rival = timings.fastest(name for name in RIVALS if name in timings.samples)
+    compared: dict[str, Any] = {"against": rival, "memory_against": EAGER_LAST}
+    for phase in PHASES:
+        compared[phase] = {
+            "theirs": timings.spread(rival, phase).median,
+            "ours": timings.spread(RESTRUCTURED, phase).median,
+            "ratio": asdict(timings.ratio(rival, RESTRUCTURED, phase)),
+        }
+    for figure in ("saved_bytes", "peak_bytes"):
+        theirs, ours = variants[EAGER_LAST].get(figure), variants[RESTRUCTURED].get(figure)
+        if theirs is not None and ours is not None:
+            compared[figure] = {"theirs": theirs, "ours": ours, "ratio": ours / theirs if theirs else None}
+    return compared
+
+
+def _speedups(timings: PairedTimings) -> dict[str, dict[str, float]]:
+    """Paired ratio of each other variant's step to the restructured model's: above 1, restructured is faster."""
+    return {name: asdict(timings.ratio(name, RESTRUCTURED)) for name in timings.samples if name != RESTRUCTURED}

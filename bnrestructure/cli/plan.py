@@ -1,0 +1,42 @@
+"""``bnrestructure plan MODEL``: what restructuring does to each batch norm, and why not more."""
+
+from __future__ import annotations
+
+import argparse
+
+from bnrestructure.cli.options import add_input_arguments, add_model_arguments, pass_names
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments. Must not import torch."""
+    add_model_arguments(parser)
+    add_input_arguments(parser, batch=32)
+    parser.add_argument("--strict", action="store_true", help="exit status 1 unless every batch norm is fully fused")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plan. Exit status 0, or 1 with --strict when a site is not fully fused."""
+    from bnrestructure.api import explain
+    from bnrestructure.cli.inputs import example_inputs
+    from bnrestructure.cli.models import load_model
+    from bnrestructure.cli.output import print_json, progress, stdout
+    from bnrestructure.cli.shapes import check_shapes
+    from bnrestructure.report.plan_table import print_plan
+
+    with progress(arguments.model) as say:
+        say("building the model")
+        model = load_model(arguments.model)
+        inputs = example_inputs(
+            arguments.model, model, batch=arguments.batch, size=arguments.input_size, source=arguments.inputs
+        )
+        say("planning")
+        plan = explain(model, inputs, backend=arguments.backend, passes=pass_names(arguments.passes))
+    if plan.notes and (arguments.input_size or arguments.inputs):
+        check_shapes(model, inputs)
+    if arguments.json:
+        print_json(plan.to_json())
+    else:
+        print_plan(stdout(), plan, arguments.model)
+    return 1 if arguments.strict and plan.coverage < 1 else 0

@@ -1,0 +1,129 @@
+"""``bnrestructure show MODEL``: the graph of a training step, as text, dot, svg or json."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnrestructure.cli.options import add_model_arguments, pass_names
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bnrestructure.plan import Plan
+    from bnrestructure.report.graph_view import RegionView
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments. Must not import torch."""
+    add_model_arguments(parser)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--before", action="store_true", help="the graph as captured, before any pass")
+    which.add_argument("--after", metavar="PASS", help="the graph after the pipeline up to this pass, or after a rung of the ladder")
+    parser.add_argument("--backward", action="store_true", help="what each node's backward does, in backward order")
+    parser.add_argument("--format", choices=("text", "dot", "svg", "json"), default="text", help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write to FILE instead of standard output")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print or write the graph. Exit status 0."""
+    from bnrestructure.cli.models import load_model
+    from bnrestructure.cli.output import progress, stdout
+    from bnrestructure.errors import UsageError
+
+    with progress(arguments.model) as say:
+        say("building the model")
+        model = load_model(arguments.model)
+        say("capturing and rewriting")
+        plan, views = _views(arguments, model)
+    form = "json" if arguments.json else arguments.format
+    if form == "text" and arguments.output is None:
+        from bnrestructure.report.graph_page import print_page
+
+        print_page(stdout(), arguments.model, _stage(arguments), plan, views, backward=arguments.backward)
+        return 0
+    document = _document(form, arguments, plan, views)
+    if arguments.output is None:
+        print(document)
+        return 0
+    try:
+        arguments.output.write_text(document + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {arguments.output}: {error.strerror}") from error
+    return 0
+
+
+def _passes(arguments: argparse.Namespace) -> str | list[str] | None:
+    """The passes whose result is to be shown."""
+    from bnrestructure.errors import UsageError
+    from bnrestructure.passes.pipeline import LADDER, PASSES, resolve
+
+    if arguments.before:
+        return []
+    if arguments.after is None:
+        return pass_names(arguments.passes)
+    if arguments.after in LADDER:
+        return str(arguments.after)
+    asked = list(resolve(pass_names(arguments.passes)))
+    resolve(arguments.after)  # a misspelt name is an error with a near one
+    if arguments.after not in asked:
+        raise UsageError(f"pass {arguments.after!r} is not among the passes asked for ({', '.join(asked)})")
+    order = [name for name in PASSES if name in asked]
+    return order[: order.index(arguments.after) + 1]
+
+
+def _views(arguments: argparse.Namespace, model: nn.Module) -> tuple[Plan, list[RegionView]]:
+    from bnrestructure.api import explain
+    from bnrestructure.capture.regions import Options
+    from bnrestructure.passes.pipeline import resolve
+    from bnrestructure.planning import region_graphs
+    from bnrestructure.report.graph_view import view_region
+
+    passes = _passes(arguments)
+    plan = explain(model, backend=arguments.backend, passes=passes)
+    # before any pass, every site would be called kept; that is not a refusal
+    sites = {} if arguments.before else {site.name: site for site in plan.sites}
+    options = Options(arguments.backend, resolve(passes))
+    views = [
+        view_region(path, before if arguments.before else after, sites)
+        for path, before, after in region_graphs(model, options)
+    ]
+    return plan, views
+
+
+def _stage(arguments: argparse.Namespace) -> str:
+    from bnrestructure.report.graph_page import AS_CAPTURED
+
+    return AS_CAPTURED if arguments.before else f"after {arguments.after}" if arguments.after else "rewritten"
+
+
+def _document(form: str, arguments: argparse.Namespace, plan: Plan, views: list[RegionView]) -> str:
+    import json
+
+    title = f"{arguments.model}, {_stage(arguments)}"
+    if form == "json":
+        data: dict[str, Any] = {
+            "model": arguments.model,
+            "graph": _stage(arguments),
+            "order": "backward" if arguments.backward else "forward",
+            "regions": [view.to_json() for view in views],
+            "plan": plan.to_json(),
+        }
+        if arguments.backward:
+            for region in data["regions"]:
+                region["nodes"].reverse()
+        return json.dumps(data, indent=1)
+    if form == "dot":
+        from bnrestructure.report.graph_dot import graph_dot
+
+        return graph_dot(title, views, backward=arguments.backward)
+    if form == "svg":
+        from bnrestructure.report.graph_svg import graph_svg
+
+        return graph_svg(title, views, backward=arguments.backward)
+    from bnrestructure.report.graph_page import page
+
+    return page(arguments.model, _stage(arguments), plan, views, backward=arguments.backward).plain.rstrip("\n")

@@ -1,0 +1,86 @@
+"""C++ kernels for channels_last activations in fp32 and bf16: drop-in replacements for kernels/reference.
+
+``supports`` says for a call's actual arguments why it needs the reference instead, ``unavailable_reason`` why no kernel can
+run here at all (not compiled, say).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from bnrestructure.kernels.cpu import convolution, finalize, sweeps
+from bnrestructure.kernels.cpu.finalize import finalize_backward, finalize_forward
+from bnrestructure.kernels.cpu.library import unavailable_reason
+from bnrestructure.kernels.cpu.sweeps import (
+    max_pool_backward,
+    max_pool_forward,
+    normalise_backward,
+    normalise_forward,
+    residual_backward,
+    residual_forward,
+    squeeze_backward,
+    squeeze_forward,
+    statistics_backward,
+    statistics_forward,
+)
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
+
+try:
+    from bnrestructure.kernels.cpu import depthwise
+except ImportError:  # interim, until depthwise.py is in the tree
+    depthwise = convolution
+
+__all__ = [
+    "conv_backward",
+    "conv_forward",
+    "finalize_backward",
+    "finalize_forward",
+    "max_pool_backward",
+    "max_pool_forward",
+    "normalise_backward",
+    "normalise_forward",
+    "residual_backward",
+    "residual_forward",
+    "squeeze_backward",
+    "squeeze_forward",
+    "statistics_backward",
+    "statistics_forward",
+    "supports",
+    "unavailable_reason",
+]
+
+
+def conv_forward(
+    x: Tensor, transform: Transform, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, **options: Any
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The fused convolution: see kernels/reference/convolution.py. Depthwise ones have kernels of their own."""
+    return _convolutions(weight, geometry).conv_forward(x, transform, weight, bias, geometry, **options)
+
+
+def conv_backward(
+    dy: Tensor, edge: BackwardEdge, x: Tensor, transform: Transform, weight: Tensor, geometry: ConvGeometry, **options: Any
+) -> ConvGradients:
+    """Gradients of :func:`conv_forward`: see kernels/reference/convolution.py."""
+    return _convolutions(weight, geometry).conv_backward(dy, edge, x, transform, weight, geometry, **options)
+
+
+def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why kernel ``name`` cannot run with these arguments (``args[0]`` is a tensor), in one line, or None if it can."""
+    if reason := unavailable_reason():
+        return reason
+    if name == "conv_forward":
+        return _convolutions(args[2], args[4]).supports(name, args, kwargs)
+    if name == "conv_backward":
+        return _convolutions(args[4], args[5]).supports(name, args, kwargs)
+    if name in finalize.__all__:
+        return finalize.supports(name, args, kwargs)
+    return sweeps.supports(name, args, kwargs)
+
+
+def _convolutions(weight: Tensor, geometry: ConvGeometry) -> ModuleType:
+    """The module for this convolution: depthwise where every channel is a group of its own."""
+    is_depthwise = geometry.groups > 1 and geometry.groups == weight.shape[0] and weight.shape[1] == 1
+    return depthwise if is_depthwise else convolution

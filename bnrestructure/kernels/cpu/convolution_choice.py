@@ -1,0 +1,72 @@
+"""Which implementation of a dense convolution node is the faster one: ``fused`` or ``hybrid``, and why.
+
+The fused kernels pay for the prologue and epilogue with almost nothing, the hybrid with extra passes over memory around a
+product that is, for some shapes, faster. Both follow from how much arithmetic there is per byte of activation: with `flops`
+multiply-adds at rate R and `bytes` swept at rate B, the hybrid wins where flops * (1/R_fused - 1/R_aten) > bytes / B.
+The rates are ratios measured over a grid of shapes (benchmarks/cpu_convolution.py --grid prints it), not absolute speeds.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from bnrestructure.ops.edges import ConvGeometry
+
+__all__ = ["Choice", "Node", "choose"]
+
+
+class Node(NamedTuple):
+    """What the choice depends on: sizes of x and y (without the batch), of the kernel, and how x is transformed."""
+
+    batch: int
+    channels: int
+    size: tuple[int, int]
+    channels_out: int
+    size_out: tuple[int, int]
+    kernel: tuple[int, int]
+    geometry: ConvGeometry
+    transformed: bool
+
+
+class Choice(NamedTuple):
+    """``implementation`` is "fused" or "hybrid"."""
+
+    implementation: str
+    reason: str
+
+
+#: How many multiply-adds the machine does while it moves one byte of an activation to or from memory.
+_OPERATIONS_PER_BYTE = {torch.float32: 12.0, torch.bfloat16: 24.0}
+
+
+@lru_cache(maxsize=4096)
+def choose(node: Node, dtype: torch.dtype, direction: str, isa: str) -> Choice:
+    """The choice for ``direction`` "forward" or "backward" on the instruction set ``isa`` (library.isa_name())."""
+    lead = _lead_of_aten(node, dtype, direction, isa)
+    if lead <= 0:
+        return Choice("fused", "the fused product is as fast as ATen's")
+    taps = node.kernel[0] * node.kernel[1]
+    positions = node.batch * node.size_out[0] * node.size_out[1]
+    operations = positions * node.channels_out * (node.channels // node.geometry.groups) * taps
+    item = 2 if dtype is torch.bfloat16 else 4
+    x = node.batch * node.channels * node.size[0] * node.size[1] * item
+    y = positions * node.channels_out * item
+    if direction == "forward":
+        swept = (2 * x if node.transformed else 0) + y
+    else:
+        operations *= 2
+        swept = 3 * y + (5 * x if node.transformed else 0)
+    gained, lost = lead * operations, swept * _OPERATIONS_PER_BYTE[dtype]
+    if gained > lost:
+        return Choice("hybrid", f"ATen's product saves {gained / lost:.1f} times what the extra sweeps cost")
+    return Choice("fused", f"the extra sweeps cost {lost / gained:.1f} times what ATen's product saves")
+
+
+def _lead_of_aten(node: Node, dtype: torch.dtype, direction: str, isa: str) -> float:
+    """How much less time ATen's product takes than the fused kernels', as a fraction of the latter; <= 0 where not less."""
+    if isa != "avx512bf16" and dtype is torch.bfloat16:
+        return -1.0  # neither has bfloat16 arithmetic, and ATen's conversions are sweeps of their own
+    return 0.0

@@ -1,0 +1,97 @@
+"""The dense convolution with everything inside it: prologue, product and epilogue tile by tile (src/conv_forward.cpp,
+src/conv_backward.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bnrestructure.kernels.cpu import layout, library
+from bnrestructure.kernels.cpu.convolution_arguments import backward_arguments, forward_arguments, pixels
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
+
+__all__ = ["conv_backward", "conv_forward"]
+
+_forward = library.declare("bnr_conv_forward", "p")
+_backward = library.declare("bnr_conv_backward", "p")
+
+
+def conv_forward(
+    x: Tensor,
+    transform: Transform,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    *,
+    dtype: torch.dtype,
+    statistics: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, mean, var) as kernels/reference says; x and the weight are float32 or bfloat16."""
+    y, pitch = out, 0
+    if out is not None and out.dtype is dtype:
+        pitch = layout.pitch_of(out)
+    if not pitch:
+        size = geometry.output_size(x.shape[2:], weight.shape[2:])
+        y, pitch = layout.empty_pixels((x.shape[0], weight.shape[0], *size), dtype), weight.shape[0]
+    mean, var = torch.empty(2, weight.shape[0]) if statistics else (None, None)
+    keep: list[Tensor | None] = []
+    bias = None if bias is None else bias.to(dtype)
+    _forward(forward_arguments(pixels(x, dtype), transform, weight, bias, geometry, (y, pitch), mean, var, keep))
+    if out is not None and y is not out:
+        y = out.copy_(y)
+    return y, mean, var
+
+
+def conv_backward(
+    dy: Tensor,
+    edge: BackwardEdge,
+    x: Tensor,
+    transform: Transform,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    *,
+    dtype: torch.dtype,
+    needs: tuple[bool, bool, bool],
+    accumulate: Tensor | None = None,
+) -> ConvGradients:
+    """The gradients as kernels/reference says; dy, x and the weight are float32 or bfloat16."""
+    need_x, need_weight, need_bias = needs
+    dx = sums = gate = None
+    px = pixels(x, dtype)
+    if need_x:
+        dx = layout.destination(px[0], accumulate)
+        if transform.gate is not None:
+            gate = torch.empty(transform.gate.shape)
+        elif transform.mean is not None:
+            sums = torch.empty(2, x.shape[1])
+    dw = torch.empty_like(weight) if need_weight else None
+    db = torch.empty(weight.shape[0]) if need_bias else None
+    keep: list[Tensor | None] = []
+    _backward(
+        backward_arguments(
+            pixels(dy, dtype),
+            edge,
+            None if edge.a is None else pixels(edge.y, dtype),
+            px,
+            transform,
+            weight,
+            geometry,
+            keep,
+            dx=None if dx is None else (dx, layout.pitch_of(dx)),
+            accumulate=dx is not None and dx is accumulate,
+            sums=sums,
+            gate=gate,
+            weight_gradient=dw,
+            bias_gradient=db,
+        )
+    )
+    if dx is not None and dx is not accumulate:
+        dx = dx.to(x.dtype) if accumulate is None else accumulate.add_(dx.to(accumulate.dtype))
+    return ConvGradients(
+        dx,
+        *((None, None) if sums is None else sums),
+        gate=None if gate is None else gate.to(transform.gate.dtype),
+        weight=dw,
+        bias=None if db is None else db.to(dtype),
+    )

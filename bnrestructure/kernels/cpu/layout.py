@@ -1,0 +1,121 @@
+"""How tensors cross the C ABI: channels_last activations as (pointer, pitch), per-channel vectors as fp32 pointers.
+
+An activation [N, C, H, W] is *addressable* when element (n, c, h, w) lies at ``((n*H + h)*W + w) * pitch + c`` for some
+pitch >= C: channels_last, and channel slices of a wider channels_last buffer. Anything else is copied once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bnrestructure.ops.activation import PLAIN_ACTIVATIONS, negative_slope
+
+__all__ = [
+    "ACTIVATIONS",
+    "ELEMENT_CODES",
+    "activation_code",
+    "addressable",
+    "destination",
+    "empty_like",
+    "empty_pixels",
+    "pitch_of",
+    "pointer",
+    "unsupported_activation",
+    "unsupported_tensor",
+    "vector",
+]
+
+#: Activation names and their numbers in src/activation.h; leaky_relu(SLOPE) comes after them.
+ACTIVATIONS = {name: number for number, name in enumerate(PLAIN_ACTIVATIONS)}
+
+#: Element types and their numbers in src/activation.h.
+ELEMENT_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def pitch_of(x: Tensor) -> int:
+    """Elements between neighbouring pixels of x [N, C, H, W], or 0 when x is not addressable that way."""
+    n, c, h, w = x.shape
+    sn, sc, sh, sw = x.stride()
+    if sc != 1 and c != 1:
+        return 0
+    # Strides of dimensions of size 1 mean nothing, so the pitch is read from the innermost one that is larger.
+    if w > 1:
+        pitch = sw
+        if (h > 1 and sh != w * pitch) or (n > 1 and sn != h * w * pitch):
+            return 0
+    elif h > 1:
+        pitch = sh
+        if n > 1 and sn != h * pitch:
+            return 0
+    else:
+        pitch = sn if n > 1 else c
+    return pitch if pitch >= c else 0
+
+
+def addressable(x: Tensor) -> tuple[Tensor, int]:
+    """(x or a channels_last copy of it, its pitch). Keep the tensor alive while its pointer is in use."""
+    pitch = pitch_of(x)
+    if pitch:
+        return x, pitch
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x, pitch_of(x)
+
+
+def empty_pixels(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised channels_last activation of pitch C."""
+    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+
+
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised channels_last activation of x's shape, of pitch C whatever x's pitch."""
+    return torch.empty(x.shape, dtype=dtype or x.dtype, memory_format=torch.channels_last)
+
+
+def destination(x: Tensor, accumulate: Tensor | None) -> Tensor:
+    """Where a kernel writes a gradient of x: ``accumulate`` itself if it can be added to in place, else fresh memory."""
+    if accumulate is not None and accumulate.dtype == x.dtype and pitch_of(accumulate):
+        return accumulate
+    return empty_like(x)
+
+
+def vector(v: Tensor | None) -> Tensor | None:
+    """A per-channel vector as contiguous fp32; the tensor itself when it is that already."""
+    if v is None or (v.dtype is torch.float32 and v.is_contiguous()):
+        return v
+    return v.detach().to(torch.float32).contiguous()
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """x's data pointer, None for no tensor. The tensor must outlive the call it is passed to."""
+    return None if x is None else x.data_ptr()
+
+
+def activation_code(act: str) -> tuple[int, float]:
+    """(number, negative slope) of an activation's name. Raises ValueError for an unknown one."""
+    code = ACTIVATIONS.get(act)
+    if code is not None:
+        return code, 0.0
+    return len(ACTIVATIONS), negative_slope(act)
+
+
+def unsupported_activation(act: str) -> str | None:
+    """Why the kernels cannot apply this activation, or None."""
+    try:
+        activation_code(act)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def unsupported_tensor(x: Tensor) -> str | None:
+    """Why the kernels cannot take an activation like x, or None: a 4-D tensor on the CPU, fp32 or bf16, with elements."""
+    if x.dim() != 4:
+        return f"the CPU kernels are for 4-D tensors, this one has {x.dim()} dimensions"
+    if x.dtype not in ELEMENT_CODES:
+        return f"the CPU kernels are for fp32 and bf16, not {x.dtype}"
+    if x.device.type != "cpu":
+        return f"the CPU kernels cannot reach a tensor on {x.device}"
+    if x.numel() == 0:
+        return "the tensor is empty"
+    return None

@@ -1,0 +1,54 @@
+// What crosses the C boundary for a dense fused convolution. convolution.py packs these structures field by field; a
+// field added here is added there. Every field is eight bytes wide, pitches and strides are in elements, and a null
+// pointer means "not there".
+#pragma once
+
+#include <cstdint>
+
+namespace bnr::conv {
+
+// Shared by forward and backward: y = conv(act((x - mean) * scale + beta) * gate, weight).
+struct Problem {
+    int64_t batch, in_channels, in_height, in_width;
+    int64_t out_channels, out_height, out_width;
+    int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups;
+    int64_t bfloat16;          // x, y, dy and dx are bfloat16, else float32
+    int64_t weight_bfloat16;   // the weight and its gradient are bfloat16, else float32
+    int64_t threads;
+    const void* x;                  // [N, H, W, C_in], pixel pitch x_pitch
+    int64_t x_pitch;
+    const float *mean, *scale, *beta;   // [C_in], all or none
+    const float* gate;                  // [N, C_in]
+    int64_t activation;            // as activation.h numbers them
+    double slope;                       // of a leaky ReLU
+    const void* weight;                 // [C_out, C_in / groups, kernel_h, kernel_w]
+    int64_t weight_strides[4];
+};
+
+struct ForwardArguments {
+    Problem problem;
+    const float* bias;              // [C_out]
+    void* y;                        // [N, H_out, W_out, C_out], pixel pitch y_pitch
+    int64_t y_pitch;
+    float *y_mean, *y_var;          // [C_out], both or none: biased statistics of y as stored
+};
+
+struct BackwardArguments {
+    Problem problem;
+    const void* dy;                 // P of the backward edge, pixel pitch dy_pitch
+    int64_t dy_pitch;
+    const float *s, *a, *b;         // dY = s * P + a * (y - y_mean) + b; s may be null, a and b are both or none
+    const void* y;
+    int64_t y_pitch;
+    const float* y_mean;
+    void* dx;                       // null: no input gradient, no sums
+    int64_t dx_pitch;
+    int64_t accumulate;        // add to dx
+    float *sum_p, *sum_px;          // [C_in], both or none
+    float* gate_gradient;           // [N, C_in], with a gate
+    void* weight_gradient;          // null: none
+    int64_t weight_gradient_strides[4];
+    float* bias_gradient;           // [C_out]
+};
+
+}  // namespace bnr::conv

@@ -1,0 +1,395 @@
+// The fused convolution, backward: each tile's output gradient is staged once for both products. The weight gradient sums
+// over pixels into accumulators of each thread; the input gradient goes through the activation's mask, where the per-channel
+// sums are taken, straight to dx.
+#include <memory>
+
+#include "conv_gradient_stage.h"
+#include "conv_pack.h"
+#include "conv_stage.h"
+#include "library.h"
+#include "parallel.h"
+#include "statistics.h"
+
+namespace bnr::conv {
+
+namespace {
+
+using gemm::Order;
+using gemm::Words;
+using gemm::word;
+
+constexpr int64_t kBlockChannels = 512;   // input channels staged together
+constexpr int64_t kChunk = 2 * gemm::kPanel;   // columns of an input gradient that are finished together
+
+template <class T>
+class Backward {
+  public:
+    Backward(const BackwardArguments& arguments, const Problem& problem)
+        : a_(arguments), p_(problem), grouping_(p_, kBlockChannels), words_(words_for(p_, grouping_)),
+          window_(p_, words_), tiling_(p_, window_, row_bytes(), ceil_div(p_.kernel_h - 1, p_.stride_h), cache_size() / 2, 256),
+          gradient_(p_, a_, window_, tiling_, words_), need_x_(a_.dx), need_weight_(a_.weight_gradient),
+          taps_(p_.kernel_h * p_.kernel_w), weight_row_(scratch_pitch(taps_ * grouping_.in)) {}
+
+    void run() {
+        Scratch scratch;
+        const int64_t depth = words_of(grouping_.out, words_);
+        if (need_x_) {
+            weight_ = pack_weight(p_, grouping_, true, words_,
+                                  scratch.take<word>(PackedWeight::size(grouping_.groups, taps_, depth, grouping_.in)));
+        }
+        const int64_t threads = std::min(p_.threads, tiling_.count);
+        std::vector<std::unique_ptr<Shared>> shared;
+        for (int64_t t = 0; t < threads; t++) shared.push_back(std::make_unique<Shared>(*this, scratch));
+        parallel(threads, [&](int64_t t) { Worker(*this, *shared[t], share(tiling_.count, 1, t, threads)).run(); });
+        finish(shared);
+    }
+
+  private:
+    // What a thread adds up; it outlives the parallel region.
+    struct Shared {
+        Shared(const Backward& b, Scratch& scratch) {
+            const Problem& p = b.p_;
+            if (b.need_x_ && b.a_.sum_p) sums = std::make_unique<Sums>(scratch, p.in_channels, 2);
+            if (b.need_x_ && p.gate) gate = scratch.zeros<double>(p.batch * p.in_channels);
+            if (b.a_.bias_gradient) bias = std::make_unique<Sums>(scratch, p.out_channels, 1);
+            if (b.need_weight_) weight = scratch.take<float>(p.out_channels * b.weight_row_ + gemm::kPanel);
+        }
+        std::unique_ptr<Sums> sums, bias;
+        double* gate = nullptr;
+        float* weight = nullptr;
+    };
+
+    int64_t row_bytes() const {
+        const int64_t x = window_.columns * window_.row_stride *
+                          scratch_pitch(words_of(std::min(p_.in_channels, kBlockChannels), words_));
+        const int64_t d = p_.out_width * scratch_pitch(words_of(p_.out_channels, words_));
+        const int64_t g = p_.in_width * p_.stride_h * kChunk;
+        const int64_t twice = words_ == Words::kFloat ? 1 : 3;   // and a second time as pairs of pixels
+        return ((x + d) * twice + g) * 4;
+    }
+
+    void finish(const std::vector<std::unique_ptr<Shared>>& shared) {
+        Shared& first = *shared[0];
+        for (std::size_t t = 1; t < shared.size(); t++) {
+            if (first.sums) first.sums->merge(*shared[t]->sums);
+            if (first.bias) first.bias->merge(*shared[t]->bias);
+            for (int64_t i = 0; first.gate && i < p_.batch * p_.in_channels; i++) first.gate[i] += shared[t]->gate[i];
+        }
+        if (first.sums) first.sums->write(0, a_.sum_p), first.sums->write(1, a_.sum_px);
+        if (first.bias) first.bias->write(0, a_.bias_gradient);
+        for (int64_t i = 0; first.gate && i < p_.batch * p_.in_channels; i++) {
+            a_.gate_gradient[i] = static_cast<float>(first.gate[i]);
+        }
+        if (!need_weight_) return;
+        std::vector<float*> parts;
+        for (const auto& s : shared) parts.push_back(s->weight);
+        write_weight_gradient(a_, grouping_, parts, weight_row_);
+    }
+
+    class Worker {
+      public:
+        Worker(const Backward& b, Shared& shared, Range tiles)
+            : b_(b), p_(b.p_), w_(b.window_), shared_(shared), tiles_(tiles), gradient_(b.gradient_, scratch_) {
+            const int64_t channels = block_channels();
+            if (b.need_weight_) {
+                const bool pairs = b.words_ == Words::kBFloat16Pair;
+                stage_ = std::make_unique<InputStage>(p_, w_, b.tiling_, b.words_, channels, scratch_);
+                if (pairs) input_pairs_ = std::make_unique<InputPairs>(p_, w_, b.tiling_, channels, scratch_);
+            }
+            if (b.need_x_) {
+                const int64_t extra = std::max<int64_t>(0, p_.in_height - p_.out_height * p_.stride_h);
+                const int64_t out_rows = w_.flat ? b.tiling_.tile_rows : std::min(b.tiling_.tile_rows, p_.out_height);
+                const int64_t rows = out_rows * p_.stride_h + extra;
+                g_ = scratch_.take<float>(b.tiling_.tile_images * rows * p_.in_width * kChunk);
+                sum_gate_ = scratch_.zeros<float>(padded(kChunk));
+            }
+        }
+
+        void run() {
+            for (int64_t index = tiles_.begin; index < tiles_.end; index++) {
+                const Tile tile = b_.tiling_.at(index);
+                gradient_.template fill<T>(tile);
+                if (shared_.bias) gradient_.add_bias(tile, (*shared_.bias)[0]), shared_.bias->flush();
+                prefetch_.clear();
+                request_gradient(tile);
+                if (index + 1 < tiles_.end) request(b_.tiling_.at(index + 1));
+                for (const Block& block : b_.grouping_.blocks) {
+                    if (b_.need_weight_) multiply_weight(tile, block, index != tiles_.begin);
+                    if (b_.need_x_) multiply_input(tile, block);
+                }
+                if (shared_.sums) shared_.sums->flush();
+            }
+        }
+
+      private:
+        int64_t block_channels() const {
+            int64_t most = 0;
+            for (const Block& block : b_.grouping_.blocks) most = std::max(most, block.channels);
+            return most;
+        }
+
+        // dW[n, tap, c] += sum over pixels of D[pixel, n] * z[pixel at tap, c]
+        void multiply_weight(const Tile& tile, const Block& block, bool accumulate) {
+            stage_->template fill<T>(tile, block.channel, block.channels);
+            if (input_pairs_) input_pairs_->fill(*stage_, tile, block.channels);
+            const bool pairs = input_pairs_ != nullptr;
+            const word* z = pairs ? input_pairs_->data() : stage_->data();
+            const int64_t pitch = pairs ? input_pairs_->pitch() : stage_->pitch();
+            const int64_t row_pitch = pairs ? input_pairs_->row_pitch() : stage_->row_pitch();
+            const int64_t image_pitch = pairs ? input_pairs_->image_pitch() : stage_->image_pitch();
+            const GradientStage::View d = gradient_.own_rows(tile);
+            const int64_t depth = w_.flat ? tile.rows * p_.out_width : p_.out_width;
+            const int64_t step = pairs ? input_pairs_->step() : w_.column_stride * pitch;
+            const int64_t columns = w_.joined ? p_.kernel_w * block.in : block.in;
+            for (int64_t i = 0; i < p_.kernel_h; i++) {
+                list_.clear();
+                for (int64_t image = 0; image < tile.images; image++) {
+                    for (int64_t r = 0; r < (w_.flat ? 1 : tile.rows); r++) {
+                        if (!reads_input(p_, w_, tile.row + r, i)) continue;
+                        list_.add(image * d.image_pitch + r * d.row_pitch,
+                                  image * image_pitch + (r * w_.row_stride + i * p_.dilation_h) * row_pitch);
+                    }
+                }
+                for (int64_t j = 0; j < (w_.joined ? 1 : p_.kernel_w); j++) {
+                    for (int64_t g = 0; g < block.groups; g++) {
+                        const int64_t n = (block.group + g) * b_.grouping_.out;
+                        const gemm::Product product{
+                            list_.taps(), b_.grouping_.out, columns, pairs ? ceil_div(depth, 2) : depth,
+                            d.data + n, d.pitch,
+                            z + j * p_.dilation_w * pitch + g * b_.grouping_.in, step, gemm::kPanel,
+                            shared_.weight + n * b_.weight_row_ + (i * p_.kernel_w + j) * b_.grouping_.in + block.in_begin,
+                            b_.weight_row_, accumulate};
+                        gemm::multiply(product, Order::kColumns, b_.words_, prefetch_);
+                    }
+                }
+            }
+        }
+
+        // Rows of dx, in each of its images, that a tile finishes.
+        Range input_rows(const Tile& tile) const {
+            const int64_t rows = p_.in_height, end = tile.row + tile.rows;
+            return {std::min(rows, tile.row * p_.stride_h), end == p_.out_height ? rows : std::min(rows, end * p_.stride_h)};
+        }
+
+        void multiply_input(const Tile& tile, const Block& block) {
+            for (int64_t g = 0; g < block.groups; g++) {
+                for (int64_t c = 0; c < block.in; c += kChunk) {
+                    const int64_t channel = block.channel + g * b_.grouping_.in + c;
+                    const Part part{block.group + g, block.in_begin + c, channel, std::min(kChunk, block.in - c)};
+                    if (w_.flat) {
+                        multiply_flat_input(tile, part);
+                    } else if (w_.free_rows) {
+                        multiply_free_input(tile, part);
+                    } else {
+                        const Range rows = input_rows(tile);
+                        for (int64_t i = 0; i < tile.images; i++) {
+                            multiply_rows(i, tile.image + i, rows, part, gradient_.first_row());
+                        }
+                    }
+                }
+            }
+        }
+
+        struct Part {
+            int64_t group, in_begin;      // channels of the merged group
+            int64_t channel, channels;    // the same channels in x
+        };
+
+        void multiply_flat_input(const Tile& tile, const Part& part) {
+            const int64_t pixels = tile.rows * p_.in_width;
+            const word* d = gradient_.data() + words_of(part.group * b_.grouping_.out, b_.words_);
+            for_each_slice(part.channels, b_.weight_.depth, 1, [&](int64_t n, int64_t k, int64_t width, int64_t length) {
+                const gemm::Product product{gemm::single_tap(), pixels, width, length, d + k, gradient_.pitch(),
+                                            panel_of(part, n, k), gemm::kPanel, b_.weight_.panel_pitch(), g_ + n, kChunk,
+                                            k > 0};
+                gemm::multiply(product, Order::kRows, b_.words_, prefetch_);
+            });
+            const int64_t begin = tile.row * p_.in_width;
+            for_each_run(b_.tiling_, tile, p_.in_height, p_.in_width, p_.gate != nullptr,
+                         [&](int64_t image, int64_t pixel, int64_t count) {
+                             finish(image, pixel, count, g_ + (pixel - begin) * kChunk, part);
+                         });
+        }
+
+        // Joined images with a stride (or a 1 x k kernel): the tile may begin and end inside images.
+        void multiply_free_input(const Tile& tile, const Part& part) {
+            int64_t row = tile.row;
+            while (row < tile.row + tile.rows) {
+                const int64_t image = row / p_.out_height, first = row % p_.out_height;
+                const int64_t count = std::min(p_.out_height - first, tile.row + tile.rows - row);
+                const int64_t begin = std::min(p_.in_height, first * p_.stride_h);
+                const int64_t end = first + count == p_.out_height ? p_.in_height
+                                                                   : std::min(p_.in_height, (first + count) * p_.stride_h);
+                multiply_rows(0, image, {begin, end}, part, tile.row - image * p_.out_height);
+                row += count;
+            }
+        }
+
+        const word* panel_of(const Part& part, int64_t n, int64_t k) const {
+            return b_.weight_.panel(part.group, (part.in_begin + n) / gemm::kPanel) + k * gemm::kPanel;
+        }
+
+        // dx rows of one image. Output row r is staged as row r - first_staged of the tile's image i.
+        void multiply_rows(int64_t i, int64_t image, Range rows, const Part& part, int64_t first_staged) {
+            const word* d = gradient_.data() + i * gradient_.image_pitch() - first_staged * gradient_.row_pitch() +
+                            words_of(part.group * b_.grouping_.out, b_.words_);
+            for_each_slice(part.channels, b_.weight_.depth, b_.taps_, [&](int64_t n, int64_t k, int64_t width, int64_t length) {
+                for (int64_t row = rows.begin; row < rows.end; row++) {
+                    float* g = g_ + (row - rows.begin) * p_.in_width * kChunk + n;
+                    for (int64_t phase = 0; phase < std::min(p_.stride_w, p_.in_width); phase++) {
+                        taps_of(row, phase);
+                        const gemm::Product product{
+                            list_.taps(), ceil_div(p_.in_width - phase, p_.stride_w), width, length, d + k,
+                            gradient_.pitch(), panel_of(part, n, k), gemm::kPanel, b_.weight_.panel_pitch(),
+                            g + phase * kChunk, p_.stride_w * kChunk, k > 0};
+                        gemm::multiply(product, Order::kRows, b_.words_, prefetch_);
+                    }
+                }
+            });
+            // Where no output pixel reads a row, its gradient is zero and there is nothing to add to dx.
+            int64_t begin = rows.begin;
+            for (int64_t row = rows.begin; row < rows.end && b_.a_.accumulate; row++) {
+                if (has_readers(row)) continue;
+                finish_rows(image, rows.begin, {begin, row}, part);
+                begin = row + 1;
+            }
+            finish_rows(image, rows.begin, {begin, rows.end}, part);
+        }
+
+        // The output row that reads this input row through a kernel row, or -1.
+        int64_t reader(int64_t row, int64_t kernel_row) const {
+            const int64_t up = row + p_.padding_h - kernel_row * p_.dilation_h;
+            return up >= 0 && up % p_.stride_h == 0 && up / p_.stride_h < p_.out_height ? up / p_.stride_h : -1;
+        }
+
+        bool has_readers(int64_t row) const {
+            for (int64_t i = 0; i < p_.kernel_h; i++) {
+                if (reader(row, i) >= 0) return true;
+            }
+            return false;
+        }
+
+        // The taps of every stride_w-th pixel of an input row, from column `phase` on.
+        void taps_of(int64_t row, int64_t phase) {
+            list_.clear();
+            for (int64_t i = 0; i < p_.kernel_h; i++) {
+                const int64_t out_row = reader(row, i);
+                if (out_row < 0) continue;
+                for (int64_t j = 0; j < p_.kernel_w; j++) {
+                    const int64_t left = phase + p_.padding_w - j * p_.dilation_w;
+                    if (left % p_.stride_w) continue;
+                    list_.add(out_row * gradient_.row_pitch() +
+                                  (left / p_.stride_w + gradient_.columns_before()) * gradient_.pitch(),
+                              (i * p_.kernel_w + j) * b_.weight_.tap_pitch());
+                }
+            }
+        }
+
+        // Rows of the image; g_ begins with row `first`.
+        void finish_rows(int64_t image, int64_t first, Range rows, const Part& part) {
+            if (rows.size() <= 0) return;
+            finish(image, (image * p_.in_height + rows.begin) * p_.in_width, rows.size() * p_.in_width,
+                   g_ + (rows.begin - first) * p_.in_width * kChunk, part);
+        }
+
+        // Mask, sums, and on to dx: `count` pixels from `pixel` on, all of one image.
+        void finish(int64_t image, int64_t pixel, int64_t count, const float* g, const Part& part) {
+            const T* x = static_cast<const T*>(p_.x) + pixel * p_.x_pitch + part.channel;
+            T* dx = static_cast<T*>(b_.a_.dx) + pixel * b_.a_.dx_pitch + part.channel;
+            const InputTransform t = transform_at(p_, image, part.channel);
+            const bool accumulate = b_.a_.accumulate != 0;
+            if (p_.gate) {
+                gated_gradient_pixels(g, kChunk, x, p_.x_pitch, count, part.channels, t, dx, b_.a_.dx_pitch, accumulate,
+                                      sum_gate_);
+                double* gate = shared_.gate + image * p_.in_channels + part.channel;
+                for (int64_t c = 0; c < part.channels; c++) gate[c] += sum_gate_[c];
+                for (int64_t c = 0; c < padded(kChunk); c++) sum_gate_[c] = 0;
+                return;
+            }
+            float* sum_p = nullptr;
+            float* sum_px = nullptr;
+            if (shared_.sums) sum_p = (*shared_.sums)[0] + part.channel, sum_px = (*shared_.sums)[1] + part.channel;
+            input_gradient_pixels(g, kChunk, x, p_.x_pitch, count, part.channels, t, dx, b_.a_.dx_pitch, accumulate, sum_p,
+                                  sum_px);
+        }
+
+        void request_gradient(const Tile& tile) {
+            if (!b_.need_x_ || !b_.a_.accumulate || !w_.flat) return;
+            prefetch_.add(static_cast<T*>(b_.a_.dx) + tile.row * p_.in_width * b_.a_.dx_pitch, b_.a_.dx_pitch * sizeof(T),
+                          tile.rows * p_.in_width, p_.in_channels * sizeof(T));
+        }
+
+        void request(const Tile& tile) {
+            for_each_run(b_.tiling_, tile, p_.out_height, p_.out_width, false, [&](int64_t, int64_t pixel, int64_t count) {
+                const int64_t bytes = p_.out_channels * sizeof(T);
+                prefetch_.add(static_cast<const T*>(b_.a_.dy) + pixel * b_.a_.dy_pitch, b_.a_.dy_pitch * sizeof(T), count, bytes);
+                if (b_.a_.a) {
+                    prefetch_.add(static_cast<const T*>(b_.a_.y) + pixel * b_.a_.y_pitch, b_.a_.y_pitch * sizeof(T), count, bytes);
+                }
+            });
+            if (w_.free_rows && !w_.flat) return;
+            for (int64_t i = 0; i < tile.images; i++) {
+                const Range rows = w_.free_rows ? Range{tile.row, tile.row + tile.rows} : input_rows(tile);
+                const int64_t image_row = w_.free_rows ? 0 : (tile.image + i) * p_.in_height;
+                prefetch_.add(static_cast<const T*>(p_.x) + (image_row + rows.begin) * p_.in_width * p_.x_pitch,
+                              p_.x_pitch * sizeof(T), rows.size() * p_.in_width, p_.in_channels * sizeof(T));
+            }
+        }
+
+        const Backward& b_;
+        const Problem& p_;
+        const Window& w_;
+        Shared& shared_;
+        Range tiles_;
+        Scratch scratch_;
+        GradientStage gradient_;
+        std::unique_ptr<InputStage> stage_;
+        std::unique_ptr<InputPairs> input_pairs_;
+        gemm::Prefetch prefetch_;
+        TapList list_;
+        float* g_ = nullptr;
+        float* sum_gate_ = nullptr;
+    };
+
+    const BackwardArguments& a_;
+    const Problem& p_;
+    Grouping grouping_;
+    Words words_;
+    Window window_;
+    Tiling tiling_;
+    GradientLayout gradient_;   // of tiles
+    bool need_x_, need_weight_;
+    int64_t taps_, weight_row_;
+    PackedWeight weight_;
+};
+
+}  // namespace
+
+}  // namespace bnr::conv
+
+namespace {
+
+void run_backward(const bnr::conv::BackwardArguments& arguments) {
+    const bnr::conv::Problem problem = bnr::conv::flattened(arguments.problem);
+    if (problem.bfloat16) bnr::conv::Backward<bnr::bf16>(arguments, problem).run();
+    else bnr::conv::Backward<float>(arguments, problem).run();
+}
+
+}  // namespace
+
+BNR_EXPORT void bnr_conv_backward(const bnr::conv::BackwardArguments* arguments) {
+    const bnr::conv::Problem& p = arguments->problem;
+    const int64_t weight_bytes = p.out_channels * p.in_channels / p.groups * p.kernel_h * p.kernel_w * 4;
+    if (!arguments->dx || !arguments->weight_gradient || weight_bytes <= 4 * bnr::conv::cache_size()) {
+        run_backward(*arguments);
+        return;
+    }
+    // A weight and accumulators this large push each other, and the tile, out of the cache: one product after the other.
+    bnr::conv::BackwardArguments part = *arguments;
+    part.dx = nullptr;
+    run_backward(part);
+    part = *arguments;
+    part.weight_gradient = nullptr;
+    part.bias_gradient = nullptr;
+    run_backward(part);
+}

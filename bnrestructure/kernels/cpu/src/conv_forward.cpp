@@ -1,0 +1,177 @@
+// The fused convolution, forward: each tile of the input is transformed once into scratch, multiplied by the packed weight,
+// and the statistics are taken of the output tile while it is in cache.
+#include <memory>
+
+#include "conv_pack.h"
+#include "conv_stage.h"
+#include "library.h"
+#include "parallel.h"
+#include "statistics.h"
+
+namespace bnr::conv {
+
+namespace {
+
+using gemm::Order;
+using gemm::Words;
+using gemm::word;
+
+// The input itself serves as the staged input: nothing to apply, and a pitch that spreads over the cache's sets.
+bool reads_input_directly(const Problem& p, const Window& w, Words words) {
+    return w.flat && words == Words::kFloat && !p.bfloat16 && transform_at(p, 0, 0).is_identity() && p.x_pitch % 1024 != 0;
+}
+
+template <class T>
+class Forward {
+  public:
+    Forward(const ForwardArguments& arguments, const Problem& problem)
+        : a_(arguments), p_(problem), grouping_(p_, INT64_MAX), words_(words_for(p_, grouping_)), window_(p_, words_),
+          direct_(reads_input_directly(p_, window_, words_)),
+          tiling_(p_, window_, row_bytes(), ceil_div(p_.kernel_h - 1, p_.stride_h), cache_size() * 2 / 5, 512) {}
+
+    void run() {
+        Scratch scratch;
+        const int64_t taps = p_.kernel_h * p_.kernel_w, depth = words_of(grouping_.in, words_);
+        weight_ = pack_weight(p_, grouping_, false, words_,
+                              scratch.take<word>(PackedWeight::size(grouping_.groups, taps, depth, grouping_.out)));
+        const int64_t threads = std::min(p_.threads, tiling_.count);
+        std::vector<std::unique_ptr<Moments>> moments;
+        for (int64_t t = 0; a_.y_mean && t < threads; t++) {
+            moments.push_back(std::make_unique<Moments>(scratch, p_.out_channels));
+        }
+        parallel(threads, [&](int64_t t) {
+            run_share(share(tiling_.count, 1, t, threads), a_.y_mean ? moments[t].get() : nullptr);
+        });
+        if (!a_.y_mean) return;
+        for (int64_t t = 1; t < threads; t++) moments[0]->merge(*moments[t]);
+        moments[0]->write(a_.y_mean, a_.y_var);
+    }
+
+  private:
+    int64_t row_bytes() const {
+        const int64_t staged = window_.columns * window_.row_stride * scratch_pitch(words_of(p_.in_channels, words_));
+        const int64_t made = p_.out_width * p_.out_channels * (p_.bfloat16 ? 6 : 4) / 4;
+        return (staged + made / 2) * 4;
+    }
+
+    void run_share(Range mine, Moments* moments) {
+        Scratch scratch;
+        gemm::Prefetch prefetch;
+        TapList list;
+        std::unique_ptr<InputStage> stage;
+        if (!direct_) stage = std::make_unique<InputStage>(p_, window_, tiling_, words_, p_.in_channels, scratch);
+        const int64_t tile_pixels = tiling_.tile_images * tiling_.tile_rows * p_.out_width;
+        const int64_t sums_pitch = scratch_pitch(p_.out_channels);
+        float* sums = p_.bfloat16 ? scratch.take<float>(tile_pixels * sums_pitch) : nullptr;
+        for (int64_t index = mine.begin; index < mine.end; index++) {
+            const Tile tile = tiling_.at(index);
+            if (stage) stage->template fill<T>(tile, 0, p_.in_channels);
+            prefetch.clear();
+            if (index + 1 < mine.end) request(tiling_.at(index + 1), prefetch);
+            int64_t done = 0;
+            for_each_run(tiling_, tile, p_.out_height, p_.out_width, false, [&](int64_t, int64_t pixel, int64_t count) {
+                T* y = static_cast<T*>(a_.y) + pixel * a_.y_pitch;
+                float* c = sums ? sums + done * sums_pitch : reinterpret_cast<float*>(y);
+                const int64_t ldc = sums ? sums_pitch : a_.y_pitch;
+                if (stage) {
+                    const int64_t image = done / (tile.rows * p_.out_width);
+                    multiply(tile, stage->data() + image * stage->image_pitch(), stage.get(), c, ldc, prefetch, list);
+                } else {
+                    const T* x = static_cast<const T*>(p_.x) + pixel * p_.x_pitch;
+                    multiply_flat(reinterpret_cast<const word*>(x), p_.x_pitch, count, c, ldc, prefetch);
+                }
+                if (sums || a_.bias) finish_output_pixels(c, ldc, count, p_.out_channels, a_.bias, y, a_.y_pitch);
+                if (moments) {
+                    if (moments->is_empty()) moments->start(y, a_.y_pitch, count);
+                    add_moments(y, a_.y_pitch, count, p_.out_channels, moments->shift, moments->sum, moments->square);
+                    moments->flush(count);
+                }
+                done += count;
+            });
+        }
+    }
+
+    // One image's (or the joined images') rows of the tile.
+    void multiply(const Tile& tile, const word* staged, const InputStage* stage, float* c, int64_t ldc,
+                  gemm::Prefetch& prefetch, TapList& list) {
+        if (window_.flat) {
+            multiply_flat(staged, stage->pitch(), tile.rows * p_.out_width, c, ldc, prefetch);
+            return;
+        }
+        const int64_t depth = weight_.depth * (window_.joined ? p_.kernel_w : 1);
+        const int64_t row_pitch = window_.row_stride * stage->row_pitch();
+        for (int64_t g = 0; g < grouping_.groups; g++) {
+            const word* a = staged + words_of(g * grouping_.in, words_);
+            for_each_slice(grouping_.out, depth, weight_.taps, [&](int64_t n, int64_t k, int64_t width, int64_t length) {
+                for (int64_t r = 0; r < tile.rows; r++) {
+                    taps_of(tile.row + r, stage, list);
+                    const gemm::Product product{
+                        list.taps(), p_.out_width, width, length,
+                        a + r * row_pitch + k, window_.column_stride * stage->pitch(),
+                        weight_.panel(g, n / gemm::kPanel) + k * gemm::kPanel, gemm::kPanel, weight_.panel_pitch(),
+                        c + r * p_.out_width * ldc + g * grouping_.out + n, ldc, k > 0};
+                    gemm::multiply(product, Order::kRows, words_, prefetch);
+                }
+            });
+        }
+    }
+
+    void multiply_flat(const word* a, int64_t lda, int64_t pixels, float* c, int64_t ldc, gemm::Prefetch& prefetch) {
+        for (int64_t g = 0; g < grouping_.groups; g++) {
+            const word* group = a + words_of(g * grouping_.in, words_);
+            for_each_slice(grouping_.out, weight_.depth, 1, [&](int64_t n, int64_t k, int64_t width, int64_t length) {
+                const gemm::Product product{gemm::single_tap(), pixels, width, length, group + k, lda,
+                                            weight_.panel(g, n / gemm::kPanel) + k * gemm::kPanel, gemm::kPanel,
+                                            weight_.panel_pitch(), c + g * grouping_.out + n, ldc, k > 0};
+                gemm::multiply(product, Order::kRows, words_, prefetch);
+            });
+        }
+    }
+
+    // The taps of an output row, leaving out kernel rows that fall into the padding.
+    void taps_of(int64_t row, const InputStage* stage, TapList& list) const {
+        list.clear();
+        for (int64_t i = 0; i < p_.kernel_h; i++) {
+            if (!reads_input(p_, window_, row, i)) continue;
+            const int64_t offset = i * p_.dilation_h * stage->row_pitch();
+            for (int64_t j = 0; j < (window_.joined ? 1 : p_.kernel_w); j++) {
+                list.add(offset + j * p_.dilation_w * stage->pitch(), (i * p_.kernel_w + j) * weight_.tap_pitch());
+            }
+        }
+    }
+
+    void request(const Tile& tile, gemm::Prefetch& prefetch) const {
+        const int64_t size = sizeof(T);
+        for (int64_t i = 0; i < tile.images; i++) {
+            int64_t begin = tile.row, end = tile.row + tile.rows;   // rows of the batch
+            if (!window_.free_rows) {
+                begin = std::max<int64_t>(0, Window::input_row(p_, tile.row, 0));
+                end = std::min(p_.in_height, Window::input_row(p_, tile.row + tile.rows - 1, p_.kernel_h - 1) + 1);
+                begin += (tile.image + i) * p_.in_height, end += (tile.image + i) * p_.in_height;
+            } else if (!window_.flat) {
+                return;
+            }
+            prefetch.add(static_cast<const T*>(p_.x) + begin * p_.in_width * p_.x_pitch, p_.x_pitch * size,
+                         (end - begin) * p_.in_width, p_.in_channels * size);
+        }
+    }
+
+    const ForwardArguments& a_;
+    const Problem& p_;
+    Grouping grouping_;
+    Words words_;
+    Window window_;
+    bool direct_;
+    Tiling tiling_;
+    PackedWeight weight_;
+};
+
+}  // namespace
+
+}  // namespace bnr::conv
+
+BNR_EXPORT void bnr_conv_forward(const bnr::conv::ForwardArguments* arguments) {
+    const bnr::conv::Problem problem = bnr::conv::flattened(arguments->problem);
+    if (problem.bfloat16) bnr::conv::Forward<bnr::bf16>(*arguments, problem).run();
+    else bnr::conv::Forward<float>(*arguments, problem).run();
+}

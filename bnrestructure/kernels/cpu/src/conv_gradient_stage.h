@@ -1,0 +1,228 @@
+// Staging a tile for the backward products: its output gradient, with the neighbouring rows and the zero columns that the
+// input gradient needs; and, for bfloat16, both operands of the weight gradient as pairs of pixels.
+#pragma once
+
+#include "conv_stage.h"
+#include "statistics.h"
+
+namespace bnr::conv {
+
+// Which rows and columns of dY a tile stages.
+struct GradientLayout {
+    GradientLayout(const Problem& p, const BackwardArguments& a, const Window& w, const Tiling& tiling, gemm::Words words)
+        : problem(p), arguments(a), window(w), tiling(tiling), words(words),
+          pitch(scratch_pitch(words_of(p.out_channels, words))) {
+        halo = a.dx && !w.flat;
+        if (halo) {
+            const int64_t first = ceil_quotient(p.padding_w - (p.kernel_w - 1) * p.dilation_w, p.stride_w);
+            const int64_t last = floor_quotient(p.in_width - 1 + p.padding_w, p.stride_w);
+            columns_before = std::max<int64_t>(0, -first);
+            columns = columns_before + std::max(p.out_width, last + 1);
+        } else {
+            columns_before = 0, columns = p.out_width;
+        }
+        rows = 0;
+        for (int64_t s = 0; s < tiling.strips; s++) rows = std::max(rows, needed_rows(tiling.at(s)).size());
+    }
+
+    // Output rows that the tile's input rows depend on, and its own.
+    Range needed_rows(const Tile& tile) const {
+        const Problem& p = problem;
+        Range r{tile.row, tile.row + tile.rows};
+        if (!halo || window.free_rows) return r;
+        const int64_t begin = tile.row * p.stride_h;
+        const int64_t end = r.end == p.out_height ? p.in_height : std::min(p.in_height, r.end * p.stride_h);
+        r.begin = std::min(r.begin, ceil_quotient(begin + p.padding_h - (p.kernel_h - 1) * p.dilation_h, p.stride_h));
+        r.end = std::max(r.end, floor_quotient(end - 1 + p.padding_h, p.stride_h) + 1);
+        return {std::max<int64_t>(0, r.begin), std::min(p.out_height, r.end)};
+    }
+
+    // dy serves as it is: nothing to apply, and a pitch that spreads over the cache's sets.
+    bool is_direct() const {
+        return window.flat && !problem.bfloat16 && !arguments.s && !arguments.a && arguments.dy_pitch % 1024 != 0;
+    }
+
+    const Problem& problem;
+    const BackwardArguments& arguments;
+    const Window& window;
+    const Tiling& tiling;
+    gemm::Words words;
+    int64_t pitch;                     // words from pixel to pixel
+    bool halo;
+    int64_t columns_before, columns;   // zero columns on the left; all columns
+    int64_t rows;                      // the most that a tile needs
+};
+
+class GradientStage {
+  public:
+    struct View {
+        const gemm::word* data;
+        int64_t pitch, row_pitch, image_pitch;
+    };
+
+    GradientStage(const GradientLayout& layout, Scratch& scratch) : l_(layout) {
+        const int64_t lines = l_.tiling.tile_images * l_.rows;
+        if (!l_.is_direct()) staged_ = scratch.take<gemm::word>(lines * row_pitch() + gemm::kPanel);
+        const int64_t after = l_.columns - l_.columns_before - l_.problem.out_width;
+        for (int64_t r = 0; staged_ && r < lines; r++) {
+            gemm::word* row = staged_ + r * row_pitch();
+            std::memset(static_cast<void*>(row), 0, size_t(l_.columns_before * l_.pitch) * 4);
+            std::memset(static_cast<void*>(row + (l_.columns - after) * l_.pitch), 0, size_t(after * l_.pitch) * 4);
+        }
+        if (l_.arguments.weight_gradient && l_.words == gemm::Words::kBFloat16Pair) {
+            const int64_t pixels = l_.window.flat ? ceil_div(l_.tiling.tile_rows * l_.problem.out_width, 2)
+                                                  : l_.tiling.tile_images * l_.tiling.tile_rows * pairs_in_row();
+            pairs_ = scratch.take<gemm::word>(pixels * pairs_pitch());
+        }
+    }
+
+    const gemm::word* data() const { return data_; }
+    int64_t pitch() const { return pitch_; }
+    int64_t row_pitch() const { return l_.columns * l_.pitch; }
+    int64_t image_pitch() const { return l_.rows * row_pitch(); }
+    int64_t columns_before() const { return l_.columns_before; }
+    int64_t first_row() const { return rows_.begin; }   // the output row that is staged first
+
+    template <class T>
+    void fill(const Tile& tile) {
+        const Problem& p = l_.problem;
+        const BackwardArguments& a = l_.arguments;
+        rows_ = l_.needed_rows(tile);
+        const T* dy = static_cast<const T*>(a.dy);
+        if (!staged_) {
+            data_ = reinterpret_cast<const gemm::word*>(dy + tile.row * p.out_width * a.dy_pitch);
+            pitch_ = a.dy_pitch;
+            return;
+        }
+        data_ = staged_, pitch_ = l_.pitch;
+        const OutputEdge edge{a.s, a.a, a.b, a.y_mean};
+        const auto put = [&](int64_t pixel, int64_t count, gemm::word* to) {
+            const T* y = static_cast<const T*>(a.y) + pixel * a.y_pitch;
+            if (l_.words == gemm::Words::kFloat) {
+                output_gradient_pixels(dy + pixel * a.dy_pitch, a.dy_pitch, y, a.y_pitch, count, p.out_channels, edge,
+                                       reinterpret_cast<float*>(to), l_.pitch);
+            } else if constexpr (std::is_same_v<T, bf16>) {
+                output_gradient_pixels(dy + pixel * a.dy_pitch, a.dy_pitch, y, a.y_pitch, count, p.out_channels, edge,
+                                       reinterpret_cast<bf16*>(to), 2 * l_.pitch);
+            }
+        };
+        if (l_.window.flat) {
+            put(tile.row * p.out_width, tile.rows * p.out_width, staged_);
+        } else {
+            for (int64_t i = 0; i < tile.images; i++) {
+                const int64_t first_row = l_.window.free_rows ? 0 : (tile.image + i) * p.out_height;
+                for (int64_t r = rows_.begin; r < rows_.end; r++) {
+                    put((first_row + r) * p.out_width, p.out_width,
+                        staged_ + i * image_pitch() + (r - rows_.begin) * row_pitch() + l_.columns_before * l_.pitch);
+                }
+            }
+        }
+        if (pairs_) fill_pairs(tile);
+    }
+
+    // The tile's own rows, without the neighbours', as the weight gradient reads them.
+    View own_rows(const Tile& tile) const {
+        if (pairs_) {
+            const int64_t row = pairs_in_row() * pairs_pitch();
+            return {pairs_, pairs_pitch(), row, tile.rows * row};
+        }
+        return {natural_rows(tile), pitch_, row_pitch(), image_pitch()};
+    }
+
+    // sum[c] += sum of dY over the tile's own pixels.
+    void add_bias(const Tile& tile, float* sum) const {
+        const Problem& p = l_.problem;
+        const bool flat = l_.window.flat;
+        for (int64_t i = 0; i < tile.images; i++) {
+            for (int64_t r = 0; r < (flat ? 1 : tile.rows); r++) {
+                const gemm::word* row = natural_rows(tile) + i * image_pitch() + r * row_pitch();
+                const int64_t pixels = flat ? tile.rows * p.out_width : p.out_width;
+                if (l_.words == gemm::Words::kFloat) {
+                    add_rows(reinterpret_cast<const float*>(row), pitch_, pixels, p.out_channels, sum);
+                } else {
+                    add_rows(reinterpret_cast<const bf16*>(row), 2 * pitch_, pixels, p.out_channels, sum);
+                }
+            }
+        }
+    }
+
+  private:
+    int64_t pairs_in_row() const { return ceil_div(l_.problem.out_width, 2); }
+    int64_t pairs_pitch() const { return scratch_pitch(l_.problem.out_channels); }
+    const gemm::word* natural_rows(const Tile& tile) const {
+        return l_.window.flat ? data_ : data_ + (tile.row - rows_.begin) * row_pitch() + l_.columns_before * l_.pitch;
+    }
+
+    void fill_pairs(const Tile& tile) {
+        const Problem& p = l_.problem;
+        const int64_t ld = 2 * l_.pitch, channels = p.out_channels;
+        const auto pair_run = [&](const gemm::word* from, int64_t pixels, gemm::word* to) {
+            const bf16* first = reinterpret_cast<const bf16*>(from);
+            pair_pixels(first, first + ld, 2 * ld, pixels / 2, channels, to, pairs_pitch());
+            if (pixels % 2) {
+                pair_pixels(first + (pixels - 1) * ld, nullptr, ld, 1, channels, to + pixels / 2 * pairs_pitch(), 0);
+            }
+        };
+        if (l_.window.flat) return pair_run(staged_, tile.rows * p.out_width, pairs_);
+        gemm::word* to = pairs_;
+        for (int64_t i = 0; i < tile.images; i++) {
+            for (int64_t r = 0; r < tile.rows; r++, to += pairs_in_row() * pairs_pitch()) {
+                pair_run(natural_rows(tile) + i * image_pitch() + r * row_pitch(), p.out_width, to);
+            }
+        }
+    }
+
+    const GradientLayout& l_;
+    gemm::word* staged_ = nullptr;
+    gemm::word* pairs_ = nullptr;
+    const gemm::word* data_ = nullptr;
+    int64_t pitch_ = 0;
+    Range rows_{0, 0};
+};
+
+// The staged input once more, each word a pair of the same channel of two pixels that neighbouring output pixels read.
+class InputPairs {
+  public:
+    InputPairs(const Problem& p, const Window& w, const Tiling& tiling, int64_t channels, Scratch& scratch)
+        : p_(p), w_(w), pitch_(w.joined ? channels : scratch_pitch(channels)),
+          rows_(w.staged_rows(p, tiling.tile_rows)) {
+        const int64_t pixels = w.flat ? ceil_div(tiling.tile_rows * p.out_width, 2) : tiling.tile_images * rows_ * w.columns;
+        data_ = scratch.take<gemm::word>(pixels * pitch_ + gemm::kPanel);
+    }
+
+    void fill(const InputStage& stage, const Tile& tile, int64_t channels) {
+        const int64_t ld = 2 * stage.pitch();
+        if (w_.flat) {
+            const bf16* first = reinterpret_cast<const bf16*>(stage.data());
+            const int64_t pixels = tile.rows * p_.out_width;
+            pair_pixels(first, first + ld, 2 * ld, pixels / 2, channels, data_, pitch_);
+            if (pixels % 2) {
+                pair_pixels(first + (pixels - 1) * ld, nullptr, ld, 1, channels, data_ + pixels / 2 * pitch_, 0);
+            }
+            return;
+        }
+        const int64_t paired = std::max<int64_t>(0, w_.columns - w_.column_stride), staged = w_.staged_rows(p_, tile.rows);
+        for (int64_t i = 0; i < tile.images; i++) {
+            for (int64_t q = 0; q < staged; q++) {
+                const bf16* row = reinterpret_cast<const bf16*>(stage.data() + i * stage.image_pitch() + q * stage.row_pitch());
+                gemm::word* to = data_ + i * image_pitch() + q * row_pitch();
+                pair_pixels(row, row + w_.column_stride * ld, ld, paired, channels, to, pitch_);
+                pair_pixels(row + paired * ld, nullptr, ld, w_.columns - paired, channels, to + paired * pitch_, pitch_);
+            }
+        }
+    }
+
+    const gemm::word* data() const { return data_; }
+    int64_t pitch() const { return pitch_; }
+    int64_t step() const { return w_.flat ? pitch_ : 2 * w_.column_stride * pitch_; }   // from pair to pair
+    int64_t row_pitch() const { return w_.columns * pitch_; }
+    int64_t image_pitch() const { return rows_ * row_pitch(); }
+
+  private:
+    const Problem& p_;
+    const Window& w_;
+    int64_t pitch_, rows_;
+    gemm::word* data_;
+};
+
+}  // namespace bnr::conv

@@ -1,0 +1,225 @@
+#include "conv_pixels.h"
+
+#include <cstring>
+#include <type_traits>
+
+namespace bnr::conv {
+
+namespace {
+
+// Stores what the products read: the value rounded to T, kept as Out.
+template <class T, class Out, class Lanes>
+BNR_INLINE void put(Out* p, vf v, Lanes lanes) {
+    if constexpr (std::is_same_v<Out, float>) {
+        store(p, stored<T>(v), lanes);
+    } else {
+        store(p, v, lanes);
+    }
+}
+
+// Scratch of bfloat16 is read as pairs: the partner of the last of an odd number of channels is a zero. (A tensor has no
+// room for a partner, and needs none.)
+template <class Out>
+BNR_INLINE void put_partner(Out* pixel, int64_t channels, int64_t pitch) {
+    if constexpr (std::is_same_v<Out, bf16>) {
+        if (channels % 2 && pitch > channels) pixel[channels] = bf16{0};
+    }
+}
+
+template <bool kAffine, class Lanes>
+BNR_INLINE vf activation_input(vf x, const InputTransform& t, int64_t c, Lanes lanes) {
+    if constexpr (!kAffine) return x;
+    return affine(x, load(t.mean + c, lanes), load(t.scale + c, lanes), load(t.beta + c, lanes));
+}
+
+template <Act A, bool kAffine, bool kGate, class T, class Out>
+void transform_run(const T* x, int64_t ldx, int64_t pixels, int64_t channels, const InputTransform& t, Out* z,
+                   int64_t ldz) {
+    for (int64_t i = 0; i < pixels; i++) {
+        const T* from = x + i * ldx;
+        Out* to = z + i * ldz;
+        for_each_vector(channels, [&](int64_t c, auto lanes) {
+            vf v = activate<A>(activation_input<kAffine>(load(from + c, lanes), t, c, lanes), t.act);
+            if constexpr (kGate) v = v * load(t.gate + c, lanes);
+            put<T>(to + c, v, lanes);
+        });
+        put_partner(to, channels, ldz);
+    }
+}
+
+template <Act A, bool kAffine, class T>
+void input_gradient_run(const float* g, int64_t ldg, const T* x, int64_t ldx, int64_t pixels, int64_t channels,
+                        const InputTransform& t, T* dx, int64_t lddx, bool accumulate, float* sum_p, float* sum_px) {
+    // Channels outside, so that the sums stay in registers while the run goes by.
+    for_each_vector(channels, [&](int64_t c, auto lanes) {
+        vf mean = zero(), scale = zero(), beta = zero(), sp = zero(), spx = zero();
+        if constexpr (kAffine) {
+            mean = load(t.mean + c, lanes), scale = load(t.scale + c, lanes), beta = load(t.beta + c, lanes);
+            sp = load(sum_p + c, lanes), spx = load(sum_px + c, lanes);
+        }
+        const auto run = [&](auto adds) {
+            for (int64_t i = 0; i < pixels; i++) {
+                vf p = load(g + i * ldg + c, lanes);
+                if constexpr (kAffine || A != Act::identity) {
+                    const vf v = load(x + i * ldx + c, lanes);
+                    vf state;
+                    if constexpr (kAffine) {
+                        activate<A>(affine(v, mean, scale, beta), t.act, state);
+                    } else {
+                        activate<A>(v, t.act, state);
+                    }
+                    p = pull_back<A>(p, state, t.act);
+                    if constexpr (kAffine) {
+                        sp = sp + p;
+                        spx = fma(p, v - mean, spx);
+                        p = p * scale;
+                    }
+                }
+                T* to = dx + i * lddx + c;
+                if constexpr (decltype(adds)::value) p = p + load(to, lanes);
+                store(to, p, lanes);
+            }
+        };
+        if (accumulate) run(std::true_type{});
+        else run(std::false_type{});
+        if constexpr (kAffine) store(sum_p + c, sp, lanes), store(sum_px + c, spx, lanes);
+    });
+}
+
+template <Act A, bool kAffine, class T>
+void gated_gradient_run(const float* g, int64_t ldg, const T* x, int64_t ldx, int64_t pixels, int64_t channels,
+                        const InputTransform& t, T* dx, int64_t lddx, bool accumulate, float* sum_gate) {
+    for_each_vector(channels, [&](int64_t c, auto lanes) {
+        const vf gate = load(t.gate + c, lanes);
+        vf sum = load(sum_gate + c, lanes);
+        for (int64_t i = 0; i < pixels; i++) {
+            const vf value = load(g + i * ldg + c, lanes);
+            const vf u = activation_input<kAffine>(load(x + i * ldx + c, lanes), t, c, lanes);
+            sum = fma(value, activate<A>(u, t.act), sum);
+            T* to = dx + i * lddx + c;
+            vf d = value * gate;
+            if (accumulate) d = d + load(to, lanes);
+            store(to, d, lanes);
+        }
+        store(sum_gate + c, sum, lanes);
+    });
+}
+
+}  // namespace
+
+InputTransform transform_at(const Problem& p, int64_t image, int64_t channel) {
+    const bool affine = p.mean != nullptr;
+    return {affine ? p.mean + channel : nullptr, affine ? p.scale + channel : nullptr,
+            affine ? p.beta + channel : nullptr,
+            Activation{static_cast<Act>(p.activation), static_cast<float>(p.slope)},
+            p.gate ? p.gate + image * p.in_channels + channel : nullptr};
+}
+
+template <class T, class Out>
+void transform_pixels(const T* x, int64_t ldx, int64_t pixels, int64_t channels, const InputTransform& t, Out* z,
+                      int64_t ldz) {
+    if (t.is_identity() && ldx == channels && ldz == channels && std::is_same_v<T, Out>) {
+        std::memcpy(z, x, static_cast<std::size_t>(pixels * channels) * sizeof(T));
+        return;
+    }
+    with_activation(t.act.kind, [&](auto act) {
+        constexpr Act A = decltype(act)::value;
+        if (t.mean && t.gate) transform_run<A, true, true>(x, ldx, pixels, channels, t, z, ldz);
+        else if (t.mean) transform_run<A, true, false>(x, ldx, pixels, channels, t, z, ldz);
+        else if (t.gate) transform_run<A, false, true>(x, ldx, pixels, channels, t, z, ldz);
+        else transform_run<A, false, false>(x, ldx, pixels, channels, t, z, ldz);
+    });
+}
+
+template <class T, class Out>
+void output_gradient_pixels(const T* p, int64_t ldp, const T* y, int64_t ldy, int64_t pixels, int64_t channels,
+                            const OutputEdge& edge, Out* d, int64_t ldd) {
+    const auto run = [&](auto scaled, auto centred) {
+        for (int64_t i = 0; i < pixels; i++) {
+            Out* to = d + i * ldd;
+            for_each_vector(channels, [&](int64_t c, auto lanes) {
+                vf v = load(p + i * ldp + c, lanes);
+                if constexpr (decltype(scaled)::value) v = v * load(edge.s + c, lanes);
+                if constexpr (decltype(centred)::value) {
+                    const vf offset = load(y + i * ldy + c, lanes) - load(edge.mean + c, lanes);
+                    v = v + fma(load(edge.a + c, lanes), offset, load(edge.b + c, lanes));
+                }
+                put<T>(to + c, v, lanes);
+            });
+            put_partner(to, channels, ldd);
+        }
+    };
+    if (edge.s && edge.a) run(std::true_type{}, std::true_type{});
+    else if (edge.a) run(std::false_type{}, std::true_type{});
+    else if (edge.s) run(std::true_type{}, std::false_type{});
+    else run(std::false_type{}, std::false_type{});
+}
+
+template <class T>
+void input_gradient_pixels(const float* g, int64_t ldg, const T* x, int64_t ldx, int64_t pixels, int64_t channels,
+                           const InputTransform& t, T* dx, int64_t lddx, bool accumulate, float* sum_p, float* sum_px) {
+    with_activation(t.act.kind, [&](auto act) {
+        constexpr Act A = decltype(act)::value;
+        if (t.mean) {
+            input_gradient_run<A, true>(g, ldg, x, ldx, pixels, channels, t, dx, lddx, accumulate, sum_p, sum_px);
+        } else {
+            input_gradient_run<A, false>(g, ldg, x, ldx, pixels, channels, t, dx, lddx, accumulate, sum_p, sum_px);
+        }
+    });
+}
+
+template <class T>
+void gated_gradient_pixels(const float* g, int64_t ldg, const T* x, int64_t ldx, int64_t pixels, int64_t channels,
+                           const InputTransform& t, T* dx, int64_t lddx, bool accumulate, float* sum_gate) {
+    with_activation(t.act.kind, [&](auto act) {
+        constexpr Act A = decltype(act)::value;
+        if (t.mean) gated_gradient_run<A, true>(g, ldg, x, ldx, pixels, channels, t, dx, lddx, accumulate, sum_gate);
+        else gated_gradient_run<A, false>(g, ldg, x, ldx, pixels, channels, t, dx, lddx, accumulate, sum_gate);
+    });
+}
+
+template <class T>
+void finish_output_pixels(const float* c, int64_t ldc, int64_t pixels, int64_t channels, const float* bias, T* y,
+                          int64_t ldy) {
+    for (int64_t i = 0; i < pixels; i++) {
+        for_each_vector(channels, [&](int64_t j, auto lanes) {
+            vf v = load(c + i * ldc + j, lanes);
+            if (bias) v = v + load(bias + j, lanes);
+            store(y + i * ldy + j, v, lanes);
+        });
+    }
+}
+
+void pair_pixels(const bf16* first, const bf16* second, int64_t ld, int64_t pixels, int64_t channels, gemm::word* out,
+                 int64_t ldo) {
+    for (int64_t i = 0; i < pixels; i++) {
+        const bf16* a = first + i * ld;
+        gemm::word* to = out + i * ldo;
+        if (second) {
+            const bf16* b = second + i * ld;
+            for (int64_t c = 0; c < channels; c++) to[c] = a[c].bits | static_cast<uint32_t>(b[c].bits) << 16;
+        } else {
+            for (int64_t c = 0; c < channels; c++) to[c] = a[c].bits;
+        }
+    }
+}
+
+#define BNR_FOR(T, Out)                                                                                               \
+    template void transform_pixels(const T*, int64_t, int64_t, int64_t, const InputTransform&, Out*, int64_t);        \
+    template void output_gradient_pixels(const T*, int64_t, const T*, int64_t, int64_t, int64_t, const OutputEdge&,   \
+                                         Out*, int64_t);
+BNR_FOR(float, float)
+BNR_FOR(bf16, float)
+BNR_FOR(bf16, bf16)
+#undef BNR_FOR
+#define BNR_FOR(T)                                                                                                    \
+    template void input_gradient_pixels(const float*, int64_t, const T*, int64_t, int64_t, int64_t,                   \
+                                        const InputTransform&, T*, int64_t, bool, float*, float*);                    \
+    template void gated_gradient_pixels(const float*, int64_t, const T*, int64_t, int64_t, int64_t,                   \
+                                        const InputTransform&, T*, int64_t, bool, float*);                            \
+    template void finish_output_pixels(const float*, int64_t, int64_t, int64_t, const float*, T*, int64_t);
+BNR_FOR(float)
+BNR_FOR(bf16)
+#undef BNR_FOR
+
+}  // namespace bnr::conv

@@ -1,0 +1,61 @@
+// What happens to the pixels of a tile before and after the matrix products: the two edge formulas and their like.
+//
+// Every function works on a run of `pixels` pixels with a pitch between them, on `channels` channels from the given
+// pointers on. T is the tensors' element type; Out is what the products read: float, rounded to T, or bf16.
+#pragma once
+
+#include <cstdint>
+
+#include "activation.h"
+#include "conv_arguments.h"
+#include "gemm.h"
+
+namespace bnr::conv {
+
+// z = act((x - mean) * scale + beta) * gate, with every vector at the run's first channel.
+struct InputTransform {
+    const float *mean, *scale, *beta;   // null: no affine part
+    Activation act;
+    const float* gate;                  // of the run's image; null: 1
+
+    bool is_identity() const { return !mean && act.kind == Act::identity && !gate; }
+};
+InputTransform transform_at(const Problem& p, int64_t image, int64_t channel);
+
+// dY = s * P + a * (y - mean) + b
+struct OutputEdge {
+    const float *s, *a, *b, *mean;
+
+    bool is_identity() const { return !s && !a; }
+};
+
+template <class T, class Out>
+void transform_pixels(const T* x, int64_t ldx, int64_t pixels, int64_t channels, const InputTransform& t, Out* z,
+                      int64_t ldz);
+
+template <class T, class Out>
+void output_gradient_pixels(const T* p, int64_t ldp, const T* y, int64_t ldy, int64_t pixels, int64_t channels,
+                            const OutputEdge& edge, Out* d, int64_t ldd);
+
+// From g, the gradient at z, to dx = scale * P (added to dx with `accumulate`); sum_p += P, sum_px += P * (x - mean), given
+// where there is an affine part. No gate.
+template <class T>
+void input_gradient_pixels(const float* g, int64_t ldg, const T* x, int64_t ldx, int64_t pixels, int64_t channels,
+                           const InputTransform& t, T* dx, int64_t lddx, bool accumulate, float* sum_p, float* sum_px);
+
+// With a gate: dx = g * gate, and sum_gate += g * act(...).
+template <class T>
+void gated_gradient_pixels(const float* g, int64_t ldg, const T* x, int64_t ldx, int64_t pixels, int64_t channels,
+                           const InputTransform& t, T* dx, int64_t lddx, bool accumulate, float* sum_gate);
+
+// y = c + bias; c and y may be the same memory, bias may be null.
+template <class T>
+void finish_output_pixels(const float* c, int64_t ldc, int64_t pixels, int64_t channels, const float* bias, T* y,
+                          int64_t ldy);
+
+// Pixel i of `first` and of `second` as the two halves of a word, which is how products that sum over pixels read
+// bfloat16. `second` null: zeros. The pitches of the sources are in values, out's in words.
+void pair_pixels(const bf16* first, const bf16* second, int64_t ld, int64_t pixels, int64_t channels, gemm::word* out,
+                 int64_t ldo);
+
+}  // namespace bnr::conv

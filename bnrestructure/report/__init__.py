@@ -1,0 +1,1 @@
+"""What people read: tables of plans and verifications, pictures of graphs, the environment. Reports change nothing."""

@@ -1,0 +1,63 @@
+"""How far a tensor is from its truth, in a unit that does not blow up where the truth is zero."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["SMALL", "distances", "units"]
+
+#: A tensor's unit of length is at least this part of the largest of its kind.
+SMALL = 1e-3
+
+
+def units(truths: dict[str, Tensor]) -> dict[str, float]:
+    """For each tensor of one kind, the length by which its error is divided: ``max(||t||, SMALL * r * sqrt(numel))``.
+
+    r is the largest root mean square among the tensors of this kind. Gradients that are zero in exact arithmetic (of a bias in front of a
+    batch norm, say) are rounding noise in every implementation; they are measured against their neighbours and not against themselves.
+    A fault of relative size 1e-9 / SMALL still shows in every tensor that is not smaller than 1e-9 * SMALL of its neighbours.
+    """
+    finite = {name: _finite(t) for name, t in truths.items() if t.is_floating_point()}
+    roots = {name: _rms(t) for name, t in finite.items()}
+    largest = max(roots.values(), default=0.0)
+    return {name: max(roots[name], SMALL * largest) * math.sqrt(max(t.numel(), 1)) for name, t in finite.items()}
+
+
+def distances(value: Tensor, truth: Tensor, unit: float) -> float:
+    """``||value - truth|| / unit`` over finite elements; infinite where shapes or the places of NaNs and infinities differ.
+
+    Integer tensors are equal (0) or not (infinite).
+    """
+    if value.shape != truth.shape:
+        return math.inf
+    if not truth.is_floating_point():
+        return 0.0 if torch.equal(value, truth) else math.inf
+    if not value.numel():
+        return 0.0
+    value, truth = value.detach().double(), truth.detach().double()
+    error = float(torch.linalg.vector_norm(value - truth))
+    if not math.isfinite(error):
+        good = torch.isfinite(truth)
+        if not torch.equal(good, torch.isfinite(value)) or not _same_specials(value[~good], truth[~good]):
+            return math.inf
+        error = float(torch.linalg.vector_norm(value[good] - truth[good]))
+    if error == 0.0:
+        return 0.0
+    return error / unit if unit > 0 else math.inf
+
+
+def _same_specials(a: Tensor, b: Tensor) -> bool:
+    """Whether NaNs and signed infinities agree elementwise."""
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _finite(t: Tensor) -> Tensor:
+    t = t.detach()
+    return t if bool(torch.isfinite(t).all()) else t[torch.isfinite(t)]
+
+
+def _rms(t: Tensor) -> float:
+    return float(torch.linalg.vector_norm(t.double())) / math.sqrt(t.numel()) if t.numel() else 0.0

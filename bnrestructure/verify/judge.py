@@ -1,0 +1,50 @@
+"""From distances to verdicts: what each tensor's error may be."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import torch
+
+from bnrestructure.verify.report import Comparison
+from bnrestructure.verify.trial import Trial, name_of
+
+__all__ = ["FLOAT64_LIMIT", "FLOOR", "judge_double", "judge_training"]
+
+#: Relative distance allowed in float64.
+FLOAT64_LIMIT = 1e-9
+#: Added to the limit in the training dtype, in units of that dtype's machine epsilon.
+FLOOR = 4.0
+
+
+def judge_double(trial: Trial) -> list[Comparison]:
+    """The float64 stage: rounding and nothing else."""
+    return [Comparison("float64", *key, error, FLOAT64_LIMIT) for key, error in trial.double.items()]
+
+
+def judge_training(trials: list[Trial], dtype: torch.dtype, factor: float) -> list[Comparison]:
+    """The training dtype's stage: our distance (the median of several trials) against eager's (the largest of them)."""
+    means = _quadratic_means(trials)
+    floor = FLOOR * torch.finfo(dtype).eps
+    found = []
+    for key in trials[0].ours:
+        step, kind, _ = key
+        ours = statistics.median(trial.ours.get(key, math.inf) for trial in trials)
+        eager = max(trial.eager.get(key, 0.0) for trial in trials)
+        limit = factor * max(eager, means.get((step, kind), 0.0)) + floor
+        found.append(Comparison(name_of(dtype), *key, ours, limit, eager))
+    return found
+
+
+def _quadratic_means(trials: list[Trial]) -> dict[tuple[int, str], float]:
+    """Eager's quadratic mean distance over the tensors of each kind in each step; the largest of the trials."""
+    means: dict[tuple[int, str], float] = {}
+    for trial in trials:
+        groups: dict[tuple[int, str], list[float]] = {}
+        for (step, kind, _), error in trial.eager.items():
+            if math.isfinite(error):
+                groups.setdefault((step, kind), []).append(error * error)
+        for group, squares in groups.items():
+            means[group] = max(means.get(group, 0.0), math.sqrt(sum(squares) / len(squares)))
+    return means

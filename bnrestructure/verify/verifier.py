@@ -1,0 +1,185 @@
+"""verify(): the restructured model against the original in float64, and against eager's own error in the training dtype."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bnrestructure.api import explain, restructure, unrestructure
+from bnrestructure.capture.swap import is_restructured, original_class
+from bnrestructure.errors import UsageError
+from bnrestructure.verify.draws import preserved_generators, seeded
+from bnrestructure.verify.judge import judge_double, judge_training
+from bnrestructure.verify.loss import default_loss, named_tensors
+from bnrestructure.verify.report import Comparison, VerificationReport
+from bnrestructure.verify.run import as_dtype
+from bnrestructure.verify.trial import Setting, first_line, run_trial
+
+__all__ = ["verify"]
+
+#: How many more trials are made when the first exceeds a limit in the training dtype.
+_MORE_TRIALS = 4
+
+
+def verify(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    targets: Any = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    backend: str | None = None,
+    passes: str | Sequence[str] | None = None,
+    steps: int = 2,
+    dtype: torch.dtype | None = None,
+    factor: float = 2.0,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> VerificationReport:
+    """Check that restructuring does not change what the model computes. The model is left untouched, random generators too.
+
+    The oracle is the *original* model in float64. Deep copies are trained side by side for ``steps`` SGD steps (0: one forward and backward
+    pass alone), each step as long as 1e-3 of the parameters. Compared at each: outputs, the gradient of every parameter and of
+    every floating input, every buffer, and the parameters after the step.
+
+    float64         The restructured copy in float64: relative error at most 1e-9.
+    training dtype  The restructured copy's distance to the float64 truth is at most ``factor`` times eager's own distance plus 4
+                    machine epsilons. Eager's distance on a tensor is the larger of that tensor's and the quadratic mean over its kind
+                    (one lucky tensor is no measure). A value within rounding of a ReLU's kink may land on either side, in either model: if a
+                    tensor is beyond its limit, four more trials are made on parameters and inputs perturbed by one rounding each,
+                    and our median is held against eager's largest. Skipped for ``dtype=torch.float64`` and for a model in float64.
+    eval            After training, the eval-mode forwards of the restructured copy and of an original that loaded its state_dict
+                    (strictly) are bit-identical.
+
+    A relative error divides by ``max(||t||, 1e-3 * r * sqrt(numel))``, r being the largest root mean square among tensors of that kind; see
+    verify/distance.py for why. NaN and infinity must stand in the same places as in eager. Dropout draws the same numbers in every run.
+
+    model      plain, or restructured (then with its own backend and passes unless others are given); if in eval mode, ``train()`` is used
+    inputs     a tensor or a tuple of arguments (a detection model's ``(images, targets)``), float tensors in the model's dtype
+    loss_fn    ``loss_fn(output)``, or ``loss_fn(output, targets)`` when targets are given; by default outputs times fixed random
+               cotangents, or the sum of a dict of losses
+    dtype      the training dtype: None for the model's own; bfloat16 and float16 mean autocast over float32
+    progress   called with a few words before each part of the work
+
+    Raises UsageError for arguments that cannot be used, and when the original model itself fails on these inputs.
+    """
+    arguments = _checked(model, inputs, steps, factor, dtype)
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    cast, autocast = (own, None) if dtype is None else (torch.float32, dtype) if dtype.itemsize < 4 else (dtype, None)
+    loss = default_loss if loss_fn is None else (loss_fn if targets is None else lambda out: loss_fn(out, targets))
+    setting = Setting(loss, steps, seed, cast, autocast, progress or (lambda _: None))
+    with preserved_generators():
+        original, candidate = _pair(model, backend, passes)
+        plan = explain(candidate, backend=backend or "auto", passes=passes)
+        report = VerificationReport(original_class(model).__name__, factor, sites=plan.counts, notes=list(plan.notes))
+        training = cast != torch.float64
+        trial = run_trial(original, candidate, arguments, setting, double=True, training=training)
+        double, trials = judge_double(trial), [trial]
+        judged = judge_training(trials, setting.dtype, factor)
+        if all(c.ok for c in double) and not all(c.ok for c in judged) and trial.raised is None:
+            for i in range(_MORE_TRIALS):
+                setting.say(f"trial {i + 2} of {_MORE_TRIALS + 1}, perturbed by one rounding")
+                nudged = _nudged(original, candidate, arguments, setting, i + 1)
+                trials.append(run_trial(*nudged, setting, double=False, training=True))
+            judged = judge_training(trials, setting.dtype, factor)
+            report.notes.append(f"{len(trials)} trials were made in the training dtype, for the first exceeded a limit")
+        report.comparisons = [*double, *judged]
+        for stage, step, message in (t.raised for t in trials if t.raised is not None):
+            report.comparisons.append(Comparison(stage, step, "error", message, math.inf, 0.0))
+        if trial.trained is not None:
+            setting.say("eval mode")
+            _compare_eval(report, original, trial.trained, arguments)
+    return report
+
+
+def _checked(model: Any, inputs: Any, steps: int, factor: float, dtype: torch.dtype | None) -> tuple[Any, ...]:
+    if isinstance(model, torch.jit.ScriptModule) or not isinstance(model, nn.Module):
+        raise UsageError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if steps < 0 or factor < 1:
+        raise UsageError(f"steps must be at least 0 and factor at least 1, got steps={steps}, factor={factor}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise UsageError(f"dtype must be a floating dtype, got {dtype}")
+    if any(p.is_meta for p in model.parameters()):
+        raise UsageError("the model is on the meta device and has no values to compare")
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def _pair(model: nn.Module, backend: str | None, passes: str | Sequence[str] | None) -> tuple[nn.Module, nn.Module]:
+    """(the original, the restructured candidate), deep copies in training mode."""
+    try:
+        candidate = copy.deepcopy(model)
+    except Exception as error:
+        raise UsageError(f"the model cannot be deep-copied: {first_line(error)}") from error
+    original = unrestructure(copy.deepcopy(candidate))
+    restructured = any(is_restructured(m) for m in candidate.modules())
+    if not restructured or backend is not None or passes is not None:
+        restructure(candidate, backend=backend or "auto", passes=passes)
+    if not model.training:
+        original.train()
+        candidate.train()
+    return original, candidate
+
+
+def _nudged(
+    original: nn.Module, candidate: nn.Module, inputs: tuple[Any, ...], setting: Setting, seed: int
+) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
+    """The same problem with every parameter and floating input multiplied by 1 + eps * u, u uniform in [-1, 1]."""
+    eps = torch.finfo(setting.dtype).eps
+    generator = torch.Generator().manual_seed(seed)
+
+    def nudge(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        u = torch.rand(t.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return (t.detach().double() * (1 + eps * u.to(t.device))).to(t.dtype)
+
+    models = [copy.deepcopy(m).to(setting.cast) for m in (original, candidate)]
+    with torch.no_grad():
+        for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            q.copy_(p.copy_(nudge(p)))
+    return models[0], models[1], pytree.tree_map_only(Tensor, nudge, as_dtype(inputs, setting.cast))
+
+
+def _compare_eval(report: VerificationReport, original: nn.Module, trained: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Eval-mode forwards must agree bit for bit, after the state of training went over by state_dict."""
+    dtype = next((p.dtype for p in trained.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    plain = copy.deepcopy(original).to(dtype)
+
+    def wrong(what: str) -> None:
+        report.comparisons.append(Comparison("eval", 0, "error", what, math.inf, 0.0))
+
+    try:
+        plain.load_state_dict(trained.state_dict(), strict=True)
+    except RuntimeError as error:
+        return wrong(f"the restructured model's state_dict does not fit the original: {first_line(error)}")
+    outputs = []
+    for module in (plain.eval(), trained.eval()):
+        arguments = pytree.tree_map_only(Tensor, torch.clone, as_dtype(inputs, dtype))
+        seeded(0)
+        try:
+            with torch.no_grad():
+                outputs.append(named_tensors(module(*arguments), "output"))
+        except Exception as error:
+            if module is not plain:
+                return wrong(f"the restructured model raised {type(error).__name__} in eval mode: {first_line(error)}")
+            report.notes.append(f"eval mode was not compared: the original fails there: {first_line(error)}")
+            return None
+    for name in dict.fromkeys([*outputs[0], *outputs[1]]):
+        a, b = outputs[0].get(name), outputs[1].get(name)
+        same = a is not None and b is not None and _bit_identical(a, b)
+        report.comparisons.append(Comparison("eval", 0, "output", name, 0.0 if same else math.inf, 0.0))
+    return None
+
+
+def _bit_identical(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or a.stride() != b.stride():
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
+    return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))

@@ -1,0 +1,138 @@
+"""One training step of two models side by side, and a relative error that true zeros do not upset."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import bnrestructure
+
+__all__ = [
+    "assert_same_training",
+    "assert_same_values",
+    "cotangent_loss",
+    "relative_errors",
+    "restructured_copy",
+    "training_step",
+    "tree_tensors",
+]
+
+#: What two fp64 runs of the same mathematics may differ by, relative.
+FP64_TOLERANCE = 1e-9
+#: Tensors smaller than this share of the largest of their kind are compared on that scale: a gradient that is zero in theory (a
+#: convolution's bias before a batch norm) is rounding noise in both models.
+ZERO_SHARE = 1e-3
+
+
+def restructured_copy(model: nn.Module, **options: Any) -> nn.Module:
+    """A deep copy of the model, restructured with the reference kernels."""
+    return bnrestructure.restructure(copy.deepcopy(model), **{"backend": "reference", **options})
+
+
+def tree_tensors(value: Any) -> list[Tensor]:
+    """The tensors in any nest of containers, in order."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def cotangent_loss(outputs: Any, seed: int = 0) -> Tensor:
+    """Sum of each floating output times a fixed random tensor: every element of every output has its own gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    terms = []
+    for tensor in tree_tensors(outputs):
+        if tensor.is_floating_point() and tensor.requires_grad:
+            cotangent = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            terms.append((tensor * cotangent.to(tensor.dtype)).sum())
+    return torch.stack(terms).sum()
+
+
+def training_step(
+    model: nn.Module, *args: Any, loss: Callable[[Any], Tensor] = cotangent_loss, seed: int = 0, **kwargs: Any
+) -> dict[str, Tensor]:
+    """Forward and backward with fresh gradients; outputs, gradients of parameters and inputs, and buffers, by kind and name."""
+    torch.manual_seed(seed)
+    model.zero_grad(set_to_none=True)
+    args, kwargs = pytree.tree_map(_fresh_input, (args, kwargs))
+    outputs = model(*args, **kwargs)
+    found = {f"output/{i}": t.detach().clone() for i, t in enumerate(tree_tensors(outputs))}
+    if any(t.requires_grad for t in tree_tensors(outputs)):
+        loss(outputs).backward()
+    for i, tensor in enumerate(tree_tensors((args, kwargs))):
+        if tensor.grad is not None:
+            found[f"input gradient/{i}"] = tensor.grad.clone()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[f"gradient/{name}"] = parameter.grad.clone()
+    found.update({f"buffer/{name}": buffer.clone() for name, buffer in model.named_buffers()})
+    return found
+
+
+def _fresh_input(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    return value
+
+
+def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """||actual - expected|| / ||expected|| per tensor, with the floor described at ``ZERO_SHARE``; NaN equals NaN."""
+    assert actual.keys() == expected.keys(), sorted(actual.keys() ^ expected.keys())
+    largest: dict[str, float] = {}
+    for name, tensor in expected.items():
+        kind = name.split("/")[0]
+        largest[kind] = max(largest.get(kind, 0.0), _rms(tensor))
+    errors = {}
+    for name, tensor in expected.items():
+        other = actual[name]
+        assert other.shape == tensor.shape, f"{name}: {tuple(other.shape)} instead of {tuple(tensor.shape)}"
+        assert other.dtype == tensor.dtype, f"{name}: {other.dtype} instead of {tensor.dtype}"
+        same = (other == tensor) | (other.isnan() & tensor.isnan())
+        difference = torch.where(same, 0.0, other.double() - tensor.double())
+        scale = max(_rms(tensor), ZERO_SHARE * largest[name.split("/")[0]])
+        errors[name] = 0.0 if bool(same.all()) else _rms(difference) / scale if scale else float("inf")
+    return errors
+
+
+def _rms(tensor: Tensor) -> float:
+    finite = tensor.double()[tensor.isfinite()] if tensor.is_floating_point() else tensor.double()
+    return float(finite.square().mean().sqrt()) if finite.numel() else 0.0
+
+
+def assert_same_values(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = FP64_TOLERANCE) -> None:
+    """Fail with the worst tensor's name unless every relative error is within the tolerance (a NaN error fails)."""
+    errors = relative_errors(actual, expected)
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    if wrong:
+        worst = sorted(wrong, key=lambda name: wrong[name], reverse=True)[:5]
+        listing = ", ".join(f"{name} {wrong[name]:.2e}" for name in worst)
+        raise AssertionError(f"{len(wrong)} of {len(errors)} tensors differ; worst: {listing}")
+
+
+def assert_same_training(
+    model: nn.Module,
+    *args: Any,
+    steps: int = 2,
+    tolerance: float = FP64_TOLERANCE,
+    options: dict[str, Any] | None = None,
+    between: Callable[[nn.Module, int], None] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Train the model and a restructured copy for some SGD steps, comparing everything after each. Returns the copy.
+
+    ``between(model, step)`` is applied to both after each step.
+    """
+    rewritten = restructured_copy(model, **(options or {}))
+    original = copy.deepcopy(model)
+    for step in range(steps):
+        expected = training_step(original, *args, seed=step, **kwargs)
+        assert_same_values(training_step(rewritten, *args, seed=step, **kwargs), expected, tolerance)
+        for m in (original, rewritten):
+            for parameter in m.parameters():
+                if parameter.grad is not None:
+                    parameter.data.add_(parameter.grad, alpha=-1e-3)
+            if between is not None:
+                between(m, step)
+    return rewritten

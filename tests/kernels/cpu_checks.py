@@ -1,0 +1,65 @@
+"""What the tests of the CPU kernels share: fp64 truth, tensors in every layout, and a measure of error that is fair."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnrestructure.ops.edges import BackwardEdge, Transform
+
+LAYOUTS = ("channels_last", "slice", "nchw")
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    """x's values in channels_last memory, as a channel slice of a wider buffer (NaN around it), or in NCHW memory."""
+    if layout == "nchw":
+        return x.contiguous()
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    n, c, h, w = x.shape
+    buffer = torch.full((n, c + 7, h, w), torch.nan, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+    view = buffer.narrow(1, 3, c)
+    return view.copy_(x)
+
+
+def to_double(value: Any) -> Any:
+    """Tensors, transforms and tuples of them in fp64; everything else as it is."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Transform):
+        vectors = [to_double(v) for v in (value.mean, value.scale, value.beta)]
+        return Transform(*vectors, value.act, to_double(value.gate))
+    if isinstance(value, BackwardEdge):
+        return BackwardEdge(*[to_double(v) for v in (value.s, value.a, value.b, value.y, value.mean)])
+    if type(value) is tuple:
+        return tuple(to_double(v) for v in value)
+    return value
+
+
+def largest_error(value: Tensor, truth: Tensor) -> float:
+    """Largest absolute difference, relative to the truth's largest magnitude; infinite where NaNs are not where they should be."""
+    value = value.double()
+    if value.shape != truth.shape or not torch.equal(value.isnan(), truth.isnan()):
+        return float("inf")
+    scale = truth.nan_to_num().abs().max().clamp_min(1e-300)
+    return float((value - truth).nan_to_num().abs().max() / scale)
+
+
+def assert_as_good(name: str, value: Any, reference: Any, truth: Any, factor: float = 4.0) -> None:
+    """``value`` is no further from the fp64 truth than ``factor`` times the reference's result in the same precision.
+
+    One rounding of the result's own dtype is always granted: on a handful of elements the reference can be exact by luck.
+    """
+    if isinstance(truth, tuple):
+        for i, parts in enumerate(zip(value, reference, truth, strict=True)):
+            assert_as_good(f"{name}[{i}]", *parts, factor)
+        return
+    if truth is None:
+        assert value is None, name
+        return
+    assert value.dtype == reference.dtype, name
+    error = largest_error(value, truth)
+    allowed = factor * max(largest_error(reference, truth), torch.finfo(value.dtype).eps)
+    assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"

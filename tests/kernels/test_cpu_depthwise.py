@@ -1,0 +1,403 @@
+"""The C++ depthwise convolution against the reference kernel in float64.
+
+The rule: the distance to the float64 result is at most twice that of the reference kernel in the same dtype, plus a few
+units in the last place (a reference error may happen to be zero).
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bnrestructure.kernels import reference
+from bnrestructure.kernels.cpu import depthwise, library
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
+
+pytestmark = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
+
+FACTOR = 2.0
+ULPS = 4.0
+
+ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu(0.1)")
+GRADIENTS = ("dx", "sum_p", "sum_px", "gate", "weight", "bias")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A depthwise convolution; kernel, stride, padding and dilation are (height, width)."""
+
+    batch: int
+    channels: int
+    size: tuple[int, int]
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def geometry(self) -> ConvGeometry:
+        return ConvGeometry(self.stride, self.padding, self.dilation, self.channels)
+
+    @property
+    def output(self) -> tuple[int, int, int, int]:
+        return (self.batch, self.channels, *self.geometry.output_size(self.size, self.kernel))
+
+
+SHAPES = {
+    "3x3": Shape(2, 32, (14, 14)),
+    "3x3 stride 2": Shape(3, 24, (15, 13), stride=(2, 2)),
+    "5x5": Shape(2, 40, (9, 17), kernel=(5, 5), padding=(2, 2)),
+    "5x5 stride 2, even size": Shape(2, 17, (12, 12), kernel=(5, 5), stride=(2, 2), padding=(2, 2)),
+    "7x7": Shape(1, 19, (11, 8), kernel=(7, 7), padding=(3, 3)),
+    "one pixel": Shape(2, 33, (1, 1)),
+    "one channel": Shape(4, 1, (6, 7)),
+    "kernel larger than image": Shape(2, 8, (2, 3), kernel=(5, 5), padding=(2, 2)),
+    "1x1": Shape(2, 5, (4, 5), kernel=(1, 1), padding=(0, 0)),
+    "1x1 stride 3": Shape(2, 16, (7, 8), kernel=(1, 1), stride=(3, 3), padding=(0, 0)),
+    "rectangular": Shape(2, 21, (10, 6), kernel=(1, 7), padding=(0, 3)),
+    "no padding": Shape(2, 16, (9, 9), padding=(0, 0)),
+    "stride does not divide": Shape(2, 30, (11, 14), kernel=(4, 2), stride=(3, 2), padding=(1, 0)),
+    "stride 4 over kernel 2": Shape(2, 16, (13, 10), kernel=(2, 2), stride=(4, 4), padding=(0, 0)),
+    "dilation 2": Shape(1, 18, (12, 12), padding=(2, 2), dilation=(2, 2)),
+    "dilation 3, stride 2": Shape(2, 16, (17, 15), stride=(2, 2), padding=(2, 3), dilation=(3, 2)),
+    "more padding than kernel": Shape(1, 12, (5, 5), padding=(4, 3)),
+    "wide: several channel blocks": Shape(1, 1003, (6, 40), kernel=(5, 5), padding=(2, 2)),
+    "many pixels": Shape(2, 20, (56, 57)),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """All arguments of both kernels."""
+
+    x: Tensor
+    transform: Transform
+    weight: Tensor
+    bias: Tensor | None
+    geometry: ConvGeometry
+    dy: Tensor
+    edge: BackwardEdge
+    dtype: torch.dtype
+
+    def forward(self, kernels, **options):
+        return kernels.conv_forward(
+            self.x, self.transform, self.weight, self.bias, self.geometry,
+            dtype=self.dtype, **{"statistics": True, **options},
+        )  # fmt: skip
+
+    def backward(self, kernels, **options):
+        return kernels.conv_backward(
+            self.dy, self.edge, self.x, self.transform, self.weight, self.geometry,
+            dtype=self.dtype, **{"needs": (True, True, self.bias is not None), **options},
+        )  # fmt: skip
+
+    def double(self) -> Case:
+        """The same numbers in float64."""
+        return replace(
+            self,
+            x=self.x.double(),
+            transform=_double(self.transform),
+            weight=self.weight.double(),
+            bias=None if self.bias is None else self.bias.double(),
+            dy=self.dy.double(),
+            edge=_double(self.edge),
+            dtype=torch.float64,
+        )
+
+
+def _double(record):
+    fields = {name: getattr(record, name) for name in record.__dataclass_fields__}
+    return replace(record, **{name: v.double() for name, v in fields.items() if isinstance(v, Tensor)})
+
+
+def make(
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    act: str = "relu6",
+    *,
+    affine: bool = True,
+    gate: bool = False,
+    edge: str = "full",
+    bias: bool = True,
+    x_mean: float = 0.3,
+    seed: int = 0,
+) -> Case:
+    """A random case. ``edge``: "full", "scale" (no statistics) or "none"."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=g)
+
+    c = shape.channels
+    x = (normal(shape.batch, c, *shape.size) + x_mean).to(dtype).contiguous(memory_format=torch.channels_last)
+    mean = x.float().mean((0, 2, 3))
+    transform = Transform(act=act)
+    if affine:
+        transform = Transform(mean, 0.5 + normal(c).abs(), normal(c), act)
+    if gate:
+        transform = replace(transform, gate=torch.sigmoid(normal(shape.batch, c)))
+    weight = normal(c, 1, *shape.kernel).to(dtype)
+    dy, y = (
+        normal(*shape.output).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(2)
+    )  # fmt: skip
+    backward = BackwardEdge()
+    if edge != "none":
+        backward = BackwardEdge(s=normal(c))
+    if edge == "full":
+        backward = BackwardEdge(normal(c), 0.1 * normal(c), 0.1 * normal(c), y, y.float().mean((0, 2, 3)))
+    b = normal(c).to(dtype) if bias else None
+    return Case(x, transform, weight, b, shape.geometry, dy, backward, dtype)
+
+
+def distance(value: Tensor, truth: Tensor) -> float:
+    """Relative distance in the 2-norm; NaN where anything is NaN."""
+    scale = truth.double().norm()
+    return float((value.double() - truth.double()).norm() / (scale if scale > 0 else 1.0))
+
+
+def check(name: str, value: Tensor | None, expected: Tensor | None, truth: Tensor | None) -> None:
+    """Fails unless ``value`` is as near to ``truth`` as the reference kernel's ``expected`` is."""
+    assert (value is None) == (expected is None) == (truth is None), name
+    if value is None:
+        return
+    assert value.shape == expected.shape, name
+    assert value.dtype == expected.dtype, name
+    allowed = FACTOR * distance(expected, truth) + ULPS * torch.finfo(value.dtype).eps
+    assert distance(value, truth) <= allowed, name
+
+
+def check_forward(case: Case, **options) -> None:
+    y, mean, var = case.forward(depthwise, **options)
+    expected = case.forward(reference)[0]
+    check("y", y, expected, case.double().forward(reference)[0])
+    # Of y as stored: nothing but the sums' own rounding is left.
+    true_mean, true_var = reference.statistics_forward(y.double())
+    deviation = true_var.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    assert ((mean - true_mean).abs() <= 1e-6 * deviation + 1.2e-7 * true_mean.abs()).all()
+    assert ((var - true_var).abs() <= 2e-6 * true_var + torch.finfo(torch.float32).tiny).all()
+
+
+def check_backward(case: Case, **options) -> None:
+    value = case.backward(depthwise, **options)
+    expected = case.backward(reference, **options)
+    truth = case.double().backward(reference, **options)
+    for name in GRADIENTS:
+        check(name, getattr(value, name), getattr(expected, name), getattr(truth, name))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """``torch.empty`` gives NaNs, so that what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(shape, dtype):
+    case = make(shape, dtype)
+    check_forward(case)
+    check_backward(case)
+
+
+@pytest.mark.parametrize("isa", library.available_isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activations_on_every_instruction_set(act, dtype, isa):
+    shape = Shape(2, 27, (9, 10), stride=(2, 1))
+    with library.use(isa):
+        for case in (make(shape, dtype, act), make(shape, dtype, act, affine=False), make(shape, dtype, act, gate=True)):
+            check_forward(case)
+            check_backward(case)
+
+
+@pytest.mark.parametrize("edge", ["full", "scale", "none"])
+@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("affine", [False, True], ids=["raw", "affine"])
+def test_edges(affine, gate, edge):
+    case = make(SHAPES["5x5"], act="silu", affine=affine, gate=gate, edge=edge)
+    check_forward(case)
+    check_backward(case)
+
+
+def test_identity_returns_no_sums():
+    case = make(SHAPES["3x3"], act="identity", affine=False)
+    check_backward(case)
+    assert case.backward(depthwise).sum_p is None
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)])
+@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
+def test_only_what_is_asked_for(needs, gate):
+    case = make(SHAPES["3x3 stride 2"], gate=gate)
+    check_backward(case, needs=needs)
+
+
+def test_without_statistics_or_bias():
+    case = make(SHAPES["3x3"], bias=False)
+    y, mean, var = case.forward(depthwise, statistics=False)
+    assert mean is None
+    assert var is None
+    check("y", y, case.forward(reference)[0], case.double().forward(reference)[0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_threads(threads, count, batch):
+    threads(count)
+    for gate in (False, True):
+        case = make(Shape(batch, 72, (23, 21), stride=(2, 2)), gate=gate)
+        check_forward(case)
+        check_backward(case)
+        first, second = case.backward(depthwise), case.backward(depthwise)
+        for name in GRADIENTS:
+            one, two = getattr(first, name), getattr(second, name)
+            assert one is two is None or torch.equal(one, two), name
+
+
+def test_two_callers_at_once():
+    cases = [make(Shape(4, 64, (28, 28)), seed=seed) for seed in range(2)]
+    expected = [case.backward(depthwise) for case in cases]
+    failures = []
+
+    def call(index: int) -> None:
+        for _ in range(20):
+            value = cases[index].backward(depthwise)
+            if not (torch.equal(value.dx, expected[index].dx) and torch.equal(value.weight, expected[index].weight)):
+                failures.append(index)
+
+    callers = [threading.Thread(target=call, args=(index,)) for index in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not failures
+
+
+def pitched(x: Tensor, offset: int = 3, channels: int = 11) -> Tensor:
+    """x as a channel slice of a wider buffer filled with NaN."""
+    n, c, h, w = x.shape
+    wide = torch.full((n, c + channels, h, w), torch.nan, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+    return wide[:, offset : offset + c].copy_(x)
+
+
+def neighbours(view: Tensor) -> Tensor:
+    """The channels of a :func:`pitched` tensor's buffer that are not its own."""
+    n, c, h, w = view.shape
+    wide = view.as_strided((n, c + 11, h, w), view.stride(), 0)
+    return torch.cat([wide[:, :3], wide[:, 3 + c :]], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_channel_slices_in_and_out(dtype):
+    case = make(SHAPES["3x3 stride 2"], dtype)
+    case = replace(case, x=pitched(case.x), dy=pitched(case.dy), edge=replace(case.edge, y=pitched(case.edge.y)))
+    out = pitched(torch.full_like(case.edge.y, torch.nan))
+    check_forward(case, out=out)
+    assert case.forward(depthwise, out=out)[0] is out
+    assert neighbours(out).isnan().all()
+    check_backward(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])
+def test_accumulates_in_place(dtype, gate):
+    case = make(SHAPES["5x5"], dtype, gate=gate)
+    before = torch.randn_like(case.x)
+    target = pitched(before)
+    value = case.backward(depthwise, accumulate=target)
+    assert value.dx is target
+    assert neighbours(target).isnan().all()
+    expected = case.backward(reference, accumulate=before.clone()).dx
+    check("dx", value.dx, expected, case.double().backward(reference, accumulate=before.double()).dx)
+
+
+def test_other_layouts_are_copied():
+    case = make(SHAPES["3x3"])
+    y, mean, _ = case.forward(depthwise)
+    other = replace(case, x=case.x.contiguous(), dy=case.dy.contiguous(), weight=case.weight.repeat(1, 2, 1, 1)[:, :1])
+    out = torch.full(y.shape, torch.nan)
+    assert torch.equal(other.forward(depthwise, out=out)[0], y)
+    assert torch.equal(out, y)
+    assert torch.equal(other.forward(depthwise)[1], mean)
+    target = torch.ones(case.x.shape)
+    value = other.backward(depthwise, accumulate=target)
+    assert value.dx is target
+    torch.testing.assert_close(target, case.backward(depthwise).dx + 1)
+    expanded = replace(case, dy=torch.ones(1, 1, 1, 1).expand(case.dy.shape))
+    check_backward(expanded)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_weight_gradient_has_the_weights_layout(last):
+    case = make(SHAPES["5x5"])
+    layout = torch.channels_last if last else torch.contiguous_format
+    case = replace(case, weight=case.weight.contiguous(memory_format=layout))
+    dw = case.backward(depthwise).weight
+    assert dw.stride() == case.weight.stride()
+    check_backward(case)
+
+
+def test_mixed_dtypes():
+    """Mixed precision: fp32 activations and weights, a bf16 result; and bf16 activations with an fp32 weight."""
+    case = make(SHAPES["5x5 stride 2, even size"])
+    half = make(SHAPES["5x5 stride 2, even size"], torch.bfloat16)
+    for mixed in (
+        replace(case, dtype=torch.bfloat16, dy=half.dy, edge=half.edge),
+        replace(half, weight=half.weight.float(), bias=half.bias.float()),
+    ):
+        check_forward(mixed)
+        check_backward(mixed)
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e4])
+def test_mean_far_from_zero(ratio):
+    """x far from zero in backward's sums; y far from zero in forward's statistics."""
+    case = make(SHAPES["many pixels"], x_mean=ratio)
+    case = replace(case, bias=torch.full_like(case.bias, ratio))
+    check_forward(case)
+    check_backward(case)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_nan_reaches_its_neighbourhood_and_no_further(act):
+    case = make(SHAPES["3x3"], act=act, edge="none")
+    case.x[1, 5, 4, 4] = torch.nan
+    case = replace(case, transform=replace(case.transform, mean=torch.zeros(32)))
+    y, mean, _ = case.forward(depthwise)
+    assert torch.equal(y.isnan(), case.forward(reference)[0].isnan())
+    assert int(y.isnan().sum()) == 9
+    assert mean[5].isnan()
+    value, expected = case.backward(depthwise), case.backward(reference)
+    for name in ("dx", "sum_p", "sum_px", "weight"):
+        assert torch.equal(getattr(value, name).isnan(), getattr(expected, name).isnan()), name
+
+
+def test_says_what_it_cannot_do():
+    case = make(SHAPES["3x3"])
+    forward = (case.x, case.transform, case.weight, case.bias, case.geometry)
+    backward = (case.dy, case.edge, case.x, case.transform, case.weight, case.geometry)
+    options = {"dtype": torch.float32}
+    assert depthwise.supports("conv_forward", forward, options) is None
+    assert depthwise.supports("conv_backward", backward, options) is None
+    assert "float64" in depthwise.supports("conv_forward", (case.x.double(), *forward[1:]), options)
+    assert "float64" in depthwise.supports("conv_forward", forward, {"dtype": torch.float64})
+    assert "1-D" in depthwise.supports("conv_forward", (case.x[..., 0], *forward[1:]), options)
+    assert "empty" in depthwise.supports("conv_forward", (case.x[:0], *forward[1:]), options)
+    dense = (*forward[:2], case.weight.repeat(2, 1, 1, 1), *forward[3:])
+    assert "depthwise" in depthwise.supports("conv_forward", dense, options)

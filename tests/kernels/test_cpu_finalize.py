@@ -1,0 +1,77 @@
+"""The per-channel step of a batch norm against the reference in fp64."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from cpu_checks import assert_as_good, to_double
+from torch import Tensor
+
+from bnrestructure.kernels import cpu, reference
+from bnrestructure.kernels.cpu import library
+
+pytestmark = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def statistics(channels: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(channels) * 3, torch.rand(channels) * 10 + 1e-3
+
+
+@pytest.mark.parametrize("channels", [1, 7, 64, 1000])
+@pytest.mark.parametrize(("parameter_dtype", "running_dtype"), list(product((None, *DTYPES), (None, *DTYPES))))
+@pytest.mark.parametrize("count", [2, 12544, torch.tensor(100.0)])
+def test_forward(
+    channels: int, parameter_dtype: torch.dtype | None, running_dtype: torch.dtype | None, count: int | Tensor
+) -> None:
+    mean, var = statistics(channels)
+    weight, bias = (None, None) if parameter_dtype is None else torch.randn(2, channels).to(parameter_dtype).unbind()
+    running = (None, None) if running_dtype is None else torch.rand(2, channels).to(running_dtype).unbind()
+    buffers, results = [], []
+    for module, convert in ((cpu, lambda v: v), (reference, lambda v: v), (reference, to_double)):
+        own = [None if r is None else convert(r.clone()) for r in running]
+        arguments = [convert(v) for v in (mean, var, count, weight, bias)]
+        results.append(module.finalize_forward(*arguments, *own, 0.1, 1e-5))
+        buffers.append(tuple(own))
+    assert_as_good("results", *results)
+    assert_as_good("running statistics", *buffers)
+
+
+def test_running_statistics_are_updated_in_place_and_alone() -> None:
+    mean, var = statistics(9)
+    running_mean = torch.zeros(9)
+    cpu.finalize_forward(mean, var, 50, None, None, running_mean, None, torch.tensor(1.0), 1e-5)
+    assert torch.equal(running_mean, mean)
+
+
+@pytest.mark.parametrize("channels", [1, 7, 1000])
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+def test_backward(channels: int, dtype: torch.dtype | None) -> None:
+    dscale, rstd = torch.randn(channels), torch.rand(channels) * 30
+    weight = None if dtype is None else torch.randn(channels).to(dtype)
+    result = cpu.finalize_backward(dscale, rstd, weight)
+    truth = reference.finalize_backward(*map(to_double, (dscale, rstd, weight)))
+    assert_as_good("gradients", result, reference.finalize_backward(dscale, rstd, weight), truth)
+
+
+def test_strided_vectors() -> None:
+    mean, var = (torch.rand(20)[::2] for _ in range(2))
+    weight = torch.rand(30)[::3]
+    result = cpu.finalize_forward(mean, var, 8, weight, None, None, None, 0.1, 1e-5)
+    expected = cpu.finalize_forward(mean.contiguous(), var.contiguous(), 8, weight.contiguous(), None, None, None, 0.1, 1e-5)
+    assert all(map(torch.equal, result, expected))
+
+
+def test_supports_gives_reasons() -> None:
+    mean, var = statistics(4)
+    assert cpu.supports("finalize_forward", (mean, var, 8, mean, mean, mean, var, 0.1, 1e-5), {}) is None
+    half = mean.half()
+    strided = torch.rand(8)[::2]
+    assert cpu.supports("finalize_forward", (mean, var, 8, half, None, None, None, 0.1, 1e-5), {})
+    assert cpu.supports("finalize_forward", (mean, var, 8, None, None, strided, None, 0.1, 1e-5), {})
+    assert cpu.supports("finalize_forward", (mean.double(), var.double(), 8, None, None, None, None, 0.1, 1e-5), {})
+    assert cpu.supports("finalize_backward", (mean, var, half), {})
+    assert cpu.supports("finalize_backward", (mean, var, None), {}) is None

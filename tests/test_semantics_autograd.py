@@ -1,0 +1,203 @@
+"""Autograd around the fused nodes: second derivatives, saved memory, hooks on tensors, torch.compile, torch.export, autocast."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from equivalence import assert_same_values, cotangent_loss, restructured_copy, training_step
+from small_models import SMALL_MODELS, build, input_for
+from torch import Tensor, nn
+
+import bnrestructure
+
+
+@pytest.mark.parametrize("name", SMALL_MODELS)
+def test_second_derivative_is_a_clear_error(name: str) -> None:
+    model, x = restructured_copy(build(name)), input_for(name).requires_grad_()
+    (gradient,) = torch.autograd.grad(cotangent_loss(model(x)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="unrestructure") as caught:
+        gradient.square().sum().backward()
+    assert "\n" not in str(caught.value)
+
+
+def test_first_derivative_under_create_graph_is_right() -> None:
+    model, x = build("residual"), input_for("residual").requires_grad_()
+    gradients = []
+    for m in (model, restructured_copy(model)):
+        gradients.append(torch.autograd.grad(cotangent_loss(m(x)), [x, *m.parameters()], create_graph=True))
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_gradient_penalty_after_unrestructure() -> None:
+    model, x = bnrestructure.unrestructure(restructured_copy(build("chain"))), input_for("chain").requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+
+
+def test_forward_mode_is_left_to_the_model() -> None:
+    model, x = build("chain"), input_for("chain")
+    results = []
+    for m in (model, restructured_copy(model)):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            results.append(torch.autograd.forward_ad.unpack_dual(m(dual)).tangent)
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_gradcheck() -> None:
+    """Against finite differences, not only against eager."""
+    model = restructured_copy(build("preact"))
+    x = input_for("preact", batch=2, size=4).requires_grad_()
+    with torch.no_grad():
+        for bn in model.bn:
+            bn.bias.add_(0.3)
+    assert torch.autograd.gradcheck(lambda t: model(t).tanh(), (x,), atol=1e-4, rtol=1e-3, fast_mode=True)
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes saved for backward, each storage counted once, the model's own parameters and buffers and the input not at all."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    sizes: dict[int, int] = {}
+    kept = []
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = model(x)
+    total = sum(sizes.values())
+    output.sum().backward()
+    return total
+
+
+@pytest.mark.parametrize(("name", "limit"), [("densenet121", 0.35), ("resnet50", 0.80)])
+def test_saved_for_backward(name: str, limit: float) -> None:
+    torch.manual_seed(0)
+    model, x = torchvision.models.get_model(name, weights=None).train(), torch.randn(2, 3, 160, 160)
+    eager = saved_bytes(model, x)
+    ours = saved_bytes(restructured_copy(model), x)
+    assert ours <= limit * eager, f"{ours / eager:.3f}"
+
+
+def test_retained_gradients_and_tensor_hooks_on_the_output() -> None:
+    model, x = build("dense"), input_for("dense")
+    found = []
+    for m in (model, restructured_copy(model)):
+        z = x.clone().requires_grad_()
+        out = m(z * 2)
+        out.retain_grad()
+        out.register_hook(lambda g: g * 3)
+        cotangent_loss(out).backward()
+        found.append((out.grad, z.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-9)
+
+
+def test_anomaly_mode() -> None:
+    model, x = build("residual"), input_for("residual")
+    with torch.autograd.detect_anomaly(check_nan=True):
+        actual = training_step(restructured_copy(model), x)
+    assert_same_values(actual, training_step(model, x))
+
+
+@pytest.mark.parametrize("name", ["residual", "dense"])
+def test_torch_compile_of_a_restructured_model(name: str) -> None:
+    model, x = build(name), input_for(name)
+    compiled = torch.compile(restructured_copy(model), backend="aot_eager")
+    expected, out = model(x), compiled(x)
+    torch.testing.assert_close(out, expected, rtol=1e-8, atol=1e-9)
+    cotangent_loss(out).backward()
+    cotangent_loss(expected).backward()
+    gradients = {f"gradient/{n}": p.grad for n, p in model.named_parameters()}
+    assert_same_values({f"gradient/{n}": p.grad for n, p in compiled._orig_mod.named_parameters()}, gradients)
+    compiled(input_for(name, batch=3))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["chain", "dense", "squeeze_excite"])
+def test_torch_export_and_jit_trace_of_the_eval_model(name: str) -> None:
+    model = restructured_copy(build(name)).eval()
+    x = input_for(name)
+    expected = model(x)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), expected)
+    traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(x), expected)
+
+
+def test_jit_trace_of_the_training_model() -> None:
+    model, x = build("chain"), input_for("chain")
+    traced = torch.jit.trace(restructured_copy(model), x, check_trace=False)
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-8, atol=1e-9)
+
+
+def _distances(model: nn.Module, x: Tensor, **autocast: object) -> list[dict[str, float]]:
+    truth = training_step(copy.deepcopy(model).double(), x.double())
+    found = []
+    for m in (copy.deepcopy(model), restructured_copy(model)):
+        with torch.autocast("cpu", **autocast):  # type: ignore[arg-type]
+            step = training_step(m, x)
+        assert step.keys() == truth.keys()
+        found.append({k: float((step[k].double() - truth[k].double()).norm() / truth[k].double().norm().clamp_min(1e-12)) for k in truth})
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["chain", "residual", "dense", "inception", "inverted", "squeeze_excite", "unet", "preact", "video"])
+def test_autocast(name: str, dtype: torch.dtype) -> None:
+    eager, ours = _distances(build(name, torch.float32), input_for(name, torch.float32, batch=8), dtype=dtype)
+    median = lambda found: sorted(found.values())[len(found) // 2]  # noqa: E731
+    assert median(ours) <= 1.5 * median(eager) + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SMALL_MODELS)
+def test_autocast_dtypes_and_strides_of_outputs(name: str, dtype: torch.dtype) -> None:
+    if name == "functional":
+        pytest.skip("eager itself: F.batch_norm with half-precision input needs fp32 statistics given")
+    model, x = build(name, torch.float32), input_for(name, torch.float32)
+    with torch.autocast("cpu", dtype):
+        expected, actual = model(x), restructured_copy(model)(x)
+    for e, a in zip(*(o if isinstance(o, tuple) else (o,) for o in (expected, actual)), strict=True):
+        assert (a.dtype, a.shape) == (e.dtype, e.shape)
+
+
+def test_gradient_scaler_with_fp16() -> None:
+    model, x = build("residual", torch.float32), input_for("residual", torch.float32, batch=8)
+    losses = []
+    for m in (model, restructured_copy(model)):
+        optimiser = torch.optim.SGD(m.parameters(), lr=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        for _ in range(4):
+            with torch.autocast("cpu", torch.float16):
+                loss = m(x).float().square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimiser)
+            scaler.update()
+            optimiser.zero_grad()
+        losses.append(float(loss))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_bf16_model_with_fp32_batch_norms() -> None:
+    """The other mixed form: the whole model in bf16, batch norm parameters and statistics kept in fp32."""
+    model = build("residual", torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    x = input_for("residual", torch.bfloat16, batch=8)
+    truth = training_step(copy.deepcopy(model).double(), x.double())
+    distance = {}
+    for key, m in (("eager", copy.deepcopy(model)), ("ours", restructured_copy(model))):
+        step = training_step(m, x)
+        assert {k: t.dtype for k, t in step.items()} == {k: t.dtype for k, t in training_step(copy.deepcopy(model), x).items()}
+        distance[key] = sorted(float((step[k].double() - truth[k].double()).norm() / truth[k].double().norm().clamp_min(1e-9)) for k in truth)
+    half = len(truth) // 2
+    assert distance["ours"][half] <= 1.5 * distance["eager"][half]

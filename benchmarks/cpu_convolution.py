@@ -1,11 +1,13 @@
-"""Times single convolution nodes on CPU: the fused and the hybrid kernels against the bare ATen convolution, and against the
-unfused batch norm, activation, convolution sequence of an eager training step.
+"""Times single convolution nodes on CPU: the fused and the hybrid kernels, the bare ATen convolution, and the unfused batch
+norm, activation, convolution sequence of an eager training step.
+the unfused batch norm, activation, convolution sequence of an eager training step.
 
     python benchmarks/cpu_convolution.py                      every node below, float32
     python benchmarks/cpu_convolution.py densenet --bf16      those whose name matches
     python benchmarks/cpu_convolution.py --grid               a grid of shapes, for kernels/cpu/convolution_choice.py
 
-A node's versions are timed in turns and the medians are printed, in milliseconds; a node whose numbers are wrong is not timed.
+A node's versions are timed in turns and the medians are printed, in milliseconds. A node whose numbers are wrong is not
+timed: the program stops.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
 @dataclass(frozen=True)
 class Node:
-    """A convolution in its network. ``pitch``: channels of the concat buffer that x is a slice of, dx accumulated into one."""
+    """A convolution in its network. ``pitch``: channels of the concat buffers that x is, and dx is added to, a slice of."""
 
     name: str
     channels: int
@@ -45,7 +47,9 @@ class Node:
 
 NODES = (
     *(Node(f"densenet 1x1 {c}->128 {s}", c, 128, s, pitch=p)
-      for c, s, p in ((64, 56, 256), (192, 56, 256), (256, 28, 512), (768, 14, 1024), (1792, 14, 1792), (960, 7, 1024))),
+      for c, s, p in (
+          (64, 56, 256), (192, 56, 256), (256, 28, 512), (768, 14, 1024), (1792, 14, 1792), (960, 7, 1024)
+      )),
     *(Node(f"densenet 3x3 128->32 {s}", 128, 32, s, 3) for s in (56, 28, 14, 7)),
     Node("densenet transition 512->256 28", 512, 256, 28),
     Node("mobilenet 1x1 32->16 112", 32, 16, 112, act="relu6"),
@@ -80,7 +84,8 @@ def grid() -> Iterator[Node]:
                 for channels_out in (32, 128, 512):
                     operations = size * size * channels * channels_out * kernel * kernel
                     if 1e6 < operations < 4e8:
-                        yield Node(f"{kernel}x{kernel} {channels}->{channels_out} {size}", channels, channels_out, size, kernel)
+                        name = f"{kernel}x{kernel} {channels}->{channels_out} {size}"
+                        yield Node(name, channels, channels_out, size, kernel)
 
 
 def image(batch: int, channels: int, size: int, dtype: torch.dtype, pitch: int = 0) -> Tensor:

@@ -31,9 +31,9 @@ from bnrestructure.bench.settings import Settings
 from bnrestructure.cli.main import main as command_line
 
 MODELS = ("densenet121", "resnet50")
-BATCH, SIZE = 8, 128
+BATCH, SIZE = 16, 128
 CHECKED_BATCH, CHECKED_SIZE = 4, 96
-ROUNDS = 5
+ROUNDS = 8
 EPOCHS = 8
 PICTURES = Path("build/demo")
 
@@ -69,15 +69,13 @@ def main() -> int:
 
 
 def plan_and_graph(name: str) -> None:
-    """The plan's totals, and the first lines of the plan table and of the rewritten graph, by the command line's own functions."""
-    console.print(bnrestructure.explain(build(name)), highlight=False)
-    size = ["--batch", str(BATCH), "--input-size", str(SIZE)]
-    excerpt(["plan", name, *size], 14)
-    excerpt(["show", name], 30)
+    """Excerpts of the plan and of the rewritten graph, by the command line's own functions."""
+    excerpt(["plan", name, "--batch", str(BATCH), "--input-size", str(SIZE)], first=12, last=4)
+    excerpt(["show", name], first=24)
 
 
-def excerpt(arguments: list[str], lines: int) -> None:
-    """The first lines of what a ``bnrestructure`` command prints."""
+def excerpt(arguments: list[str], first: int, last: int = 0) -> None:
+    """The first and the last lines of what a ``bnrestructure`` command prints."""
     command = "bnrestructure " + " ".join(arguments)
     console.print(f"\n$ {command}", style="bold", highlight=False)
     printed = io.StringIO()
@@ -85,10 +83,10 @@ def excerpt(arguments: list[str], lines: int) -> None:
         status = command_line(arguments)
     if status != 0:
         raise RuntimeError(f"{command}: exit status {status}")
-    text = printed.getvalue().splitlines()
-    print("\n".join(text[:lines]))
-    if len(text) > lines:
-        console.print(f"... {len(text) - lines} more lines", style="dim")
+    lines = printed.getvalue().splitlines()
+    left_out = max(0, len(lines) - first - last)
+    middle = [f"... {left_out} more lines ..."] if left_out else []
+    print("\n".join([*lines[:first], *middle, *lines[first + left_out :]]))
 
 
 def measured(name: str) -> Result:

@@ -59,7 +59,7 @@ def _split(graph: fx.Graph, match: BatchNormMatch) -> None:
             merged = graph.call_function(synchronise, (mean, var, size, group))
             mean, var, size = (graph.call_function(_item, (merged, i)) for i in range(3))
         arguments = (mean, var, size, weight, bias, running_mean, running_var, tracked, layer.momentum, layer.eps)
-        finalize = graph.call_function(ops.finalize, arguments)
+        finalize = graph.call_function(ops.finalize, arguments, {"dimensions": layer.dimensions})
     scale, beta = output(finalize, "scale"), output(finalize, "beta")
     with graph.inserting_before(node):
         vectors = {"mean": mean, "scale": scale, "beta": beta}

@@ -75,6 +75,7 @@ def _share_gradient(join: fx.Node, operand: str, gain: str) -> None:
     """Let the convolution that produces this operand apply the scale, if the join is all that reads the operand."""
     tensor = join.kwargs[operand]
     conv = produced_by(tensor, ops.conv, "y")
-    if conv is not None and len(tensor.users) == 1 and conv.kwargs["into"] is None and conv.kwargs["channels"] is None:  # type: ignore[union-attr]
+    both = join.kwargs["y"] is join.kwargs["r"]  # y + normalise(y): the scale is not that of the whole gradient
+    if conv is not None and not both and len(tensor.users) == 1 and conv.kwargs["into"] is None and conv.kwargs["channels"] is None:  # type: ignore[union-attr]
         set_kwargs(conv, gain=True)
         set_kwargs(join, **{gain: output(conv, "gain")})

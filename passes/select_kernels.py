@@ -48,7 +48,7 @@ def _put_together(graph: fx.Graph, match: LonelyBatchNorm) -> None:
         whole = graph.call_function(
             ops.batch_norm,
             (x, weight, bias, running_mean, running_var, tracked, momentum, eps),
-            {"act": match.normalise.kwargs["act"]},
+            {"act": match.normalise.kwargs["act"], "dimensions": match.finalize.kwargs.get("dimensions", ())},
         )
     whole.meta["bnr_kept"] = match.normalise.meta["bnr_normalises"]
     whole.meta["bnr_module"] = match.normalise.meta.get("bnr_module", whole.name)

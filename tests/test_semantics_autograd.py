@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -138,30 +139,36 @@ def test_jit_trace_of_the_training_model() -> None:
     torch.testing.assert_close(traced(x), model(x), rtol=1e-8, atol=1e-9)
 
 
-def _distances(model: nn.Module, x: Tensor, **autocast: object) -> list[dict[str, float]]:
-    truth = training_step(copy.deepcopy(model).double(), x.double())
-    found = []
-    for m in (copy.deepcopy(model), restructured_copy(model)):
-        with torch.autocast("cpu", **autocast):  # type: ignore[arg-type]
-            step = training_step(m, x)
-        assert step.keys() == truth.keys()
-        found.append({k: float((step[k].double() - truth[k].double()).norm() / truth[k].double().norm().clamp_min(1e-12)) for k in truth})
-    return found
+def _median_distance(model: nn.Module, x: Tensor, truth: dict[str, Tensor], dtype: torch.dtype | None) -> float:
+    """Median over all tensors of a step's relative distance to the float64 truth, under autocast to ``dtype`` (None: without)."""
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        step = training_step(model, x)
+    found = [float((step[k].double() - t.double()).norm() / t.double().norm().clamp_min(1e-9)) for k, t in truth.items()]
+    return sorted(found)[len(found) // 2]
+
+
+def _distances(name: str, dtype: torch.dtype | None, prepare: Callable[[nn.Module], nn.Module] = lambda m: m) -> tuple[float, float]:
+    """(eager's, ours), summed over several seeds: one ReLU on the other side of zero moves a small model's median."""
+    eager = ours = 0.0
+    for seed in range(4):
+        model = prepare(build(name, torch.float32, seed))
+        x = input_for(name, next(p.dtype for p in model.parameters()), batch=8, seed=seed + 10)
+        truth = training_step(copy.deepcopy(model).double(), x.double())
+        eager += _median_distance(copy.deepcopy(model), x, truth, dtype)
+        ours += _median_distance(restructured_copy(model), x, truth, dtype)
+    return eager, ours
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["chain", "residual", "dense", "inception", "inverted", "squeeze_excite", "unet", "preact", "video"])
-def test_autocast(name: str, dtype: torch.dtype) -> None:
-    eager, ours = _distances(build(name, torch.float32), input_for(name, torch.float32, batch=8), dtype=dtype)
-    median = lambda found: sorted(found.values())[len(found) // 2]  # noqa: E731
-    assert median(ours) <= 1.5 * median(eager) + torch.finfo(dtype).eps
+def test_autocast_is_no_farther_from_the_truth(name: str, dtype: torch.dtype) -> None:
+    eager, ours = _distances(name, dtype)
+    assert ours <= 1.5 * eager
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SMALL_MODELS)
 def test_autocast_dtypes_and_strides_of_outputs(name: str, dtype: torch.dtype) -> None:
-    if name == "functional":
-        pytest.skip("eager itself: F.batch_norm with half-precision input needs fp32 statistics given")
     model, x = build(name, torch.float32), input_for(name, torch.float32)
     with torch.autocast("cpu", dtype):
         expected, actual = model(x), restructured_copy(model)(x)
@@ -182,22 +189,23 @@ def test_gradient_scaler_with_fp16() -> None:
             scaler.step(optimiser)
             scaler.update()
             optimiser.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
-def test_bf16_model_with_fp32_batch_norms() -> None:
-    """The other mixed form: the whole model in bf16, batch norm parameters and statistics kept in fp32."""
-    model = build("residual", torch.bfloat16)
+def _bf16_with_fp32_norms(model: nn.Module) -> nn.Module:
+    model.bfloat16()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.float()
-    x = input_for("residual", torch.bfloat16, batch=8)
-    truth = training_step(copy.deepcopy(model).double(), x.double())
-    distance = {}
-    for key, m in (("eager", copy.deepcopy(model)), ("ours", restructured_copy(model))):
-        step = training_step(m, x)
-        assert {k: t.dtype for k, t in step.items()} == {k: t.dtype for k, t in training_step(copy.deepcopy(model), x).items()}
-        distance[key] = sorted(float((step[k].double() - truth[k].double()).norm() / truth[k].double().norm().clamp_min(1e-9)) for k in truth)
-    half = len(truth) // 2
-    assert distance["ours"][half] <= 1.5 * distance["eager"][half]
+    return model
+
+
+@pytest.mark.parametrize("name", ["residual", "dense", "inverted"])
+def test_bf16_model_with_fp32_batch_norms(name: str) -> None:
+    """The other mixed form: activations and convolutions in bf16, batch norm parameters and statistics in fp32."""
+    eager, ours = _distances(name, None, _bf16_with_fp32_norms)
+    assert ours <= 1.5 * eager
+    model, x = _bf16_with_fp32_norms(build(name, torch.float32)), input_for(name, torch.bfloat16)
+    expected, actual = training_step(copy.deepcopy(model), x), training_step(restructured_copy(model), x)
+    assert {k: t.dtype for k, t in actual.items()} == {k: t.dtype for k, t in expected.items()}

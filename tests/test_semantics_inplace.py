@@ -142,6 +142,15 @@ class SelfJoin(_Two):
         return x + self.bn2(self.conv2(x))
 
 
+class JoinWithItself(_Two):
+    """y + bn(y): the join is y's only reader, and reads it twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        z = self.conv2(F.relu(y + self.bn1(y)))
+        return self.bn2(z) + z
+
+
 class SelfConcat(_Two):
     """The same with a concat for a join."""
 
@@ -175,7 +184,7 @@ class ChainOfIdentityJoins(_Two):
 
 MODELS = [
     InplaceReluReadLater, InplaceOnJoin, InplaceOnView, InplaceOnFlatView, InplaceOnInput, LeakyInplace, InplaceAddShared,
-    PositionalInplace, ReturnsBoth, WrittenConstant, ChunkedInplace, DropoutInplace, IdentityJoin, SelfJoin, SelfConcat,
+    PositionalInplace, ReturnsBoth, WrittenConstant, ChunkedInplace, DropoutInplace, IdentityJoin, SelfJoin, JoinWithItself, SelfConcat,
     ConcatsOfConcats, ChainOfIdentityJoins,
 ]  # fmt: skip
 

@@ -11,8 +11,8 @@ from equivalence import assert_same_values, restructured_copy, training_step
 from small_models import Residual, build, conv_bn, input_for
 from torch import Tensor, nn
 
-#: How much farther from the float64 truth than eager the restructured model may be.
-FACTOR = 2.0
+#: How much farther from the float64 truth than eager the restructured model may be, and what counts as rounding in units of eps.
+FACTOR, ROUNDING = 2.0, 8.0
 
 
 class ReadsShifted(nn.Module):
@@ -47,7 +47,7 @@ def _distance(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, 
 
 
 def assert_no_worse_than_eager(model: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], dict[str, Tensor]] = training_step) -> None:
-    """Median over tensors, and each tensor within a floor: eager's own error scatters from tensor to tensor."""
+    """Every tensor whose true value is not zero; errors below a tenth of eager's worst are let be, for they scatter."""
     truth = training_step(copy.deepcopy(model).double(), x.double())
     eager = _distance(run(copy.deepcopy(model), x), truth)
     ours = _distance(run(restructured_copy(model), x), truth)
@@ -56,7 +56,7 @@ def assert_no_worse_than_eager(model: nn.Module, x: Tensor, run: Callable[[nn.Mo
     wrong = {
         name: (ours[name], eager[name])
         for name in truth
-        if name not in zero and not ours[name] <= FACTOR * max(eager[name], 0.1 * floor, torch.finfo(x.dtype).eps)
+        if name not in zero and not ours[name] <= FACTOR * max(eager[name], 0.1 * floor, ROUNDING * torch.finfo(x.dtype).eps)
     }
     assert not wrong, wrong
 

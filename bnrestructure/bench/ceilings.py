@@ -12,13 +12,13 @@ __all__ = ["copy_bandwidth", "fma_ceiling"]
 
 _SIZE = {"cpu": 2048, "cuda": 8192}  # of the square matrices
 _COPY_BYTES = 2**28
-_REPEATS = 8
+_REPEATS = 5
 
 
 def fma_ceiling(device: str, dtype: torch.dtype) -> float:
     """The highest rate of a large matrix product, in floating-point operations (2 a multiply-add) per second.
 
-    The better of PyTorch's GEMM and of a 1x1 convolution: which library is behind either differs between machines, and so do they.
+    The better of PyTorch's GEMM and of a 1x1 convolution: which is better depends on the libraries behind them.
     """
     size = _SIZE[device]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

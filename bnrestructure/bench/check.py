@@ -21,18 +21,22 @@ __all__ = ["check_numbers"]
 _FACTOR = 2.0
 
 
-def check_numbers(model: nn.Module, inputs: tuple[Any, ...], settings: Settings, passes: str | None) -> VerificationReport:
-    """Whether a step of the restructured model is, in the dtype that is timed, as near to the truth as eager's, by a factor of 2.
+def check_numbers(
+    model: nn.Module, inputs: tuple[Any, ...], settings: Settings, passes: str | None
+) -> VerificationReport:
+    """Whether a restructured step is, in the dtype that is timed, as near to the truth as eager's up to a factor of 2.
 
-    The rule and the measure of ``bnrestructure.verify``, without its float64 and eval stages, which say nothing about the kernels that
-    are timed and take most of its time. A tensor beyond its limit may be the rounding of one unlucky draw: the whole of ``verify``
-    then decides.
+    The rule and the measure of ``bnrestructure.verify``, without its float64 and eval stages, which say nothing about
+    the kernels that are timed and take most of its time. A tensor beyond its limit may be the rounding of one unlucky
+    draw: the whole of ``verify`` then decides.
     """
     candidate = restructure(copy.deepcopy(model), backend=settings.backend, passes=passes)
     plan = explain(candidate, backend=settings.backend, passes=passes)
     setting = Setting(default_loss, 0, 0, torch.float32, autocast_dtype(settings), lambda _: None)
     trial = run_trial(model, candidate, inputs, setting, double=False, training=True)
-    report = VerificationReport(type(model).__name__, _FACTOR, judge_training([trial], setting.dtype, _FACTOR), plan.counts)
+    report = VerificationReport(
+        type(model).__name__, _FACTOR, judge_training([trial], setting.dtype, _FACTOR), plan.counts
+    )
     if report.ok and trial.raised is None:
         return report
     return verify(

@@ -37,7 +37,7 @@ COMPILED = "torch.compile"
 MEMORY_EFFICIENT = "memory_efficient=True"
 RESTRUCTURED = "restructured"
 
-#: The restructured model is compared with the fastest of these. (memory_efficient=True recomputes, and is slower by design.)
+#: The restructured model is compared with the fastest of these. (memory_efficient=True is slower: it recomputes.)
 RIVALS = (EAGER_LAST, EAGER_CONTIGUOUS, COMPILED)
 
 _RUNG = "ladder "

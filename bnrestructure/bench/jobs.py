@@ -1,7 +1,8 @@
-"""The measurements, one function each; every job runs in a process of its own (``worker.py``) and returns plain data."""
+"""The measurements, one function each: a job runs in a process of its own (``worker.py``) and returns plain data."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +19,11 @@ from bnrestructure.bench.kinds import time_by_kind
 from bnrestructure.bench.loading import load_workload
 from bnrestructure.bench.machine import environment
 from bnrestructure.bench.paired import time_paired
-from bnrestructure.bench.settings import Settings
+from bnrestructure.bench.resident import peak_growth
+from bnrestructure.bench.settings import MALLOC, Settings
 from bnrestructure.bench.workload import Workload
 from bnrestructure.kernels import registry
-from bnrestructure.report.memory import peak_memory, saved_for_backward
+from bnrestructure.report.memory import saved_for_backward
 
 __all__ = ["JOBS", "Progress"]
 
@@ -46,7 +48,9 @@ def check(settings: Settings, progress: Progress) -> dict[str, Any]:
     """Whether what would be timed computes the right numbers, on a batch of two of the same images."""
     workload = load_workload(settings)
     model = workload.model.to(settings.device)
-    model, inputs = contenders.to_channels_last(model, contenders.moved(workload.first(_CHECKED_BATCH), settings.device))
+    model, inputs = contenders.to_channels_last(
+        model, contenders.moved(workload.first(_CHECKED_BATCH), settings.device)
+    )
     selections: dict[str, str | None] = {RESTRUCTURED: None}
     selections |= {name: rung for rung, name in contenders.rungs(settings).items() if name != RESTRUCTURED}
     progress.total(len(selections))
@@ -98,7 +102,7 @@ def _sweeps(workload: Workload, settings: Settings) -> dict[str, Any]:
 
 
 def timing(settings: Settings, progress: Progress) -> dict[str, Any]:
-    """Seconds of every contender, round by round, and time by kind of operation of the eager and the restructured model."""
+    """Seconds of every contender, round by round; time by kind of operation of the eager and the restructured model."""
     workload = load_workload(settings)
     names = contenders.contenders(settings, contenders.has_memory_efficient(workload.model))
     profiled = [name for name in (EAGER_LAST, RESTRUCTURED) if name in names]
@@ -109,7 +113,13 @@ def timing(settings: Settings, progress: Progress) -> dict[str, Any]:
     for name in profiled:
         progress.run(f"profile of {name}")
         kinds[name] = time_by_kind(steps[name], settings.device)
-    return {"samples": timings.samples, "kinds": kinds, "notes": _notes(settings)}
+    environment_seen = {name: os.environ[name] for tuned in MALLOC.values() for name in tuned if name in os.environ}
+    return {
+        "samples": timings.samples,
+        "kinds": kinds,
+        "notes": _notes(settings),
+        "malloc_environment": environment_seen,
+    }
 
 
 def _notes(settings: Settings) -> list[str]:
@@ -121,7 +131,7 @@ def _notes(settings: Settings) -> list[str]:
 
 
 def memory(settings: Settings, progress: Progress, variant: str) -> dict[str, Any]:
-    """Peak memory of one variant's first steps, and what autograd keeps for backward in one of them. Only for a fresh process."""
+    """Peak memory of a variant's first steps, and what autograd keeps for backward in one. Only for a fresh process."""
     progress.total(_MEMORY_STEPS + 1)
     step = contenders.build(variant, load_workload(settings), settings)
 
@@ -130,13 +140,13 @@ def memory(settings: Settings, progress: Progress, variant: str) -> dict[str, An
             progress.run(f"peak memory of {variant}")
             step()
 
-    peak = peak_memory(steps, settings.device)
+    peak = peak_growth(steps, settings.device)
     progress.run(f"saved tensors of {variant}")
     return {"peak_bytes": peak, "saved_bytes": saved_for_backward(step.model, step)}
 
 
 def compilation(settings: Settings, progress: Progress) -> dict[str, Any]:
-    """Compile the model with torch.compile once, which leaves it in the compiler's cache on disk, and say how long that took."""
+    """Compile with torch.compile, which leaves the model in the compiler's cache on disk; how long that took."""
     progress.total(1)
     progress.run("compiling (minutes)")
     step = contenders.build(COMPILED, load_workload(settings), settings)

@@ -18,8 +18,8 @@ KINDS = (
     "other",
 )  # fmt: skip
 
-# The first pattern that matches an event's whole name gives the kind of everything under it. Autograd functions carry their class's name,
-# their backward that name and "Backward"; ATen's backward nodes end in "Backward0".
+# The first pattern that matches an event's whole name gives the kind of everything under it. Autograd functions carry
+# their class's name, their backward that name and "Backward"; ATen's backward nodes end in "Backward0".
 _PATTERNS: tuple[tuple[str, str], ...] = (
     ("fused conv", r"_Conv"),
     ("statistics", r"_Statistics"),

@@ -16,9 +16,14 @@ __all__ = ["load_workload"]
 
 
 def load_workload(settings: Settings) -> Workload:
-    """The model in training mode with its inputs. Raises UsageError for a model that cannot be had or does not take the inputs."""
+    """The model in training mode with its inputs.
+
+    Raises UsageError for a model that cannot be had or does not take the inputs.
+    """
     model = load_model(settings.model).train()
-    inputs = example_inputs(settings.model, model, batch=settings.batch, size=settings.input_size, source=settings.inputs)
+    inputs = example_inputs(
+        settings.model, model, batch=settings.batch, size=settings.input_size, source=settings.inputs
+    )
     workload = Workload(model, inputs, lambda **options: _torchvision(settings.model, **options))
     check_shapes(model, workload.first(2))
     return workload

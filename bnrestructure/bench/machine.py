@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import shlex
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def environment(device: str) -> dict[str, Any]:
     return describe_environment() | {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -32,7 +32,7 @@ def command_line() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that runs, marked where the tree has changes; None for an installed package or without git."""
+    """The commit of the source tree that runs, marked if the tree has changes; None when installed or without git."""
     root = Path(bnrestructure.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""Interleaved, paired timing: A B C A B C ..., so that whatever slows the machine for a while slows every variant alike.
+"""Interleaved, paired timing: A B C A B C ..., so that what slows the machine for a while slows every variant alike.
 
     timings = time_paired({"eager": eager_step, "restructured": our_step}, rounds=10)
     timings.spread("eager").median                  # seconds
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 __all__ = ["PairedTimings", "Spread", "quantile", "time_paired"]
 
-#: A variant does one piece of work. It returns the seconds of each phase that it timed itself, or None to be timed as one ``step``.
+#: A variant does one piece of work. It returns the seconds of each phase if it timed them; None is timed as ``step``.
 Variant = Callable[[], Mapping[str, float] | None]
 
 
@@ -47,7 +47,7 @@ def quantile(ordered: list[float], share: float) -> float:
 
 @dataclass
 class PairedTimings:
-    """``samples[variant][phase]`` are seconds, one per round; the i-th of every variant were taken in the same round."""
+    """``samples[variant][phase]`` are seconds, one per round; the i-th of every variant are of the same round."""
 
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
@@ -56,7 +56,7 @@ class PairedTimings:
         return Spread.of(self.samples[variant][phase])
 
     def ratio(self, of: str, to: str, phase: str = "step") -> Spread:
-        """Median and quartiles, over rounds, of the time of ``of`` divided by the time of ``to``: how many times faster ``to`` is."""
+        """Median and quartiles, over rounds, of ``of``'s time divided by ``to``'s: how many times faster ``to`` is."""
         pairs = zip(self.samples[of][phase], self.samples[to][phase], strict=True)
         return Spread.of(a / b for a, b in pairs)
 
@@ -74,7 +74,7 @@ def time_paired(
 ) -> PairedTimings:
     """Run every variant once per round, in order, ``warmup`` rounds untimed and ``rounds`` rounds timed.
 
-    The garbage collector runs between rounds and not inside them. ``progress`` is told the name of each run before it starts.
+    The garbage collector runs between rounds and not inside them. ``progress`` is told the name of each run before it.
 
     Raises ValueError for fewer than one round.
     """

@@ -1,4 +1,4 @@
-"""A benchmark as a picture: bars of the contenders or the ladder with their speed-up, and time by kind of operation, stacked."""
+"""A benchmark as a picture: bars of the contenders or the ladder with their speed-up, and stacked time by kind."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         _stacked(right, section["kinds"])
     settings, environment = result["settings"], result["environment"]
     figure.suptitle(
-        f"{settings['model']}, batch {settings['batch']}, {settings['dtype']}, {environment['cpu']['threads']} threads, "
+        f"{settings['model']}, batch {settings['batch']}, {settings['dtype']}, "
+        f"{environment['cpu']['threads']} threads, "
         f"{environment['cpu']['name'] if environment['device'] == 'cpu' else environment['device']}",
         fontsize=10,
     )
@@ -55,7 +56,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _bars(axes: Any, section: dict[str, Any]) -> None:
-    """Median step of the rungs, or of all contenders where no ladder was timed, with quartiles and the ratio to the first."""
+    """Median step of the rungs (of all contenders without a ladder), with quartiles and the ratio to the first."""
     variants = section["variants"]
     bars = section["ladder"] or {name: name for name in variants}
     medians = [variants[name]["step"]["median"] * 1e3 for name in bars.values()]

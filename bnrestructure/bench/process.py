@@ -37,11 +37,17 @@ def run_job(
 
     ``malloc`` names an allocator setting, ``limit`` is in seconds, ``listen`` is given the job's progress.
 
-    Raises UsageError when the job says that it was asked for something impossible, JobFailedError when it dies or takes too long.
+    Raises UsageError when the job says that it was asked for something impossible, JobFailedError when it dies or takes
+    too long.
     """
     request = {"job": job, "settings": asdict(settings), "arguments": arguments}
-    with tempfile.TemporaryFile("w+") as words, _process(malloc, settings.threads, words) as process, _ended_after(limit, process) as late:
-        assert process.stdin is not None and process.stdout is not None
+    with (
+        tempfile.TemporaryFile("w+") as words,
+        _process(malloc, settings.threads, words) as process,
+        _ended_after(limit, process) as late,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
             json.dump(request, stdin)
         answer: dict[str, Any] = {}
@@ -61,8 +67,10 @@ def run_job(
 
 @contextlib.contextmanager
 def _process(malloc: str, threads: int | None, words: Any) -> Any:
-    """A worker in a process group of its own, compiler processes that it starts included; ended when the block is left early."""
-    environment = {k: v for k, v in os.environ.items() if not any(k in tuned for tuned in MALLOC.values())} | MALLOC[malloc]
+    """A worker in a process group of its own with what it starts (compilers); ended when the block is left early."""
+    environment = {k: v for k, v in os.environ.items() if not any(k in tuned for tuned in MALLOC.values())} | MALLOC[
+        malloc
+    ]
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     process = subprocess.Popen(

@@ -18,7 +18,7 @@ from bnrestructure.bench.contenders import (
 from bnrestructure.bench.machine import command_line
 from bnrestructure.bench.paired import PairedTimings
 from bnrestructure.bench.process import JobFailedError, run_job
-from bnrestructure.bench.settings import MALLOC, Settings
+from bnrestructure.bench.settings import Settings
 
 __all__ = ["PHASES", "Listener", "run_benchmark"]
 
@@ -32,7 +32,7 @@ class Listener(Protocol):
 
 
 def run_benchmark(settings: Settings, listener: Listener) -> dict[str, Any]:
-    """All figures as plain data. With wrong numbers (``result["check"]["ok"]`` false) nothing is timed and there are no sections.
+    """All figures as plain data. With wrong numbers (``result["check"]["ok"]`` false) nothing is timed: no sections.
 
     Raises UsageError for a model that cannot be loaded or trained on, JobFailedError when a measuring process dies.
     """
@@ -51,7 +51,7 @@ def run_benchmark(settings: Settings, listener: Listener) -> dict[str, Any]:
 
 
 def _compiled(settings: Settings, result: dict[str, Any], listener: Listener) -> Settings:
-    """Fill the compiler's cache; without torch.compile among the contenders where that fails or takes too long, and a note of it."""
+    """Fill the compiler's cache. Where that fails or takes long, torch.compile is no contender, and a note says so."""
     try:
         done = run_job("compilation", settings, limit=settings.compile_limit, listen=listener("torch.compile"))
     except JobFailedError as error:
@@ -70,13 +70,15 @@ def _section(settings: Settings, malloc: str, result: dict[str, Any], listener: 
         variants[name] = {phase: asdict(timings.spread(name, phase)) for phase in PHASES}
     if settings.memory:
         for name in contenders(settings, MEMORY_EFFICIENT in variants):
-            # torch.compile's own memory while it compiles is most of what such a process holds: no figure of a training step.
+            # What torch.compile holds while it compiles is most of such a process: no figure of a training step.
             if name != COMPILED:
-                variants[name] |= run_job("memory", settings, malloc=malloc, listen=listener(f"memory, {malloc} malloc"), variant=name)
+                variants[name] |= run_job(
+                    "memory", settings, malloc=malloc, listen=listener(f"memory, {malloc} malloc"), variant=name
+                )
     result["notes"] += [note for note in measured["notes"] if note not in result["notes"]]
     return {
         "malloc": malloc,
-        "malloc_environment": MALLOC[malloc],
+        "malloc_environment": measured["malloc_environment"],
         "variants": variants,
         "comparison": _compare(timings, variants),
         "speedups": _speedups(timings),
@@ -87,7 +89,7 @@ def _section(settings: Settings, malloc: str, result: dict[str, Any], listener: 
 
 
 def _compare(timings: PairedTimings, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The restructured model beside the fastest of its rivals, both sides of every ratio; memory beside eager channels_last."""
+    """Restructured beside the fastest of its rivals, both sides of every ratio; memory beside eager channels_last."""
     rival = timings.fastest(name for name in RIVALS if name in timings.samples)
     compared: dict[str, Any] = {"against": rival, "memory_against": EAGER_LAST}
     for phase in PHASES:

@@ -12,8 +12,8 @@ __all__ = ["DTYPES", "MALLOC", "Settings"]
 #: Training dtypes by their short names: bf16 means autocast over fp32 parameters.
 DTYPES = ("fp32", "bf16")
 
-#: Environment of glibc's allocator. ``tuned`` keeps freed activations in the heap instead of giving them back to the kernel and
-#: faulting them in again, page by page, at every step. It makes eager faster too, so both settings are of interest.
+#: Environment of glibc's allocator. ``tuned`` keeps freed activations in the heap instead of giving them back to the
+#: kernel and faulting them in again, page by page, at every step. It makes eager faster too: both are of interest.
 MALLOC: dict[str, dict[str, str]] = {
     "default": {},
     "tuned": {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184"},

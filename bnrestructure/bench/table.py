@@ -20,14 +20,15 @@ def render(console: Console, result: dict[str, Any]) -> None:
     environment, settings = result["environment"], result["settings"]
     size = "" if settings["input_size"] is None else f", input {'x'.join(map(str, settings['input_size']))}"
     console.print(
-        f"[bold]{settings['model']}[/], batch {settings['batch']}{size}, {settings['dtype']}, {environment['cpu']['threads']} threads, "
+        f"[bold]{settings['model']}[/], batch {settings['batch']}{size}, {settings['dtype']}, "
+        f"{environment['cpu']['threads']} threads, "
         f"{environment['cpu']['name'] if environment['device'] == 'cpu' else environment['device']}, "
         f"torch {environment['packages']['torch']}",
         highlight=False,
     )
     checked = result["check"]
     console.print(
-        f"numbers checked against float64: {len(checked['reports'])} configuration(s), batch {checked['batch']}, all within their limits",
+        f"numbers checked against float64 (batch {checked['batch']}): {', '.join(checked['reports'])}: all right",
         highlight=False,
     )
     for section in result["sections"]:
@@ -71,8 +72,9 @@ def _ladder(section: dict[str, Any], plan: dict[str, Any]) -> RenderableType:
     for rung, name in section["ladder"].items():
         found = variants[name]
         table.add_row(
-            rung.upper() if rung != "baseline" else rung, _milliseconds(found["step"]), f"{baseline / found['step']['median']:.2f}x",
-            _megabytes(rung_bytes(plan, rung)), _megabytes(found.get("saved_bytes")), _megabytes(found.get("peak_bytes")),
+            rung.upper() if rung != "baseline" else rung,
+            _milliseconds(found["step"]), f"{baseline / found['step']['median']:.2f}x",
+            *map(_megabytes, (rung_bytes(plan, rung), found.get("saved_bytes"), found.get("peak_bytes"))),
         )  # fmt: skip
     return table
 
@@ -83,7 +85,9 @@ def rung_bytes(plan: dict[str, Any], rung: str) -> int:
 
 
 def _kinds(section: dict[str, Any]) -> RenderableType:
-    table = Table(title=f"profiled time of a step by kind of operation, {section['malloc']} malloc, ms", title_justify="left")
+    table = Table(
+        title=f"profiled time of a step by kind of operation, {section['malloc']} malloc, ms", title_justify="left"
+    )
     table.add_column("kind")
     columns = section["kinds"]
     for name in columns:
@@ -112,10 +116,13 @@ def _ceilings(result: dict[str, Any]) -> RenderableType:
     plan = result["plan"][RESTRUCTURED]
     multiply = found["step_flops"] / rate
     lines = [
-        f"ceilings here: fp32 {found['fp32_flops_per_second'] / 1e9:.0f} GF/s, bf16 {found['bf16_flops_per_second'] / 1e9:.0f} GF/s, "
+        f"ceilings here: fp32 {found['fp32_flops_per_second'] / 1e9:.0f} GF/s, "
+        f"bf16 {found['bf16_flops_per_second'] / 1e9:.0f} GF/s, "
         f"copy {bandwidth / 1e9:.1f} GB/s",
-        f"a step's convolutions and matrix products: {found['step_flops'] / 1e9:.1f} GF, at least {multiply * 1e3:.0f} ms in {dtype}",
-        f"sweeps of {plan['sites']} batch norms ({plan['fused']} fused, {plan['partial']} partial, {plan['kept']} kept): "
+        f"a step's convolutions and matrix products: {found['step_flops'] / 1e9:.1f} GF, "
+        f"at least {multiply * 1e3:.0f} ms in {dtype}",
+        f"sweeps of {plan['sites']} batch norms "
+        f"({plan['fused']} fused, {plan['partial']} partial, {plan['kept']} kept): "
         f"{plan['bytes_before'] / 1e6:.0f} MB ({plan['bytes_before'] / bandwidth * 1e3:.0f} ms) before, "
         f"{plan['bytes_after'] / 1e6:.0f} MB ({plan['bytes_after'] / bandwidth * 1e3:.0f} ms) after",
     ]
@@ -123,7 +130,7 @@ def _ceilings(result: dict[str, Any]) -> RenderableType:
 
 
 def verdicts(result: dict[str, Any]) -> Iterator[Text]:
-    """One line for each allocator setting: faster, slower or no different, and memory, with both sides of every ratio."""
+    """A line for each allocator setting: faster, slower or no different; memory; both sides of every ratio."""
     for section in result["sections"]:
         compared = section["comparison"]
         step = compared["step"]

@@ -1,7 +1,7 @@
-"""A measuring process: ``python -m bnrestructure.bench.worker`` takes one job as JSON on stdin and answers JSON lines on stdout.
+"""A measuring process: ``python -m bnrestructure.bench.worker`` takes a job as JSON on stdin and answers on stdout.
 
-Each line is one of {"total": n}, {"run": name}, and at last {"result": ...} or {"error": message}. What the user's model prints goes
-to stderr.
+The answer is lines of JSON: {"total": n}, {"run": name} ..., and at last {"result": ...} or {"error": message}. What
+the user's model prints goes to stderr.
 """
 
 from __future__ import annotations

@@ -20,7 +20,10 @@ __all__ = ["TrainingStep", "Workload", "training_loss"]
 
 @dataclass
 class Workload:
-    """A model in training mode (float32, contiguous), and the arguments of one forward; ``make`` builds the model anew with options."""
+    """A model in training mode (float32, contiguous) and the arguments of one forward.
+
+    ``make`` builds the model anew with options.
+    """
 
     model: nn.Module
     inputs: tuple[Any, ...]
@@ -37,12 +40,14 @@ def _cut_lists(tree: Any, count: int) -> Any:
 
 
 class TrainingStep:
-    """zero_grad, forward with the loss, backward; calling it returns the seconds of ``forward``, ``backward`` and the whole ``step``.
+    """zero_grad, forward with the loss, backward. A call returns the seconds of ``forward``, ``backward`` and ``step``.
 
     ``dtype`` is None, or what autocast computes in.
     """
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], device: str, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: tuple[Any, ...], device: str, dtype: torch.dtype | None = None
+    ) -> None:
         self.model = model
         self.inputs = inputs
         self.device = device
@@ -74,15 +79,19 @@ class TrainingStep:
 
 
 def training_loss(output: Any) -> Tensor:
-    """Cross-entropy with class 0 of every [N, classes, ...] output, auxiliary ones included; a dict of losses is added up.
+    """Cross-entropy with class 0 of every [N, classes, ...] output, auxiliary ones too; a dict of losses is added up.
 
     What the targets are does not matter to the time. Raises UsageError when there is nothing of the kind.
     """
-    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad]
+    leaves = [
+        t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.requires_grad
+    ]
     if leaves and all(t.dim() == 0 for t in leaves):
         return torch.stack(leaves).sum()
     scored = [t for t in leaves if t.dim() >= 2]
     if not scored:
-        raise UsageError("the model's output has no [N, classes, ...] tensor with a gradient, and no losses: nothing to train on")
+        raise UsageError(
+            "the model's output has no [N, classes, ...] tensor with a gradient, and no losses: nothing to train on"
+        )
     losses = [F.cross_entropy(t, t.new_zeros((t.shape[0], *t.shape[2:]), dtype=torch.long)) for t in scored]
     return torch.stack(losses).sum()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,8 +39,21 @@ class Options:
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether any batch norm layer is in this module tree."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+    """Whether any batch norm layer is in this module tree, or code that calls the function."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) or _calls_batch_norm(type(m)) for m in module.modules())
+
+
+@cache
+def _calls_batch_norm(cls: type[nn.Module]) -> bool:
+    """Whether a method that this class does not have from torch.nn names ``batch_norm``, as F.batch_norm(...) does."""
+    own = [vars(c) for c in cls.__mro__ if issubclass(c, nn.Module) and not c.__module__.startswith("torch.nn")]
+    codes = [getattr(inspect.unwrap(f), "__code__", None) for methods in own for f in methods.values() if callable(f)]
+    while codes:
+        code = codes.pop()
+        if code is not None and "batch_norm" in code.co_names:
+            return True
+        codes += [c for c in code.co_consts if inspect.iscode(c)] if code is not None else []
+    return False
 
 
 def captured(module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> tuple[fx.GraphModule, dict[nn.Module, str]]:

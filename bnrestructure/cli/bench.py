@@ -15,32 +15,49 @@ from bnrestructure.cli.options import add_input_arguments
 __all__ = ["add_arguments", "run"]
 
 _EPILOG = """\
-Contenders are timed in turn, round by round, in one process, after a warm-up; ratios are paired by round. The restructured model is compared
-with the fastest of eager channels_last, eager contiguous and (with --compile) torch.compile. Its numbers are checked first: exit status 1, and
-no time, if they are wrong."""
+Contenders are timed in turn, round by round, in one process, after a warm-up; ratios are paired by round. The
+restructured model is compared with the fastest of eager channels_last, eager contiguous and (with --compile)
+torch.compile. Its numbers are checked first: exit status 1, and no time, if they are wrong."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments. Must not import torch."""
     parser.epilog = f"{_EPILOG}\n\n{parser.epilog}"
-    parser.add_argument("model", metavar="MODEL", help="torchvision name, package.module:factory, file.py:factory or timm:NAME")
+    parser.add_argument(
+        "model", metavar="MODEL", help="torchvision name, package.module:factory, file.py:factory or timm:NAME"
+    )
     add_input_arguments(parser, batch=16)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default: %(default)s)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--backend", default="auto", help="kernels: auto, reference, cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--backend", default="auto", help="kernels: auto, reference, cpu or cuda (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, help="threads of each operation (default: PyTorch's)")
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=2, help="untimed rounds before them (default: %(default)s)")
     parser.add_argument(
         "--malloc", choices=("default", "tuned", "both"), default="both",
-        help="glibc's allocator: as it is, tuned to keep freed activations, or one after the other (default: %(default)s)",
+        help="glibc's allocator: as it is, tuned to keep freed activations, or both in turn (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--ladder", action="store_true", help="time the paper's ladder as well: baseline, RCF, MVF, BNFF, ICF")
+    parser.add_argument(
+        "--ladder", action="store_true", help="time the paper's ladder as well: baseline, RCF, MVF, BNFF, ICF"
+    )
     parser.add_argument("--compile", action="store_true", help="time torch.compile as well (compiling takes minutes)")
-    parser.add_argument("--compile-limit", type=float, default=600.0, metavar="S", help="seconds it may compile (default: %(default)g)")
+    parser.add_argument(
+        "--compile-limit", type=float, default=600.0, metavar="S", help="seconds it may compile (default: %(default)g)"
+    )
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE (- for standard output, without tables)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ladder and the time by kind (png, svg or pdf; needs matplotlib)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all figures to FILE (- for standard output, without tables)"
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw the ladder and the time by kind (png, svg or pdf; needs matplotlib)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -84,7 +101,21 @@ def settings_of(arguments: argparse.Namespace) -> Any:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device 'cuda' was asked for, but PyTorch sees no CUDA device here")
     both = arguments.malloc == "both"
-    same = ("batch", "input_size", "inputs", "dtype", "device", "backend", "threads", "rounds", "warmup", "ladder", "compile", "compile_limit", "memory")
+    same = (
+        "batch",
+        "input_size",
+        "inputs",
+        "dtype",
+        "device",
+        "backend",
+        "threads",
+        "rounds",
+        "warmup",
+        "ladder",
+        "compile",
+        "compile_limit",
+        "memory",
+    )
     return Settings(
         arguments.model, **{name: getattr(arguments, name) for name in same},
         malloc=("default", "tuned") if both else (arguments.malloc,),
@@ -98,7 +129,13 @@ def _progress() -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("[dim]{task.fields[run]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[run]}"),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None, run="")
 

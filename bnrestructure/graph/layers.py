@@ -65,6 +65,7 @@ class BatchNormLayer:
     eps: float
     process_group: Parameter = None
     synchronised: bool = False
+    dimensions: tuple[int, ...] = ()  # of the input, as the layer checks them; empty where it checks nothing
 
 
 def modules_of(gm: fx.GraphModule) -> dict[str, nn.Module]:
@@ -191,6 +192,7 @@ def _shape_of_attribute(node: fx.Node) -> tuple[int, ...] | None:
 
 
 _BATCH_NORM_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_DIMENSIONS: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 _BATCH_NORM_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
@@ -233,8 +235,9 @@ def _batch_norm_module(node: fx.Node, module: nn.modules.batchnorm._BatchNorm) -
         num_batches_tracked=parameter("num_batches_tracked") if updates else None,
         momentum=module.momentum,
         eps=module.eps,
-        process_group=f"{path}.process_group" if kind is nn.SyncBatchNorm else None,
+        process_group=parameter("process_group") if kind is nn.SyncBatchNorm else None,
         synchronised=kind is nn.SyncBatchNorm,
+        dimensions=_DIMENSIONS.get(kind, ()),
     )
 
 

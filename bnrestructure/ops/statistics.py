@@ -68,6 +68,7 @@ def finalize(
     momentum: float | None,
     eps: float,
     *,
+    dimensions: tuple[int, ...] = (),
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The per-channel step between the halves of a batch norm: (scale, beta), each [C]; running statistics updated in place.
@@ -76,11 +77,17 @@ def finalize(
     channel as a tensor. ``momentum`` None is the cumulative average over ``num_batches_tracked``. The running variance takes the
     unbiased estimate var * M / (M - 1).
 
-    Raises PyTorch's ValueError when a channel has a single value.
+    Raises what PyTorch's layers raise: ValueError when a channel has a single value or the input is not one of ``dimensions`` (empty: any)
+    in number of dimensions, RuntimeError when a parameter or running statistic does not have C elements.
     """
+    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, vector in named.items():
+        if vector is not None and vector.numel() != mean.numel():
+            raise RuntimeError(f"{name} should contain {mean.numel()} elements not {vector.numel()}")
     if isinstance(size, Tensor):
         count: int | Tensor = size
     else:
+        _check_dimensions(len(size), dimensions)
         count = size.numel() // size[1] if size[1] else 0
         if count == 1:
             shown = torch.Size((size[0], mean.shape[0], *size[2:]))
@@ -90,6 +97,11 @@ def finalize(
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
     return _Finalize.apply(mean, var, count, weight, bias, running_mean, running_var, momentum, eps, backend)
+
+
+def _check_dimensions(found: int, allowed: tuple[int, ...]) -> None:
+    if allowed and found not in allowed:
+        raise ValueError(f"expected {' or '.join(f'{d}D' for d in allowed)} input (got {found}D input)")
 
 
 def batch_norm(
@@ -102,9 +114,11 @@ def batch_norm(
     momentum: float | None,
     eps: float,
     *,
+    dimensions: tuple[int, ...] = (),
     act: str = "identity",
 ) -> Tensor:
     """A batch norm left whole, with the activation that followed it: PyTorch's own operators, for sites that fission cannot help."""
+    _check_dimensions(x.dim(), dimensions)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if momentum is None:

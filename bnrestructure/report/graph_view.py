@@ -6,6 +6,7 @@ import operator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from bnrestructure import ops
@@ -24,7 +25,7 @@ from bnrestructure.graph.layers import (
 from bnrestructure.ops.synchronise import synchronise
 from bnrestructure.plan import Site
 from bnrestructure.report.graph_backward import backward_of
-from bnrestructure.report.names import shortened
+from bnrestructure.report.names import relative, shortened
 
 __all__ = ["Entry", "RegionView", "view_region"]
 
@@ -81,7 +82,14 @@ class RegionView:
 def view_region(path: str, gm: fx.GraphModule, sites: dict[str, Site]) -> RegionView:
     """The view of one region's graph; ``sites`` by full name give the reasons of what was left unfused."""
     builder = _Builder(path, gm, sites)
-    entries = [entry for node in gm.graph.nodes if (entry := builder.entry(node)) is not None]
+    entries: list[Entry] = []
+    for node in gm.graph.nodes:
+        entry = builder.entry(node)
+        if entry is None:
+            continue
+        if not entry.module and entry.kind not in ("input", "output") and entries:
+            entry.group = entries[-1].group  # made by a pass: it belongs where it stands
+        entries.append(entry)
     return RegionView(path, entries)
 
 
@@ -91,15 +99,28 @@ class _Builder:
         self.gm = gm
         self.modules: dict[str, nn.Module] = modules_of(gm)
         self.sites = sites
+        self.sizes: set[fx.Node] = set()  # nodes that compute shapes, not tensors
 
     def entry(self, node: fx.Node) -> Entry | None:
         """The entry for this node, or None for what is tucked into others: attributes, per-channel vectors, outputs of fused nodes."""
-        if _is_tucked(node):
+        if _is_tucked(node) or self._is_size(node):
             return None
         entry = self._described(node)
-        entry.inputs = list(dict.fromkeys(source.name for source in map(_source, _data_inputs(node)) if not _is_tucked(source)))
+        sources = [source for n in _data_inputs(node) for source in _sources(n)]
+        shown = [source for source in sources if not _is_tucked(source) and source not in self.sizes]
+        entry.inputs = list(dict.fromkeys(source.name for source in shown))
         entry.backward = backward_of(node, entry.prologue_sites, entry.epilogue_sites, entry.group)
         return entry
+
+    def _is_size(self, node: fx.Node) -> bool:
+        """Whether the node is arithmetic on shapes: of no interest to a reader of the graph."""
+        made = node.op == "call_method" and node.target in ("size", "dim", "numel")
+        made = made or (node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device"))
+        sources = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        derived = node.op == "call_function" and bool(sources) and all(n in self.sizes for n in sources)
+        if made or derived:
+            self.sizes.add(node)
+        return made or derived
 
     def _described(self, node: fx.Node) -> Entry:
         if node.op in ("placeholder", "output"):
@@ -132,7 +153,9 @@ class _Builder:
         if path == node.name and path not in self.modules:
             path = ""
         group, _, name = (path, "", "") if inside else path.rpartition(".")
-        return Entry(node.name, kind, path, group, name or what.split(" ")[0], what)
+        if kind == "buffer" or what == "statistics":
+            name = ""  # a pass put it there; the module in its stack is the one that made the tensor
+        return Entry(node.name, kind, path, group, name or ("buffer" if kind == "buffer" else what.split(" ")[0]), what)
 
     def _batch_norm(self, node: fx.Node) -> Entry:
         site = node.meta.get("bnr_site", module_path(node))
@@ -145,7 +168,7 @@ class _Builder:
     def _fused(self, node: fx.Node) -> Entry:
         entry = self._new(node, *self._fused_words(node))
         kwargs = node.kwargs
-        entry.prologue_sites = list(node.meta.get("bnr_normalises", []))
+        entry.prologue_sites = _normalised_sites(node)
         entry.epilogue_sites = list(node.meta.get("bnr_statistics_of", []))
         act = str(kwargs.get("act", "identity"))
         if node.target is ops.residual:
@@ -156,14 +179,14 @@ class _Builder:
             entry.prologue = act if entry.prologue is None else f"{entry.prologue} + {act}"
         if kwargs.get("gate") is not None:
             entry.prologue = f"{entry.prologue or ''} * gate".strip()
-        if entry.epilogue_sites and node.target is not ops.statistics:
+        if entry.epilogue_sites:
             entry.epilogue = f"{shortened(entry.epilogue_sites, entry.group)} statistics"
-        entry.notes = _notes(node)
+        entry.notes = _notes(node, entry.group)
         alone = {ops.statistics: entry.epilogue_sites, ops.normalise: entry.prologue_sites}.get(node.target, [])  # type: ignore[call-overload]
         for site in alone:
             planned = self.sites.get(self.prefix + site)
             if planned is not None and planned.status != "fused":
-                entry.status, entry.reason = planned.status, planned.reason
+                entry.status, entry.reason = planned.status, _part_of_reason(planned.reason, node)
         return entry
 
     def _fused_words(self, node: fx.Node) -> tuple[str, str]:
@@ -177,7 +200,7 @@ class _Builder:
         if node.target is ops.squeeze:
             return "pool", "squeeze" if kwargs["excite"] else "global average pool"
         if node.target is ops.statistics:
-            return "sweep", f"statistics of {shortened(node.meta.get('bnr_statistics_of', []), '')}"
+            return "sweep", "statistics"
         if node.target is ops.normalise:
             return "sweep", "normalise"
         if node.target is ops.concat_buffer:
@@ -216,6 +239,8 @@ class _Builder:
             return type(module).__name__
         if node.op == "call_method":
             return str(node.target)
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            return f"{node.args[0].name}[{node.args[1]}]"
         return str(getattr(node.target, "__name__", node.target)).removeprefix("_")
 
 
@@ -234,10 +259,27 @@ def is_vector_item(node: fx.Node) -> bool:
 
 
 def _data_inputs(node: fx.Node) -> list[fx.Node]:
-    """The activations that a node reads; per-channel vectors and parameters left out."""
+    """The activations that a node reads; per-channel vectors and parameters left out, buffers too where a slice of them is written."""
     if is_fused(node) and node.target in OUTPUTS:
-        return [v for k in ("x", "y", "r", "into", "gate") if isinstance(v := node.kwargs.get(k), fx.Node)]
+        names = ("x", "y", "r", "gate", *(["into"] if _appends(node) else []))
+        return [v for k in names if isinstance(v := node.kwargs.get(k), fx.Node)]
+    if node.target is ops.concat_buffer:
+        return [v for v in node.args[:1] if isinstance(v, fx.Node)]
     return node.all_input_nodes
+
+
+def _appends(node: fx.Node) -> bool:
+    """Whether a convolution writes behind what is in a buffer: what it returns is then everything up to there."""
+    return node.target is ops.conv and isinstance(node.kwargs["into"], fx.Node) and node.kwargs["offset"] is None
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The nodes that made this tensor: all writers of a buffer that stands for a concat of branches, else the one of _source."""
+    source = _source(node)
+    writers = [source]
+    while not _appends(writers[-1]) and isinstance(into := writers[-1].kwargs.get("into"), fx.Node):
+        writers.append(_source(into))
+    return writers[::-1]
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -255,36 +297,58 @@ def _source(node: fx.Node) -> fx.Node:
             return node
 
 
-def _notes(node: fx.Node) -> list[str]:
+def _normalised_sites(node: fx.Node) -> list[str]:
+    """The sites whose normalisation this node applies: as recorded, else those whose scale it reads (a squeeze, say)."""
+    recorded = node.meta.get("bnr_normalises")
+    if recorded is not None:
+        return list(recorded)
+    sites: list[str] = []
+    stack = [node.kwargs.get("scale")]
+    while stack:
+        vector = stack.pop()
+        if isinstance(vector, fx.Node):
+            made = produced_by(vector, ops.finalize, "scale")
+            if made is not None and "bnr_site" in made.meta:
+                sites.append(made.meta["bnr_site"])
+            elif vector.meta.get("bnr_vector") or vector.target is torch.cat:
+                stack += reversed(vector.all_input_nodes)
+    return sites
+
+
+def _notes(node: fx.Node, group: str) -> list[str]:
     kwargs, notes = node.kwargs, []
     if kwargs.get("thread"):
         notes.append("passes its input on")
-    into = kwargs.get("into")
-    if isinstance(into, fx.Node) and node.target is ops.conv:
-        place = "appended" if kwargs["offset"] is None else f"channels {kwargs['offset']}.."
-        notes.append(f"writes into {_buffer_of(into)}, {place}")
-    elif kwargs.get("channels") is not None and node.target is ops.conv:
+    if node.target is ops.conv and isinstance(kwargs["into"], fx.Node):
+        place = "appended" if _appends(node) else f"channels {kwargs['offset']}.."
+        notes.append(f"written into {_buffer_name(kwargs['into'], group)}, {place}")
+    elif node.target is ops.conv and kwargs["channels"] is not None:
         notes.append(f"starts a buffer of {kwargs['channels']} channels, at {kwargs['offset']}")
     if kwargs.get("gain") is True:
         notes.append("applies s in backward")
     return notes
 
 
-def _buffer_of(tensor: fx.Node) -> str:
-    """The name of the node that allocated the concat buffer in which this tensor lies."""
+def _part_of_reason(reason: str | None, node: fx.Node) -> str | None:
+    """A plan gives a reason for each half of a site; a node that stands alone is one of the halves."""
+    word = "statistics" if node.target is ops.statistics else "normalised"
+    parts = [part for part in (reason or "").split("; ") if word in part]
+    return "; ".join(parts) or reason
+
+
+def _buffer_name(tensor: fx.Node, group: str) -> str:
+    """``the buffer of branch1.conv``: named after the node that allocated the memory in which this tensor lies."""
     node = _source(tensor)
-    while True:
-        into = node.kwargs.get("into")
-        if not isinstance(into, fx.Node):
-            return node.name
+    while isinstance(into := node.kwargs.get("into"), fx.Node):
         node = _source(into)
+    return "the buffer" if node.target is ops.concat_buffer else f"the buffer of {relative(module_path(node), group)}"
 
 
 def _buffer_words(node: fx.Node) -> str:
     if isinstance(node.kwargs.get("into"), fx.Node):
-        return f"copy into {_buffer_of(node.kwargs['into'])}, channels {node.kwargs['offset']}.."  # type: ignore[arg-type]
+        return f"copied into a buffer, channels {node.kwargs['offset']}.."
     extra = node.kwargs.get("extra")
-    return f"concat buffer, {extra} channels to come" if extra else f"concat buffer of {node.kwargs['channels']} channels"
+    return f"buffer, {extra} channels to come" if extra else f"buffer of {node.kwargs['channels']} channels"
 
 
 def _by(sizes: object) -> str:

@@ -172,12 +172,12 @@ def test_layouts(isa: str, dtype: torch.dtype, layouts: tuple[str, str]) -> None
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activations_are_accurate(isa: str, act: str) -> None:
-    """To a relative 1e-6: values down to 1e-3 (a tail's error grows with its exponent), derivatives, which cross zero, to 1."""
+    """To a relative 1e-6: values down to 1e-2 (a tail's error grows with its exponent), derivatives, which cross zero, to 1."""
     u = torch.linspace(-9, 12, 40 * 997, dtype=torch.float64).float().view(1, 40, 997, 1)
     value = cpu.normalise_forward(in_layout(u, "channels_last"), Transform(act=act), dtype=u.dtype)
     slope, _, _ = cpu.normalise_backward(torch.ones_like(u), in_layout(u, "channels_last"), Transform(act=act))
     for result, truth, floor in (
-        (value, activate(u.double(), act), 1e-3),
+        (value, activate(u.double(), act), 1e-2),
         (slope, activation_gradient(torch.ones_like(u).double(), u.double(), act), 1.0),
     ):
         assert ((result - truth).abs() / truth.abs().clamp_min(floor)).max() < 1e-6

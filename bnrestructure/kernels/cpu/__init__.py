@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bnrestructure.kernels.cpu import convolution, finalize, sweeps
+from bnrestructure.kernels.cpu import convolution, depthwise, finalize, sweeps
 from bnrestructure.kernels.cpu.finalize import finalize_backward, finalize_forward
 from bnrestructure.kernels.cpu.library import unavailable_reason
 from bnrestructure.kernels.cpu.sweeps import (
@@ -27,11 +27,6 @@ from bnrestructure.kernels.cpu.sweeps import (
     statistics_forward,
 )
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
-
-try:
-    from bnrestructure.kernels.cpu import depthwise
-except ImportError:  # interim, until depthwise.py is in the tree
-    depthwise = convolution
 
 __all__ = [
     "conv_backward",

@@ -1,8 +1,8 @@
 """The dense fused convolution on CPU: 2-D, channels_last, float32 and bfloat16.
 
-:func:`conv_forward` and :func:`conv_backward` mean what their namesakes in kernels/reference mean; for each node they run the
-implementation that convolution_choice.py expects to be the faster one. Tensors of another layout are copied to channels_last
-first: correct, and slower.
+:func:`conv_forward` and :func:`conv_backward` mean what their namesakes in kernels/reference mean; for each node they
+run the implementation that convolution_choice.py expects to be the faster one. Tensors of another layout are copied to
+channels_last first: correct, and slower.
 """
 
 from __future__ import annotations

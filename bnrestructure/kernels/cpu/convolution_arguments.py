@@ -1,4 +1,8 @@
-"""A dense convolution's arguments as the C kernels take them: the structures of src/conv_arguments.h, field by field."""
+"""A dense convolution's arguments as the C kernels take them: the structures of src/conv_arguments.h, field by field.
+
+They hold addresses only, so every function that makes one puts the tensors behind it into ``keep``; the caller holds
+on to ``keep`` until the kernel has returned.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,12 @@ def pixels(x: Tensor, dtype: torch.dtype) -> Pixels:
 
 
 def _problem(
-    x: Pixels, transform: Transform, weight: Tensor, geometry: ConvGeometry, out_size: tuple[int, ...], keep: list[Tensor | None]
+    x: Pixels,
+    transform: Transform,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    out_size: tuple[int, ...],
+    keep: list[Tensor | None],
 ) -> tuple[int | float, ...]:
     """The fields of ``struct Problem``. Vectors that had to be converted are put into ``keep``."""
     tensor, pitch = x
@@ -55,7 +64,7 @@ def forward_arguments(
     var: Tensor | None,
     keep: list[Tensor | None],
 ) -> bytes:
-    """``struct ForwardArguments``. ``keep`` gains every tensor that may be a converted copy and must outlive the kernel's call."""
+    """``struct ForwardArguments``. ``keep`` gains every tensor that may be a copy made for this call."""
     tensor, pitch = y
     bias = layout.vector(bias)
     keep += [bias, x[0]]
@@ -80,7 +89,10 @@ def backward_arguments(
     weight_gradient: Tensor | None = None,
     bias_gradient: Tensor | None = None,
 ) -> bytes:
-    """``struct BackwardArguments``. ``y`` is the edge's y; ``sums`` [2, C_in] takes SP and SPX; ``keep`` as above; the rest as the C names say."""
+    """``struct BackwardArguments``. ``y`` is the edge's y; ``sums`` [2, C_in] takes SP and SPX.
+
+    ``keep`` gains every tensor that may be a copy made for this call. The rest is as the C names say.
+    """
     gradient, pitch = dy
     y_tensor, y_pitch = y or (None, 0)
     dx_tensor, dx_pitch = dx or (None, 0)

@@ -72,7 +72,7 @@ def conv_forward(
     statistics: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``y = conv(transform(x), weight) + bias`` and y's biased statistics, in one sweep over x.
+    """``y = conv(transform(x), weight) + bias`` and y's biased statistics, in one sweep.
 
     x [N, C, H, W] and the weight [C, 1, kh, kw] are float32 or bfloat16, each its own; y [N, C, H_out, W_out] is in
     ``dtype``, channels_last, or written to ``out`` (any strides). mean and var are float32 [C] of y as stored, or None
@@ -106,8 +106,9 @@ def conv_backward(
 ) -> ConvGradients:
     """Gradients of :func:`conv_forward`; ``needs`` = (dx and the sums, weight, bias).
 
-    ``dy`` [N, C, H_out, W_out] is the edge's P, of any strides. ``accumulate``, of x's shape, is added to in place and returned
-    as ``dx``; without it dx is fresh, channels_last, in x's dtype. Sums and the gate's gradient are float32.
+    ``dy`` [N, C, H_out, W_out] is the edge's P, of any strides. ``accumulate``, of x's shape, is added to in place and
+    returned as ``dx``; without it dx is fresh, channels_last, in x's dtype. The sums are float32, the gate's gradient is
+    in the gate's dtype.
     """
     need_x, need_weight, need_bias = needs
     problem, keep = _problem(x, transform, weight, geometry, tuple(dy.shape[2:]), dtype)

@@ -31,6 +31,13 @@ BNR_INLINE vf inner_gelu_tanh(vf u) {
     return u * fma(u * u, set1(1.5957691216057308f * 0.044715f), set1(1.5957691216057308f));
 }
 
+// Act::any. Out of line: inlined, all activations together would be most of the library's code.
+// (Templates of nothing, because they are defined in a header and "inline" would ask for the opposite.)
+template <int = 0>
+__attribute__((noinline)) vf activate_by_kind(vf u, Activation act, vf& state);
+template <int = 0>
+__attribute__((noinline)) vf pull_back_by_kind(vf g, vf state, Activation act);
+
 }  // namespace detail
 
 template <Act A>
@@ -66,16 +73,7 @@ BNR_INLINE vf activate(vf u, Activation act, vf& state) {
     } else if constexpr (A == Act::leaky_relu) {
         return select(u > zero(), u, u * set1(act.slope));
     } else {
-        switch (act.kind) {
-            case Act::relu: return activate<Act::relu>(u, act, state);
-            case Act::relu6: return activate<Act::relu6>(u, act, state);
-            case Act::silu: return activate<Act::silu>(u, act, state);
-            case Act::hardswish: return activate<Act::hardswish>(u, act, state);
-            case Act::gelu: return activate<Act::gelu>(u, act, state);
-            case Act::gelu_tanh: return activate<Act::gelu_tanh>(u, act, state);
-            case Act::leaky_relu: return activate<Act::leaky_relu>(u, act, state);
-            default: return u;
-        }
+        return detail::activate_by_kind<>(u, act, state);
     }
 }
 
@@ -101,18 +99,41 @@ BNR_INLINE vf pull_back(vf g, vf state, Activation act) {
     } else if constexpr (A == Act::leaky_relu) {
         return select(state > zero(), g, g * set1(act.slope));
     } else {
-        switch (act.kind) {
-            case Act::relu: return pull_back<Act::relu>(g, state, act);
-            case Act::relu6: return pull_back<Act::relu6>(g, state, act);
-            case Act::silu:
-            case Act::gelu:
-            case Act::gelu_tanh: return g * state;
-            case Act::hardswish: return pull_back<Act::hardswish>(g, state, act);
-            case Act::leaky_relu: return pull_back<Act::leaky_relu>(g, state, act);
-            default: return g;
-        }
+        return detail::pull_back_by_kind<>(g, state, act);
     }
 }
+
+namespace detail {
+
+template <int>
+vf activate_by_kind(vf u, Activation act, vf& state) {
+    switch (act.kind) {
+        case Act::relu: return activate<Act::relu>(u, act, state);
+        case Act::relu6: return activate<Act::relu6>(u, act, state);
+        case Act::silu: return activate<Act::silu>(u, act, state);
+        case Act::hardswish: return activate<Act::hardswish>(u, act, state);
+        case Act::gelu: return activate<Act::gelu>(u, act, state);
+        case Act::gelu_tanh: return activate<Act::gelu_tanh>(u, act, state);
+        case Act::leaky_relu: return activate<Act::leaky_relu>(u, act, state);
+        default: return activate<Act::identity>(u, act, state);
+    }
+}
+
+template <int>
+vf pull_back_by_kind(vf g, vf state, Activation act) {
+    switch (act.kind) {
+        case Act::relu: return pull_back<Act::relu>(g, state, act);
+        case Act::relu6: return pull_back<Act::relu6>(g, state, act);
+        case Act::silu:
+        case Act::gelu:
+        case Act::gelu_tanh: return pull_back<Act::silu>(g, state, act);
+        case Act::hardswish: return pull_back<Act::hardswish>(g, state, act);
+        case Act::leaky_relu: return pull_back<Act::leaky_relu>(g, state, act);
+        default: return g;
+    }
+}
+
+}  // namespace detail
 
 // Calls f with the activation as a compile-time constant: f(act_constant<Act::relu>{}).
 template <Act A>

@@ -16,9 +16,12 @@ using gemm::Order;
 using gemm::Words;
 using gemm::word;
 
-// The input itself serves as the staged input: nothing to apply, and a pitch that spreads over the cache's sets.
+// The input itself serves as the staged input: nothing to apply, whole words, and a pitch that spreads over the cache's sets.
 bool reads_input_directly(const Problem& p, const Window& w, Words words) {
-    return w.flat && words == Words::kFloat && !p.bfloat16 && transform_at(p, 0, 0).is_identity() && p.x_pitch % 1024 != 0;
+    if (!w.flat || !transform_at(p, 0, 0).is_identity()) return false;
+    if (words == Words::kFloat) return !p.bfloat16 && p.x_pitch % 1024 != 0;
+    const bool whole = p.in_channels % 2 == 0 && p.x_pitch % 2 == 0 && reinterpret_cast<uintptr_t>(p.x) % 4 == 0;
+    return whole && p.x_pitch % 2048 != 0;
 }
 
 template <class T>
@@ -78,7 +81,7 @@ class Forward {
                     multiply(tile, stage->data() + image * stage->image_pitch(), stage.get(), c, ldc, prefetch, list);
                 } else {
                     const T* x = static_cast<const T*>(p_.x) + pixel * p_.x_pitch;
-                    multiply_flat(reinterpret_cast<const word*>(x), p_.x_pitch, count, c, ldc, prefetch);
+                    multiply_flat(reinterpret_cast<const word*>(x), words_of(p_.x_pitch, words_), count, c, ldc, prefetch);
                 }
                 if (sums || a_.bias) finish_output_pixels(c, ldc, count, p_.out_channels, a_.bias, y, a_.y_pitch);
                 if (moments) {

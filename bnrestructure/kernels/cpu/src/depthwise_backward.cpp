@@ -79,21 +79,24 @@ BNR_FLATTEN void gradient_row(const Backward& f, int64_t pixel, int64_t c0, int6
     const BackwardArguments& arguments = f.arguments;
     const T* p = static_cast<const T*>(arguments.dy) + pixel * arguments.dy_pitch + c0;
     const T* y = static_cast<const T*>(arguments.y) + (f.a ? pixel * arguments.y_pitch + c0 : 0);
-    const int64_t vector_pitch = f.columns.columns * W;
+    const int64_t vector_pitch = f.columns.columns * W, p_pitch = arguments.dy_pitch, y_pitch = arguments.y_pitch;
+    const int64_t p_ahead = prefetch_distance<T>(p_pitch), y_ahead = f.a ? prefetch_distance<T>(y_pitch) : 0;
     for_each_piece(f.p.out_width, [&](int64_t begin, int64_t n) {
         for_each_vector(channels, [&](int64_t c, auto lanes) {
             float* target = row + c / W * vector_pitch + begin * W;
+            const T* p_source = p + begin * p_pitch + c;
+            for (int64_t i = 0; i < n; i++) prefetch(p_source + i * p_pitch + p_ahead);
             const vf s = load(f.s + c0 + c);
             if (!f.a) {
-                for (int64_t i = 0; i < n; i++)
-                    store(target + i * W, s * load(p + (begin + i) * arguments.dy_pitch + c, lanes));
+                for (int64_t i = 0; i < n; i++) store(target + i * W, s * load(p_source + i * p_pitch, lanes));
                 return;
             }
+            const T* y_source = y + begin * y_pitch + c;
             const vf a = load(f.a + c0 + c), b = load(f.b + c0 + c), mean = load(f.y_mean + c0 + c);
             for (int64_t i = 0; i < n; i++) {
-                const vf centred = load(y + (begin + i) * arguments.y_pitch + c, lanes) - mean;
-                const vf d = s * load(p + (begin + i) * arguments.dy_pitch + c, lanes);
-                store(target + i * W, fma(a, centred, d) + b);
+                prefetch(y_source + i * y_pitch + y_ahead);
+                const vf centred = load(y_source + i * y_pitch, lanes) - mean;
+                store(target + i * W, fma(a, centred, s * load(p_source + i * p_pitch, lanes)) + b);
             }
         });
     });
@@ -137,15 +140,17 @@ struct Piece {
     const T* x;
     T* dx;
     int64_t x_step, dx_step;  // from one position to the next
+    int64_t x_ahead, dx_ahead;  // prefetch distances
     int64_t n;
     L lanes;
-    vf mean, scale, beta;
+    Affine::Vectors transform;
 
     // z, gated, and in `kept` what the epilogue needs: with a gate the value before it, else the derivative's state.
     BNR_INLINE void prologue(Activation act, const float* gate, float* z, float* kept) const {
         for (int64_t i = 0; i < n; i++) {
             vf state;
-            const vf value = activate<A>(affine(load(x + i * x_step, lanes), mean, scale, beta), act, state);
+            prefetch(x + i * x_step + x_ahead);
+            const vf value = activate<A>(transform(load(x + i * x_step, lanes)), act, state);
             store(z + i * W, gate ? value * load(gate) : value);
             store(kept + i * W, gate ? value : state);
         }
@@ -157,6 +162,7 @@ struct Piece {
         vf sp = zero(), spx = zero();
         for (int64_t i = 0; i < n; i++) {
             const vf at_z = load(g + i * W), k = load(kept + i * W);
+            prefetch_write(dx + i * dx_step + dx_ahead);
             vf d;
             if (gate) {
                 sp = fma(at_z, k, sp);
@@ -164,8 +170,8 @@ struct Piece {
             } else {
                 const vf p = pull_back<A>(at_z, k, act);
                 sp = sp + p;
-                spx = fma(p, load(x + i * x_step, lanes) - mean, spx);
-                d = p * scale;
+                spx = fma(p, load(x + i * x_step, lanes) - transform.mean, spx);
+                d = p * transform.scale;
             }
             if (accumulate) d = d + load(dx + i * dx_step, lanes);
             store(dx + i * dx_step, d, lanes);
@@ -184,6 +190,8 @@ BNR_FLATTEN void input_row(const Backward& f, const RowTaps& taps, int64_t pixel
     const T* x = static_cast<const T*>(p.x) + pixel * p.x_pitch + c0;
     T* dx = arguments.dx ? static_cast<T*>(arguments.dx) + pixel * arguments.dx_pitch + c0 : nullptr;
     const int64_t weight_pitch = padded(p.channels), vector_pitch = f.columns.columns * W;
+    const int64_t x_ahead = prefetch_distance<T>(p.x_pitch);
+    const int64_t dx_ahead = dx ? prefetch_distance<T>(arguments.dx_pitch) : 0;
     alignas(64) float z[COLUMNS * W], kept[COLUMNS * W], g[COLUMNS * W];
     for_each_piece(ceil_div(p.in_width, p.stride_w), [&](int64_t begin, int64_t longest) {
         for (int64_t phase = 0; phase < p.stride_w; phase++) {
@@ -197,11 +205,11 @@ BNR_FLATTEN void input_row(const Backward& f, const RowTaps& taps, int64_t pixel
                                                          dx ? dx + column * arguments.dx_pitch + c : nullptr,
                                                          p.stride_w * p.x_pitch,
                                                          p.stride_w * arguments.dx_pitch,
+                                                         x_ahead,
+                                                         dx_ahead,
                                                          n,
                                                          lanes,
-                                                         load(f.transform.mean + c0 + c),
-                                                         load(f.transform.scale + c0 + c),
-                                                         load(f.transform.beta + c0 + c)};
+                                                         f.transform.at(c0 + c)};
                 const float* own_gate = gate ? gate + c : nullptr;
                 piece.prologue(f.act, own_gate, z, kept);
                 kernel({taps.of(phase), taps.count(phase), c / W * vector_pitch + begin * W, f.weight + c0 + c,

@@ -49,14 +49,19 @@ struct Forward {
 // One image's row of x, channels from `c0` on: transformed into `row`.
 template <Act A, class T>
 BNR_FLATTEN void transform_row(const Forward& f, const T* x, int64_t c0, int64_t channels, const float* gate, float* row) {
-    const int64_t vector_pitch = f.columns.columns * W, pitch = f.p.x_pitch;
+    const int64_t vector_pitch = f.columns.columns * W, pitch = f.p.x_pitch, ahead = prefetch_distance<T>(pitch);
+    const Activation act = f.act;
     for_each_piece(f.p.in_width, [&](int64_t begin, int64_t n) {
         const int64_t* position = f.columns.position + begin;
         for_each_vector(channels, [&](int64_t c, auto lanes) {
             const vf factor = gate ? load(gate + c) : set1(1.0f);
+            const auto transform = f.transform.at(c0 + c);
+            float* target = row + c / W * vector_pitch;
             for (int64_t i = 0; i < n; i++) {
-                const vf z = activate<A>(f.transform(load(x + (begin + i) * pitch + c, lanes), c0 + c), f.act) * factor;
-                if (position[i] >= 0) store(row + c / W * vector_pitch + position[i] * W, z);
+                const T* source = x + (begin + i) * pitch + c;
+                prefetch(source + ahead);
+                const vf z = activate<A>(transform(load(source, lanes)), act) * factor;
+                if (position[i] >= 0) store(target + position[i] * W, z);
             }
         });
     });
@@ -67,12 +72,15 @@ template <class T>
 BNR_FLATTEN void convolve_row(const Forward& f, const Tap* taps, int64_t tap_count, int64_t c0, int64_t channels, T* y,
                               Moments* moments) {
     const int64_t vector_pitch = f.columns.columns * W, weight_pitch = padded(f.p.channels);
-    const int64_t pitch = f.arguments.y_pitch;
+    const int64_t pitch = f.arguments.y_pitch, ahead = prefetch_distance<T>(pitch);
     for_each_piece(f.p.out_width, [&](int64_t begin, int64_t columns) {
         with_columns(columns, [&](auto n) {
             for_each_vector(channels, [&](int64_t c, auto lanes) {
                 vf sum[decltype(n)::value];
-                for (int i = 0; i < n; i++) sum[i] = load(f.bias + c0 + c);
+                for (int i = 0; i < n; i++) {
+                    sum[i] = load(f.bias + c0 + c);
+                    prefetch_write(y + (begin + i) * pitch + c + ahead);
+                }
                 for (int64_t k = 0; k < tap_count; k++) {
                     const vf w = load(f.weight + taps[k].weight * weight_pitch + c0 + c);
                     const float* z = taps[k].row + c / W * vector_pitch + begin * W;

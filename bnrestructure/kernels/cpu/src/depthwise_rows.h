@@ -27,6 +27,14 @@ constexpr int64_t RING_BYTES = 256 << 10;  // of scratch that should stay in L2 
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// How far ahead of their use rows are prefetched, in whole pixels: the few short runs of memory that a piece of a row
+// consists of are too many streams for the hardware to follow.
+constexpr int64_t PREFETCH_BYTES = 8 << 10;
+template <class T>
+inline int64_t prefetch_distance(int64_t pitch) {
+    return ceil_div(PREFETCH_BYTES, pitch * int64_t(sizeof(T))) * pitch;
+}
+
 // One position of the kernel. `row` points into a row of the ring, at vector 0 and output column 0; `weight` is the
 // position's number, kernel row by kernel row.
 struct Tap {
@@ -100,7 +108,12 @@ struct Affine {
           scale(padded_vector(scratch, p.scale, p.channels, 1.0f)),
           beta(padded_vector(scratch, p.beta, p.channels, 0.0f)) {}
 
-    BNR_INLINE vf operator()(vf x, int64_t c) const { return affine(x, load(mean + c), load(scale + c), load(beta + c)); }
+    // The transform of one vector of channels, in registers.
+    struct Vectors {
+        vf mean, scale, beta;
+        BNR_INLINE vf operator()(vf x) const { return affine(x, mean, scale, beta); }
+    };
+    BNR_INLINE Vectors at(int64_t c) const { return {load(mean + c), load(scale + c), load(beta + c)}; }
 };
 
 // The gates of all images, [N, padded(C)], or null without one.

@@ -28,15 +28,13 @@ struct Pixels {
     T* at(int64_t row, int64_t channel) const { return data + row * ld + channel; }
 };
 
-// f(row, channel, lanes, n) for all channels of all rows, n rows at a time; n is an integral_constant.
+// f(row, channel, lanes, n) for all channels of all rows, n rows at a time (BLOCK_ROWS, fewer at the end).
 template <class F>
 BNR_INLINE void for_each_block(Range rows, int64_t channels, F&& f) {
-    int64_t r = rows.begin;
-    for (; r + BLOCK_ROWS <= rows.end; r += BLOCK_ROWS)
-        for_each_vector(channels,
-                        [&](int64_t c, auto lanes) { f(r, c, lanes, std::integral_constant<int, BLOCK_ROWS>{}); });
-    for (; r < rows.end; r++)
-        for_each_vector(channels, [&](int64_t c, auto lanes) { f(r, c, lanes, std::integral_constant<int, 1>{}); });
+    for (int64_t r = rows.begin; r < rows.end; r += BLOCK_ROWS) {
+        const int n = int(std::min<int64_t>(BLOCK_ROWS, rows.end - r));
+        for_each_vector(channels, [&](int64_t c, auto lanes) { f(r, c, lanes, n); });
+    }
 }
 
 // f(tile) for consecutive parts of the rows.
@@ -96,11 +94,11 @@ struct InputGradient {
     bool accumulate;
 
     // gradient(i) is g of row + i.
-    template <int N, class L, class G>
-    BNR_INLINE void block(int64_t row, int64_t c, L lanes, Sums& sums, G gradient) const {
+    template <class L, class G>
+    BNR_INLINE void block(int64_t row, int64_t c, L lanes, int n, Sums& sums, G gradient) const {
         const auto t = transform.at(c, lanes);
         vf sp = zero(), spx = zero();
-        for (int i = 0; i < N; i++) {
+        for (int i = 0; i < n; i++) {
             const vf v = load(x.at(row + i, c), lanes);
             vf state;
             activate<A>(t(v), act, state);

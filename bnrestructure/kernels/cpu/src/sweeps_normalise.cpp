@@ -7,7 +7,7 @@ namespace {
 template <Act A, class T>
 BNR_FLATTEN void normalise(Pixels<const T> x, Range rows, int64_t channels, const Affine& transform, Activation act,
                            Pixels<T> z) {
-    for_each_block(rows, channels, [&](int64_t r, int64_t c, auto lanes, auto n) {
+    for_each_block(rows, channels, [&](int64_t r, int64_t c, auto lanes, int n) {
         const auto t = transform.at(c, lanes);
         for (int i = 0; i < n; i++) store(z.at(r + i, c), activate<A>(t(load(x.at(r + i, c), lanes)), act), lanes);
     });
@@ -16,8 +16,8 @@ BNR_FLATTEN void normalise(Pixels<const T> x, Range rows, int64_t channels, cons
 template <Act A, class T>
 BNR_FLATTEN void normalise_gradient(Pixels<const T> dz, const InputGradient<A, T>& input, Range tile, int64_t channels,
                                     Sums& sums) {
-    for_each_block(tile, channels, [&](int64_t r, int64_t c, auto lanes, auto n) {
-        input.template block<n>(r, c, lanes, sums, [&](int i) { return load(dz.at(r + i, c), lanes); });
+    for_each_block(tile, channels, [&](int64_t r, int64_t c, auto lanes, int n) {
+        input.block(r, c, lanes, n, sums, [&](int i) { return load(dz.at(r + i, c), lanes); });
     });
 }
 

@@ -66,7 +66,7 @@ BNR_FLATTEN void pool_row_gradient(Pixels<const T> dy, Pixels<const uint8_t> ind
                     g = g + select(here, load(dy.at(pixel, c), lanes), zero());
                 }
             }
-            input.template block<1>(row * e.w + column, c, lanes, sums, [&](int) { return g; });
+            input.block(row * e.w + column, c, lanes, 1, sums, [&](int) { return g; });
         });
     }
 }

@@ -14,22 +14,19 @@ struct Operand {
 template <Act A, class T>
 BNR_FLATTEN void join(const Operand<T>& y, const Operand<T>& r, Range tile, int64_t channels, Activation act,
                       Pixels<T> out, Moments* moments) {
-    for_each_block(tile, channels, [&](int64_t row, int64_t c, auto lanes, auto n) {
+    for_each_block(tile, channels, [&](int64_t row, int64_t c, auto lanes, int n) {
         const auto ty = y.transform.at(c, lanes), tr = r.transform.at(c, lanes);
-        vf result[n];
-        for (int i = 0; i < n; i++) {
-            const vf u = ty(load(y.x.at(row + i, c), lanes)) + tr(load(r.x.at(row + i, c), lanes));
-            result[i] = activate<A>(u, act);
-            store(out.at(row + i, c), result[i], lanes);
-        }
-        if (!moments) return;
-        const vf shift = load(moments->shift + c);
+        const vf shift = moments ? load(moments->shift + c) : zero();
         vf sum = zero(), square = zero();
         for (int i = 0; i < n; i++) {
-            const vf d = stored<T>(result[i]) - shift;
+            const vf u = ty(load(y.x.at(row + i, c), lanes)) + tr(load(r.x.at(row + i, c), lanes));
+            const vf result = activate<A>(u, act);
+            store(out.at(row + i, c), result, lanes);
+            const vf d = stored<T>(result) - shift;
             sum = sum + d;
             square = fma(d, d, square);
         }
+        if (!moments) return;
         store(moments->sum + c, load(moments->sum + c) + sum);
         store(moments->square + c, load(moments->square + c) + square);
     });
@@ -45,21 +42,19 @@ struct StatisticsEdge {
 template <Act A, class T>
 BNR_FLATTEN void join_gradient(Pixels<const T> dout, const StatisticsEdge<T>& edge, const Operand<T>& y,
                                const Operand<T>& r, Range tile, int64_t channels, Activation act, Pixels<T> g, Sums& sums) {
-    for_each_block(tile, channels, [&](int64_t row, int64_t c, auto lanes, auto n) {
+    for_each_block(tile, channels, [&](int64_t row, int64_t c, auto lanes, int n) {
         const auto ty = y.transform.at(c, lanes), tr = r.transform.at(c, lanes);
-        vf gradient[n];
-        for (int i = 0; i < n; i++) gradient[i] = load(dout.at(row + i, c), lanes);
-        if (edge.a) {
-            const vf a = load(edge.a + c, lanes), b = load(edge.b + c, lanes), mean = load(edge.mean + c, lanes);
-            for (int i = 0; i < n; i++)
-                gradient[i] = gradient[i] + fma(a, load(edge.out.at(row + i, c), lanes) - mean, b);
-        }
+        const bool has_edge = edge.a != nullptr;
+        const vf a = has_edge ? load(edge.a + c, lanes) : zero(), b = has_edge ? load(edge.b + c, lanes) : zero();
+        const vf mean = has_edge ? load(edge.mean + c, lanes) : zero();
         vf sp = zero(), spy = zero(), spr = zero();
         for (int i = 0; i < n; i++) {
             const vf vy = load(y.x.at(row + i, c), lanes), vr = load(r.x.at(row + i, c), lanes);
+            vf gradient = load(dout.at(row + i, c), lanes);
+            if (has_edge) gradient = gradient + fma(a, load(edge.out.at(row + i, c), lanes) - mean, b);
             vf state;
             activate<A>(ty(vy) + tr(vr), act, state);
-            const vf p = pull_back<A>(gradient[i], state, act);
+            const vf p = pull_back<A>(gradient, state, act);
             sp = sp + p;
             spy = fma(p, vy - ty.mean, spy);
             spr = fma(p, vr - tr.mean, spr);

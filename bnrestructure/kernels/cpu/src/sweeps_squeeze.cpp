@@ -7,7 +7,7 @@ namespace {
 template <Act A, class T>
 BNR_FLATTEN void add_tile(Pixels<const T> x, Range tile, int64_t channels, const Affine& transform, Activation act,
                           float* sum) {
-    for_each_block(tile, channels, [&](int64_t r, int64_t c, auto lanes, auto n) {
+    for_each_block(tile, channels, [&](int64_t r, int64_t c, auto lanes, int n) {
         const auto t = transform.at(c, lanes);
         vf s = zero();
         for (int i = 0; i < n; i++) s = s + activate<A>(t(load(x.at(r + i, c), lanes)), act);
@@ -19,13 +19,13 @@ BNR_FLATTEN void add_tile(Pixels<const T> x, Range tile, int64_t channels, const
 template <Act A, class T>
 BNR_FLATTEN void squeeze_gradient(const float* pooled, Pixels<const T> dz, const InputGradient<A, T>& input, Range tile,
                                   int64_t channels, Sums& sums) {
-    for_each_block(tile, channels, [&](int64_t r, int64_t c, auto lanes, auto n) {
+    for_each_block(tile, channels, [&](int64_t r, int64_t c, auto lanes, int n) {
         const vf average = load(pooled + c, lanes);
         if (dz)
-            input.template block<n>(r, c, lanes, sums,
+            input.block(r, c, lanes, n, sums,
                                     [&](int i) { return average + load(dz.at(r + i, c), lanes); });
         else
-            input.template block<n>(r, c, lanes, sums, [&](int) { return average; });
+            input.block(r, c, lanes, n, sums, [&](int) { return average; });
     });
 }
 

@@ -6,7 +6,7 @@ namespace {
 
 template <class T>
 BNR_FLATTEN void add_tile(Pixels<const T> x, Range tile, Moments& m) {
-    for_each_block(tile, m.channels, [&](int64_t r, int64_t c, auto lanes, auto n) {
+    for_each_block(tile, m.channels, [&](int64_t r, int64_t c, auto lanes, int n) {
         const vf shift = load(m.shift + c);
         vf sum = zero(), square = zero();
         for (int i = 0; i < n; i++) {
@@ -38,7 +38,7 @@ void statistics(Pixels<const T> x, int64_t rows, int64_t channels, float* mean, 
 template <class T>
 BNR_FLATTEN void statistics_gradient(Pixels<const T> x, Range rows, int64_t channels, const float* mean, const float* a,
                                      const float* b, Pixels<T> dx, bool accumulate) {
-    for_each_block(rows, channels, [&](int64_t r, int64_t c, auto lanes, auto n) {
+    for_each_block(rows, channels, [&](int64_t r, int64_t c, auto lanes, int n) {
         const vf vmean = load(mean + c, lanes), va = load(a + c, lanes), vb = load(b + c, lanes);
         for (int i = 0; i < n; i++) {
             T* const target = dx.at(r + i, c);

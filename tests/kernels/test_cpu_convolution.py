@@ -1,0 +1,284 @@
+"""The C++ dense convolution, fused and hybrid, against the reference kernel in float64."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import torch
+from cpu_checks import LAYOUTS, assert_as_good, in_layout, to_double
+from torch import Tensor
+
+from bnrestructure.kernels import reference
+from bnrestructure.kernels.cpu import convolution, convolution_fused, convolution_hybrid, library
+from bnrestructure.kernels.cpu.convolution_choice import Node, choose
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
+
+pytestmark = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
+
+IMPLEMENTATIONS = {"fused": convolution_fused, "hybrid": convolution_hybrid}
+ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu(0.1)")
+EVERYTHING = (True, True, True)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A convolution; kernel, stride, padding and dilation are (height, width)."""
+
+    batch: int
+    channels: int
+    channels_out: int
+    size: tuple[int, int]
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def geometry(self) -> ConvGeometry:
+        return ConvGeometry(self.stride, self.padding, self.dilation, self.groups)
+
+
+POINT = {"kernel": (1, 1), "padding": (0, 0)}
+SHAPES = {
+    "1x1": Shape(2, 32, 64, (8, 8), **POINT),
+    "1x1 odd": Shape(3, 17, 35, (7, 5), **POINT),
+    "1x1 stride 2": Shape(2, 16, 24, (10, 9), stride=(2, 2), **POINT),
+    "1x1 stride 3 padded": Shape(2, 12, 9, (10, 10), kernel=(1, 1), stride=(3, 3), padding=(2, 2)),
+    "1x1 on one pixel": Shape(1, 130, 70, (1, 1), **POINT),
+    "1x1 more channels than a block": Shape(2, 600, 40, (4, 4), **POINT),
+    "1x1 groups": Shape(2, 48, 24, (7, 7), groups=3, **POINT),
+    "3x3": Shape(2, 64, 32, (14, 14)),
+    "3x3 odd": Shape(3, 19, 37, (9, 7)),
+    "3x3 stride 2": Shape(2, 24, 40, (11, 13), stride=(2, 2)),
+    "3x3 stride 3, no padding": Shape(2, 16, 16, (8, 8), stride=(3, 3), padding=(0, 0)),
+    "3x3 on 3x3": Shape(4, 70, 33, (3, 3)),
+    "3x3 dilated": Shape(2, 20, 12, (12, 11), padding=(2, 2), dilation=(2, 2)),
+    "3x3 many strips": Shape(1, 5, 4, (90, 90)),
+    "3x3 narrow groups": Shape(2, 32, 32, (9, 9), stride=(2, 2), groups=8),
+    "3x3 wide groups": Shape(2, 40, 40, (6, 6), groups=2),
+    "3x3 odd groups": Shape(2, 15, 25, (6, 6), groups=5),
+    "1x7": Shape(2, 33, 18, (9, 8), kernel=(1, 7), padding=(0, 3)),
+    "7x1": Shape(2, 33, 18, (9, 8), kernel=(7, 1), padding=(3, 0)),
+    "1x3 stride 2x1": Shape(2, 8, 8, (8, 8), kernel=(1, 3), stride=(2, 1), padding=(0, 1)),
+    "2x2": Shape(2, 70, 40, (5, 5), kernel=(2, 2), padding=(0, 0)),
+    "3x5, everything different": Shape(2, 20, 12, (12, 11), (3, 5), (3, 2), (4, 1), (1, 2)),
+    "stem": Shape(2, 3, 20, (19, 21), kernel=(7, 7), stride=(2, 2), padding=(3, 3)),
+}
+
+
+@dataclass
+class Case:
+    """Random arguments for both directions."""
+
+    x: Tensor
+    transform: Transform
+    weight: Tensor
+    bias: Tensor
+    geometry: ConvGeometry
+    dy: Tensor
+    edge: BackwardEdge
+    dtype: torch.dtype
+    into: Tensor | None = None
+
+    def forward(self, module: ModuleType, out: Tensor | None = None) -> tuple[Tensor, ...]:
+        return module.conv_forward(
+            self.x, self.transform, self.weight, self.bias, self.geometry, dtype=self.dtype, statistics=True, out=out
+        )
+
+    def backward(self, module: ModuleType, needs: tuple[bool, bool, bool] = EVERYTHING) -> ConvGradients:
+        into = None if self.into is None else self.into.clone(memory_format=torch.preserve_format)
+        return module.conv_backward(
+            self.dy, self.edge, self.x, self.transform, self.weight, self.geometry,
+            dtype=self.dtype, needs=needs, accumulate=into,
+        )  # fmt: skip
+
+    def double(self) -> Case:
+        into = None if self.into is None else self.into.double()
+        return Case(
+            self.x.double(), to_double(self.transform), self.weight.double(), self.bias.double(), self.geometry,
+            self.dy.double(), to_double(self.edge), torch.float64, into,
+        )  # fmt: skip
+
+
+def make_case(
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    act: str = "relu",
+    *,
+    affine: bool = True,
+    gate: bool = False,
+    edge: bool = True,
+    accumulate: bool = False,
+    layout: str = "channels_last",
+    offset: float = 0.0,
+) -> Case:
+    """Random arguments; ``offset`` moves x's mean away from 0 in units of its deviation."""
+    n, c, out = shape.batch, shape.channels, shape.channels_out
+    vectors = (torch.randn(c) * 0.3 + offset, torch.rand(c) + 0.5, torch.randn(c) * 0.3) if affine else (None,) * 3
+    size_out = shape.geometry.output_size(shape.size, shape.kernel)
+    weight = torch.randn(out, c // shape.groups, *shape.kernel)
+    y = in_layout(torch.randn(n, out, *size_out).to(dtype), "channels_last")
+    return Case(
+        in_layout((torch.randn(n, c, *shape.size) + offset).to(dtype), layout),
+        Transform(*vectors, act, torch.rand(n, c) if gate else None),
+        weight / weight[0].numel() ** 0.5,
+        torch.randn(out),
+        shape.geometry,
+        in_layout(torch.randn(n, out, *size_out).to(dtype), layout),
+        BackwardEdge(*torch.rand(3, out) + 0.1, y, torch.randn(out)) if edge else BackwardEdge(),
+        dtype,
+        in_layout(torch.randn(n, c, *shape.size).to(dtype), layout) if accumulate else None,
+    )
+
+
+def check_forward(case: Case, module: ModuleType) -> None:
+    y, mean, var = case.forward(module)
+    truth = case.double().forward(reference)
+    assert_as_good("y", y, case.forward(reference)[0], truth[0])
+    # Statistics are those of y as stored, whatever its own error.
+    exact = reference.statistics_forward(y.double())
+    assert_as_good("statistics", (mean, var), reference.statistics_forward(y), exact)
+
+
+def check_backward(case: Case, module: ModuleType) -> None:
+    found, plain, truth = case.backward(module), case.backward(reference), case.double().backward(reference)
+    for name, *parts in zip(ConvGradients._fields, found, plain, truth, strict=True):
+        assert_as_good(name, *parts, factor=8.0 if name in ("sum_p", "sum_px", "gate", "bias") else 4.0)
+
+
+@pytest.fixture(params=list(IMPLEMENTATIONS))
+def module(request: pytest.FixtureRequest) -> ModuleType:
+    return IMPLEMENTATIONS[request.param]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(module: ModuleType, name: str, dtype: torch.dtype) -> None:
+    case = make_case(SHAPES[name], dtype)
+    check_forward(case, module)
+    check_backward(case, module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["1x1 odd", "3x3 stride 2", "3x3 odd groups", "1x1 stride 2"])
+@pytest.mark.parametrize("gate", [False, True])
+def test_accumulates_in_place(module: ModuleType, kind: str, gate: bool, dtype: torch.dtype) -> None:
+    case = make_case(SHAPES[kind], dtype, "silu", gate=gate, accumulate=True, layout="slice")
+    check_backward(case, module)
+    into = in_layout(case.into, "slice")
+    dx = module.conv_backward(
+        case.dy, case.edge, case.x, case.transform, case.weight, case.geometry,
+        dtype=dtype, needs=(True, False, False), accumulate=into,
+    ).dx  # fmt: skip
+    assert dx is into
+    n, c, h, w = into.shape
+    around = into.as_strided((n, c + 7, h, w), into.stride(), into.storage_offset() - 3)
+    assert around[:, :3].isnan().all() and around[:, 3 + c :].isnan().all()
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("affine", [False, True])
+def test_activations(module: ModuleType, act: str, affine: bool) -> None:
+    for name in ("1x1 odd", "3x3 odd"):
+        case = make_case(SHAPES[name], act=act, affine=affine)
+        check_forward(case, module)
+        check_backward(case, module)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("edge", [False, True])
+def test_layouts(module: ModuleType, layout: str, edge: bool) -> None:
+    for name in ("1x1", "3x3 odd"):
+        case = make_case(SHAPES[name], layout=layout, edge=edge, act="identity", affine=edge)
+        out = in_layout(torch.full_like(case.forward(reference)[0], torch.nan), layout)
+        y, *_ = case.forward(module, out)
+        assert y is out
+        assert_as_good("y", y, case.forward(reference)[0], case.double().forward(reference)[0])
+        check_backward(case, module)
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4])
+def test_large_means(module: ModuleType, offset: float) -> None:
+    for name in ("1x1", "3x3"):
+        case = make_case(SHAPES[name], offset=offset)
+        check_forward(case, module)
+        check_backward(case, module)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_what_is_needed(module: ModuleType, needs: tuple[bool, bool, bool]) -> None:
+    case = make_case(SHAPES["3x3 stride 2"])
+    everything, some = case.backward(module), case.backward(module, needs)
+    needed = dict.fromkeys(("dx", "sum_p", "sum_px"), needs[0]) | {"gate": False, "weight": needs[1], "bias": needs[2]}
+    for name, value in some._asdict().items():
+        assert (value is not None) == needed[name], name
+        if value is not None:
+            torch.testing.assert_close(value, getattr(everything, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", library.available_isas())
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_threads_and_instruction_sets(isa: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with library.use(isa):
+            for name in ("1x1 odd", "3x3 odd", "3x3 stride 2", "3x3 narrow groups", "stem"):
+                for dtype in (torch.float32, torch.bfloat16):
+                    case = make_case(SHAPES[name], dtype)
+                    check_forward(case, convolution_fused)
+                    check_backward(case, convolution_fused)
+                    first, second = case.backward(convolution_fused), case.backward(convolution_fused)
+                    assert torch.equal(first.weight, second.weight) and torch.equal(first.sum_px, second.sum_px)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_concurrent_calls() -> None:
+    cases = [make_case(SHAPES[name]) for name in ("1x1", "3x3", "3x3 stride 2", "stem")]
+    expected = [case.backward(convolution_fused).weight for case in cases]
+    failures: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(20):
+            if not torch.equal(cases[i].backward(convolution_fused).weight, expected[i]):
+                failures.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+def test_nan_propagates(module: ModuleType) -> None:
+    case = make_case(SHAPES["3x3"])
+    case.x[0, 5, 4, 4] = torch.nan
+    y, mean, _ = case.forward(module)
+    assert torch.equal(y.isnan(), case.forward(reference)[0].isnan())
+    assert mean.isnan().all()
+
+
+def test_supports() -> None:
+    case = make_case(SHAPES["3x3"])
+    arguments = (case.x, case.transform, case.weight, None, case.geometry)
+    assert convolution.supports("conv_forward", arguments, {"dtype": torch.float32}) is None
+    assert "float64" in convolution.supports("conv_forward", arguments, {"dtype": torch.float64})
+    volume = (case.x[..., None], case.transform, case.weight[..., None], None, case.geometry)
+    assert "3-D" in convolution.supports("conv_forward", volume, {"dtype": torch.float32})
+    unknown = (case.x, Transform(act="mish"), case.weight, None, case.geometry)
+    assert "mish" in convolution.supports("conv_forward", unknown, {"dtype": torch.float32})
+
+
+def test_choice() -> None:
+    same = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
+    deep = Node(16, 512, (7, 7), 512, (7, 7), (3, 3), same, True)
+    point = Node(16, 256, (28, 28), 128, (28, 28), (1, 1), ConvGeometry((1, 1), (0, 0), (1, 1), 1), True)
+    assert choose(deep, torch.float32, "forward", "avx512").implementation == "hybrid"
+    for direction in ("forward", "backward"):
+        assert choose(point, torch.float32, direction, "avx512").implementation == "fused"

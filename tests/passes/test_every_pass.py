@@ -1,0 +1,124 @@
+"""What holds for each of the eight passes: it means the same, says truly what it did, stops when out of fuel, and prints as recorded.
+
+``pytest tests/passes --regenerate-golden`` writes tests/golden/passes/ anew; read the difference before committing it.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+from equivalence import assert_same_values, training_step
+from pass_tools import after, graph_text, make_pass, prefix_before, run_pass, site_graph
+from small_models import SMALL_MODELS, build, input_for
+
+from bnrestructure import UsageError
+from bnrestructure.passes.pipeline import LADDER, PASSES, resolve, steps
+
+_GOLDEN = Path(__file__).parent.parent / "golden" / "passes"
+#: The model whose graph is printed for each pass: the smallest one on which it fires.
+_PRINTED = {
+    "fission": "chain", "share-statistics": "dense", "fuse-statistics": "chain", "fuse-normalise": "chain",
+    "fuse-residual": "residual", "thread-forks": "inception", "eliminate-concat": "dense", "select-kernels": "chain",
+}  # fmt: skip
+
+each_pass = pytest.mark.parametrize("name", PASSES)
+each_model = pytest.mark.parametrize("model_name", SMALL_MODELS)
+
+
+@each_pass
+@each_model
+def test_after_its_predecessors(name: str, model_name: str) -> None:
+    """Values and gradients equal; ``modified`` and ``count`` true; the second run finds nothing; the graph is well formed."""
+    model, x = build(model_name), input_for(model_name)
+    gm = after(copy.deepcopy(model), *prefix_before(name))
+    before = graph_text(gm)
+    result = make_pass(name)(gm)
+    assert result.graph_module is gm
+    assert result.modified == (result.count > 0) == (graph_text(gm) != before)
+    gm.graph.lint()
+    once = graph_text(gm)
+    again = make_pass(name)(gm)
+    assert (again.modified, again.count) == (False, 0)
+    assert graph_text(gm) == once
+    assert_same_values(training_step(gm, x), training_step(site_graph(model), x))
+
+
+@each_pass
+def test_alone_on_a_captured_graph(name: str) -> None:
+    for model_name in SMALL_MODELS:
+        model, x = build(model_name), input_for(model_name)
+        gm, result = run_pass(copy.deepcopy(model), name)
+        assert result.modified == (graph_text(gm) != graph_text(site_graph(model)))
+        assert not make_pass(name)(gm).modified
+        if result.modified:
+            assert_same_values(training_step(gm, x), training_step(site_graph(model), x))
+
+
+@each_pass
+def test_fuel_bounds_the_rewrites(name: str) -> None:
+    for model_name in SMALL_MODELS:
+        full = run_pass(build(model_name), name, *prefix_before(name))[1].count
+        for fuel in {0, 1, full // 2, full, full + 5}:
+            gm = after(build(model_name), *prefix_before(name))
+            before = graph_text(gm)
+            result = make_pass(name, fuel=fuel)(gm)
+            assert result.count <= fuel
+            assert result.modified == (graph_text(gm) != before)
+            if fuel == 0:
+                assert not result.modified
+            if fuel > full:
+                assert result.count == full
+
+
+@each_pass
+def test_golden(name: str, request: pytest.FixtureRequest) -> None:
+    """Rewrites and node counts on every small model, and one whole graph."""
+    lines = []
+    for model_name in SMALL_MODELS:
+        gm = after(build(model_name), *prefix_before(name))
+        nodes = len(gm.graph.nodes)
+        count = make_pass(name)(gm).count
+        lines.append(f"{model_name:<16} {count:>3} rewrites, {nodes:>3} -> {len(gm.graph.nodes):>3} nodes")
+    gm, _ = run_pass(build(_PRINTED[name]), name, *prefix_before(name))
+    text = "\n".join([*lines, "", f"{_PRINTED[name]} after {name}:", "", graph_text(gm), ""])
+    path = _GOLDEN / f"{name}.txt"
+    if request.config.getoption("--regenerate-golden"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def test_every_pass_fires_somewhere() -> None:
+    fired = {name: 0 for name in PASSES}
+    for model_name in SMALL_MODELS:
+        gm = site_graph(build(model_name))
+        for step in steps(PASSES, "reference"):
+            fired[step.name] += step(gm).count
+    assert all(fired.values()), fired
+
+
+def test_a_tank_of_fuel_is_shared_by_the_pipeline() -> None:
+    for fuel in (0, 3, 7):
+        gm = site_graph(build("residual"))
+        assert sum(step(gm).count for step in steps(PASSES[:-1], "auto", fuel)) == fuel
+
+
+def test_passes_are_frozen_and_named() -> None:
+    for name in PASSES:
+        made = make_pass(name)
+        assert made.name == name
+        with pytest.raises(AttributeError):
+            made.fuel = None  # type: ignore[misc, assignment]
+
+
+def test_ladder() -> None:
+    assert list(LADDER) == ["baseline", "rcf", "mvf", "bnff", "icf"]
+    assert resolve(None) == PASSES
+    assert resolve("baseline") == ()
+    assert resolve("fission") == ("fission",)
+    for rung in LADDER:
+        assert set(resolve(rung)) <= set(PASSES)
+    with pytest.raises(UsageError, match="did you mean 'bnff'"):
+        resolve("bnf")

@@ -1,6 +1,5 @@
-"""Times single convolution nodes on CPU: the fused and the hybrid kernels, the bare ATen convolution, and the unfused batch
-norm, activation, convolution sequence of an eager training step.
-the unfused batch norm, activation, convolution sequence of an eager training step.
+"""Times single convolution nodes on CPU: the fused and the hybrid kernels, the bare ATen convolution, and the unfused
+batch norm, activation, convolution sequence of an eager training step.
 
     python benchmarks/cpu_convolution.py                      every node below, float32
     python benchmarks/cpu_convolution.py densenet --bf16      those whose name matches
@@ -31,7 +30,7 @@ from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
 @dataclass(frozen=True)
 class Node:
-    """A convolution in its network. ``pitch``: channels of the concat buffers that x is, and dx is added to, a slice of."""
+    """A convolution in its network; ``pitch``: channels of the concat buffers that hold x and that dx is added to."""
 
     name: str
     channels: int

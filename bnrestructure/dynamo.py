@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 
+from bnrestructure import ops
 from bnrestructure.capture.program import use_reshape
 from bnrestructure.errors import UsageError
 from bnrestructure.graph.fused import is_fused
@@ -114,8 +115,7 @@ def _is_impure(node: fx.Node) -> bool:
     """Nodes that must stay although nothing reads them: in-place operations, finalize's running statistics, random draws."""
     if node.is_impure() or is_fused(node) or node.op in ("placeholder", "output"):
         return True
-    name = getattr(node.target, "__name__", "")
-    return name == "finalize" or inplace_target(node, {}) is not None or node.op == "call_method"
+    return node.target is ops.batch_norm or inplace_target(node, {}) is not None or node.op == "call_method"
 
 
 def _with_pieces(gm: fx.GraphModule, mode: str | None) -> fx.GraphModule:
@@ -146,6 +146,8 @@ def _with_pieces(gm: fx.GraphModule, mode: str | None) -> fx.GraphModule:
 
 def _is_worth_compiling(node: fx.Node, gm: fx.GraphModule) -> bool | None:
     """True for computation on foreign tensors, False for what must run with ours, None for views and sizes, which go either way."""
+    if node.target is ops.batch_norm:
+        return True  # left whole because nothing was won: inductor can
     if _is_ours(node):
         return False
     example = node.meta.get("example_value")

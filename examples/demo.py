@@ -25,6 +25,7 @@ from train_digits import Comparison, compare, draw
 
 import bnrestructure
 from bnrestructure.bench.contenders import EAGER_LAST, RESTRUCTURED
+from bnrestructure.bench.machine import cpu_name
 from bnrestructure.bench.paired import PairedTimings, time_paired
 from bnrestructure.bench.process import run_job
 from bnrestructure.bench.settings import Settings
@@ -53,18 +54,18 @@ class Result:
 
 def main() -> int:
     started = time.perf_counter()
-    console.print(f"PyTorch {torch.__version__} on the CPU, {torch.get_num_threads()} threads, float32, channels_last")
+    console.print(f"PyTorch {torch.__version__}, {cpu_name()}, {torch.get_num_threads()} threads", highlight=False)
     results = []
     for name in MODELS:
         console.rule(f"[bold]{name}")
         plan_and_graph(name)
         results.append(measured(name))
     console.rule("[bold]training on handwritten digits")
-    comparisons = [digits(net) for net in ("resnet", "densenet")]
+    console.print(digits_table([digits(net) for net in ("resnet", "densenet")]))
+    console.print(f"loss curves: {PICTURES}/*.png")
     console.rule("[bold]summary")
     console.print(summary(results))
-    console.print(digits_table(comparisons))
-    console.print(f"{time.perf_counter() - started:.0f} s in all. Loss curves: {PICTURES}/*.png")
+    console.print(f"{time.perf_counter() - started:.0f} s in all")
     return 0 if all(result.report.ok for result in results) else 1
 
 
@@ -145,7 +146,8 @@ def digits(net: str) -> Comparison:
 
 def summary(results: list[Result]) -> Table:
     """One row per model, before -> after."""
-    table = Table(title=f"a training step before -> after restructuring (batch {BATCH}, {SIZE} x {SIZE}, {torch.get_num_threads()} threads)")
+    setting = f"CPU, {torch.get_num_threads()} threads, float32, channels_last, batch {BATCH}, {SIZE} x {SIZE}"
+    table = Table(title=f"a training step, before -> after restructuring ({setting})")
     for heading in ("model", "equal", "saved for backward", "peak memory", "step time (median)", "before / after"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for result in results:

@@ -22,7 +22,7 @@ from bnrestructure.bench.process import JobFailedError, run_job
 from bnrestructure.bench.resident import peak_growth
 from bnrestructure.bench.settings import MALLOC, Settings
 from bnrestructure.bench.table import verdicts
-from bnrestructure.bench.workload import TrainingStep, training_loss
+from bnrestructure.bench.workload import TrainingStep, Workload, training_loss
 from bnrestructure.cli.main import main
 from bnrestructure.errors import UsageError
 from bnrestructure.kernels import reference
@@ -149,8 +149,10 @@ def test_memory_efficient_is_found_where_torchvision_has_it() -> None:
     from torchvision import models
 
     with torch.device("meta"):
-        assert contenders.has_memory_efficient(models.densenet121())
-        assert not contenders.has_memory_efficient(models.resnet18())
+        densenet, resnet = models.densenet121(), models.resnet18()
+    assert contenders.has_memory_efficient(Workload(densenet, (), models.densenet121))
+    assert not contenders.has_memory_efficient(Workload(densenet, ()))  # from a factory of the user's
+    assert not contenders.has_memory_efficient(Workload(resnet, (), models.resnet18))
 
 
 def test_channels_last_reaches_parameters_and_inputs() -> None:

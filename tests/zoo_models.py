@@ -45,6 +45,8 @@ class _ParametersOnMeta(TorchFunctionMode):
 
 def build_on_meta(name: str) -> nn.Module:
     """The model with its parameters on the meta device: quick, whatever its size."""
+    if "ssd" in name:
+        return build_model(name).to("meta")  # small, and runs itself once to learn its channels
     with _ParametersOnMeta():
         return build_model(name).to("meta")
 

@@ -61,14 +61,14 @@ def contenders(settings: Settings, memory_efficient: bool) -> list[str]:
     return [*names, *lower, RESTRUCTURED]
 
 
-def has_memory_efficient(model: nn.Module) -> bool:
+def has_memory_efficient(workload: Workload) -> bool:
     """Whether the model is one of torchvision's that can recompute instead of keeping (its DenseNets)."""
-    return "memory_efficient" in inspect.signature(type(model).__init__).parameters
+    return workload.make is not None and "memory_efficient" in inspect.signature(type(workload.model)).parameters
 
 
 def build(name: str, workload: Workload, settings: Settings) -> TrainingStep:
     """The training step of one variant, with a model of its own. The workload is left as it is."""
-    if name == MEMORY_EFFICIENT:
+    if name == MEMORY_EFFICIENT and workload.make is not None:
         model = workload.make(memory_efficient=True)
         model.load_state_dict(workload.model.state_dict())
     else:

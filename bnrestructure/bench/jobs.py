@@ -104,7 +104,7 @@ def _sweeps(workload: Workload, settings: Settings) -> dict[str, Any]:
 def timing(settings: Settings, progress: Progress) -> dict[str, Any]:
     """Seconds of every contender, round by round; time by kind of operation of the eager and the restructured model."""
     workload = load_workload(settings)
-    names = contenders.contenders(settings, contenders.has_memory_efficient(workload.model))
+    names = contenders.contenders(settings, contenders.has_memory_efficient(workload))
     profiled = [name for name in (EAGER_LAST, RESTRUCTURED) if name in names]
     progress.total(len(names) * (settings.warmup + settings.rounds) + len(profiled))
     steps = {name: contenders.build(name, workload, settings) for name in names}

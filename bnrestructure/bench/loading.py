@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -24,7 +25,8 @@ def load_workload(settings: Settings) -> Workload:
     inputs = example_inputs(
         settings.model, model, batch=settings.batch, size=settings.input_size, source=settings.inputs
     )
-    workload = Workload(model, inputs, lambda **options: _torchvision(settings.model, **options))
+    make = None if ":" in settings.model else partial(_torchvision, settings.model)
+    workload = Workload(model, inputs, make)
     check_shapes(model, workload.first(2))
     return workload
 

@@ -22,12 +22,12 @@ __all__ = ["TrainingStep", "Workload", "training_loss"]
 class Workload:
     """A model in training mode (float32, contiguous) and the arguments of one forward.
 
-    ``make`` builds the model anew with options.
+    ``make`` builds a torchvision model anew with options of its own; None for other models.
     """
 
     model: nn.Module
     inputs: tuple[Any, ...]
-    make: Callable[..., nn.Module]
+    make: Callable[..., nn.Module] | None = None
 
     def first(self, count: int) -> tuple[Any, ...]:
         """The arguments cut down to the first ``count`` samples of the batch."""

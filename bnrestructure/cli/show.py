@@ -76,19 +76,20 @@ def _passes(arguments: argparse.Namespace) -> str | list[str] | None:
 
 
 def _views(arguments: argparse.Namespace, model: nn.Module) -> tuple[Plan, list[RegionView]]:
-    from bnrestructure.api import explain
-    from bnrestructure.capture.regions import Options
-    from bnrestructure.passes.pipeline import resolve
-    from bnrestructure.planning import region_graphs
+    from dataclasses import replace
+
+    from bnrestructure.api import _options
+    from bnrestructure.planning import make_plan, region_graphs
     from bnrestructure.report.graph_view import view_region
 
-    passes = _passes(arguments)
-    plan = explain(model, backend=arguments.backend, passes=passes)
+    options = _options(model, arguments.backend, _passes(arguments), None)
+    if arguments.before or arguments.after:
+        options = replace(options, backend="auto")  # any other would run select-kernels behind the passes asked for
+    plan = make_plan(model, options)
     # before any pass, every site would be called kept; that is not a refusal
     sites = {} if arguments.before else {site.name: site for site in plan.sites}
-    options = Options(arguments.backend, resolve(passes))
     views = [
-        view_region(path, before if arguments.before else after, sites)
+        view_region(path, before if arguments.before else after, before, sites)
         for path, before, after in region_graphs(model, options)
     ]
     return plan, views

@@ -79,15 +79,19 @@ class RegionView:
         return {"path": self.path, "nodes": [entry.to_json() for entry in self.entries]}
 
 
-def view_region(path: str, gm: fx.GraphModule, sites: dict[str, Site]) -> RegionView:
-    """The view of one region's graph; ``sites`` by full name give the reasons of what was left unfused."""
+def view_region(path: str, gm: fx.GraphModule, captured: fx.GraphModule, sites: dict[str, Site]) -> RegionView:
+    """The view of one region's graph, of which ``captured`` is the state before any pass.
+
+    ``sites`` by full name give the reasons of what was left unfused.
+    """
+    own = {node.name for node in captured.graph.nodes}
     builder = _Builder(path, gm, sites)
     entries: list[Entry] = []
     for node in gm.graph.nodes:
         entry = builder.entry(node)
         if entry is None:
             continue
-        if not entry.module and entry.kind not in ("input", "output") and entries:
+        if not entry.module and entry.id not in own and entries:
             entry.group = entries[-1].group  # made by a pass: it belongs where it stands
         entries.append(entry)
     return RegionView(path, entries)
@@ -125,13 +129,13 @@ class _Builder:
     def _described(self, node: fx.Node) -> Entry:
         if node.op in ("placeholder", "output"):
             kind = "input" if node.op == "placeholder" else "output"
-            return Entry(node.name, kind, "", "", node.name, kind)
+            return Entry(node.name, kind, "", "", node.name, "input" if kind == "input" else "")
         if is_fused(node):
             return self._fused(node)
         layer = conv_of(node, self.modules)
         if isinstance(layer, ConvLayer):
             return self._new(node, "conv", self._conv_words(layer))
-        if batch_norm_of(node, self.modules) is not None:
+        if batch_norm_of(node, self.modules) is not None or node.target is ops.batch_norm:
             return self._batch_norm(node)
         act = activation_of(node, self.modules)
         if act is not None:
@@ -158,8 +162,9 @@ class _Builder:
         return Entry(node.name, kind, path, group, name or ("buffer" if kind == "buffer" else what.split(" ")[0]), what)
 
     def _batch_norm(self, node: fx.Node) -> Entry:
-        site = node.meta.get("bnr_site", module_path(node))
-        entry = self._new(node, "bn", "batch norm")
+        act = str(node.kwargs.get("act", "identity")) if node.target is ops.batch_norm else "identity"
+        entry = self._new(node, "bn", "batch norm" if act == "identity" else f"batch norm + {act}")
+        site = next(iter(node.meta.get("bnr_kept", [])), node.meta.get("bnr_site", module_path(node)))
         planned = self.sites.get(self.prefix + site)
         if planned is not None and planned.status == "kept":
             entry.status, entry.reason = "kept", planned.reason

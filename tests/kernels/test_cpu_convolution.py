@@ -189,11 +189,12 @@ def test_activations(module: ModuleType, act: str, affine: bool) -> None:
         check_backward(case, module)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("edge", [False, True])
-def test_layouts(module: ModuleType, layout: str, edge: bool) -> None:
+def test_layouts(module: ModuleType, layout: str, edge: bool, dtype: torch.dtype) -> None:
     for name in ("1x1", "3x3 odd"):
-        case = make_case(SHAPES[name], layout=layout, edge=edge, act="identity", affine=edge)
+        case = make_case(SHAPES[name], dtype, layout=layout, edge=edge, act="identity", affine=edge)
         out = in_layout(torch.full_like(case.forward(reference)[0], torch.nan), layout)
         y, *_ = case.forward(module, out)
         assert y is out

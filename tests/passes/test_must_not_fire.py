@@ -72,7 +72,7 @@ CASES: list[tuple[str, str, Body]] = [
     ("fuse-normalise", "average pool with a window", lambda m, x: F.avg_pool2d(m.bn1(x), 2)),
     ("fuse-normalise", "max pool with dilation", lambda m, x: F.max_pool2d(m.bn1(x), 2, 1, 0, 2)),
     ("fuse-normalise", "max pool with indices", lambda m, x: F.max_pool2d(m.bn1(x), 2, return_indices=True)[0]),
-    ("fuse-normalise", "bare activation with another reader", lambda m, x: m.conv1(x.relu()) + torch.tanh(x.relu())),
+    ("fuse-normalise", "bare activation with another reader", lambda m, x: (lambda z: m.conv1(z) + torch.tanh(z))(x.relu())),
     ("fuse-residual", "weighted sum", lambda m, x: torch.add(x, m.bn1(x), alpha=2)),
     ("fuse-residual", "difference", lambda m, x: x - m.bn1(x)),
     ("fuse-residual", "a number", lambda m, x: m.bn1(x) + 1.0),

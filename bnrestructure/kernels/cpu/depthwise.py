@@ -107,8 +107,8 @@ def conv_backward(
     """Gradients of :func:`conv_forward`; ``needs`` = (dx and the sums, weight, bias).
 
     ``dy`` [N, C, H_out, W_out] is the edge's P, of any strides. ``accumulate``, of x's shape, is added to in place and
-    returned as ``dx``; without it dx is fresh, channels_last, in x's dtype. The sums are float32, the gate's gradient is
-    in the gate's dtype.
+    returned as ``dx``; without it dx is fresh, channels_last, in x's dtype. The sums are float32, the gate's gradient
+    is in the gate's dtype.
     """
     need_x, need_weight, need_bias = needs
     problem, keep = _problem(x, transform, weight, geometry, tuple(dy.shape[2:]), dtype)

@@ -7,8 +7,8 @@
 namespace bnr::depthwise {
 namespace {
 
-// The ring's columns: padded column j is at (j % stride) * phase + j / stride, so that the columns that one kernel column
-// reads for successive outputs are neighbours.
+// The ring's columns: padded column j is at (j % stride) * phase + j / stride, so that the columns that one kernel
+// column reads for successive outputs are neighbours.
 struct InputColumns {
     int64_t stride, phase, columns;
     int64_t* position;  // of each column of x; -1 where no output reads it
@@ -48,7 +48,8 @@ struct Forward {
 
 // One image's row of x, channels from `c0` on: transformed into `row`.
 template <Act A, class T>
-BNR_FLATTEN void transform_row(const Forward& f, const T* x, int64_t c0, int64_t channels, const float* gate, float* row) {
+BNR_FLATTEN void transform_row(const Forward& f, const T* x, int64_t c0, int64_t channels, const float* gate,
+                               float* row) {
     const int64_t vector_pitch = f.columns.columns * W, pitch = f.p.x_pitch, ahead = prefetch_distance<T>(pitch);
     const Activation act = f.act;
     for_each_piece(f.p.in_width, [&](int64_t begin, int64_t n) {

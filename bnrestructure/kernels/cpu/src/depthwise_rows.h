@@ -1,15 +1,15 @@
 // What the depthwise convolution's two directions share: how the work is cut up, and rows of scratch.
 //
 // A depthwise convolution does so little arithmetic that memory sets its speed, so each activation is read from memory
-// once and written once. An image is walked row by row. The operand that the taps read (z in forward, dY in backward) is
-// computed once a value, as fp32, into a ring of the last few rows, which stays in cache:
+// once and written once. An image is walked row by row. The operand that the taps read (z in forward, dY in backward)
+// is computed once a value, as fp32, into a ring of the last few rows, which stays in cache:
 //
 //     row of scratch = [vector of W channels][column, zero padded][W]
 //
 // For a tap, the operands of neighbouring outputs then lie in neighbouring vectors, whatever the stride and dilation
 // are: strides are taken out when a row is laid down (forward splits its columns by their remainder modulo the stride)
-// or when it is walked (backward does so with the columns of dx). So any kernel size, stride and dilation comes down to a
-// list of taps and one inner loop.
+// or when it is walked (backward does so with the columns of dx). So any kernel size, stride and dilation comes down to
+// a list of taps and one inner loop.
 #pragma once
 
 #include <type_traits>

@@ -1,5 +1,5 @@
-// The inner loop of the depthwise convolution's backward pass, for one vector of channels and up to COLUMNS positions of
-// a row of x. The gradient at z and the weight's gradient read the same values of dY, so they share each load:
+// The inner loop of the depthwise convolution's backward pass, for one vector of channels and up to COLUMNS positions
+// of a row of x. The gradient at z and the weight's gradient read the same values of dY, so they share each load:
 //
 //     g[i] = sum over taps of weight[tap] * dY[tap, i]          dweight[tap] += sum over i of z[i] * dY[tap, i]
 #pragma once

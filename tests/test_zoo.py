@@ -1,0 +1,96 @@
+"""Every torchvision model with a batch norm layer: its sites as written down, its training step as eager's, its eval bit-identical.
+
+``pytest -m zoo`` runs all of them (``-k resnet`` some); without the marker the counts of all are checked, and one of each family trained.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from zoo_expected import EXPECTED
+from zoo_models import TOO_LARGE, build_model, build_on_meta, inputs_for
+
+import bnrestructure
+
+#: The smallest model of each family, by how its batch norms meet their neighbours.
+_FAMILIES = (
+    "densenet121", "efficientnet_b0", "fasterrcnn_mobilenet_v3_large_320_fpn", "googlenet", "lraspp_mobilenet_v3_large",
+    "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "quantized_shufflenet_v2_x0_5", "r3d_18", "regnet_y_400mf", "resnet18",
+    "resnet50", "shufflenet_v2_x0_5", "vgg11_bn",
+)  # fmt: skip
+
+
+def _verify(name: str, dtype: torch.dtype | None) -> None:
+    inputs = inputs_for(name)
+    report = bnrestructure.verify(build_model(name), inputs, backend="reference", steps=2, dtype=dtype)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("name", _FAMILIES)
+def test_family(name: str) -> None:
+    """In float64: forward, all gradients, buffers and two SGD steps to 1e-9; eval bit-identical."""
+    _verify(name, torch.float64)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", EXPECTED)
+def test_model(name: str) -> None:
+    """As above, and in float32 no farther from the float64 truth than eager by the verifier's factor."""
+    if name in TOO_LARGE:
+        pytest.skip("too large for 24 GiB in float64: its sites are counted on the meta device")
+    _verify(name, None)
+
+
+def _check_counts(name: str) -> None:
+    plan = bnrestructure.explain(build_on_meta(name), backend="reference")
+    assert (len(plan.sites), *plan.counts.values()) == EXPECTED[name], plan.reasons
+    assert all(site.reason for site in plan.sites if site.status != "fused")
+
+
+@pytest.mark.parametrize("name", _FAMILIES)
+def test_sites_of_family(name: str) -> None:
+    _check_counts(name)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", EXPECTED)
+def test_sites(name: str) -> None:
+    _check_counts(name)
+
+
+@pytest.mark.zoo
+def test_table_is_complete() -> None:
+    from zoo_models import batch_norm_models
+
+    assert list(EXPECTED) == batch_norm_models()
+    assert TOO_LARGE <= set(EXPECTED)
+
+
+def test_names_exist() -> None:
+    assert len(EXPECTED) == 92
+    assert set(EXPECTED) <= set(torchvision.models.list_models())
+
+
+@pytest.mark.parametrize(("name", "sites"), [("resnet50", 53), ("densenet121", 121)])
+def test_the_papers_two_models_keep_no_site(name: str, sites: int) -> None:
+    assert EXPECTED[name][0] == sites
+    assert EXPECTED[name][3] == 0
+
+
+def test_densenets_concats_are_gone_and_its_statistics_are_computed_once() -> None:
+    from bnrestructure import ops
+    from bnrestructure.capture.regions import Options
+    from bnrestructure.planning import region_graphs
+
+    ((_, before, after),) = region_graphs(build_on_meta("densenet121"), Options("reference"))
+
+    def concats(gm: torch.fx.GraphModule) -> int:
+        return sum(n.target is torch.cat and "bnr_vector" not in n.meta for n in gm.graph.nodes)
+
+    assert concats(before) == 62
+    assert concats(after) == 0
+    sweeps = [n for n in after.graph.nodes if n.target is ops.statistics]
+    carried = [n for n in after.graph.nodes if n.target is ops.conv and n.kwargs["statistics"]]
+    # Every convolution's output once, the stem's pool and the three transitions' pools in sweeps of their own.
+    assert (len(carried), len(sweeps)) == (1 + 58 * 2, 4)

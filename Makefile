@@ -31,7 +31,7 @@ help:
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.ready
 
 # PYTHON names an interpreter; otherwise the first one on the path that is new enough.
 $(BIN)/python:
@@ -42,50 +42,57 @@ $(BIN)/python:
 	echo "Creating $(VENV) with $$("$$found" --version)"; \
 	"$$found" -m venv $(VENV) || { rm -rf $(VENV); echo "make: $$found cannot create a venv (on Debian: apt install python3-venv)" >&2; exit 1; }
 
-$(VENV)/.installed: pyproject.toml setup.py $(KERNEL_SOURCES) | $(BIN)/python
+$(VENV)/.installed: pyproject.toml setup.py | $(BIN)/python
 	@echo "Installing bnrestructure and its dependencies into $(VENV) (PyTorch is large: minutes the first time)"
 	@$(PIP) install --editable '.[test]'
 	@$(BIN)/python -c 'from bnrestructure.kernels.registry import unavailable_reason as why; \
 	    reason = why("cpu"); reason and print("The slow reference kernels will be used on the CPU:", reason)'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.installed
+# The installation has compiled the kernels; sources that were changed since are compiled here, and only those.
+$(VENV)/.ready: $(KERNEL_SOURCES) $(VENV)/.installed
+	@if [ -n "$$(find $(KERNEL_SOURCES) -newer $(VENV)/.installed)" ]; then $(BIN)/python -m $(subst /,.,$(KERNELS)).build; fi
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.ready
 	@echo "Installing the development tools"
-	@$(PIP) install --editable '.[dev]'
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"], sep="\n")' \
+	    | $(PIP) install --requirement /dev/stdin
 	@touch $@
 
 # --- what it does -----------------------------------------------------------------------------------------------------
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.ready
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(VENV)/.installed
+test: $(VENV)/.ready
 	@$(BIN)/python -m pytest -m "not zoo" --durations=10 $(ARGS)
 
-zoo: $(VENV)/.installed
+zoo: $(VENV)/.ready
 	@$(BIN)/python -m pytest -m zoo --durations=10 $(ARGS)
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.ready
 	@$(BIN)/bnrestructure bench $(or $(ARGS),densenet121)
 
 # mypy reads the wheel as a user's installation has it, from outside the tree: the folders passes/ and patterns/ only become
-# bnrestructure.passes and bnrestructure.patterns there. The wheel goes into a venv of its own that borrows .venv's packages.
+# bnrestructure.passes and bnrestructure.patterns there. The wheel goes into a venv of its own that borrows .venv's packages,
+# and needs no compiled kernels (CXX=false).
 LINT := $(VENV)/lint
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.tools
 	@$(BIN)/ruff check .
-	@rm -rf $(LINT) && mkdir -p $(LINT)
-	@$(PIP) wheel --no-deps --wheel-dir $(LINT)/dist .
+	@rm -rf $(LINT) build/lib* && mkdir -p $(LINT)
+	@CXX=false $(PIP) wheel --no-deps --wheel-dir $(LINT)/dist .
 	@$(BIN)/python -m venv --without-pip $(LINT)/venv
 	@site=$$($(LINT)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/borrowed.pth"; \
 	$(PIP) install --no-deps --target "$$site" $(LINT)/dist/*.whl
 	@root=$$PWD; cd "$$(mktemp -d)"; \
 	"$$root/$(BIN)/mypy" --config-file "$$root/pyproject.toml" --cache-dir "$$root/.mypy_cache" \
-	    --python-executable "$$root/$(LINT)/venv/bin/python" --package bnrestructure
+	    --python-executable "$$root/$(LINT)/venv/bin/python" --package bnrestructure | sed 's|^.*/site-packages/||'
 
 # The interpreter is not built with the sanitizer, so its runtime is loaded first; leaks are the interpreter's own.
-sanitize: $(VENV)/.installed
+sanitize: $(VENV)/.ready
 	@$(BIN)/python -m $(subst /,.,$(KERNELS)).build --sanitize
 	@compiler=$${CXX:-c++}; \
 	LD_PRELOAD="$$($$compiler -print-file-name=libasan.so) $$($$compiler -print-file-name=libubsan.so)" \

@@ -1,7 +1,7 @@
 """Compiles the CPU kernels on install; everything else about the package is in pyproject.toml.
 
-The kernels need a C++ compiler but no torch headers. Without one, or when it fails, the package installs all the same, says
-so, and uses its reference kernels.
+The kernels need a C++ compiler but no torch headers. Without one, or when it fails, the package installs all the same,
+says so, and uses its reference kernels.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class BuildKernels(build_py):
         try:
             build.build(output, objects=objects)
         except build.BuildError as error:
-            print(f"warning: the CPU kernels were not built; the reference kernels will be used.\n{error}", file=sys.stderr)
+            message = "the CPU kernels were not built; the reference kernels will be used."
+            print(f"warning: {message}\n{error}", file=sys.stderr)
 
 
 class WithLibraries(Distribution):

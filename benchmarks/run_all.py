@@ -11,6 +11,7 @@ import argparse
 import datetime as dt
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -102,7 +103,7 @@ def _bench(model: str, dtype: str, arguments: argparse.Namespace) -> dict[str, A
         if status != 0:
             print(f"{model} {dtype}: exit status {status}", file=sys.stderr)
             return None
-        return json.loads(figures.read_text()) | {"command": " ".join(shown)}
+        return json.loads(figures.read_text()) | {"command": shlex.join(shown)}
 
 
 def _cpu() -> str:

@@ -1,7 +1,7 @@
 """``torch.compile(model, backend="bnrestructure")``: the same passes on the graph that Dynamo captured.
 
-What is ours runs as eager autograd functions; what is not goes to inductor in pieces between them, or stays eager. A graph in which nothing is
-restructured goes to inductor whole.
+What is ours runs as eager autograd functions; what is not goes to inductor in pieces between them, or stays eager. A
+graph in which nothing is restructured goes to inductor whole.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -43,8 +43,8 @@ def bnrestructure(
     backend   kernels of the fused nodes: auto, reference, cpu or cuda
     passes    names of passes or a rung of the ladder, as in :func:`bnrestructure.restructure`
 
-    ``mode`` is handed to inductor. Graphs captured without gradients, or without a batch norm that uses batch statistics, go to the rest
-    whole. Raises UsageError for unknown options.
+    ``mode`` is handed to inductor. Graphs captured without gradients, or without a batch norm that uses batch
+    statistics, go to the rest whole. Raises UsageError for unknown options.
     """
     rest, backend, passes = _checked(options or {})
     rewritten = _copied(gm)
@@ -65,12 +65,16 @@ def _checked(options: dict[str, Any]) -> tuple[str, str, tuple[str, ...]]:
         if name not in _OPTIONS:
             near = difflib.get_close_matches(name, _OPTIONS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"torch.compile: the bnrestructure backend has no option {name!r}{hint} (options: {', '.join(_OPTIONS)})")
+            raise UsageError(
+                f"torch.compile: backend bnrestructure has no option {name!r}{hint} (options: {', '.join(_OPTIONS)})"
+            )
     values = {**_OPTIONS, **options}
     if values["rest"] not in _RESTS:
         raise UsageError(f"torch.compile: option 'rest' is one of {', '.join(_RESTS)}, got {values['rest']!r}")
     if values["backend"] not in registry.BACKENDS:
-        raise UsageError(f"torch.compile: unknown backend {values['backend']!r} (backends: {', '.join(registry.BACKENDS)})")
+        raise UsageError(
+            f"torch.compile: unknown backend {values['backend']!r} (backends: {', '.join(registry.BACKENDS)})"
+        )
     return values["rest"], values["backend"], pipeline.resolve(values["passes"])
 
 
@@ -93,7 +97,7 @@ def _name_sites(gm: fx.GraphModule) -> int:
 
 
 def _module_of(node: fx.Node) -> str:
-    """``layer1.0.bn1`` from Dynamo's ``L['self'].layer1[0].bn1`` or ``L['self']._modules['layer1']...``; else the node's name."""
+    """``layer1.0.bn1`` from Dynamo's ``L['self']._modules['layer1'].0.bn1`` and kin; else the node's name."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return node.name
@@ -108,11 +112,12 @@ def _whole(gm: fx.GraphModule, example_inputs: Sequence[Any], rest: str, mode: s
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs), config_patches=list_mode_options(mode) if mode else None)
+    patches = list_mode_options(mode) if mode else None
+    return cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=patches))
 
 
 def _is_impure(node: fx.Node) -> bool:
-    """Nodes that must stay although nothing reads them: in-place operations, finalize's running statistics, random draws."""
+    """What must stay although nothing reads it: in-place operations, running statistics, random draws."""
     if node.is_impure() or is_fused(node) or node.op in ("placeholder", "output"):
         return True
     return node.target is ops.batch_norm or inplace_target(node, {}) is not None or node.op == "call_method"
@@ -121,8 +126,8 @@ def _is_impure(node: fx.Node) -> bool:
 def _with_pieces(gm: fx.GraphModule, mode: str | None) -> fx.GraphModule:
     """Split the graph into runs of consecutive nodes, ours and the rest, and compile each piece of the rest.
 
-    A piece is compiled when it is first called, with the tensors that it is then given: fused nodes may hand on other strides than
-    the example values have, and Dynamo's own guards take care of changing shapes.
+    A piece is compiled when it is first called, with the tensors that it is then given: fused nodes may hand on other
+    strides than the example values have, and Dynamo's own guards take care of changing shapes.
     """
     pieces: dict[fx.Node, int] = {}
     foreign: list[bool] = []
@@ -145,7 +150,7 @@ def _with_pieces(gm: fx.GraphModule, mode: str | None) -> fx.GraphModule:
 
 
 def _is_worth_compiling(node: fx.Node, gm: fx.GraphModule) -> bool | None:
-    """True for computation on foreign tensors, False for what must run with ours, None for views and sizes, which go either way."""
+    """True for computation that is not ours, False for what must run with ours, None for views and sizes."""
     if node.target is ops.batch_norm:
         return True  # left whole because nothing was won: inductor can
     if _is_ours(node):
@@ -163,16 +168,32 @@ def _is_ours(node: fx.Node) -> bool:
         return True
     if node.meta.get("bnr_vector"):
         return True
-    return bool(node.args) and isinstance(node.args[0], fx.Node) and "example_value" not in node.meta and _is_ours(node.args[0])
+    return (
+        bool(node.args)
+        and isinstance(node.args[0], fx.Node)
+        and "example_value" not in node.meta
+        and _is_ours(node.args[0])
+    )
 
 
 def _is_view(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in ("view", "reshape", "flatten", "unflatten", "permute", "transpose", "getitem", "unsqueeze", "squeeze", "detach")
+    return name in (
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "permute",
+        "transpose",
+        "getitem",
+        "unsqueeze",
+        "squeeze",
+        "detach",
+    )
 
 
 class _Piece(nn.Module):
-    """One piece of the rest, compiled by inductor at its first call. Dynamo is off around a backend's result, and on again inside."""
+    """One piece of the rest, compiled by inductor when it is first called."""
 
     def __init__(self, graph_module: nn.Module, mode: str | None) -> None:
         super().__init__()

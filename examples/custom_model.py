@@ -1,4 +1,4 @@
-"""A model with parts that cannot be rewritten: what the plan says about them, and that the rest is rewritten all the same.
+"""A model with parts that cannot be rewritten: what the plan says of them, and that the rest is rewritten.
 
     python examples/custom_model.py
 """
@@ -13,7 +13,8 @@ import bnrestructure
 
 
 def conv_bn_relu(channels_in: int, channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(channels_in, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+    conv = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU())
 
 
 class Refine(nn.Module):

@@ -1,7 +1,8 @@
-"""What ``make demo`` shows: two well-known networks restructured, checked, trained and measured, in a few minutes on two cores.
+"""What ``make demo`` shows: two networks restructured, checked, measured and trained, in a few minutes on two cores.
 
-Nothing is downloaded: the photos and the digits ship with scikit-learn, the networks start from random weights. Times are
-of this machine as it is now, and are printed whichever way they went; ``bnrestructure bench`` measures with more care.
+Nothing is downloaded: the photos and the digits ship with scikit-learn, the networks start from random weights. Times
+are of this machine as it is now and are printed whichever way they went; ``bnrestructure bench`` measures with more
+care.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def build(name: str) -> nn.Module:
 
 
 def memory_of(name: str, variant: str) -> dict[str, int]:
-    """saved_bytes and peak_bytes of a training step, from a fresh process: what one step leaves would hide the next one's peak."""
+    """saved_bytes and peak_bytes of a training step, from a fresh process: an earlier step would hide the peak."""
     settings = Settings(name, batch=BATCH, input_size=(SIZE, SIZE))
     return run_job("memory", settings, variant=variant)
 

@@ -1,4 +1,4 @@
-"""A batch of real photographs for the examples: crops of the two that ship with scikit-learn (a temple and a flower)."""
+"""A batch of real photographs for the examples: crops of the two that scikit-learn ships (a temple, a flower)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 def photo_batch(count: int, size: int) -> tuple[Tensor, Tensor]:
-    """``count`` normalised crops [count, 3, size, size] (float32, channels_last), and which photo each is from [count], int64.
+    """``count`` normalised crops [count, 3, size, size] (float32, channels_last), and each one's photo [count], int64.
 
     The crops alternate between the photos and step across them, so that no two are alike. ``size`` is at most 427, the
     height of the photos.

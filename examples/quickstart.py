@@ -55,7 +55,7 @@ def gradients(model: nn.Module, photos: Tensor, labels: Tensor) -> dict[str, Ten
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Relative distance of two tensors; gradients that are zero in exact arithmetic, and so pure rounding, count as equal."""
+    """Relative distance of two gradients; those that are zero but for rounding count as equal."""
     return float((a - b).norm() / b.norm().clamp_min(1e-8))
 
 

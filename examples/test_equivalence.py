@@ -33,7 +33,7 @@ def test_training_is_equivalent(model: torch.nn.Module) -> None:
 
 
 def test_every_batch_norm_is_accounted_for(model: torch.nn.Module) -> None:
-    """A layer added later that cannot be fused shows up here, with its reason, rather than in next week's memory use."""
+    """A layer added later that cannot be fused shows up here with its reason, not in next week's memory use."""
     plan = bnrestructure.explain(model)
     assert plan.counts["kept"] == 0, str(plan)
 

@@ -3,8 +3,8 @@
     python examples/train_digits.py [--net resnet|densenet] [--epochs N] [--picture FILE.png]
 
 All runs start from the same weights and see the same batches in the same order. Restructuring is the same computation
-rounded in another order, so its curve lies on eager's at first and drifts away as float32 rounding grows. How far that goes
-by itself, without this package, a third run shows: eager in another memory format.
+rounded in another order, so its curve lies on eager's at first and drifts away as float32 rounding grows. How far that
+goes by itself, without this package, a third run shows: eager in another memory format.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.shortcut = nn.Sequential()
         if channels_in != channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+            conv = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         z = relu(self.bn1(self.conv1(x)))
@@ -75,7 +76,8 @@ class Block(nn.Module):
 def small_resnet() -> nn.Module:
     """Six convolutional layers for 8 x 8 images."""
     stem = [nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    return nn.Sequential(*stem, Block(16, 16, 1), Block(16, 32, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
+    return nn.Sequential(*stem, Block(16, 16, 1), Block(16, 32, 2), *head)
 
 
 def small_densenet() -> nn.Module:
@@ -150,7 +152,7 @@ def draw(comparison: Comparison, path: Path) -> None:
 
 
 def _apart(run: Run, reference: Run) -> list[float]:
-    """Absolute differences, step by step; those that are zero are drawn at float32's resolution, for the axis is logarithmic."""
+    """Absolute differences, step by step; zeros are drawn at float32's resolution, for the axis is logarithmic."""
     return [max(abs(a - b), 1e-8) for a, b in zip(run.losses, reference.losses, strict=True)]
 
 

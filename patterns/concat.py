@@ -37,7 +37,8 @@ class BranchConcat:
 
 def _concats(gm: fx.GraphModule) -> list[tuple[fx.Node, list[fx.Node]]]:
     pairs = ((node, concat_of(node)) for node in gm.graph.nodes if "bnr_vector" not in node.meta)
-    return [(node, segments) for node, segments in pairs if segments is not None]
+    # A segment that something changes in place must be read where the concat reads it, neither earlier nor later.
+    return [(n, segments) for n, segments in pairs if segments is not None and not any("bnr_shared" in s.meta for s in segments)]
 
 
 def _writes_alone(tensor: fx.Node, readers: set[fx.Node]) -> fx.Node | None:

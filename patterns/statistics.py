@@ -62,7 +62,7 @@ def find_concat_statistics(gm: fx.GraphModule) -> list[ConcatStatistics]:
     for node in _all(gm):
         source: fx.Node = node.kwargs["x"]  # type: ignore[assignment]
         segments = concat_of(source)
-        if segments is not None:
+        if segments is not None and not any("bnr_shared" in s.meta for s in segments):  # changed in place before the concat
             found.append(ConcatStatistics(node, source, segments))
     return found
 

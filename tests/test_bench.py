@@ -372,6 +372,12 @@ def test_the_verdict_says_which_way_it_went(ratio: tuple[float, float, float], s
     assert "saved tensors 0.25x (400 -> 100 MB)" in line.plain
 
 
+def test_no_verdict_where_medians_and_ratios_disagree() -> None:
+    step = {"theirs": 1.0, "ours": 1.01, "ratio": {"median": 1.02, "q1": 1.01, "q3": 1.03}}
+    (line,) = verdicts({"sections": [{"malloc": "tuned", "comparison": {"against": "eager contiguous", "step": step}}]})
+    assert "no different from" in line.plain
+
+
 def test_a_picture_that_cannot_be_drawn(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="must end in"):
         check_picture(tmp_path / "picture.txt")

@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="bnrestructure")`` computes what eager computes, fused, whatever becomes of the rest."""
+"""``torch.compile(model, backend="bnrestructure")`` computes what eager computes, whatever becomes of the rest."""
 
 from __future__ import annotations
 
@@ -126,7 +126,13 @@ def test_the_rest_is_compiled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
     class Recorded(nn.Module):
         def __init__(self, graph_module: fx.GraphModule, mode: str | None) -> None:
             super().__init__()
-            made.append([str(getattr(n.target, "__name__", n.target)) for n in graph_module.graph.nodes if n.op == "call_function"])
+            made.append(
+                [
+                    str(getattr(n.target, "__name__", n.target))
+                    for n in graph_module.graph.nodes
+                    if n.op == "call_function"
+                ]
+            )
             self.inner = graph_module
 
         def forward(self, *args: Any) -> Any:
@@ -139,7 +145,9 @@ def test_the_rest_is_compiled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
     assert [names for names in made if "tanh" in names]
     assert [names for names in made if "sin" in names]
     assert [names for names in made if "linear" in names]
-    assert not [name for names in made for name in names if name in ("conv", "finalize", "residual", "normalise", "add_")]
+    assert not [
+        name for names in made for name in names if name in ("conv", "finalize", "residual", "normalise", "add_")
+    ]
 
 
 @pytest.mark.parametrize("how", ["eval", "no_grad", "no batch norm", "frozen"])

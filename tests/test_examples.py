@@ -105,7 +105,7 @@ def test_saved_for_backward_counts_each_storage_once() -> None:
 
     model = Squares()
     x = torch.randn(1000)
-    # Saved: x for the weight's gradient, y (thrice over, once a view) and y*y; the weight itself needs no gradient of x.
+    # Saved: x for the weight's gradient, y (thrice over, once as a view) and y*y; the weight is not counted.
     assert saved_for_backward(model, lambda: model(x)) == 3 * 4000
     assert saved_for_backward(model, lambda: model(x).backward()) == 3 * 4000
     with torch.no_grad():

@@ -65,6 +65,37 @@ class InplaceOnInput(_Two):
         return self.bn1(self.conv1(y)) + x.mean()
 
 
+class ReadThenOverwritten(_Two):
+    """The input is rectified, joined and concatenated, then overwritten, before what reads the results runs: none may read it late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv4, self.bn4 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(x)
+        joined = torch.cat([self.bn1(self.conv1(x * 1.0)), x], 1)
+        total = self.bn4(self.conv4(y)) + x
+        x.mul_(2.0)
+        return self.conv1(y) + self.conv1(F.relu(total)) + joined[:, 3:] + x.mean()
+
+
+class OverwrittenThenJoined(_Two):
+    """A batch norm's output is overwritten while a dropout, which may hand on its input, reads it; then a concat reads both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn3 = nn.BatchNorm2d(12)
+        self.conv4 = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x))
+        F.hardswish(y, inplace=True)
+        dropped = F.dropout(y, 0.2, self.training)
+        joined = torch.cat([self.conv2(dropped), y], 1)
+        return self.conv4(F.relu(self.bn3(joined)))
+
+
 class LeakyInplace(_Two):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv2(self.leaky(self.bn1(self.conv1(x))))
@@ -183,7 +214,8 @@ class ChainOfIdentityJoins(_Two):
 
 
 MODELS = [
-    InplaceReluReadLater, InplaceOnJoin, InplaceOnView, InplaceOnFlatView, InplaceOnInput, LeakyInplace, InplaceAddShared,
+    InplaceReluReadLater, InplaceOnJoin, InplaceOnView, InplaceOnFlatView, InplaceOnInput, ReadThenOverwritten,
+    OverwrittenThenJoined, LeakyInplace, InplaceAddShared,
     PositionalInplace, ReturnsBoth, WrittenConstant, ChunkedInplace, DropoutInplace, IdentityJoin, SelfJoin, JoinWithItself, SelfConcat,
     ConcatsOfConcats, ChainOfIdentityJoins,
 ]  # fmt: skip

@@ -243,6 +243,21 @@ def test_dropout_is_drawn_in_every_step() -> None:
     assert not torch.equal(model(x), model(x))
 
 
+def test_dropout_draws_eagers_mask_from_the_same_seed() -> None:
+    """Random numbers are drawn in memory order: the layout that dropout meets must be eager's."""
+
+    class DropsFeatures(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = build("dense")
+            self.after = nn.Sequential(nn.Conv2d(6, 4, 1), nn.Dropout(0.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(F.dropout(self.dense(x), 0.3, self.training))
+
+    assert_same_training(DropsFeatures().double(), input_for("dense"))
+
+
 def test_saved_tensors_on_another_device() -> None:
     """Offloading hooks copy what is saved at the time it is saved: shared buffers must hold it by then."""
     original, rewritten = build("dense"), restructured_copy(build("dense"))

@@ -1,12 +1,13 @@
 """The shown graph: golden pages of small models, and the same graph as dot, svg and json.
 
-``pytest tests/test_show.py --regenerate-golden`` writes tests/golden/show/ anew; read the difference before committing it.
+``pytest tests/test_show.py --regenerate-golden`` writes tests/golden/show/ anew; read the difference before committing
+it.
 """
 
 from __future__ import annotations
 
 import json
-import xml.etree.ElementTree as ElementTree
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class _DenseLayer(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Squeeze-excite, a depthwise convolution, a concat of branches; a frozen, a lonely and an unreachable batch norm."""
+    """Squeeze-excite, depthwise, a concat of branches; a frozen, a lonely and an unreachable batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +174,7 @@ def test_backward_is_the_reverse_of_forward(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("model", ["Residual", "Dense", "Mixed"])
 @pytest.mark.parametrize("direction", [(), ("--backward",), ("--before",)])
 def test_svg_is_a_legible_picture(model: str, direction: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    root = ElementTree.fromstring(show(capsys, model, "--format", "svg", *direction))
+    root = ET.fromstring(show(capsys, model, "--format", "svg", *direction))
     space = {"svg": "http://www.w3.org/2000/svg"}
     nodes = json.loads(show(capsys, model, "--format", "json", *direction))["regions"][0]["nodes"]
     boxes = root.findall(".//svg:rect[@class='box']", space)
@@ -183,7 +184,7 @@ def test_svg_is_a_legible_picture(model: str, direction: tuple[str, ...], capsys
     words = {text.text for text in root.findall(".//svg:text", space)}
     assert {f"{n['group']}.{n['name']}" if n["group"] else n["name"] for n in nodes} <= words
     width, height = float(root.attrib["width"]), float(root.attrib["height"])
-    assert all(0 <= x and x + w <= width and 0 <= y and y + h <= height for x, y, w, h in places)
+    assert all(x >= 0 and x + w <= width and y >= 0 and y + h <= height for x, y, w, h in places)
     edges = sum(len(n["inputs"]) for n in nodes)
     assert len(root.findall(".//svg:path[@marker-end]", space)) == edges
 

@@ -92,15 +92,22 @@ def test_a_correct_rewrite_passes(cls: type[nn.Module]) -> None:
     report = check(built(cls))
     assert report.ok, report
     assert report.failures == []
-    assert report.sites == ({"fused": 3, "partial": 1, "kept": 0} if cls is Net else {"fused": 7, "partial": 0, "kept": 0})
+    assert report.sites == (
+        {"fused": 3, "partial": 1, "kept": 0} if cls is Net else {"fused": 7, "partial": 0, "kept": 0}
+    )
     assert {(c.stage, c.kind) for c in report.comparisons} == {
         ("eval", "output"),
-        *((s, k) for s in ("float64", "float32") for k in ("output", "buffer", "gradient", "input gradient", "parameter")),
+        *(
+            (s, k)
+            for s in ("float64", "float32")
+            for k in ("output", "buffer", "gradient", "input gradient", "parameter")
+        ),
     }
     assert {c.step for c in report.comparisons} == {0, 1, 2}
 
 
-# --- Mutations ------------------------------------------------------------------------------------------------------------
+# --- Mutations
+# ------------------------------------------------------------------------------------------------------------
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -208,10 +215,22 @@ MUTATIONS: dict[str, tuple[type[nn.Module], Patch, set[str]]] = {
     "factor s missing in the backward edge": (Net, edge(without_s), {"gradient", "input gradient"}),
     "count off by one in the backward edge": (Net, wrong_count, {"gradient", "input gradient"}),
     "weight gradient of a batch norm missing": (Net, kernel("finalize_backward", no_weight_gradient), {"gradient"}),
-    "gradient of a residual's shortcut missing": (Net, kernel("conv_backward", no_accumulation), {"gradient", "input gradient"}),
-    "gradient of a dense block's concat missing": (Dense, kernel("conv_backward", no_accumulation), {"gradient", "input gradient"}),
+    "gradient of a residual's shortcut missing": (
+        Net,
+        kernel("conv_backward", no_accumulation),
+        {"gradient", "input gradient"},
+    ),
+    "gradient of a dense block's concat missing": (
+        Dense,
+        kernel("conv_backward", no_accumulation),
+        {"gradient", "input gradient"},
+    ),
     "second sum not centred": (Net, kernel("conv_backward", uncentred), {"gradient", "input gradient"}),
-    "bias gradient missing at a residual join": (Net, kernel("residual_backward", no_shortcut_statistics), {"gradient", "input gradient"}),
+    "bias gradient missing at a residual join": (
+        Net,
+        kernel("residual_backward", no_shortcut_statistics),
+        {"gradient", "input gradient"},
+    ),
     "biased running variance": (Net, finalize(biased_variance), {"buffer"}),
     "beta of another channel": (Net, finalize(swapped_beta), {"output", "gradient"}),
     "wrong eps": (Net, finalize(wrong_eps), {"output", "gradient"}),
@@ -302,7 +321,8 @@ def test_a_lost_gradient_is_not_taken_for_zero(monkeypatch: pytest.MonkeyPatch) 
     assert any(c.name == "left.bias" and c.kind == "gradient" and c.error == math.inf for c in report.failures)
 
 
-# --- What a verification accepts --------------------------------------------------------------------------------------------
+# --- What a verification accepts
+# --------------------------------------------------------------------------------------------
 
 
 def test_the_model_and_the_generators_are_left_alone() -> None:
@@ -337,7 +357,7 @@ def test_a_model_without_batch_norm_passes() -> None:
 
 
 class Losses(nn.Module):
-    """Like a detection model: lists of images and of targets in, a dict of losses out in training, predictions in eval."""
+    """Like a detection model: lists of images and targets in, a dict of losses out, predictions in eval."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -358,7 +378,13 @@ def test_lists_of_images_and_dicts_of_losses() -> None:
     report = check(model, inputs)
     assert report.ok, report
     names = {c.name for c in report.comparisons}
-    assert {"output['classifier']", "output['size']", "input[0][0]", "body.bn1.running_var", "output[0]['scores']"} <= names
+    assert {
+        "output['classifier']",
+        "output['size']",
+        "input[0][0]",
+        "body.bn1.running_var",
+        "output[0]['scores']",
+    } <= names
 
 
 def test_a_loss_function_with_targets() -> None:
@@ -420,7 +446,7 @@ def test_usage_errors() -> None:
     model = built(Net)
     with pytest.raises(UsageError, match=r"expected a torch.nn.Module, got function"):
         verify(lambda x: x, images())
-    with pytest.raises(UsageError, match="original model fails on these inputs in float64: RuntimeError: .*channels"):
+    with pytest.raises(UsageError, match=r"original model fails on these inputs in float64: RuntimeError: .*channels"):
         check(model, torch.randn(2, 4, 8, 8))
     with pytest.raises(UsageError, match="did you mean 'reference'"):
         check(model, backend="refrence")
@@ -432,7 +458,8 @@ def test_usage_errors() -> None:
         check(Labels())
 
 
-# --- Distances --------------------------------------------------------------------------------------------------------------
+# --- Distances
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_true_zero_is_measured_against_its_neighbours() -> None:

@@ -28,7 +28,7 @@ def environment(device: str) -> dict[str, Any]:
 
 def command_line() -> str:
     """The command that the user gave, as it could be pasted into a shell."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join(["bnrestructure", *sys.argv[1:]])
 
 
 def _commit() -> str | None:

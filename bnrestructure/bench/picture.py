@@ -63,7 +63,7 @@ def _bars(axes: Any, section: dict[str, Any]) -> None:
     spreads = [variants[name]["step"] for name in bars.values()]
     reach = [[m - s["q1"] * 1e3 for m, s in zip(medians, spreads, strict=True)],
              [s["q3"] * 1e3 - m for m, s in zip(medians, spreads, strict=True)]]  # fmt: skip
-    labels = [bar if bar in variants else bar.upper() for bar in bars]
+    labels = [bar if bar in variants or bar == "baseline" else bar.upper() for bar in bars]
     colours = [_OURS if name == RESTRUCTURED else _PLAIN for name in bars.values()]
     drawn = axes.barh(labels, medians, xerr=reach, color=colours, error_kw={"ecolor": "#555555", "capsize": 2})
     axes.bar_label(drawn, [f" {m:.0f} ms, {medians[0] / m:.2f}x" for m in medians], label_type="center", fontsize=8)

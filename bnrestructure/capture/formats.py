@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from bnrestructure.capture.boundaries import is_library_leaf
 from bnrestructure.graph.fused import is_fused
@@ -26,8 +26,22 @@ def eager_format(x: object, channels_last: bool) -> object:
     return x if channels_last or not isinstance(x, Tensor) else x.contiguous()
 
 
+#: Elementwise random numbers are drawn in memory order: in another layout the same seed would give another mask.
+_RANDOM_FUNCTIONS = {
+    torch.dropout, torch.dropout_, torch.alpha_dropout, torch.bernoulli, torch.rand_like, torch.randn_like, torch.rrelu,
+    nn.functional.dropout, nn.functional.alpha_dropout, nn.functional.rrelu,
+}  # fmt: skip
+_RANDOM_MODULES = (nn.Dropout, nn.AlphaDropout, nn.RReLU)
+
+
+def _draws_random_numbers(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], _RANDOM_MODULES)
+    return node.op == "call_function" and node.target in _RANDOM_FUNCTIONS
+
+
 def restore_formats(gm: fx.GraphModule) -> None:
-    """Put :func:`eager_format` before every opaque module call and the output, if the graph has fused nodes.
+    """Put :func:`eager_format` before every opaque module call, random draw and the output, if the graph has fused nodes.
 
     Fused kernels answer in channels_last whatever the input's layout; a ``.view()`` in the user's own code would not bear that.
     """
@@ -44,7 +58,7 @@ def restore_formats(gm: fx.GraphModule) -> None:
         flag = gm.graph.call_function(uses_channels_last, tuple(deciding))
     for node in list(gm.graph.nodes):
         opaque = node.op == "call_module" and not is_library_leaf(modules[str(node.target)])
-        if node.op == "output" or opaque:
+        if node.op == "output" or opaque or _draws_random_numbers(node, modules):
             for source in list(node.all_input_nodes):
                 if source.op in ("placeholder", "get_attr"):
                     continue

@@ -13,7 +13,14 @@ from bnrestructure.errors import UsageError
 __all__ = ["example_inputs"]
 
 #: Models that take one input size only, or need one this large.
-_SIZES = {"inception_v3": 299, "quantized_inception_v3": 299, "maxvit_t": 224, "s3d": 224, "mvit_v1_b": 224, "mvit_v2_s": 224}
+_SIZES = {
+    "inception_v3": 299,
+    "quantized_inception_v3": 299,
+    "maxvit_t": 224,
+    "s3d": 224,
+    "mvit_v1_b": 224,
+    "mvit_v2_s": 224,
+}
 _VIDEO_FRAMES = 16
 _CLASSES = 5
 
@@ -21,7 +28,8 @@ _CLASSES = 5
 def example_inputs(
     model_name: str, model: Any, *, batch: int, size: tuple[int, ...] | None, source: str | None, small: bool = False
 ) -> tuple[Any, ...]:
-    """The model's arguments, with targets for detection models. ``size`` is [C,] [T,] H, W; ``small`` for runs in float64.
+    """The model's arguments, with targets for detection models. ``size`` is [C,] [T,] H, W; ``small`` for runs in
+    float64.
 
     Raises UsageError when ``source`` does not give a tuple, or the size has a dimension too many.
     """
@@ -36,7 +44,9 @@ def example_inputs(
         shape = _image(size, 3, 128)
         return tuple(torch.rand(batch, *shape, generator=generator) * 2 - 1 for _ in range(2))
     if kind == "video":
-        return (torch.randn(batch, *_video(size, _SIZES.get(model_name, 32 if small else 112), small), generator=generator),)
+        return (
+            torch.randn(batch, *_video(size, _SIZES.get(model_name, 32 if small else 112), small), generator=generator),
+        )
     usual, channels = _usual_size(model_name, model, small, kind)
     return (torch.randn(batch, *_image(size, channels, usual), generator=generator),)
 
@@ -86,4 +96,9 @@ def _target(image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     masks[:, h // 4 : h // 2, w // 3 : w // 2] = 1
     keypoints = torch.rand(2, 17, 3, generator=generator) * torch.tensor([w, h, 1.0])
     keypoints[..., 2] = 1
-    return {"boxes": boxes, "labels": torch.randint(1, _CLASSES, (2,), generator=generator).clamp(max=1), "masks": masks, "keypoints": keypoints}
+    return {
+        "boxes": boxes,
+        "labels": torch.randint(1, _CLASSES, (2,), generator=generator).clamp(max=1),
+        "masks": masks,
+        "keypoints": keypoints,
+    }

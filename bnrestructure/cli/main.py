@@ -24,7 +24,7 @@ Exit status: 0 all well, 1 a check failed, 2 the command cannot be carried out a
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 ok, 1 a failed check, 2 misuse (one line on stderr says what)."""
+    """Run the command line. Exit status: 0 ok, 1 a failed check, 2 misuse (one line on stderr says what)."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     run = importlib.import_module(f"bnrestructure.cli.{arguments.subcommand}").run
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="bnrestructure",
-        description="Rewrites a PyTorch model's training step so that batch normalisation rides on the convolutions around it.",
+        description="Rewrites a training step so that batch normalisation rides on the convolutions around it.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -73,8 +73,8 @@ def load_factory(name: str) -> Callable[[], Any]:
 
 def _module_from_file(path: Path) -> Any:
     if not path.is_file():
-        near = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise UsageError(f"there is no file {path}{_hint(str(path), near)}")
+        near = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise UsageError(f"there is no file {path}{_hint(path.name, near)}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} cannot be imported")
@@ -105,11 +105,14 @@ def _import(name: str, load: Callable[[], Any]) -> Any:
 
 
 def _torchvision_factory(name: str) -> Callable[[], Any]:
-    from torchvision import models
+    from torchvision import models  # type: ignore[import-untyped]
 
     names = models.list_models()
     if name not in names:
-        hint = _hint(name, names) or "; torchvision.models.list_models() gives all names, other models are package.module:factory"
+        hint = (
+            _hint(name, names)
+            or "; torchvision.models.list_models() gives all names, other models are package.module:factory"
+        )
         raise UsageError(f"unknown model {name!r}{hint}")
     builder = models.get_model_builder(name)
     options: dict[str, Any] = {"weights": None}
@@ -121,7 +124,7 @@ def _torchvision_factory(name: str) -> Callable[[], Any]:
 
 
 def builder_module(name: str) -> str:
-    """The module that defines a torchvision builder (``torchvision.models.detection.faster_rcnn``), "" for other models."""
+    """The module that a torchvision builder is defined in (``torchvision.models.resnet``), "" for other models."""
     if ":" in name:
         return ""
     from torchvision import models

@@ -9,11 +9,17 @@ __all__ = ["add_input_arguments", "add_model_arguments", "input_size", "pass_nam
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, passes: bool = True) -> None:
     """MODEL, --backend, --passes and --json."""
-    parser.add_argument("model", metavar="MODEL", help="torchvision name, package.module:factory, file.py:factory or timm:NAME")
-    parser.add_argument("--backend", default="auto", help="kernels: auto, reference, cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "model", metavar="MODEL", help="torchvision name, package.module:factory, file.py:factory or timm:NAME"
+    )
+    parser.add_argument(
+        "--backend", default="auto", help="kernels: auto, reference, cpu or cuda (default: %(default)s)"
+    )
     if passes:
         parser.add_argument(
-            "--passes", metavar="NAMES", help="names of passes with commas between, or a rung: baseline, rcf, mvf, bnff, icf (default: all)"
+            "--passes",
+            metavar="NAMES",
+            help="names of passes with commas between, or a rung: baseline, rcf, mvf, bnff, icf (default: all)",
         )
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
@@ -22,10 +28,15 @@ def add_input_arguments(parser: argparse.ArgumentParser, batch: int) -> None:
     """--batch, --input-size and --inputs."""
     parser.add_argument("--batch", type=_positive, default=batch, metavar="N", help="samples (default: %(default)s)")
     parser.add_argument(
-        "--input-size", type=input_size, metavar="SIZE", help="N, HxW, CxHxW or CxTxHxW (default: small enough and usual for the model)"
+        "--input-size",
+        type=input_size,
+        metavar="SIZE",
+        help="N, HxW, CxHxW or CxTxHxW (default: small enough and usual for the model)",
     )
     parser.add_argument(
-        "--inputs", metavar="FACTORY", help="package.module:factory or file.py:factory that returns the model's arguments as a tuple"
+        "--inputs",
+        metavar="FACTORY",
+        help="package.module:factory or file.py:factory that returns the model's arguments as a tuple",
     )
 
 

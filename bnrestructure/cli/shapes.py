@@ -28,7 +28,9 @@ def check_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         lines = str(error).strip().splitlines()
         shapes = [tuple(t.shape) for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
         shown = ", ".join("x".join(map(str, shape)) for shape in shapes[:2])
-        raise UsageError(f"the model does not take this input ({shown}): {lines[0] if lines else type(error).__name__}") from error
+        raise UsageError(
+            f"the model does not take this input ({shown}): {lines[0] if lines else type(error).__name__}"
+        ) from error
 
 
 def swap_out_copy(model: nn.Module) -> nn.Module:

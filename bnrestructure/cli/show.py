@@ -22,9 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--before", action="store_true", help="the graph as captured, before any pass")
-    which.add_argument("--after", metavar="PASS", help="the graph after the pipeline up to this pass, or after a rung of the ladder")
+    which.add_argument(
+        "--after", metavar="PASS", help="the graph after the pipeline up to this pass, or after a rung of the ladder"
+    )
     parser.add_argument("--backward", action="store_true", help="what each node's backward does, in backward order")
-    parser.add_argument("--format", choices=("text", "dot", "svg", "json"), default="text", help="(default: %(default)s)")
+    parser.add_argument(
+        "--format", choices=("text", "dot", "svg", "json"), default="text", help="(default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write to FILE instead of standard output")
 
 

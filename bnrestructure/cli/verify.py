@@ -8,18 +8,24 @@ from bnrestructure.cli.options import add_input_arguments, add_model_arguments, 
 
 __all__ = ["add_arguments", "run"]
 
-_DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16", "fp16": "float16",
-           "float64": "float64", "fp64": "float64"}  # fmt: skip
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+_DTYPES = {**_SHORT, **{name: name for name in _SHORT.values()}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments. Must not import torch."""
     add_model_arguments(parser)
     add_input_arguments(parser, batch=4)
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), help="training dtype; bf16 and fp16 are autocast (default: the model's own)")
+    parser.add_argument(
+        "--dtype", choices=tuple(_DTYPES), help="training dtype; bf16 and fp16 are autocast (default: the model's own)"
+    )
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="optimiser steps (default: %(default)s)")
     parser.add_argument(
-        "--factor", type=float, default=2.0, metavar="F", help="allowed distance to float64 in units of eager's own (default: %(default)g)"
+        "--factor",
+        type=float,
+        default=2.0,
+        metavar="F",
+        help="allowed distance to float64 in units of eager's own (default: %(default)g)",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
 
@@ -44,7 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
         say("building the model")
         model = load_model(arguments.model)
         inputs = example_inputs(
-            arguments.model, model, batch=arguments.batch, size=arguments.input_size, source=arguments.inputs, small=True
+            arguments.model,
+            model,
+            batch=arguments.batch,
+            size=arguments.input_size,
+            source=arguments.inputs,
+            small=True,
         )
         report = verify(
             model.to(arguments.device),

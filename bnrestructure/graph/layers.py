@@ -274,7 +274,7 @@ def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, fx
     if "bnr_shared" in node.meta:
         return None
     source = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(source, fx.Node):
+    if not isinstance(source, fx.Node) or "bnr_shared" in source.meta:
         return None
     name: str | None = None
     if node.op == "call_module":
@@ -310,7 +310,9 @@ def add_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if not is_add or len(node.args) != 2 or node.kwargs or "bnr_shared" in node.meta:
         return None
     a, b = node.args
-    return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b else None
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b or "bnr_shared" in {*a.meta, *b.meta}:
+        return None
+    return a, b
 
 
 def concat_of(node: fx.Node) -> list[fx.Node] | None:

@@ -31,7 +31,9 @@ def describe_environment() -> dict[str, Any]:
     if cuda["available"]:
         cuda["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     else:
-        cuda["reason"] = "PyTorch was built without CUDA" if torch.version.cuda is None else "PyTorch sees no CUDA device"
+        cuda["reason"] = (
+            "PyTorch was built without CUDA" if torch.version.cuda is None else "PyTorch sees no CUDA device"
+        )
     return {
         "bnrestructure": bnrestructure.__version__,
         "python": platform.python_version(),

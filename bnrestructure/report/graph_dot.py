@@ -1,4 +1,4 @@
-"""A graph in Graphviz's dot language: modules as nested clusters, the halves of each batch norm as bands of the boxes they ride on."""
+"""A graph in Graphviz's dot language: modules as clusters, the halves of each batch norm as bands of boxes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def _cluster(
     if group:
         yield f"{indent}subgraph {_quoted('cluster_' + prefix + group)} {{"
         inner = indent + "  "
-        yield f'{inner}label={_quoted(group.rpartition(".")[2])}; labeljust=l; fontsize=10; color="#aaaaaa"; style=rounded;'
+        yield f"{inner}label={_quoted(group.rpartition('.')[2])}; labeljust=l; fontsize=10;"
+        yield f'{inner}color="#aaaaaa"; style=rounded;'
     for entry in tree.get(group, []):
         yield f"{inner}{_quoted(prefix + entry.id)} [label=<{_label(entry, backward)}>];"
     children = sorted(g for g in groups if g and g.rpartition(".")[0] == group)
@@ -62,8 +63,9 @@ def _label(entry: Entry, backward: bool) -> str:
     work = entry.backward["work"] if backward else entry.what
     prologue = entry.backward["prologue"] if backward else entry.prologue
     epilogue = entry.backward["epilogue"] if backward else entry.epilogue
+    fill = _FILL.get(entry.status or "", _PLAIN)
     rows = [] if prologue is None else [_row(prologue, _PROLOGUE)]
-    rows.append(f'<tr><td bgcolor="{_FILL.get(entry.status or "", _PLAIN)}"><b>{_text(entry.name)}</b><br/>{_text(work)}</td></tr>')
+    rows.append(f'<tr><td bgcolor="{fill}"><b>{_text(entry.name)}</b><br/>{_text(work)}</td></tr>')
     rows += [] if epilogue is None else [_row(epilogue, _EPILOGUE)]
     rows += [] if entry.reason is None else [_row(f"{entry.status}: {entry.reason}", _FILL[entry.status or "kept"])]
     return f'<table border="0" cellborder="1" cellspacing="0" cellpadding="4">{"".join(rows)}</table>'

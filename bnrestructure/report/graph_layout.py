@@ -1,4 +1,4 @@
-"""Positions for drawing a graph from top to bottom: one layer for each step along the longest path, branches side by side."""
+"""Positions for drawing a graph from top to bottom: a layer for each step of the longest path, branches abreast."""
 
 from __future__ import annotations
 
@@ -34,7 +34,12 @@ class Layout:
 
 
 def lay_out(
-    view: RegionView, sizes: dict[str, tuple[float, float]], *, gap_x: float = 24, gap_y: float = 26, upside_down: bool = False
+    view: RegionView,
+    sizes: dict[str, tuple[float, float]],
+    *,
+    gap_x: float = 24,
+    gap_y: float = 26,
+    upside_down: bool = False,
 ) -> Layout:
     """Place the entries of a region. ``sizes`` is (width, height) by id; ``upside_down`` puts the output on top."""
     graph = nx.DiGraph()
@@ -71,6 +76,7 @@ def _without_crossings(layers: list[list[str]], graph: nx.DiGraph) -> list[list[
     place: dict[str, float] = {}
     ordered = []
     for layer in layers:
+
         def key(name: str) -> float:
             around = [place[n] for n in (*graph.predecessors(name), *graph.successors(name)) if n in place]
             return sum(around) / len(around) if around else 0.0

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from bnrestructure.plan import Plan
 from bnrestructure.report.graph_text import graph_text
-from bnrestructure.report.graph_view import RegionView
+from bnrestructure.report.graph_view import Entry, RegionView
 from bnrestructure.report.plan_table import STATUS_STYLE
 
 __all__ = ["AS_CAPTURED", "page", "print_page"]
@@ -41,9 +41,11 @@ def page(title: str, stage: str, plan: Plan, views: Sequence[RegionView], *, bac
     return text
 
 
-def _sites_of(entry: object) -> list[str]:
-    module, kind = getattr(entry, "module", ""), getattr(entry, "kind", "")
-    return [module] if kind == "bn" else []
+def _sites_of(entry: Entry) -> list[str]:
+    """The sites whose status the entry shows."""
+    if entry.status is None:
+        return []
+    return [entry.module] if entry.kind == "bn" else [*entry.prologue_sites, *entry.epilogue_sites]
 
 
 def print_page(

@@ -1,7 +1,7 @@
 """A graph as an SVG picture, drawn here so that no other program is needed.
 
-Each box is one layer; a band on its upper edge is what is applied as the input is read (prologue), a band on its lower edge what is computed
-of the result on the way out (epilogue): the two halves of the batch norms, where they now ride.
+Each box is one layer; a band on its upper edge is what is applied as the input is read (prologue), a band on its lower
+edge what is computed of the result on the way out (epilogue): the two halves of the batch norms, where they now ride.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _LEGEND = (("prologue", "applied as the input is read"), ("epilogue", "computed 
 _STYLE = """
   text { font: 11px Helvetica, Arial, sans-serif; fill: #222 }
   .name { font-weight: bold } .what { fill: #555 } .title { font-size: 16px; font-weight: bold }
-  .box { fill: #fff; stroke: #555 } .prologue { fill: #fbe3c0; stroke: #b98a3c } .epilogue { fill: #cfe6f5; stroke: #4a88b0 }
-  .partial { fill: #fdeebb; stroke: #b39b2e } .kept { fill: #f8c9c4; stroke: #b3473a }
+  .box { fill: #fff; stroke: #555 } .prologue { fill: #fbe3c0; stroke: #b98a3c } .epilogue { fill: #cfe6f5; stroke:
+  #4a88b0 } .partial { fill: #fdeebb; stroke: #b39b2e } .kept { fill: #f8c9c4; stroke: #b3473a }
   .edge { fill: none; stroke: #777; stroke-width: 1.2 } .long { stroke: #6a51a3; stroke-dasharray: 5 3 }
 """
 
@@ -46,7 +46,8 @@ def graph_svg(title: str, views: Sequence[RegionView], *, backward: bool = False
         y += layout.height + 50
         width = max(width, total)
     head = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{y:.0f}" viewBox="0 0 {width:.0f} {y:.0f}">',
+        '<svg xmlns="http://www.w3.org/2000/svg" '
+        f'width="{width:.0f}" height="{y:.0f}" viewBox="0 0 {width:.0f} {y:.0f}">',
         f"<title>{escape(title)}</title><style>{_STYLE}</style>",
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0 8 4 0 8z" fill="#777"/></marker></defs>',
@@ -95,12 +96,13 @@ def _size(entry: Entry, backward: bool) -> tuple[float, float]:
 
 def _box(box: Placed, backward: bool) -> Iterator[str]:
     left, y = box.x - box.width / 2, box.y
-    yield f'<g><title>{escape(_tooltip(box.entry))}</title>'
+    yield f"<g><title>{escape(_tooltip(box.entry))}</title>"
     for style, words in _rows(box.entry, backward):
         height = 2 * _LINE + 6 if style == "box" else _LINE
         yield f'<rect class="{style}" x="{left:.1f}" y="{y:.1f}" width="{box.width:.1f}" height="{height:.1f}" rx="2"/>'
         if style == "box":
-            yield f'<text class="name" x="{box.x:.1f}" y="{y + 14:.1f}" text-anchor="middle">{escape(_path(box.entry))}</text>'
+            name = escape(_path(box.entry))
+            yield f'<text class="name" x="{box.x:.1f}" y="{y + 14:.1f}" text-anchor="middle">{name}</text>'
             yield f'<text class="what" x="{box.x:.1f}" y="{y + 29:.1f}" text-anchor="middle">{escape(words)}</text>'
         else:
             yield f'<text x="{box.x:.1f}" y="{y + 11:.1f}" text-anchor="middle">{escape(words)}</text>'
@@ -140,5 +142,7 @@ def _edges(layout: Layout, lanes: dict[tuple[str, str], int], backward: bool) ->
             continue
         y0, y1 = source.y + source.height, target.y - 2
         middle = (y0 + y1) / 2
-        path = f"M{source.x:.1f} {y0:.1f}C{source.x:.1f} {middle:.1f} {target.x:.1f} {middle:.1f} {target.x:.1f} {y1:.1f}"
+        path = (
+            f"M{source.x:.1f} {y0:.1f}C{source.x:.1f} {middle:.1f} {target.x:.1f} {middle:.1f} {target.x:.1f} {y1:.1f}"
+        )
         yield f'<path class="edge" d="{path}" marker-end="url(#tip)"/>'

@@ -12,6 +12,7 @@ __all__ = ["graph_text"]
 
 _PROLOGUE, _EPILOGUE, _QUIET = "yellow", "cyan", "dim"
 _INDENT = "  "
+_SHOWN_ORIGINS = 3
 
 
 def graph_text(view: RegionView, *, backward: bool = False) -> Text:
@@ -67,9 +68,11 @@ def _append_riders(line: Text, entry: Entry, backward: bool) -> None:
 
 def _origin(entry: Entry, before: Entry | None, by_id: dict[str, Entry]) -> str:
     """Where it reads from, unless that is just the line above."""
-    if entry.kind == "input" or (before is not None and entry.inputs == [before.id]):
+    if not entry.inputs or (before is not None and entry.inputs == [before.id]):
         return ""
-    return "from " + ", ".join(_named(by_id[i], entry.group) for i in entry.inputs if i in by_id) if entry.inputs else ""
+    names = [_named(by_id[i], entry.group) for i in entry.inputs if i in by_id]
+    more = len(names) - _SHOWN_ORIGINS
+    return f"from {', '.join(names[:_SHOWN_ORIGINS])}{f' +{more}' if more > 0 else ''}"
 
 
 def _named(source: Entry, group: str) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from bnrestructure import ops
-from bnrestructure.graph.fused import OUTPUTS, is_fused, produced_by
+from bnrestructure.graph.fused import is_fused
 from bnrestructure.graph.layers import (
     ConvLayer,
     activation_of,
@@ -22,10 +20,11 @@ from bnrestructure.graph.layers import (
     module_path,
     modules_of,
 )
-from bnrestructure.ops.synchronise import synchronise
 from bnrestructure.plan import Site
 from bnrestructure.report.graph_backward import backward_of
-from bnrestructure.report.names import relative, shortened
+from bnrestructure.report.graph_edges import data_inputs, is_tucked, normalised_sites, source_of, sources_of
+from bnrestructure.report.graph_words import by, conv_words, fused_words, notes_of, part_of_reason, plain_words, strided
+from bnrestructure.report.names import shortened
 
 __all__ = ["Entry", "RegionView", "view_region"]
 
@@ -34,8 +33,10 @@ __all__ = ["Entry", "RegionView", "view_region"]
 class Entry:
     """One line of a shown graph.
 
-    id, kind         the node's name in the fx graph; what it is: conv, bn, act, add, concat, pool, sweep, buffer, input, output, other
-    module           path of the original module, or of the one whose forward() calls it; ``group`` is the module that it is shown in
+    id, kind         the node's name in the fx graph; what it is: conv, bn, act, add, concat, pool, sweep, buffer,
+                     input, output, other
+    module           path of the original module, or of the one whose forward() calls it; ``group`` is the module that
+                     it is shown in
     name, what       name inside the group; a few words: ``conv 3x3 64->64 /2``
     inputs           ids of the entries that it reads; ``shortcut`` is the one among them that a residual join adds
     prologue         what is applied to its input as it is read: ``bn1 norm + relu``, and the sites in question
@@ -106,12 +107,12 @@ class _Builder:
         self.sizes: set[fx.Node] = set()  # nodes that compute shapes, not tensors
 
     def entry(self, node: fx.Node) -> Entry | None:
-        """The entry for this node, or None for what is tucked into others: attributes, per-channel vectors, outputs of fused nodes."""
-        if _is_tucked(node) or self._is_size(node):
+        """The entry for this node, or None for what is tucked into others and for arithmetic on shapes."""
+        if is_tucked(node) or self._is_size(node):
             return None
         entry = self._described(node)
-        sources = [source for n in _data_inputs(node) for source in _sources(n)]
-        shown = [source for source in sources if not _is_tucked(source) and source not in self.sizes]
+        sources = [source for n in data_inputs(node) for source in sources_of(n)]
+        shown = [source for source in sources if not is_tucked(source) and source not in self.sizes]
         entry.inputs = list(dict.fromkeys(source.name for source in shown))
         entry.backward = backward_of(node, entry.prologue_sites, entry.epilogue_sites, entry.group)
         return entry
@@ -134,7 +135,7 @@ class _Builder:
             return self._fused(node)
         layer = conv_of(node, self.modules)
         if isinstance(layer, ConvLayer):
-            return self._new(node, "conv", self._conv_words(layer))
+            return self._new(node, "conv", conv_words(layer, self.gm))
         if batch_norm_of(node, self.modules) is not None or node.target is ops.batch_norm:
             return self._batch_norm(node)
         act = activation_of(node, self.modules)
@@ -147,13 +148,14 @@ class _Builder:
             return self._new(node, "concat", f"concat of {len(segments)}")
         pool = max_pool_of(node, self.modules)
         if pool is not None:
-            return self._new(node, "pool", f"max pool {_by(pool['kernel'])}{_strided(pool['stride'])}")
-        return self._new(node, "other", self._plain_words(node))
+            return self._new(node, "pool", f"max pool {by(pool['kernel'])}{strided(pool['stride'])}")
+        return self._new(node, "other", plain_words(node, self.gm))
 
     def _new(self, node: fx.Node, kind: str, what: str) -> Entry:
         path = module_path(node)
         module = self.modules.get(path)
-        inside = module is None or any(True for _ in module.children())  # called by that module's forward(), not the module itself
+        # called by that module's forward(), or the module itself
+        inside = module is None or bool(list(module.children()))
         if path == node.name and path not in self.modules:
             path = ""
         group, _, name = (path, "", "") if inside else path.rpartition(".")
@@ -163,21 +165,23 @@ class _Builder:
 
     def _batch_norm(self, node: fx.Node) -> Entry:
         act = str(node.kwargs.get("act", "identity")) if node.target is ops.batch_norm else "identity"
-        entry = self._new(node, "bn", "batch norm" if act == "identity" else f"batch norm + {act}")
         site = next(iter(node.meta.get("bnr_kept", [])), node.meta.get("bnr_site", module_path(node)))
+        what = "batch norm" if act == "identity" else f"batch norm + {act}"
+        group, _, name = site.rpartition(".") if site.split("#")[0] in self.modules else ("", "", node.name)
+        entry = Entry(node.name, "bn", site, group, name, what)
         planned = self.sites.get(self.prefix + site)
         if planned is not None and planned.status == "kept":
             entry.status, entry.reason = "kept", planned.reason
         return entry
 
     def _fused(self, node: fx.Node) -> Entry:
-        entry = self._new(node, *self._fused_words(node))
+        entry = self._new(node, *fused_words(node, self.gm))
         kwargs = node.kwargs
-        entry.prologue_sites = _normalised_sites(node)
+        entry.prologue_sites = normalised_sites(node)
         entry.epilogue_sites = list(node.meta.get("bnr_statistics_of", []))
         act = str(kwargs.get("act", "identity"))
         if node.target is ops.residual:
-            entry.shortcut = _source(kwargs["r"]).name  # type: ignore[arg-type]
+            entry.shortcut = source_of(kwargs["r"]).name  # type: ignore[arg-type]
         if entry.prologue_sites:
             entry.prologue = f"{shortened(entry.prologue_sites, entry.group)} norm"
         if act != "identity" and node.target is not ops.residual:
@@ -186,184 +190,10 @@ class _Builder:
             entry.prologue = f"{entry.prologue or ''} * gate".strip()
         if entry.epilogue_sites:
             entry.epilogue = f"{shortened(entry.epilogue_sites, entry.group)} statistics"
-        entry.notes = _notes(node, entry.group)
-        alone = {ops.statistics: entry.epilogue_sites, ops.normalise: entry.prologue_sites}.get(node.target, [])  # type: ignore[call-overload]
-        for site in alone:
+        entry.notes = notes_of(node, entry.group)
+        halves: dict[Any, list[str]] = {ops.statistics: entry.epilogue_sites, ops.normalise: entry.prologue_sites}
+        for site in halves.get(node.target, []):
             planned = self.sites.get(self.prefix + site)
             if planned is not None and planned.status != "fused":
-                entry.status, entry.reason = planned.status, _part_of_reason(planned.reason, node)
+                entry.status, entry.reason = planned.status, part_of_reason(planned.reason, node)
         return entry
-
-    def _fused_words(self, node: fx.Node) -> tuple[str, str]:
-        kwargs = node.kwargs
-        if node.target is ops.conv:
-            return "conv", self._conv_words(node.meta.get("bnr_conv"))
-        if node.target is ops.residual:
-            return "add", "add" if kwargs["act"] == "identity" else f"add + {kwargs['act']}"
-        if node.target is ops.max_pool:
-            return "pool", f"max pool {_by(kwargs['kernel'])}{_strided(kwargs['stride'])}"
-        if node.target is ops.squeeze:
-            return "pool", "squeeze" if kwargs["excite"] else "global average pool"
-        if node.target is ops.statistics:
-            return "sweep", "statistics"
-        if node.target is ops.normalise:
-            return "sweep", "normalise"
-        if node.target is ops.concat_buffer:
-            return "buffer", _buffer_words(node)
-        return "other", "gradient in memory of its own"
-
-    def _conv_words(self, layer: ConvLayer | None) -> str:
-        if layer is None:
-            return "conv"
-        shape = self._weight_shape(layer)
-        kernel = "" if shape is None else f" {_by(shape[2:])}"
-        if layer.depthwise:
-            channels, kind = f" {layer.out_channels}", "depthwise"
-        else:
-            kind = "conv"
-            channels = "" if shape is None else f" {shape[1] * layer.groups}->{shape[0]}"
-        extras = _strided(layer.stride)
-        if layer.groups > 1 and not layer.depthwise:
-            extras += f" groups {layer.groups}"
-        if any(d != 1 for d in layer.dilation):
-            extras += f" dilation {layer.dilation[0]}"
-        return f"{kind}{kernel}{channels}{extras}"
-
-    def _weight_shape(self, layer: ConvLayer) -> tuple[int, ...] | None:
-        if isinstance(layer.weight, str):
-            return tuple(operator.attrgetter(layer.weight)(self.gm).shape) if "." in layer.weight else None
-        example = None if layer.weight is None else layer.weight.meta.get("example_value")
-        if example is None and isinstance(layer.weight, fx.Node) and layer.weight.op == "get_attr":
-            path, _, name = str(layer.weight.target).rpartition(".")
-            example = getattr(self.modules.get(path, self.gm), name, None)
-        return None if example is None else tuple(example.shape)
-
-    def _plain_words(self, node: fx.Node) -> str:
-        if node.op == "call_module":
-            module = self.modules.get(str(node.target))
-            return type(module).__name__
-        if node.op == "call_method":
-            return str(node.target)
-        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-            return f"{node.args[0].name}[{node.args[1]}]"
-        return str(getattr(node.target, "__name__", node.target)).removeprefix("_")
-
-
-def _is_tucked(node: fx.Node) -> bool:
-    """Whether the node is shown as a part of another: attributes, finalize, vectors, and the outputs of fused nodes."""
-    if node.op == "get_attr" or node.meta.get("bnr_vector") or node.target in (ops.finalize, ops.own_gradient, synchronise):
-        return True
-    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return node.args[0].target in OUTPUTS
-    return getattr(node.target, "__name__", "") == "_item" and _is_merged_vector(node)
-
-
-def is_vector_item(node: fx.Node) -> bool:
-    """An element of synchronise's result."""
-    return bool(node.args) and isinstance(node.args[0], fx.Node) and node.args[0].target is synchronise
-
-
-def _data_inputs(node: fx.Node) -> list[fx.Node]:
-    """The activations that a node reads; per-channel vectors and parameters left out, buffers too where a slice of them is written."""
-    if is_fused(node) and node.target in OUTPUTS:
-        names = ("x", "y", "r", "gate", *(["into"] if _appends(node) else []))
-        return [v for k in names if isinstance(v := node.kwargs.get(k), fx.Node)]
-    if node.target is ops.concat_buffer:
-        return [v for v in node.args[:1] if isinstance(v, fx.Node)]
-    return node.all_input_nodes
-
-
-def _appends(node: fx.Node) -> bool:
-    """Whether a convolution writes behind what is in a buffer: what it returns is then everything up to there."""
-    return node.target is ops.conv and isinstance(node.kwargs["into"], fx.Node) and node.kwargs["offset"] is None
-
-
-def _sources(node: fx.Node) -> list[fx.Node]:
-    """The nodes that made this tensor: all writers of a buffer that stands for a concat of branches, else the one of _source."""
-    source = _source(node)
-    writers = [source]
-    while not _appends(writers[-1]) and isinstance(into := writers[-1].kwargs.get("into"), fx.Node):
-        writers.append(_source(into))
-    return writers[::-1]
-
-
-def _source(node: fx.Node) -> fx.Node:
-    """The node that made this tensor: behind outputs of fused nodes, and behind readers that pass it on."""
-    while True:
-        if node.target is ops.own_gradient:
-            node = node.args[0]  # type: ignore[assignment]
-        elif node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].target in OUTPUTS:
-            fused = node.args[0]
-            passed = produced_by(node, fused.target, "x") is not None
-            node = fused.kwargs["x"] if passed else fused  # type: ignore[assignment]
-            if not passed:
-                return node
-        else:
-            return node
-
-
-def _normalised_sites(node: fx.Node) -> list[str]:
-    """The sites whose normalisation this node applies: as recorded, else those whose scale it reads (a squeeze, say)."""
-    recorded = node.meta.get("bnr_normalises")
-    if recorded is not None:
-        return list(recorded)
-    sites: list[str] = []
-    stack = [node.kwargs.get("scale")]
-    while stack:
-        vector = stack.pop()
-        if isinstance(vector, fx.Node):
-            made = produced_by(vector, ops.finalize, "scale")
-            if made is not None and "bnr_site" in made.meta:
-                sites.append(made.meta["bnr_site"])
-            elif vector.meta.get("bnr_vector") or vector.target is torch.cat:
-                stack += reversed(vector.all_input_nodes)
-    return sites
-
-
-def _notes(node: fx.Node, group: str) -> list[str]:
-    kwargs, notes = node.kwargs, []
-    if kwargs.get("thread"):
-        notes.append("passes its input on")
-    if node.target is ops.conv and isinstance(kwargs["into"], fx.Node):
-        place = "appended" if _appends(node) else f"channels {kwargs['offset']}.."
-        notes.append(f"written into {_buffer_name(kwargs['into'], group)}, {place}")
-    elif node.target is ops.conv and kwargs["channels"] is not None:
-        notes.append(f"starts a buffer of {kwargs['channels']} channels, at {kwargs['offset']}")
-    if kwargs.get("gain") is True:
-        notes.append("applies s in backward")
-    return notes
-
-
-def _part_of_reason(reason: str | None, node: fx.Node) -> str | None:
-    """A plan gives a reason for each half of a site; a node that stands alone is one of the halves."""
-    word = "statistics" if node.target is ops.statistics else "normalised"
-    parts = [part for part in (reason or "").split("; ") if word in part]
-    return "; ".join(parts) or reason
-
-
-def _buffer_name(tensor: fx.Node, group: str) -> str:
-    """``the buffer of branch1.conv``: named after the node that allocated the memory in which this tensor lies."""
-    node = _source(tensor)
-    while isinstance(into := node.kwargs.get("into"), fx.Node):
-        node = _source(into)
-    return "the buffer" if node.target is ops.concat_buffer else f"the buffer of {relative(module_path(node), group)}"
-
-
-def _buffer_words(node: fx.Node) -> str:
-    if isinstance(node.kwargs.get("into"), fx.Node):
-        return f"copied into a buffer, channels {node.kwargs['offset']}.."
-    extra = node.kwargs.get("extra")
-    return f"buffer, {extra} channels to come" if extra else f"buffer of {node.kwargs['channels']} channels"
-
-
-def _by(sizes: object) -> str:
-    """``3x3``."""
-    return "x".join(str(s) for s in sizes)  # type: ignore[attr-defined]
-
-
-def _strided(stride: object) -> str:
-    """`` /2``, or nothing for stride 1."""
-    sizes = list(stride)  # type: ignore[call-overload]
-    if all(s == 1 for s in sizes):
-        return ""
-    return f" /{sizes[0] if len(set(sizes)) == 1 else _by(sizes)}"

@@ -1,4 +1,4 @@
-"""What a training step costs in memory: the bytes autograd keeps for the backward pass, and the peak of the whole step."""
+"""What a training step costs in memory: what autograd keeps for the backward pass, and the peak of the whole step."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def saved_for_backward(model: nn.Module, step: Callable[[], Any]) -> int:
     """The most bytes of tensors that autograd holds at one time for the backward pass while ``step()`` runs.
 
     A storage is counted once however many tensors over it are saved, and whole even if a slice of it is saved: that is
-    what cannot be freed. The model's parameters and buffers are not counted, they exist anyway. ``step`` may be a forward
-    pass alone or a whole training step; saves that activation checkpointing avoids or repeats are seen as they happen.
+    what cannot be freed. The model's parameters and buffers are not counted, they exist anyway. ``step`` may be a
+    forward pass alone or a whole training step; what activation checkpointing avoids or repeats is seen as it happens.
     """
     own = {_storage_key(t) for t in (*model.parameters(), *model.buffers())}
     saved = _SavedStorages(own)

@@ -13,7 +13,7 @@ def shortened(sites: list[str], group: str, shown: int = 2) -> str:
 
 
 def relative(path: str, group: str) -> str:
-    """A path as seen from inside ``group``: less what both start with, but never a bare index (``downsample.1``, not ``1``)."""
+    """A path as seen from inside ``group``, but never a bare index (``downsample.1``, not ``1``)."""
     while group:
         if path.startswith(f"{group}.") and not path[len(group) + 1].isdigit():
             return path[len(group) + 1 :]

@@ -16,12 +16,21 @@ STATUS_STYLE = {"fused": "green", "partial": "yellow", "kept": "red"}
 def print_plan(console: Console, plan: Plan, title: str) -> None:
     """One row for each batch norm, totals, the reasons with their counts, coverage."""
     sized = any(site.bytes_before is not None for site in plan.sites)
-    table = Table(title=f"{escape(title)}: {len(plan.sites)} batch norms", title_justify="left", show_footer=bool(plan.sites), pad_edge=False)
+    table = Table(
+        title=f"{escape(title)}: {len(plan.sites)} batch norms",
+        title_justify="left",
+        show_footer=bool(plan.sites),
+        pad_edge=False,
+    )
     table.add_column("site", "total", overflow="fold")
     table.add_column("status", _share(plan))
     table.add_column("pattern", overflow="fold")
     table.add_column("shape")
-    table.add_column("sweeps", _arrow(sum(s.sweeps_before for s in plan.sites), sum(s.sweeps_after for s in plan.sites)), justify="right")
+    table.add_column(
+        "sweeps",
+        _arrow(sum(s.sweeps_before for s in plan.sites), sum(s.sweeps_after for s in plan.sites)),
+        justify="right",
+    )
     if sized:
         table.add_column("MB", _megabytes(plan.sites), justify="right")
     table.add_column("reason", overflow="fold")
@@ -44,7 +53,9 @@ def print_plan(console: Console, plan: Plan, title: str) -> None:
 def _print_summary(console: Console, plan: Plan) -> None:
     counts = plan.counts
     parts = [f"[{STATUS_STYLE[status]}]{counts[status]} {status}[/]" for status in counts]
-    console.print(f"[bold]{escape(plan.model)}[/]: {len(plan.sites)} BN layers, {', '.join(parts)}; coverage {plan.coverage:.0%}")
+    console.print(
+        f"[bold]{escape(plan.model)}[/]: {len(plan.sites)} BN layers, {', '.join(parts)}; coverage {plan.coverage:.0%}"
+    )
     for reason, count in plan.reasons.items():
         console.print(f"  {count} x {escape(reason)}")
     if plan.regions and plan.regions != ["the whole model"]:

@@ -34,7 +34,9 @@ def print_report(console: Console, report: VerificationReport) -> None:
         console.print(f"  [red]and {len(failures) - _SHOWN_FAILURES} more[/]")
     sites = ", ".join(f"{count} {status}" for status, count in report.sites.items())
     verdict = "[green]equivalent[/]" if report.ok else "[red]NOT equivalent[/]"
-    console.print(f"[bold]{escape(report.model)}[/]: {verdict}; {len(report.comparisons)} tensors compared; batch norms: {sites}")
+    console.print(
+        f"[bold]{escape(report.model)}[/]: {verdict}; {len(report.comparisons)} tensors compared; batch norms: {sites}"
+    )
     if not report.ok and report.worst is not None:
         console.print(f"  worst: {escape(str(report.worst))}")
     for note in report.notes:

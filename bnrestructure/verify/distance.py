@@ -16,9 +16,10 @@ SMALL = 1e-3
 def units(truths: dict[str, Tensor]) -> dict[str, float]:
     """For each tensor of one kind, the length by which its error is divided: ``max(||t||, SMALL * r * sqrt(numel))``.
 
-    r is the largest root mean square among the tensors of this kind. Gradients that are zero in exact arithmetic (of a bias in front of a
-    batch norm, say) are rounding noise in every implementation; they are measured against their neighbours and not against themselves.
-    A fault of relative size 1e-9 / SMALL still shows in every tensor that is not smaller than 1e-9 * SMALL of its neighbours.
+    r is the largest root mean square among the tensors of this kind. Gradients that are zero in exact arithmetic (of a
+    bias in front of a batch norm, say) are rounding noise in every implementation; they are measured against their
+    neighbours and not against themselves. A fault of relative size 1e-9 / SMALL still shows in every tensor that is not
+    smaller than 1e-9 * SMALL of its neighbours.
     """
     finite = {name: _finite(t) for name, t in truths.items() if t.is_floating_point()}
     roots = {name: _rms(t) for name, t in finite.items()}
@@ -27,7 +28,8 @@ def units(truths: dict[str, Tensor]) -> dict[str, float]:
 
 
 def distances(value: Tensor, truth: Tensor, unit: float) -> float:
-    """``||value - truth|| / unit`` over finite elements; infinite where shapes or the places of NaNs and infinities differ.
+    """``||value - truth|| / unit`` over finite elements; infinite where shapes or the places of NaNs and infinities
+    differ.
 
     Integer tensors are equal (0) or not (infinite).
     """

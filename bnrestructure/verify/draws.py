@@ -42,8 +42,9 @@ def seeded(seed: int) -> None:
 class SameDraws(TorchDispatchMode):
     """Makes dropout and kin draw the same numbers whatever the dtype and memory format of their tensors.
 
-    PyTorch fills memory in order, so that a dropout mask depends on the layout, and draws of another dtype may differ. Here every
-    operation that draws is run on contiguous float64 tensors and its result is copied to where it was wanted.
+    PyTorch fills memory in order, so that a dropout mask depends on the layout, and draws of another dtype may differ.
+    Here every operation that draws is run on contiguous float64 tensors and its result is copied to where it was
+    wanted.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -23,10 +23,12 @@ def named_tensors(tree: Any, name: str) -> dict[str, Tensor]:
 def default_loss(output: Any) -> Tensor:
     """The sum over floating outputs of ``(output * cotangent).sum()``; a dict of scalar losses is added up.
 
-    Cotangents are normal, of length about one for each output, and the same for every run: they depend on place and shape alone. They have few
-    enough bits to be exact in bfloat16, so that casting them adds no error to any run.
+    Cotangents are normal, of length about one for each output, and the same for every run: they depend on place and
+    shape alone. They have few enough bits to be exact in bfloat16, so that casting them adds no error to any run.
     """
-    floats = {name: t for name, t in named_tensors(output, "output").items() if t.is_floating_point() and t.requires_grad}
+    floats = {
+        name: t for name, t in named_tensors(output, "output").items() if t.is_floating_point() and t.requires_grad
+    }
     if not floats:
         raise UsageError("the model's output has no floating tensor with a gradient; pass loss_fn")
     if isinstance(output, dict) and all(t.dim() == 0 for t in floats.values()):

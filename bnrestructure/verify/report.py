@@ -60,8 +60,8 @@ class Comparison:
 class VerificationReport:
     """The outcome of :func:`bnrestructure.verify`.
 
-    ``comparisons`` holds every tensor of every stage and step, ``sites`` how many batch norms have each status, ``notes`` what could not be
-    compared and why.
+    ``comparisons`` holds every tensor of every stage and step, ``sites`` how many batch norms have each status,
+    ``notes`` what could not be compared and why.
     """
 
     model: str
@@ -82,7 +82,7 @@ class VerificationReport:
 
     @property
     def worst(self) -> Comparison | None:
-        """The tensor furthest beyond its limit in the first step that failed (later steps inherit), else the one nearest to its limit."""
+        """The tensor with the largest error / limit, in the first step that failed: later ones inherit."""
         failures = self.failures
         if not failures:
             return _worst(self.comparisons)
@@ -91,7 +91,7 @@ class VerificationReport:
 
     @property
     def failed_kinds(self) -> tuple[str, ...]:
-        """The kinds of tensor that are wrong in the first step that failed: outputs mean a wrong forward, gradients alone a wrong backward."""
+        """What is wrong in the first step that failed; gradients alone mean a wrong backward."""
         failures = self.failures
         kinds = {c.kind for c in failures if (c.stage, c.step) == (failures[0].stage, failures[0].step)}
         return tuple(kind for kind in KINDS if kind in kinds)
@@ -122,7 +122,9 @@ class VerificationReport:
 
     def __str__(self) -> str:
         verdict = "equivalent" if self.ok else "NOT equivalent" if self.comparisons else "nothing was compared"
-        lines = [f"{self.model}: {verdict}, {len(self.comparisons)} tensors compared, {len(self.failures)} beyond their limit"]
+        lines = [
+            f"{self.model}: {verdict}, {len(self.comparisons)} tensors compared, {len(self.failures)} beyond limits"
+        ]
         if self.worst is not None:
             lines.append(f"  worst: {self.worst}")
         lines += [f"  {'ok ' if c.ok else 'BAD'} {c}" for c in self.summary()]

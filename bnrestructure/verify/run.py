@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bnrestructure.verify.draws import SameDraws, seeded
-from bnrestructure.verify.widen import everything_in
 from bnrestructure.verify.loss import named_tensors
+from bnrestructure.verify.widen import everything_in
 
 __all__ = ["Run", "as_dtype"]
 
-_STEP_LENGTH = 1e-3  # of an SGD step, relative to the parameters: longer ones make deep nets chaotic, and then rounding decides
+_STEP_LENGTH = (
+    1e-3  # of an SGD step, relative to the parameters: longer ones make deep nets chaotic, and then rounding decides
+)
 _MOMENTUM = 0.9
 _HALF_SCALE = 2.0**10  # loss scale for float16, whose small gradients underflow
 

@@ -28,8 +28,8 @@ Key = tuple[int, str, str]
 class Trial:
     """Distances by tensor; ``ours`` and ``eager`` are in the training dtype and empty without that stage.
 
-    ``raised`` is (stage, step, message) when the restructured model raised; distances are then those up to there. ``trained`` is the
-    restructured copy after its last step.
+    ``raised`` is (stage, step, message) when the restructured model raised; distances are then those up to there.
+    ``trained`` is the restructured copy after its last step.
     """
 
     double: dict[Key, float] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all trials share. ``cast`` is the dtype of parameters and inputs in training, ``autocast`` a narrower one or None."""
+    """What all trials share. ``cast``: dtype of parameters and inputs in training; ``autocast``: a narrower one."""
 
     loss: Callable[[Any], Tensor]
     steps: int
@@ -57,9 +57,15 @@ class Setting:
 
 
 def run_trial(
-    original: nn.Module, candidate: nn.Module, inputs: tuple[Any, ...], setting: Setting, *, double: bool, training: bool
+    original: nn.Module,
+    candidate: nn.Module,
+    inputs: tuple[Any, ...],
+    setting: Setting,
+    *,
+    double: bool,
+    training: bool,
 ) -> Trial:
-    """Train copies in lockstep: the truth, and the restructured model in float64 and/or both models in the training dtype."""
+    """Train copies in lockstep: the truth, our model in float64 and/or both models in the training dtype."""
     trial = Trial()
     # the truth is that of the values which the training dtype starts from
     values = as_dtype(inputs, setting.cast)
@@ -73,7 +79,9 @@ def run_trial(
             if run is None:
                 continue
             stage = name_of(run.autocast or run.dtype)
-            setting.say(f"step {step} of {max(setting.steps, 1)}: {'restructured' if restructured else 'original'} in {stage}")
+            setting.say(
+                f"step {step} of {max(setting.steps, 1)}: {'restructured' if restructured else 'original'} in {stage}"
+            )
             if not restructured:
                 _original_step(run, seed)
                 continue
@@ -145,7 +153,9 @@ def _distance(value: Tensor | None, truth: Tensor | None, unit: float) -> float:
     return distances(value, truth, unit)
 
 
-def _both_distances(eager: Tensor | None, ours: Tensor | None, truth: Tensor | None, unit: float) -> tuple[float, float]:
+def _both_distances(
+    eager: Tensor | None, ours: Tensor | None, truth: Tensor | None, unit: float
+) -> tuple[float, float]:
     """(eager's, ours). Where eager is not finite there is no distance; ours must then be the same NaN or infinity."""
     if eager is None or ours is None or truth is None or not eager.is_floating_point() or eager.shape != ours.shape:
         return _distance(eager, truth, unit), _distance(ours, truth if eager is not None else None, unit)

@@ -1,4 +1,4 @@
-"""verify(): the restructured model against the original in float64, and against eager's own error in the training dtype."""
+"""verify(): the restructured model against the original in float64, and against eager's error in training."""
 
 from __future__ import annotations
 
@@ -41,28 +41,33 @@ def verify(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> VerificationReport:
-    """Check that restructuring does not change what the model computes. The model is left untouched, random generators too.
+    """Check that restructuring does not change what the model computes. The model is left untouched, random generators
+    too.
 
-    The oracle is the *original* model in float64. Deep copies are trained side by side for ``steps`` SGD steps (0: one forward and backward
-    pass alone), each step as long as 1e-3 of the parameters. Compared at each: outputs, the gradient of every parameter and of
-    every floating input, every buffer, and the parameters after the step.
+    The oracle is the *original* model in float64. Deep copies are trained side by side for ``steps`` SGD steps (0: one
+    forward and backward pass alone), each step as long as 1e-3 of the parameters. Compared at each: outputs, the
+    gradient of every parameter and of every floating input, every buffer, and the parameters after the step.
 
     float64         The restructured copy in float64: relative error at most 1e-9.
-    training dtype  The restructured copy's distance to the float64 truth is at most ``factor`` times eager's own distance plus 4
-                    machine epsilons. Eager's distance on a tensor is the larger of that tensor's and the quadratic mean over its kind
-                    (one lucky tensor is no measure). A value within rounding of a ReLU's kink may land on either side, in either model: if a
-                    tensor is beyond its limit, four more trials are made on parameters and inputs perturbed by one rounding each,
-                    and our median is held against eager's largest. Skipped for ``dtype=torch.float64`` and for a model in float64.
-    eval            After training, the eval-mode forwards of the restructured copy and of an original that loaded its state_dict
-                    (strictly) are bit-identical.
+    training dtype  The restructured copy's distance to the float64 truth is at most ``factor`` times eager's own
+                    distance plus 4 machine epsilons. Eager's distance on a tensor is the larger of that tensor's and
+                    the quadratic mean over its kind (one lucky tensor is no measure). A value within rounding of a
+                    ReLU's kink may land on either side, in either model: if a tensor is beyond its limit, four more
+                    trials are made on parameters and inputs perturbed by one rounding each, and our median is held
+                    against eager's largest. Skipped for ``dtype=torch.float64`` and for a model in float64.
+    eval            After training, the eval-mode forwards of the restructured copy and of an original that loaded its
+                    state_dict (strictly) are bit-identical.
 
-    A relative error divides by ``max(||t||, 1e-3 * r * sqrt(numel))``, r being the largest root mean square among tensors of that kind; see
-    verify/distance.py for why. NaN and infinity must stand in the same places as in eager. Dropout draws the same numbers in every run.
+    A relative error divides by ``max(||t||, 1e-3 * r * sqrt(numel))``, r being the largest root mean square among
+    tensors of that kind; see verify/distance.py for why. NaN and infinity must stand in the same places as in eager.
+    Dropout draws the same numbers in every run.
 
-    model      plain, or restructured (then with its own backend and passes unless others are given); if in eval mode, ``train()`` is used
-    inputs     a tensor or a tuple of arguments (a detection model's ``(images, targets)``), float tensors in the model's dtype
-    loss_fn    ``loss_fn(output)``, or ``loss_fn(output, targets)`` when targets are given; by default outputs times fixed random
-               cotangents, or the sum of a dict of losses
+    model      plain, or restructured (then with its own backend and passes unless others are given); if in eval mode,
+               ``train()`` is used
+    inputs     a tensor or a tuple of arguments (a detection model's ``(images, targets)``), float tensors in the
+               model's dtype
+    loss_fn    ``loss_fn(output)``, or ``loss_fn(output, targets)`` when targets are given; by default outputs times
+               fixed random cotangents, or the sum of a dict of losses
     dtype      the training dtype: None for the model's own; bfloat16 and float16 mean autocast over float32
     progress   called with a few words before each part of the work
 

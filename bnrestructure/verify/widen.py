@@ -15,7 +15,7 @@ __all__ = ["everything_in"]
 
 
 class _Float32IsFloat64(TorchFunctionMode):
-    """``x.float()``, ``x.to(torch.float32)``, ``torch.zeros(..., dtype=torch.float32)`` give float64: no rounding on the way to the truth."""
+    """``x.float()``, ``x.to(torch.float32)`` and kin give float64: no rounding on the way to the truth."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.float:

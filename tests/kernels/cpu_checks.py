@@ -39,7 +39,7 @@ def to_double(value: Any) -> Any:
 
 
 def largest_error(value: Tensor, truth: Tensor) -> float:
-    """Largest absolute difference, relative to the truth's largest magnitude; infinite where NaNs are not where they should be."""
+    """Largest absolute difference, relative to the truth's largest magnitude; infinite where NaNs differ."""
     value = value.double()
     if value.shape != truth.shape or not torch.equal(value.isnan(), truth.isnan()):
         return float("inf")
@@ -50,7 +50,7 @@ def largest_error(value: Tensor, truth: Tensor) -> float:
 def assert_as_good(name: str, value: Any, reference: Any, truth: Any, factor: float = 4.0) -> None:
     """``value`` is no further from the fp64 truth than ``factor`` times the reference's result in the same precision.
 
-    One rounding of the result's own dtype is always granted: on a handful of elements the reference can be exact by luck.
+    One rounding of the result's own dtype is always granted: on a few elements the reference can be exact by luck.
     """
     if isinstance(truth, tuple):
         for i, parts in enumerate(zip(value, reference, truth, strict=True)):

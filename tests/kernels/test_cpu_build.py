@@ -1,4 +1,4 @@
-"""Building and loading the CPU kernels: incremental, without a compiler, forced to an instruction set, one OpenMP pool."""
+"""Building and loading the CPU kernels: incremental, without a compiler, a forced instruction set, one OpenMP pool."""
 
 from __future__ import annotations
 

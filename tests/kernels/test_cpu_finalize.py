@@ -61,7 +61,8 @@ def test_strided_vectors() -> None:
     mean, var = (torch.rand(20)[::2] for _ in range(2))
     weight = torch.rand(30)[::3]
     result = cpu.finalize_forward(mean, var, 8, weight, None, None, None, 0.1, 1e-5)
-    expected = cpu.finalize_forward(mean.contiguous(), var.contiguous(), 8, weight.contiguous(), None, None, None, 0.1, 1e-5)
+    mean, var, weight = mean.contiguous(), var.contiguous(), weight.contiguous()
+    expected = cpu.finalize_forward(mean, var, 8, weight, None, None, None, 0.1, 1e-5)
     assert all(map(torch.equal, result, expected))
 
 

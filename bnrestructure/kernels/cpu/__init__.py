@@ -1,7 +1,7 @@
 """C++ kernels for channels_last activations in fp32 and bf16: drop-in replacements for kernels/reference.
 
-``supports`` says for a call's actual arguments why it needs the reference instead, ``unavailable_reason`` why no kernel can
-run here at all (not compiled, say).
+``supports`` says for a call's actual arguments why it needs the reference instead, ``unavailable_reason`` why no kernel
+can run here at all (not compiled, say).
 """
 
 from __future__ import annotations
@@ -56,7 +56,13 @@ def conv_forward(
 
 
 def conv_backward(
-    dy: Tensor, edge: BackwardEdge, x: Tensor, transform: Transform, weight: Tensor, geometry: ConvGeometry, **options: Any
+    dy: Tensor,
+    edge: BackwardEdge,
+    x: Tensor,
+    transform: Transform,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    **options: Any,
 ) -> ConvGradients:
     """Gradients of :func:`conv_forward`: see kernels/reference/convolution.py."""
     return _convolutions(weight, geometry).conv_backward(dy, edge, x, transform, weight, geometry, **options)

@@ -47,7 +47,8 @@ INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "portable": (),
 }
 
-#: Asked, in whichever library there is, before it is known what the CPU can run: never given an instruction set's flags.
+#: Asked, in whichever library there is, before it is known what the CPU can run: never given an instruction set's
+#: flags.
 BASELINE_SOURCE = "cpu_level.cpp"
 
 

@@ -1,4 +1,4 @@
-"""The per-channel step between the two halves of a batch norm, in one C call each instead of a dozen tiny tensor ops."""
+"""The per-channel step between the two halves of a batch norm: one C call instead of a dozen tiny tensor ops."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def finalize_forward(
     momentum: float | Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(rstd, scale, beta), each [C] fp32; updates the running statistics in place. See kernels/reference/statistics.py."""
+    """(rstd, scale, beta), each [C] fp32; updates the running statistics in place. See kernels/reference."""
     mean, var = vector(mean), vector(var)
     channels = mean.shape[0]
     rstd, scale, beta = torch.empty(3, channels).unbind()
@@ -54,7 +54,10 @@ def finalize_backward(dscale: Tensor, rstd: Tensor, weight: Tensor | None) -> tu
 
 
 def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why these arguments need the reference, in one line, or None: batch statistics in fp32, parameters in fp32 or bf16."""
+    """Why these arguments need the reference, in one line, or None.
+
+    Batch statistics must be fp32, parameters and running statistics fp32 or bf16.
+    """
     if args[0].dtype is not torch.float32 or args[0].dim() != 1:
         return f"batch statistics must be fp32 vectors, not {args[0].dtype}"
     parameters = args[3:7] if name == "finalize_forward" else args[2:3]

@@ -73,7 +73,7 @@ def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def destination(x: Tensor, accumulate: Tensor | None) -> Tensor:
-    """Where a kernel writes a gradient of x: ``accumulate`` itself if it can be added to in place, else fresh memory."""
+    """Where a kernel writes a gradient of x: ``accumulate`` if it can be added to in place, else fresh memory."""
     if accumulate is not None and accumulate.dtype == x.dtype and pitch_of(accumulate):
         return accumulate
     return empty_like(x)
@@ -109,7 +109,7 @@ def unsupported_activation(act: str) -> str | None:
 
 
 def unsupported_tensor(x: Tensor) -> str | None:
-    """Why the kernels cannot take an activation like x, or None: a 4-D tensor on the CPU, fp32 or bf16, with elements."""
+    """Why the kernels cannot take x, or None: they take 4-D tensors on the CPU, fp32 or bf16, with elements."""
     if x.dim() != 4:
         return f"the CPU kernels are for 4-D tensors, this one has {x.dim()} dimensions"
     if x.dtype not in ELEMENT_CODES:

@@ -1,8 +1,8 @@
 """Finds, loads and calls the compiled CPU kernels.
 
-The library is the most capable one this machine's CPU can run; ``BNRESTRUCTURE_CPU_ISA`` forces another (``avx512bf16``,
-``avx512``, ``avx2``, ``portable``), and ``BNRESTRUCTURE_CPU_SANITIZE=1`` asks for the sanitized build. Kernels are declared
-once, at import, and bound to the library on their first call::
+The library is the most capable one this machine's CPU can run; ``BNRESTRUCTURE_CPU_ISA`` forces another
+(``avx512bf16``, ``avx512``, ``avx2``, ``portable``), and ``BNRESTRUCTURE_CPU_SANITIZE=1`` asks for the sanitized build.
+Kernels are declared once, at import, and bound to the library on their first call::
 
     _sweep = library.declare("bnr_sweep", "piifp")     # p pointer or None, i int64, f float, d double
     _sweep(x.data_ptr(), n, channels, slope, None)
@@ -18,7 +18,17 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["CPU_LEVELS", "Kernel", "available_isas", "declare", "isa_name", "load", "threads", "unavailable_reason", "use"]
+__all__ = [
+    "CPU_LEVELS",
+    "Kernel",
+    "available_isas",
+    "declare",
+    "isa_name",
+    "load",
+    "threads",
+    "unavailable_reason",
+    "use",
+]
 
 _FOLDER = Path(__file__).parent
 _ARGUMENT_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
@@ -57,7 +67,9 @@ class Kernel:
 
 
 def declare(name: str, signature: str) -> Kernel:
-    """The C function ``name``, whose arguments have the types ``signature`` spells: p pointer, i int64, f float, d double. Spaces are ignored.
+    """The C function ``name``, whose arguments have the types ``signature`` spells.
+
+    p is a pointer, i an int64, f a float, d a double; spaces are ignored.
     """
     kernel = Kernel(name, signature)
     _kernels.append(kernel)
@@ -65,7 +77,7 @@ def declare(name: str, signature: str) -> Kernel:
 
 
 def load() -> ctypes.CDLL:
-    """The kernels' library, loaded on the first call. Raises RuntimeError with :func:`unavailable_reason` without one."""
+    """The kernels' library, loaded on the first call. Without one: RuntimeError with :func:`unavailable_reason`."""
     if reason := unavailable_reason():
         raise RuntimeError(f"the CPU kernels are not available: {reason}")
     assert _loaded is not None
@@ -129,7 +141,7 @@ def _path(isa: str) -> Path:
 
 
 def _open(isa: str | None) -> tuple[str, ctypes.CDLL]:
-    """Loads the library of ``isa``, or the best one. torch is imported by now, so its OpenMP runtime is the one we share."""
+    """Loads the library of ``isa``, or the best one. torch is imported by now: its OpenMP runtime is shared."""
     available = available_isas()
     if not available:
         raise RuntimeError("they are not compiled (python -m bnrestructure.kernels.cpu.build says why)")

@@ -1,7 +1,7 @@
 """The sweeps that ride on no convolution: statistics, normalise, residual join, max pooling, squeeze (global average).
 
-Same functions, arguments and results as kernels/reference; 4-D tensors in fp32 or bf16 (``supports`` in this package says
-what is not). Inputs of any strides are accepted, those that are not channels_last at the price of a copy.
+Same functions, arguments and results as kernels/reference; 4-D tensors in fp32 or bf16 (``supports`` says what is
+not). Inputs of any strides are accepted, those that are not channels_last at the price of a copy.
 """
 
 from __future__ import annotations
@@ -127,7 +127,10 @@ def squeeze_forward(x: Tensor, transform: Transform, *, dtype: torch.dtype) -> T
 def squeeze_backward(
     dpooled: Tensor, dz: Tensor | None, x: Tensor, transform: Transform, *, accumulate: Tensor | None = None
 ) -> Sums:
-    """(dx, SP, SPX); the gradient at z is ``dpooled[n, c] / positions + dz``. ``accumulate`` that *is* ``dz`` is overwritten."""
+    """(dx, SP, SPX); the gradient at z is ``dpooled[n, c] / positions + dz``.
+
+    ``accumulate`` that *is* ``dz`` is overwritten instead of added to.
+    """
     overwrite = dz is not None and accumulate is dz
     x, pitch = addressable(x)
     n, channels, height, width = x.shape
@@ -137,7 +140,8 @@ def squeeze_backward(
     gradient, gradient_pitch = (None, 0) if dz is None else addressable(dz)
     sum_p, sum_px = edge.sums()
     _squeeze_backward(
-        ELEMENT_CODES[x.dtype], *edge.activation, dpooled.data_ptr(), pointer(gradient), gradient_pitch, x.data_ptr(), pitch,
+        ELEMENT_CODES[x.dtype], *edge.activation, dpooled.data_ptr(), pointer(gradient), gradient_pitch,
+        x.data_ptr(), pitch,
         n, height * width, channels, *edge.pointers,
         out.data_ptr(), pitch_of(out), out is accumulate and not overwrite, pointer(sum_p), pointer(sum_px), threads(),
     )  # fmt: skip
@@ -185,9 +189,11 @@ def residual_backward(
     g = empty_like(out)
     sum_p, sum_py, sum_pr = torch.empty(3, channels).unbind()
     _residual_backward(
-        ELEMENT_CODES[y.dtype], *activation_code(act), dout.data_ptr(), dout_pitch, pointer(a), pointer(b), pointer(mean),
+        ELEMENT_CODES[y.dtype], *activation_code(act), dout.data_ptr(), dout_pitch,
+        pointer(a), pointer(b), pointer(mean),
         out.data_ptr(), out_pitch, y.data_ptr(), y_pitch, *y_edge.pointers, r.data_ptr(), r_pitch, *r_edge.pointers,
-        y.numel() // channels, channels, g.data_ptr(), sum_p.data_ptr(), sum_py.data_ptr(), sum_pr.data_ptr(), threads(),
+        y.numel() // channels, channels, g.data_ptr(),
+        sum_p.data_ptr(), sum_py.data_ptr(), sum_pr.data_ptr(), threads(),
     )  # fmt: skip
     return g, sum_p, sum_py if y_edge.is_affine else None, sum_pr if r_edge.is_affine else None
 
@@ -290,7 +296,7 @@ def _delivered(out: Tensor, accumulate: Tensor | None) -> Tensor:
 
 
 def _pooled_size(x: Tensor, geometry: PoolGeometry) -> tuple[int, int]:
-    """Output size of a max pooling; in ceil_mode the last window must still start inside the input or its left padding."""
+    """Output size of a max pooling; in ceil_mode the last window must start inside the input or its left padding."""
     sizes = []
     for n, k, s, p in zip(x.shape[2:], geometry.kernel, geometry.stride, geometry.padding, strict=True):
         size = (n + 2 * p - k + (s - 1 if geometry.ceil_mode else 0)) // s + 1

@@ -203,7 +203,7 @@ def test_channels_last(name: str) -> None:
     rewritten = assert_same_training(model, x)
     for parameter in rewritten.parameters():
         assert parameter.grad is None or parameter.grad.stride() == parameter.stride()
-    mixed = [x, x.contiguous(), x[:2], x.contiguous()[:3, :, ::2]]
+    mixed = [x, x.contiguous(), x[:2], x.contiguous()[:3, :, :8]]
     original = bnrestructure.unrestructure(copy.deepcopy(rewritten))
     for sample in mixed:
         assert_same_values(training_step(rewritten, sample), training_step(original, sample))

@@ -91,12 +91,14 @@ lint: $(VENV)/.tools
 	"$$root/$(BIN)/mypy" --config-file "$$root/pyproject.toml" --cache-dir "$$root/.mypy_cache" \
 	    --python-executable "$$root/$(LINT)/venv/bin/python" --package bnrestructure | sed 's|^.*/site-packages/||'
 
-# The interpreter is not built with the sanitizer, so its runtime is loaded first; leaks are the interpreter's own.
+# The interpreter is not built with the sanitizers, so their runtimes are loaded first; leaks would be the interpreter's own.
+# Without a library that loads the tests would all be skipped: that is an error here.
 sanitize: $(VENV)/.ready
 	@$(BIN)/python -m $(subst /,.,$(KERNELS)).build --sanitize
 	@compiler=$${CXX:-c++}; \
-	LD_PRELOAD="$$($$compiler -print-file-name=libasan.so) $$($$compiler -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 BNRESTRUCTURE_CPU_SANITIZE=1 \
+	export LD_PRELOAD="$$($$compiler -print-file-name=libasan.so) $$($$compiler -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 BNRESTRUCTURE_CPU_SANITIZE=1; \
+	$(BIN)/python -c 'from bnrestructure.kernels.cpu import library; library.load()'; \
 	$(BIN)/python -m pytest tests/kernels $(ARGS)
 
 clean:

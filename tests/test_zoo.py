@@ -13,11 +13,10 @@ from zoo_models import TOO_LARGE, build_model, build_on_meta, inputs_for
 
 import bnrestructure
 
-#: The smallest model of each family, by how its batch norms meet their neighbours.
+#: Small models that are verified in every run of the tests; the others take minutes each in float64 and are left to ``make zoo``.
 _FAMILIES = (
-    "densenet121", "efficientnet_b0", "fasterrcnn_mobilenet_v3_large_320_fpn", "googlenet", "lraspp_mobilenet_v3_large",
-    "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "quantized_shufflenet_v2_x0_5", "r3d_18", "regnet_y_400mf", "resnet18",
-    "resnet50", "shufflenet_v2_x0_5", "vgg11_bn",
+    "lraspp_mobilenet_v3_large", "mnasnet0_5", "mobilenet_v3_small", "quantized_shufflenet_v2_x0_5", "resnet18",
+    "shufflenet_v2_x0_5",
 )  # fmt: skip
 
 

@@ -18,12 +18,15 @@ __all__ = [
     "cotangent_loss",
     "relative_errors",
     "restructured_copy",
+    "rounding_noise",
     "training_step",
     "tree_tensors",
 ]
 
 #: What two fp64 runs of the same mathematics may differ by, relative.
 FP64_TOLERANCE = 1e-9
+#: Where eager itself moves by more than 1e-9 / this when parameters and inputs move by one rounding, that times this is the limit.
+NOISE_FACTOR = 16
 #: Tensors smaller than this share of the largest of their kind are compared on that scale: a gradient that is zero in theory (a
 #: convolution's bias before a batch norm) is rounding noise in both models.
 ZERO_SHARE = 1e-3
@@ -101,10 +104,40 @@ def _rms(tensor: Tensor) -> float:
     return float(finite.square().mean().sqrt()) if finite.numel() else 0.0
 
 
-def assert_same_values(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = FP64_TOLERANCE) -> None:
-    """Fail with the worst tensor's name unless every relative error is within the tolerance (a NaN error fails)."""
+def rounding_noise(model: nn.Module, expected: dict[str, Tensor], *args: Any, seed: int = 0, **kwargs: Any) -> dict[str, float]:
+    """By tensor, how far the model's own step moves, at most, in five trials with every parameter and input off by up to one rounding.
+
+    No implementation in this precision can be held to less. A wrong formula is wrong by far more, whatever the conditioning.
+    """
+    noise: dict[str, float] = {}
+    for trial in range(5):
+        generator = torch.Generator().manual_seed(trial)
+
+        def nudge(value: Any, generator: torch.Generator = generator) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            u = torch.rand(value.shape, generator=generator, dtype=torch.float64) * 2 - 1
+            return (value.detach() * (1 + torch.finfo(value.dtype).eps * u)).to(value.dtype)
+
+        nudged = copy.deepcopy(model)
+        for parameter in nudged.parameters():
+            parameter.data.copy_(nudge(parameter))
+        nudged_args, nudged_kwargs = pytree.tree_map(nudge, (args, kwargs))
+        errors = relative_errors(training_step(nudged, *nudged_args, seed=seed, **nudged_kwargs), expected)
+        noise = {name: max(noise.get(name, 0.0), error) for name, error in errors.items()}
+    return noise
+
+
+def assert_same_values(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float | dict[str, float] = FP64_TOLERANCE
+) -> None:
+    """Fail with the worst tensor's name unless every relative error is within the tolerance, one for all or one by name.
+
+    A NaN error fails.
+    """
     errors = relative_errors(actual, expected)
-    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    limits = tolerance if isinstance(tolerance, dict) else dict.fromkeys(errors, tolerance)
+    wrong = {name: error for name, error in errors.items() if not error <= limits[name]}
     if wrong:
         worst = sorted(wrong, key=lambda name: wrong[name], reverse=True)[:5]
         listing = ", ".join(f"{name} {wrong[name]:.2e}" for name in worst)
@@ -118,17 +151,26 @@ def assert_same_training(
     tolerance: float = FP64_TOLERANCE,
     options: dict[str, Any] | None = None,
     between: Callable[[nn.Module, int], None] | None = None,
+    allow_noise: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Train the model and a restructured copy for some SGD steps, comparing everything after each. Returns the copy.
 
-    ``between(model, step)`` is applied to both after each step.
+    ``between(model, step)`` is applied to both after each step. ``allow_noise``: for models that nobody chose, which may be so badly
+    conditioned that rounding alone moves a tensor by more than the tolerance; see ``rounding_noise``.
     """
     rewritten = restructured_copy(model, **(options or {}))
     original = copy.deepcopy(model)
     for step in range(steps):
+        before = copy.deepcopy(original)
         expected = training_step(original, *args, seed=step, **kwargs)
-        assert_same_values(training_step(rewritten, *args, seed=step, **kwargs), expected, tolerance)
+        actual = training_step(rewritten, *args, seed=step, **kwargs)
+        errors = relative_errors(actual, expected)
+        if allow_noise and any(not error <= tolerance for error in errors.values()):
+            noise = rounding_noise(before, expected, *args, seed=step, **kwargs)
+            assert_same_values(actual, expected, {n: max(tolerance, NOISE_FACTOR * noise[n]) for n in errors})
+        else:
+            assert_same_values(actual, expected, tolerance)
         for m in (original, rewritten):
             for parameter in m.parameters():
                 if parameter.grad is not None:

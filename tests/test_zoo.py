@@ -13,11 +13,17 @@ from zoo_models import TOO_LARGE, build_model, build_on_meta, inputs_for
 
 import bnrestructure
 
-#: Small models that are verified in every run of the tests; the others take minutes each in float64 and are left to ``make zoo``.
+#: One model of each family, verified in every run of the tests; the others are left to ``make zoo``.
 _FAMILIES = (
-    "lraspp_mobilenet_v3_large", "mnasnet0_5", "mobilenet_v3_small", "quantized_shufflenet_v2_x0_5", "resnet18",
-    "shufflenet_v2_x0_5",
+    "densenet121", "efficientnet_b0", "fasterrcnn_mobilenet_v3_large_320_fpn", "googlenet", "lraspp_mobilenet_v3_large", "mnasnet0_5",
+    "mobilenet_v2", "mobilenet_v3_small", "quantized_shufflenet_v2_x0_5", "r3d_18", "regnet_y_400mf", "resnet18", "resnet50",
+    "shufflenet_v2_x0_5", "vgg11_bn",
 )  # fmt: skip
+
+#: Those whose copies take gigabytes: one at a time, on the same worker, when several run.
+_LARGE = ()
+
+_MODELS = [pytest.param(n, marks=pytest.mark.xdist_group("large")) if n in _LARGE else n for n in EXPECTED]
 
 
 def _verify(name: str, dtype: torch.dtype | None) -> None:
@@ -33,7 +39,7 @@ def test_family(name: str) -> None:
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", _MODELS)
 def test_model(name: str) -> None:
     """As above, and in float32 no farther from the float64 truth than eager by the verifier's factor."""
     if name in TOO_LARGE:

@@ -90,7 +90,7 @@ def inputs_for(name: str, seed: int = 1) -> tuple[Any, ...]:
     if ".segmentation" in module:
         return (images(2, 3, 65, 65),)
     if ".video" in module:
-        frames, size = {"s3d": (16, 64), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}.get(name, (4, 48))
+        frames, size = {"s3d": (16, 224), "mvit_v1_b": (16, 224), "mvit_v2_s": (16, 224)}.get(name, (4, 48))
         return (images(2, 3, frames, size, size),)
     if ".optical_flow" in module:
         return images(1, 3, 128, 128), images(1, 3, 128, 128)

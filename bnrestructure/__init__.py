@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bnrestructure.api import explain, restructure, unrestructure
     from bnrestructure.errors import BNRestructureError, CaptureError, NotFullyFusedError, UsageError
     from bnrestructure.plan import Plan, Site
+    from bnrestructure.tune import tune
     from bnrestructure.verify import VerificationReport, verify
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "VerificationReport",
     "explain",
     "restructure",
+    "tune",
     "unrestructure",
     "verify",
 ]
@@ -33,6 +35,7 @@ _HOMES = {
     "bnrestructure.api": ("explain", "restructure", "unrestructure"),
     "bnrestructure.errors": ("BNRestructureError", "CaptureError", "NotFullyFusedError", "UsageError"),
     "bnrestructure.plan": ("Plan", "Site"),
+    "bnrestructure.tune": ("tune",),
     "bnrestructure.verify": ("VerificationReport", "verify"),
 }
 

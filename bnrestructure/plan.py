@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Plan", "Site"]
+__all__ = ["Kernel", "Plan", "Site"]
 
 
 @dataclass
@@ -34,7 +34,25 @@ class Site:
     bytes_after: int | None = None
     shape: tuple[int, ...] | None = None
     dtype: str | None = None
-    kernel: str | None = None
+
+
+@dataclass
+class Kernel:
+    """What one fused convolution runs, where its shapes are known.
+
+    name         the path of the convolution
+    shape        of its input, [N, C, *spatial]
+    forward, backward    ``fused`` (prologue, product and epilogue in one kernel), ``hybrid`` (PyTorch's convolution between
+                 sweeps of ours), ``depthwise``, ``reference``; for a backward pass also one for each of its two products
+    forward_reason, backward_reason    why this one: a measurement (``tune``), the rule, or what the kernels lack
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    forward: str
+    forward_reason: str
+    backward: str
+    backward_reason: str
 
 
 @dataclass
@@ -45,6 +63,7 @@ class Plan:
     sites: list[Site] = field(default_factory=list)
     regions: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -69,6 +88,7 @@ class Plan:
             "sites": [asdict(site) for site in self.sites],
             "regions": self.regions,
             "notes": self.notes,
+            "kernels": [asdict(kernel) for kernel in self.kernels],
             "counts": self.counts,
             "coverage": self.coverage,
             "reasons": self.reasons,

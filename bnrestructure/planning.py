@@ -28,8 +28,9 @@ from bnrestructure.patterns.base import Refusal
 from bnrestructure.patterns.batch_norm import find_batch_norms
 from bnrestructure.patterns.statistics import describe, find_conv_statistics
 from bnrestructure.plan import Plan, Site
+from bnrestructure.plan_kernels import Shapes, convolution_kernels
 
-__all__ = ["batch_norm_shapes", "make_plan", "region_graphs"]
+__all__ = ["layer_shapes", "make_plan", "region_graphs"]
 
 # Sweeps over the normalised tensor in one training step, beyond the convolutions' own reads and writes. Before: BN reads twice and writes
 # (3), its backward reads gradient and input twice and writes (5); an activation out of place adds 2 and 3.
@@ -55,17 +56,23 @@ def region_graphs(model: nn.Module, options: Options) -> Iterator[tuple[str, fx.
 
 
 def make_plan(model: nn.Module, options: Options, inputs: tuple[Any, ...] | None = None) -> Plan:
-    """The plan of restructuring ``model`` with these options; with example inputs, shapes and bytes too. Changes nothing."""
+    """The plan of restructuring ``model`` with these options. Changes nothing.
+
+    With example inputs shapes and bytes are known too, and for a model on the CPU what each fused convolution will run.
+    """
     plan = Plan(original_class(model).__name__)
     seen: set[str] = set()
-    shapes, missing = ({}, None) if inputs is None else batch_norm_shapes(model, inputs)
+    shapes, missing = ({}, None) if inputs is None else layer_shapes(model, inputs)
     if missing is not None:
         plan.notes.append(missing)
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
     for path, before, after in region_graphs(model, options):
         plan.regions.append(path or "the whole model")
         for site in _sites(path, before, after):
             seen.add(site.name.split("#")[0])
             plan.sites.append(site)
+        if on_cpu:
+            plan.kernels += convolution_kernels(path, after, shapes, options.backend)
     plan.sites += _kept_outside(model, seen)
     for site in plan.sites:
         _add_bytes(site, shapes.get(site.name.split("#")[0]))
@@ -190,25 +197,25 @@ def _add_bytes(site: Site, known: tuple[torch.Size, torch.dtype] | None) -> None
     site.bytes_before, site.bytes_after = site.sweeps_before * size, site.sweeps_after * size
 
 
-def batch_norm_shapes(
-    model: nn.Module, inputs: tuple[Any, ...]
-) -> tuple[dict[str, tuple[torch.Size, torch.dtype]], str | None]:
-    """Input shape and dtype of every batch norm layer in one training forward, worked out on the meta device.
+def layer_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Shapes, str | None]:
+    """Input shape and dtype of every batch norm and convolution layer in one training forward, from the meta device.
 
     The second result says why some are missing, or is None: data-dependent models cannot run there to the end.
     """
-    found: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    found: Shapes = {}
 
     def record(name: str, x: torch.Tensor) -> None:
         found.setdefault(name, (x.shape, x.dtype))
 
     double = copy.deepcopy(model).to("meta").train()
     swap_out(double)
+    layers = (nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd)
     for name, module in double.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]))
+        if isinstance(module, layers):
+            module.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]) if args else None)
     try:
         double(*pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), inputs))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
-        return found, f"shapes are known for {len(found)} batch norms only: {str(error).splitlines()[0]}"
+        names = {name for name, module in double.named_modules() if isinstance(module, layers[0])}
+        return found, f"shapes are known for {len(names & found.keys())} batch norms only: {str(error).splitlines()[0]}"
     return found, None

@@ -21,8 +21,8 @@ from bnrestructure.bench.machine import environment
 from bnrestructure.bench.paired import time_paired
 from bnrestructure.bench.resident import peak_growth
 from bnrestructure.bench.settings import MALLOC, Settings
-from bnrestructure.bench.workload import Workload
-from bnrestructure.kernels import registry
+from bnrestructure.bench.workload import TrainingStep, Workload
+from bnrestructure.kernels import registry, tuning
 from bnrestructure.report.memory import saved_for_backward
 
 __all__ = ["JOBS", "Progress"]
@@ -108,6 +108,8 @@ def timing(settings: Settings, progress: Progress) -> dict[str, Any]:
     profiled = [name for name in (EAGER_LAST, RESTRUCTURED) if name in names]
     progress.total(len(names) * (settings.warmup + settings.rounds) + len(profiled))
     steps = {name: contenders.build(name, workload, settings) for name in names}
+    if settings.tune:
+        tune_kernels(steps[RESTRUCTURED])
     timings = time_paired(steps, rounds=settings.rounds, warmup=settings.warmup, progress=progress.run)
     kinds = {}
     for name in profiled:
@@ -120,6 +122,12 @@ def timing(settings: Settings, progress: Progress) -> dict[str, Any]:
         "notes": _notes(settings),
         "malloc_environment": environment_seen,
     }
+
+
+def tune_kernels(step: TrainingStep) -> None:
+    """Measure the candidate kernels within a step, under the very allocator that the timing has."""
+    with tuning.measuring():
+        step()
 
 
 def _notes(settings: Settings) -> list[str]:

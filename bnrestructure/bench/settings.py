@@ -32,6 +32,7 @@ class Settings:
     malloc         names of MALLOC, one section of the result each
     ladder         time the rungs of the paper's ladder as well
     compile        time torch.compile as well, unless it needs more than ``compile_limit`` seconds to compile
+    tune           before timing, measure the candidate kernels on these shapes (see bnrestructure.tune)
     memory         measure peak memory, each variant in a fresh process
     """
 
@@ -49,6 +50,7 @@ class Settings:
     ladder: bool = False
     compile: bool = False
     compile_limit: float = 600.0
+    tune: bool = False
     memory: bool = True
 
     def __post_init__(self) -> None:

@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile-limit", type=float, default=600.0, metavar="S", help="seconds it may compile (default: %(default)g)"
     )
+    parser.add_argument(
+        "--tune", action="store_true", help="first measure the candidate kernels on these shapes, and keep the choice"
+    )
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write all figures to FILE (- for standard output, without tables)"
@@ -114,6 +117,7 @@ def settings_of(arguments: argparse.Namespace) -> Any:
         "ladder",
         "compile",
         "compile_limit",
+        "tune",
         "memory",
     )
     return Settings(

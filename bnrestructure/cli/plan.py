@@ -13,6 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments. Must not import torch."""
     add_model_arguments(parser)
     add_input_arguments(parser, batch=32)
+    parser.add_argument("--kernels", action="store_true", help="list what each fused convolution runs, and why")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="first measure the candidate kernels on these shapes (a batch of --batch) and keep the choice on disk",
+    )
     parser.add_argument("--strict", action="store_true", help="exit status 1 unless every batch norm is fully fused")
 
 
@@ -23,7 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     from bnrestructure.cli.models import load_model
     from bnrestructure.cli.output import print_json, progress, stdout
     from bnrestructure.cli.shapes import check_shapes
-    from bnrestructure.report.plan_table import print_plan
+    from bnrestructure.report.plan_table import print_kernels, print_plan
+    from bnrestructure.tune import tune
 
     with progress(arguments.model) as say:
         say("building the model")
@@ -31,6 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
         inputs = example_inputs(
             arguments.model, model, batch=arguments.batch, size=arguments.input_size, source=arguments.inputs
         )
+        if arguments.tune:
+            say("tuning")
+            check_shapes(model, inputs)
+            tune(model, inputs, passes=pass_names(arguments.passes), progress=lambda call: say(f"tuned {call}"))
         say("planning")
         plan = explain(model, inputs, backend=arguments.backend, passes=pass_names(arguments.passes))
     if plan.notes and (arguments.input_size or arguments.inputs):
@@ -39,4 +50,6 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(plan.to_json())
     else:
         print_plan(stdout(), plan, arguments.model)
+        if arguments.kernels:
+            print_kernels(stdout(), plan.kernels)
     return 1 if arguments.strict and plan.coverage < 1 else 0

@@ -13,6 +13,7 @@ from rich.table import Table
 
 import bnrestructure
 from bnrestructure.kernels import registry
+from bnrestructure.kernels.cpu import processor
 
 __all__ = ["describe_environment", "print_environment"]
 
@@ -40,7 +41,7 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "packages": {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)},
         "cpu": {
-            "name": _cpu_name(),
+            "name": processor.name(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
@@ -67,17 +68,6 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
 
 
 def print_environment(console: Console, found: dict[str, Any]) -> None:

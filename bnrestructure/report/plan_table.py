@@ -1,14 +1,16 @@
-"""The site table of a plan."""
+"""The site table of a plan, and the kernels behind its convolutions."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bnrestructure.plan import Plan, Site
+from bnrestructure.plan import Kernel, Plan, Site
 
-__all__ = ["STATUS_STYLE", "print_plan"]
+__all__ = ["STATUS_STYLE", "print_kernels", "print_plan"]
 
 STATUS_STYLE = {"fused": "green", "partial": "yellow", "kept": "red"}
 
@@ -58,10 +60,32 @@ def _print_summary(console: Console, plan: Plan) -> None:
     )
     for reason, count in plan.reasons.items():
         console.print(f"  {count} x {escape(reason)}")
+    if plan.kernels:
+        chosen = Counter((k.forward, k.backward) for k in plan.kernels).most_common()
+        counted = "; ".join(
+            f"{count} {forward}" if forward == backward else f"{count} {forward} forward, {backward} backward"
+            for (forward, backward), count in chosen
+        )
+        console.print(f"  kernels of its {len(plan.kernels)} fused convolutions: {escape(counted)}")
     if plan.regions and plan.regions != ["the whole model"]:
         console.print(f"  rewritten regions: {escape(', '.join(plan.regions))}")
     for note in plan.notes:
         console.print(f"  [dim]{escape(note)}[/]")
+
+
+def print_kernels(console: Console, kernels: list[Kernel]) -> None:
+    """What each fused convolution runs, and why: one row each, two where forward and backward differ."""
+    table = Table(title="kernels of the fused convolutions", title_justify="left", pad_edge=False)
+    for header in ("convolution", "input", "pass", "kernel", "why"):
+        table.add_column(header, overflow="fold")
+    for kernel in kernels:
+        shape = "x".join(map(str, kernel.shape))
+        rows = [("forward", kernel.forward, kernel.forward_reason), ("backward", kernel.backward, kernel.backward_reason)]
+        if rows[0][1:] == rows[1][1:]:
+            rows = [("both", *rows[0][1:])]
+        for i, row in enumerate(rows):
+            table.add_row(*(("", "") if i else (escape(kernel.name), shape)), *map(escape, row))
+    console.print(table)
 
 
 def _share(plan: Plan) -> str:

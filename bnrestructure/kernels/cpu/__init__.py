@@ -9,9 +9,12 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from bnrestructure.kernels.cpu import convolution, depthwise, finalize, sweeps
+from bnrestructure.kernels import tuning
+from bnrestructure.kernels.cpu import convolution, depthwise, finalize, library, sweeps
+from bnrestructure.kernels.cpu.convolution_choice import Choice, choose, identify_machine
 from bnrestructure.kernels.cpu.finalize import finalize_backward, finalize_forward
 from bnrestructure.kernels.cpu.library import unavailable_reason
 from bnrestructure.kernels.cpu.sweeps import (
@@ -31,6 +34,8 @@ from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, T
 __all__ = [
     "conv_backward",
     "conv_forward",
+    "convolution_choices",
+    "description",
     "finalize_backward",
     "finalize_forward",
     "max_pool_backward",
@@ -79,6 +84,32 @@ def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
     if name in finalize.__all__:
         return finalize.supports(name, args, kwargs)
     return sweeps.supports(name, args, kwargs)
+
+
+def convolution_choices(
+    x: tuple[int, ...], weight: tuple[int, ...], transform: Transform, geometry: ConvGeometry, dtype: torch.dtype
+) -> tuple[Choice, Choice]:
+    """(forward, backward): what a convolution node will run on tensors of these shapes, computing in ``dtype``, and why.
+
+    ``reference`` where no kernel here can. Backward is meant with both the input's and the weight's gradient wanted.
+    """
+    tensors = torch.empty(x, dtype=dtype, device="meta"), torch.empty(weight, dtype=dtype, device="meta")
+    reason = supports("conv_forward", (tensors[0], transform, tensors[1], None, geometry), {"dtype": dtype})
+    if reason is not None:
+        return Choice("reference", reason), Choice("reference", reason)
+    if _convolutions(tensors[1], geometry) is depthwise:
+        choice = Choice("depthwise", "depthwise convolutions have one kernel")
+        return choice, choice
+    node = convolution.node_of(x, weight, geometry, not transform.is_identity)
+    forward, backward = (choose(node, dtype, d, library.isa_name(), library.threads()) for d in ("forward", "backward"))
+    return forward, backward
+
+
+def description() -> str:
+    """The instruction set in use and where tuned choices are kept, for ``doctor``."""
+    identify_machine()
+    file = tuning.cache_file()
+    return f"{library.isa_name()}; measured choices in {file}" if file is not None else library.isa_name()
 
 
 def _convolutions(weight: Tensor, geometry: ConvGeometry) -> ModuleType:

@@ -7,16 +7,19 @@ channels_last first: correct, and slower.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bnrestructure.kernels import tuning
 from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, layout, library
-from bnrestructure.kernels.cpu.convolution_choice import Choice, Node, choose
+from bnrestructure.kernels.cpu.convolution_choice import BACKWARD, Choice, Node, call_of, choose, identify_machine
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
-__all__ = ["choice", "conv_backward", "conv_forward", "supports"]
+__all__ = ["choice", "conv_backward", "conv_forward", "node_of", "supports"]
 
 _IMPLEMENTATIONS = {"fused": convolution_fused, "hybrid": convolution_hybrid}
 
@@ -38,11 +41,15 @@ def choice(
     x: Tensor, transform: Transform, weight: Tensor, geometry: ConvGeometry, dtype: torch.dtype, direction: str
 ) -> Choice:
     """Which implementation runs this node in ``direction`` ("forward" or "backward"), and why."""
-    n, c, h, w = x.shape
-    out, _, *kernel = weight.shape
-    size_out = geometry.output_size((h, w), tuple(kernel))
-    node = Node(n, c, (h, w), out, size_out, tuple(kernel), geometry, not transform.is_identity)
-    return choose(node, dtype, direction, library.isa_name())
+    node = node_of(tuple(x.shape), tuple(weight.shape), geometry, not transform.is_identity)
+    return choose(node, dtype, direction, library.isa_name(), library.threads())
+
+
+def node_of(x: tuple[int, ...], weight: tuple[int, ...], geometry: ConvGeometry, transformed: bool) -> Node:
+    """The sizes that the choice depends on, from the shapes of x and of the weight."""
+    n, c, h, w = x
+    out, _, *kernel = weight
+    return Node(n, c, (h, w), out, geometry.output_size((h, w), tuple(kernel)), tuple(kernel), geometry, transformed)
 
 
 def conv_forward(
@@ -57,9 +64,14 @@ def conv_forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, mean, var) as kernels/reference says; x and the weight are float32 or bfloat16."""
-    chosen = choice(x, transform, weight, geometry, dtype, "forward").implementation
-    run = _IMPLEMENTATIONS[chosen].conv_forward
-    return run(x, transform, weight, bias, geometry, dtype=dtype, statistics=statistics, out=out)
+
+    def run(implementation: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        kernel = _IMPLEMENTATIONS[implementation].conv_forward
+        return kernel(x, transform, weight, bias, geometry, dtype=dtype, statistics=statistics, out=out)
+
+    if tuning.is_measuring():
+        _measure_once(x, transform, weight, geometry, dtype, "forward", {name: partial(run, name) for name in _IMPLEMENTATIONS})
+    return run(choice(x, transform, weight, geometry, dtype, "forward").implementation)
 
 
 def conv_backward(
@@ -75,6 +87,43 @@ def conv_backward(
     accumulate: Tensor | None = None,
 ) -> ConvGradients:
     """The gradients as kernels/reference says; dy, x and the weight are float32 or bfloat16."""
-    chosen = choice(x, transform, weight, geometry, dtype, "backward").implementation
-    run = _IMPLEMENTATIONS[chosen].conv_backward
-    return run(dy, edge, x, transform, weight, geometry, dtype=dtype, needs=needs, accumulate=accumulate)
+
+    def run(implementation: str, into: Tensor | None) -> ConvGradients:
+        dgrad, wgrad = BACKWARD[implementation]
+        parts = [(dgrad, needs, into)]
+        if dgrad != wgrad:
+            parts = [(wgrad, (False, needs[1], needs[2]), None), (dgrad, (needs[0], False, False), into)]
+        merged = ConvGradients()
+        for name, part, to in parts:
+            kernel = _IMPLEMENTATIONS[name].conv_backward
+            found = kernel(dy, edge, x, transform, weight, geometry, dtype=dtype, needs=part, accumulate=to)
+            merged = merged._replace(**{field: value for field, value in found._asdict().items() if value is not None})
+        return merged
+
+    if tuning.is_measuring() and needs[0] and needs[1]:
+        into = None if accumulate is None else _like(accumulate)
+        _measure_once(x, transform, weight, geometry, dtype, "backward", {name: partial(run, name, into) for name in BACKWARD})
+    return run(choice(x, transform, weight, geometry, dtype, "backward").implementation, accumulate)
+
+
+def _measure_once(
+    x: Tensor,
+    transform: Transform,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+    direction: str,
+    candidates: dict[str, Callable[[], Any]],
+) -> None:
+    """Time the candidates on these very arguments, unless nodes of this size were timed before."""
+    node = node_of(tuple(x.shape), tuple(weight.shape), geometry, not transform.is_identity)
+    call = call_of(node, dtype, direction, library.isa_name(), library.threads())
+    identify_machine()
+    if tuning.measured(call) is None:
+        tuning.measure(call, candidates)
+        choose.cache_clear()
+
+
+def _like(accumulate: Tensor) -> Tensor:
+    """A tensor to add to that many times, with the strides of the real one and nobody's gradient."""
+    return torch.empty_strided(accumulate.shape, accumulate.stride(), dtype=accumulate.dtype).copy_(accumulate)

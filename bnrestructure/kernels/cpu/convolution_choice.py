@@ -1,5 +1,8 @@
 """Which implementation of a dense convolution node is the faster one: ``fused`` or ``hybrid``, and why.
 
+Where this machine has measured the node (bnrestructure.tune), the measurement decides; elsewhere the rule below does. The two
+products of a backward pass may be measured to be better apart: ``hybrid dgrad, fused wgrad``, say.
+
 The fused kernels pay for the prologue and epilogue with almost nothing, the hybrid with extra passes over memory around
 a product that is, for some shapes, faster. With `lead` the fraction by which ATen's product is faster, the hybrid wins
 where lead * multiply-adds > bytes swept * (multiply-adds the machine does in the time it sweeps a byte). Both numbers
@@ -8,14 +11,25 @@ are ratios, not absolute speeds; benchmarks/cpu_convolution.py measures them (--
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
 
+from bnrestructure.kernels import tuning
+from bnrestructure.kernels.cpu import library, processor
 from bnrestructure.ops.edges import ConvGeometry
 
-__all__ = ["Choice", "Node", "choose"]
+__all__ = ["BACKWARD", "Choice", "Node", "call_of", "choose", "identify_machine"]
+
+#: The candidates for a backward pass: the implementation of the input gradient and of the weight gradient. Where only one of
+#: them is needed, or both are the same, the name has one word.
+BACKWARD = {
+    "fused": ("fused", "fused"),
+    "hybrid": ("hybrid", "hybrid"),
+    "fused dgrad, hybrid wgrad": ("fused", "hybrid"),
+    "hybrid dgrad, fused wgrad": ("hybrid", "fused"),
+}
 
 
 class Node(NamedTuple):
@@ -32,7 +46,7 @@ class Node(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """``implementation`` is "fused" or "hybrid"."""
+    """``implementation`` is "fused" or "hybrid", for a backward pass one of ``BACKWARD``."""
 
     implementation: str
     reason: str
@@ -41,9 +55,18 @@ class Choice(NamedTuple):
 #: How many multiply-adds the machine does while it sweeps one byte of an activation.
 _OPERATIONS_PER_BYTE = {torch.float32: 8.0, torch.bfloat16: 16.0}
 
+
+
 @lru_cache(maxsize=4096)
-def choose(node: Node, dtype: torch.dtype, direction: str, isa: str) -> Choice:
-    """The choice for ``direction`` "forward" or "backward" on the instruction set ``isa`` (library.isa_name())."""
+def choose(node: Node, dtype: torch.dtype, direction: str, isa: str, threads: int) -> Choice:
+    """The choice for ``direction`` "forward" or "backward" on the instruction set ``isa`` (library.isa_name()).
+
+    Cached; tuning clears the cache.
+    """
+    identify_machine()
+    found = tuning.measured(call_of(node, dtype, direction, isa, threads))
+    if found is not None:
+        return Choice(found.choice, found.reason)
     lead = _lead_of_aten(node, dtype, direction, isa)
     if lead <= 0:
         return Choice("fused", "the fused product is as fast as ATen's")
@@ -62,6 +85,31 @@ def choose(node: Node, dtype: torch.dtype, direction: str, isa: str) -> Choice:
     if gained > lost:
         return Choice("hybrid", f"ATen's product saves {gained / lost:.1f} times what the extra sweeps cost")
     return Choice("fused", f"the extra sweeps cost {lost / gained:.1f} times what ATen's product saves")
+
+
+def identify_machine() -> None:
+    """Tell kernels/tuning.py what times depend on here: the processor, PyTorch's version, and our kernels' sources."""
+    tuning.set_machine(processor=processor.name(), torch=torch.__version__, kernels=_kernels_digest())
+
+
+def call_of(node: Node, dtype: torch.dtype, direction: str, isa: str, threads: int) -> str:
+    """The node's name in the file of measurements: all that its time depends on, as far as it knows."""
+    (h, w), (kh, kw), (stride, padding, dilation, groups) = node.size, node.kernel, node.geometry
+    details = [f"stride {_by(stride)}", f"padding {_by(padding)}", f"dilation {_by(dilation)}", f"groups {groups}"]
+    transformed = "transformed" if node.transformed else "as it is"
+    return (
+        f"conv {direction} {str(dtype).removeprefix('torch.')} {node.batch}x{node.channels}x{h}x{w} {transformed}, "
+        f"to {node.channels_out} by {kh}x{kw}, {', '.join(details)}, {isa}, {threads} threads"
+    )
+
+
+def _by(pair: tuple[int, ...]) -> str:
+    return "x".join(map(str, pair))
+
+
+@cache
+def _kernels_digest() -> str:
+    return library.sources_digest()
 
 
 def _lead_of_aten(node: Node, dtype: torch.dtype, direction: str, isa: str) -> float:

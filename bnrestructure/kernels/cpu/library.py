@@ -11,6 +11,7 @@ Kernels are declared once, at import, and bound to the library on their first ca
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ __all__ = [
     "declare",
     "isa_name",
     "load",
+    "sources_digest",
     "threads",
     "unavailable_reason",
     "use",
@@ -123,6 +125,14 @@ def use(isa: str) -> Iterator[None]:
     finally:
         _loaded, _failure = previous
         _unbind_all()
+
+
+def sources_digest() -> str:
+    """Twelve hexadecimal digits that change with the kernels' sources."""
+    digest = hashlib.sha256()
+    for path in sorted((_FOLDER / "src").iterdir()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def threads() -> int:

@@ -1,0 +1,55 @@
+"""Which kernels the fused convolutions of a rewritten graph will run, where the shapes of their inputs are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from bnrestructure import ops
+from bnrestructure.graph.layers import modules_of
+from bnrestructure.kernels import registry
+from bnrestructure.ops.edges import ConvGeometry, Transform
+from bnrestructure.plan import Kernel
+
+__all__ = ["Shapes", "convolution_kernels"]
+
+#: Path of a layer -> shape and dtype of its input.
+Shapes = dict[str, tuple[torch.Size, torch.dtype]]
+
+
+def convolution_kernels(path: str, after: fx.GraphModule, shapes: Shapes, backend: str) -> Iterator[Kernel]:
+    """One entry for each fused convolution module of the region at ``path``, for a model on the CPU.
+
+    The dtype is autocast's where that is on. Functional convolutions have no path to know their shapes by, and are left out.
+    """
+    modules = modules_of(after)
+    prefix = f"{path}." if path else ""
+    for node in after.graph.nodes:
+        name = node.meta.get("bnr_module")
+        if node.target is not ops.conv or prefix + str(name) not in shapes or str(name) not in modules:
+            continue
+        shape, dtype = shapes[prefix + str(name)]
+        yield _kernel(prefix + str(name), node, tuple(shape), tuple(modules[str(name)].weight.shape), dtype, backend)
+
+
+def _kernel(
+    name: str, node: fx.Node, x: tuple[int, ...], weight: tuple[int, ...], dtype: torch.dtype, backend: str
+) -> Kernel:
+    if backend == "reference":
+        reason = "the reference backend was asked for"
+        return Kernel(name, x, "reference", reason, "reference", reason)
+    if reason := registry.unavailable_reason("cpu"):
+        return Kernel(name, x, "reference", reason, "reference", reason)
+    from bnrestructure.kernels import cpu
+
+    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+    of = node.kwargs
+    geometry = ConvGeometry(*(tuple(of[key]) for key in ("stride", "padding", "dilation")), of["groups"])
+    rides = torch.empty(0) if of["mean"] is not None else None
+    gate = torch.empty(x[:2], device="meta") if of["gate"] is not None else None
+    transform = Transform(rides, rides, rides, str(of["act"]), gate)
+    forward, backward = cpu.convolution_choices(x, weight, transform, geometry, dtype)
+    return Kernel(name, x, *forward, *backward)

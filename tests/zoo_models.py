@@ -28,6 +28,8 @@ def build_model(name: str) -> nn.Module:
         options["quantize"] = False
     if name in ("googlenet", "quantized_googlenet", "inception_v3", "quantized_inception_v3"):
         options["init_weights"] = False  # minutes of truncated normal numbers
+    if ".detection" in builder.__module__ and "ssd" not in name:
+        options |= {"min_size": 96, "max_size": 160}  # else they enlarge every image to 800 pixels
     return builder(**options).train()
 
 
@@ -95,7 +97,7 @@ def inputs_for(name: str, seed: int = 1) -> tuple[Any, ...]:
     if ".optical_flow" in module:
         return images(1, 3, 128, 128), images(1, 3, 128, 128)
     if "inception_v3" in name:
-        return (images(2, 3, 107, 107),)
+        return (images(2, 3, 299, 299),)
     if "googlenet" in name:
         return (images(3, 3, 96, 96),)
     if name.startswith("maxvit"):

@@ -8,7 +8,7 @@ channels_last first: correct, and slower.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, lay
 from bnrestructure.kernels.cpu.convolution_choice import BACKWARD, Choice, Node, call_of, choose, identify_machine
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
-__all__ = ["choice", "conv_backward", "conv_forward", "node_of", "supports"]
+__all__ = ["choice", "conv_backward", "conv_forward", "forget_choices", "node_of", "supports"]
 
 _IMPLEMENTATIONS = {"fused": convolution_fused, "hybrid": convolution_hybrid}
 
@@ -29,9 +29,9 @@ def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
     x, transform, weight = args[0:3] if name == "conv_forward" else args[2:5]
     if weight.dim() != 4:
         return f"{weight.dim() - 2}-D convolution"
-    for what, dtype in (("compute dtype", kwargs["dtype"]), ("input", x.dtype), ("weight", weight.dtype)):
-        if dtype not in layout.ELEMENT_CODES:
-            return f"{what} is {dtype}"
+    codes = layout.ELEMENT_CODES
+    if not (kwargs["dtype"] in codes and x.dtype in codes and weight.dtype in codes):
+        return f"computing in {kwargs['dtype']} with an input in {x.dtype} and a weight in {weight.dtype}"
     if x.numel() == 0 or weight.numel() == 0 or args[0].numel() == 0:
         return "an empty tensor"
     return layout.unsupported_activation(transform.act)
@@ -41,10 +41,31 @@ def choice(
     x: Tensor, transform: Transform, weight: Tensor, geometry: ConvGeometry, dtype: torch.dtype, direction: str
 ) -> Choice:
     """Which implementation runs this node in ``direction`` ("forward" or "backward"), and why."""
-    node = node_of(tuple(x.shape), tuple(weight.shape), geometry, not transform.is_identity)
-    return choose(node, dtype, direction, library.isa_name(), library.threads())
+    transformed = not transform.is_identity
+    return _choice(x.shape, weight.shape, geometry, transformed, dtype, direction, library.isa_name(), library.threads())
 
 
+@lru_cache(maxsize=4096)
+def _choice(
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    geometry: ConvGeometry,
+    transformed: bool,
+    dtype: torch.dtype,
+    direction: str,
+    isa: str,
+    threads: int,
+) -> Choice:
+    return choose(node_of(x, weight, geometry, transformed), dtype, direction, isa, threads)
+
+
+def forget_choices() -> None:
+    """Ask again for every node: there are new measurements."""
+    choose.cache_clear()
+    _choice.cache_clear()
+
+
+@lru_cache(maxsize=4096)
 def node_of(x: tuple[int, ...], weight: tuple[int, ...], geometry: ConvGeometry, transformed: bool) -> Node:
     """The sizes that the choice depends on, from the shapes of x and of the weight."""
     n, c, h, w = x
@@ -121,7 +142,7 @@ def _measure_once(
     identify_machine()
     if tuning.measured(call) is None:
         tuning.measure(call, candidates)
-        choose.cache_clear()
+        forget_choices()
 
 
 def _like(accumulate: Tensor) -> Tensor:

@@ -9,7 +9,10 @@ BNR_FLATTEN void normalise(Pixels<const T> x, Range rows, int64_t channels, cons
                            Pixels<T> z) {
     for_each_block(rows, channels, [&](int64_t r, int64_t c, auto lanes, int n) {
         const auto t = transform.at(c, lanes);
-        for (int i = 0; i < n; i++) store(z.at(r + i, c), activate<A>(t(load(x.at(r + i, c), lanes)), act), lanes);
+        for (int i = 0; i < n; i++) {
+            request(x, r + i, c), request(z, r + i, c);
+            store(z.at(r + i, c), activate<A>(t(load(x.at(r + i, c), lanes)), act), lanes);
+        }
     });
 }
 
@@ -17,7 +20,10 @@ template <Act A, class T>
 BNR_FLATTEN void normalise_gradient(Pixels<const T> dz, const InputGradient<A, T>& input, Range tile, int64_t channels,
                                     Sums& sums) {
     for_each_block(tile, channels, [&](int64_t r, int64_t c, auto lanes, int n) {
-        input.block(r, c, lanes, n, sums, [&](int i) { return load(dz.at(r + i, c), lanes); });
+        input.block(r, c, lanes, n, sums, [&](int i) {
+            request(dz, r + i, c);
+            return load(dz.at(r + i, c), lanes);
+        });
     });
 }
 

@@ -19,6 +19,7 @@ BNR_FLATTEN void join(const Operand<T>& y, const Operand<T>& r, Range tile, int6
         const vf shift = moments ? load(moments->shift + c) : zero();
         vf sum = zero(), square = zero();
         for (int i = 0; i < n; i++) {
+            request(y.x, row + i, c), request(r.x, row + i, c), request(out, row + i, c);
             const vf u = ty(load(y.x.at(row + i, c), lanes)) + tr(load(r.x.at(row + i, c), lanes));
             const vf result = activate<A>(u, act);
             store(out.at(row + i, c), result, lanes);
@@ -49,6 +50,7 @@ BNR_FLATTEN void join_gradient(Pixels<const T> dout, const StatisticsEdge<T>& ed
         const vf mean = has_edge ? load(edge.mean + c, lanes) : zero();
         vf sp = zero(), spy = zero(), spr = zero();
         for (int i = 0; i < n; i++) {
+            request(y.x, row + i, c), request(r.x, row + i, c), request(dout, row + i, c), request(g, row + i, c);
             const vf vy = load(y.x.at(row + i, c), lanes), vr = load(r.x.at(row + i, c), lanes);
             vf gradient = load(dout.at(row + i, c), lanes);
             if (has_edge) gradient = gradient + fma(a, load(edge.out.at(row + i, c), lanes) - mean, b);

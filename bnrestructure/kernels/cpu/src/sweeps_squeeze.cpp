@@ -10,7 +10,10 @@ BNR_FLATTEN void add_tile(Pixels<const T> x, Range tile, int64_t channels, const
     for_each_block(tile, channels, [&](int64_t r, int64_t c, auto lanes, int n) {
         const auto t = transform.at(c, lanes);
         vf s = zero();
-        for (int i = 0; i < n; i++) s = s + activate<A>(t(load(x.at(r + i, c), lanes)), act);
+        for (int i = 0; i < n; i++) {
+            request(x, r + i, c);
+            s = s + activate<A>(t(load(x.at(r + i, c), lanes)), act);
+        }
         store(sum + c, load(sum + c) + s);
     });
 }
@@ -22,8 +25,10 @@ BNR_FLATTEN void squeeze_gradient(const float* pooled, Pixels<const T> dz, const
     for_each_block(tile, channels, [&](int64_t r, int64_t c, auto lanes, int n) {
         const vf average = load(pooled + c, lanes);
         if (dz)
-            input.block(r, c, lanes, n, sums,
-                                    [&](int i) { return average + load(dz.at(r + i, c), lanes); });
+            input.block(r, c, lanes, n, sums, [&](int i) {
+                request(dz, r + i, c);
+                return average + load(dz.at(r + i, c), lanes);
+            });
         else
             input.block(r, c, lanes, n, sums, [&](int) { return average; });
     });

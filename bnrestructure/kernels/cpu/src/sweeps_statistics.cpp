@@ -10,6 +10,7 @@ BNR_FLATTEN void add_tile(Pixels<const T> x, Range tile, Moments& m) {
         const vf shift = load(m.shift + c);
         vf sum = zero(), square = zero();
         for (int i = 0; i < n; i++) {
+            request(x, r + i, c);
             const vf d = load(x.at(r + i, c), lanes) - shift;
             sum = sum + d;
             square = fma(d, d, square);
@@ -41,6 +42,7 @@ BNR_FLATTEN void statistics_gradient(Pixels<const T> x, Range rows, int64_t chan
     for_each_block(rows, channels, [&](int64_t r, int64_t c, auto lanes, int n) {
         const vf vmean = load(mean + c, lanes), va = load(a + c, lanes), vb = load(b + c, lanes);
         for (int i = 0; i < n; i++) {
+            request(x, r + i, c), request(dx, r + i, c);
             T* const target = dx.at(r + i, c);
             vf d = fma(va, load(x.at(r + i, c), lanes) - vmean, vb);
             if (accumulate) d = d + load(target, lanes);

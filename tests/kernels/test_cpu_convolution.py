@@ -280,6 +280,6 @@ def test_choice() -> None:
     same = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
     deep = Node(16, 512, (7, 7), 512, (7, 7), (3, 3), same, True)
     point = Node(16, 256, (28, 28), 128, (28, 28), (1, 1), ConvGeometry((1, 1), (0, 0), (1, 1), 1), True)
-    assert choose(deep, torch.float32, "forward", "avx512").implementation == "hybrid"
+    assert choose(deep, torch.float32, "forward", "avx512", 2).implementation == "hybrid"
     for direction in ("forward", "backward"):
-        assert choose(point, torch.float32, direction, "avx512").implementation == "fused"
+        assert choose(point, torch.float32, direction, "avx512", 2).implementation == "fused"

@@ -72,7 +72,8 @@ def conv_backward(
     returned as ``dx``; without it dx is fresh. See :class:`ConvGradients` for what comes back.
     """
     need_x, need_weight, need_bias = needs
-    d = output_gradient(dy, edge).to(dtype)
+    exact = output_gradient(dy, edge)
+    d = exact.to(dtype)
     z = apply_transform(x, transform, dtype) if need_weight or need_x else x
     g, dw, _ = torch.ops.aten.convolution_backward(
         d,
@@ -88,7 +89,8 @@ def conv_backward(
         [need_x, need_weight, False],
     )
     dw = dw.to(weight.dtype) if need_weight else None
-    db = channel_sum(d) if need_bias else None
+    # Before rounding: that of a bias in front of a batch norm is zero, and what is rounded off would be all that is left of it.
+    db = channel_sum(exact).to(dtype) if need_bias else None
     if not need_x:
         return ConvGradients(weight=dw, bias=db)
     if transform.gate is not None:

@@ -6,6 +6,8 @@
 #include "conv_gradient_stage.h"
 #include "conv_pack.h"
 #include "conv_stage.h"
+#include "conv_weight_gradient.h"
+#include "conv_weight_product.h"
 #include "library.h"
 #include "parallel.h"
 #include "statistics.h"
@@ -28,7 +30,9 @@ class Backward {
         : a_(arguments), p_(problem), grouping_(p_, kBlockChannels), words_(words_for(p_, grouping_)),
           window_(p_, words_), tiling_(p_, window_, row_bytes(), ceil_div(p_.kernel_h - 1, p_.stride_h), cache_size() / 2, 256),
           gradient_(p_, a_, window_, tiling_, words_), need_x_(a_.dx), need_weight_(a_.weight_gradient),
-          taps_(p_.kernel_h * p_.kernel_w), weight_row_(scratch_pitch(taps_ * grouping_.in)) {}
+          taps_(p_.kernel_h * p_.kernel_w), 
+          weight_row_(scratch_pitch(transposes_sums(window_) ? p_.out_channels : taps_ * grouping_.in)),
+          weight_size_((transposes_sums(window_) ? taps_ * grouping_.in : p_.out_channels) * weight_row_ + gemm::kPanel) {}
 
     void run() {
         Scratch scratch;
@@ -52,7 +56,7 @@ class Backward {
             if (b.need_x_ && b.a_.sum_p) sums = std::make_unique<Sums>(scratch, p.in_channels, 2);
             if (b.need_x_ && p.gate) gate = scratch.zeros<double>(p.batch * p.in_channels);
             if (b.a_.bias_gradient) bias = std::make_unique<Sums>(scratch, p.out_channels, 1);
-            if (b.need_weight_) weight = scratch.take<float>(p.out_channels * b.weight_row_ + gemm::kPanel);
+            if (b.need_weight_) weight = scratch.take<float>(b.weight_size_);
         }
         std::unique_ptr<Sums> sums, bias;
         double* gate = nullptr;
@@ -83,18 +87,15 @@ class Backward {
         if (!need_weight_) return;
         std::vector<float*> parts;
         for (const auto& s : shared) parts.push_back(s->weight);
-        write_weight_gradient(a_, grouping_, parts, weight_row_);
+        write_weight_gradient(a_, grouping_, parts, weight_row_, transposes_sums(window_));
     }
 
     class Worker {
       public:
         Worker(const Backward& b, Shared& shared, Range tiles)
             : b_(b), p_(b.p_), w_(b.window_), shared_(shared), tiles_(tiles), gradient_(b.gradient_, scratch_) {
-            const int64_t channels = block_channels();
             if (b.need_weight_) {
-                const bool pairs = b.words_ == Words::kBFloat16Pair;
-                stage_ = std::make_unique<InputStage>(p_, w_, b.tiling_, b.words_, channels, scratch_);
-                if (pairs) input_pairs_ = std::make_unique<InputPairs>(p_, w_, b.tiling_, channels, scratch_);
+                weight_ = std::make_unique<WeightProduct>(p_, w_, b.tiling_, b.words_, block_channels(), scratch_);
             }
             if (b.need_x_) {
                 const int64_t extra = std::max<int64_t>(0, p_.in_height - p_.out_height * p_.stride_h);
@@ -109,12 +110,16 @@ class Backward {
             for (int64_t index = tiles_.begin; index < tiles_.end; index++) {
                 const Tile tile = b_.tiling_.at(index);
                 gradient_.template fill<T>(tile);
-                if (shared_.bias) gradient_.add_bias(tile, (*shared_.bias)[0]), shared_.bias->flush();
+                if (shared_.bias) gradient_.template add_bias<T>(tile, (*shared_.bias)[0]), shared_.bias->flush();
                 prefetch_.clear();
                 request_gradient(tile);
                 if (index + 1 < tiles_.end) request(b_.tiling_.at(index + 1));
                 for (const Block& block : b_.grouping_.blocks) {
-                    if (b_.need_weight_) multiply_weight(tile, block, index != tiles_.begin);
+                    if (b_.need_weight_) {
+                        const WeightSums sums{shared_.weight + block.in_begin, b_.weight_row_, b_.grouping_.in};
+                        weight_->template run<T>(tile, block, b_.grouping_.out, gradient_.own_rows(tile), sums,
+                                                 index != tiles_.begin, prefetch_);
+                    }
                     if (b_.need_x_) multiply_input(tile, block);
                 }
                 if (shared_.sums) shared_.sums->flush();
@@ -126,43 +131,6 @@ class Backward {
             int64_t most = 0;
             for (const Block& block : b_.grouping_.blocks) most = std::max(most, block.channels);
             return most;
-        }
-
-        // dW[n, tap, c] += sum over pixels of D[pixel, n] * z[pixel at tap, c]
-        void multiply_weight(const Tile& tile, const Block& block, bool accumulate) {
-            stage_->template fill<T>(tile, block.channel, block.channels);
-            if (input_pairs_) input_pairs_->fill(*stage_, tile, block.channels);
-            const bool pairs = input_pairs_ != nullptr;
-            const word* z = pairs ? input_pairs_->data() : stage_->data();
-            const int64_t pitch = pairs ? input_pairs_->pitch() : stage_->pitch();
-            const int64_t row_pitch = pairs ? input_pairs_->row_pitch() : stage_->row_pitch();
-            const int64_t image_pitch = pairs ? input_pairs_->image_pitch() : stage_->image_pitch();
-            const GradientStage::View d = gradient_.own_rows(tile);
-            const int64_t depth = w_.flat ? tile.rows * p_.out_width : p_.out_width;
-            const int64_t step = pairs ? input_pairs_->step() : w_.column_stride * pitch;
-            const int64_t columns = w_.joined ? p_.kernel_w * block.in : block.in;
-            for (int64_t i = 0; i < p_.kernel_h; i++) {
-                list_.clear();
-                for (int64_t image = 0; image < tile.images; image++) {
-                    for (int64_t r = 0; r < (w_.flat ? 1 : tile.rows); r++) {
-                        if (!reads_input(p_, w_, tile.row + r, i)) continue;
-                        list_.add(image * d.image_pitch + r * d.row_pitch,
-                                  image * image_pitch + (r * w_.row_stride + i * p_.dilation_h) * row_pitch);
-                    }
-                }
-                for (int64_t j = 0; j < (w_.joined ? 1 : p_.kernel_w); j++) {
-                    for (int64_t g = 0; g < block.groups; g++) {
-                        const int64_t n = (block.group + g) * b_.grouping_.out;
-                        const gemm::Product product{
-                            list_.taps(), b_.grouping_.out, columns, pairs ? ceil_div(depth, 2) : depth,
-                            d.data + n, d.pitch,
-                            z + j * p_.dilation_w * pitch + g * b_.grouping_.in, step, gemm::kPanel,
-                            shared_.weight + n * b_.weight_row_ + (i * p_.kernel_w + j) * b_.grouping_.in + block.in_begin,
-                            b_.weight_row_, accumulate};
-                        gemm::multiply(product, Order::kColumns, b_.words_, prefetch_);
-                    }
-                }
-            }
         }
 
         // Rows of dx, in each of its images, that a tile finishes.
@@ -343,8 +311,7 @@ class Backward {
         Range tiles_;
         Scratch scratch_;
         GradientStage gradient_;
-        std::unique_ptr<InputStage> stage_;
-        std::unique_ptr<InputPairs> input_pairs_;
+        std::unique_ptr<WeightProduct> weight_;
         gemm::Prefetch prefetch_;
         TapList list_;
         float* g_ = nullptr;
@@ -359,7 +326,7 @@ class Backward {
     Tiling tiling_;
     GradientLayout gradient_;   // of tiles
     bool need_x_, need_weight_;
-    int64_t taps_, weight_row_;
+    int64_t taps_, weight_row_, weight_size_;
     PackedWeight weight_;
 };
 
@@ -375,21 +342,27 @@ void run_backward(const bnr::conv::BackwardArguments& arguments) {
     else bnr::conv::Backward<float>(arguments, problem).run();
 }
 
+// The two products apart, each with the whole cache to itself.
+void run_apart(const bnr::conv::BackwardArguments& arguments, bool whole_batch) {
+    bnr::conv::BackwardArguments part = arguments;
+    part.dx = nullptr;
+    if (whole_batch) bnr::conv::weight_gradient_of_batch(part);
+    else run_backward(part);
+    part = arguments;
+    part.weight_gradient = nullptr;
+    part.bias_gradient = nullptr;
+    if (part.dx) run_backward(part);
+}
+
 }  // namespace
 
 BNR_EXPORT void bnr_conv_backward(const bnr::conv::BackwardArguments* arguments) {
     const bnr::conv::Problem& p = arguments->problem;
     const int64_t weight_bytes = p.out_channels * p.in_channels / p.groups * p.kernel_h * p.kernel_w * 4;
-    if (!arguments->dx || !arguments->weight_gradient || weight_bytes <= 4 * bnr::conv::cache_size()) {
+    const bool whole_batch = arguments->weight_gradient && bnr::conv::prefers_whole_batch(*arguments);
+    if (whole_batch || (arguments->dx && arguments->weight_gradient && weight_bytes > 4 * bnr::conv::cache_size())) {
+        run_apart(*arguments, whole_batch);
+    } else {
         run_backward(*arguments);
-        return;
     }
-    // A weight and accumulators this large push each other, and the tile, out of the cache: one product after the other.
-    bnr::conv::BackwardArguments part = *arguments;
-    part.dx = nullptr;
-    run_backward(part);
-    part = *arguments;
-    part.weight_gradient = nullptr;
-    part.bias_gradient = nullptr;
-    run_backward(part);
 }

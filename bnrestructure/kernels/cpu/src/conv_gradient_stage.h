@@ -129,21 +129,17 @@ class GradientStage {
         return {natural_rows(tile), pitch_, row_pitch(), image_pitch()};
     }
 
-    // sum[c] += sum of dY over the tile's own pixels.
+    // sum[c] += sum of dY over the tile's own pixels, before it is rounded: that of a bias in front of a batch norm is zero,
+    // and whatever is rounded off would be all that is left of it.
+    template <class T>
     void add_bias(const Tile& tile, float* sum) const {
         const Problem& p = l_.problem;
-        const bool flat = l_.window.flat;
-        for (int64_t i = 0; i < tile.images; i++) {
-            for (int64_t r = 0; r < (flat ? 1 : tile.rows); r++) {
-                const gemm::word* row = natural_rows(tile) + i * image_pitch() + r * row_pitch();
-                const int64_t pixels = flat ? tile.rows * p.out_width : p.out_width;
-                if (l_.words == gemm::Words::kFloat) {
-                    add_rows(reinterpret_cast<const float*>(row), pitch_, pixels, p.out_channels, sum);
-                } else {
-                    add_rows(reinterpret_cast<const bf16*>(row), 2 * pitch_, pixels, p.out_channels, sum);
-                }
-            }
-        }
+        const BackwardArguments& a = l_.arguments;
+        for_each_run(l_.tiling, tile, p.out_height, p.out_width, false, [&](int64_t, int64_t pixel, int64_t count) {
+            add_output_gradient(static_cast<const T*>(a.dy) + pixel * a.dy_pitch, a.dy_pitch,
+                                static_cast<const T*>(a.y) + pixel * a.y_pitch, a.y_pitch, count, p.out_channels,
+                                {a.s, a.a, a.b, a.y_mean}, sum);
+        });
     }
 
   private:

@@ -118,6 +118,21 @@ void pack(const Problem& p, const Grouping& g, bool transposed, gemm::Words word
     });
 }
 
+// dW[n, channel ... channel + count, tap] from consecutive sums.
+void store_weight_gradient(const BackwardArguments& arguments, int64_t n, int64_t tap, int64_t channel, int64_t count,
+                           const float* from) {
+    const Problem& p = arguments.problem;
+    const int64_t* strides = arguments.weight_gradient_strides;
+    const int64_t to = n * strides[0] + channel * strides[1] + tap / p.kernel_w * strides[2] + tap % p.kernel_w * strides[3];
+    if (p.weight_bfloat16) {
+        bf16* out = static_cast<bf16*>(arguments.weight_gradient) + to;
+        for (int64_t c = 0; c < count; c++) out[c * strides[1]] = to_bf16(from[c]);
+    } else {
+        float* out = static_cast<float*>(arguments.weight_gradient) + to;
+        for (int64_t c = 0; c < count; c++) out[c * strides[1]] = rounded(from[c], p.bfloat16 != 0);
+    }
+}
+
 }  // namespace
 
 PackedWeight pack_weight(const Problem& p, const Grouping& g, bool transposed, gemm::Words words, gemm::word* data) {
@@ -129,9 +144,8 @@ PackedWeight pack_weight(const Problem& p, const Grouping& g, bool transposed, g
 }
 
 void write_weight_gradient(const BackwardArguments& arguments, const Grouping& g, const std::vector<float*>& parts,
-                           int64_t row_pitch) {
+                           int64_t row_pitch, bool transposed) {
     const Problem& p = arguments.problem;
-    const int64_t* strides = arguments.weight_gradient_strides;
     const int64_t in_each = p.in_channels / p.groups, out_each = p.out_channels / p.groups;
     const int64_t taps = p.kernel_h * p.kernel_w;
     parallel(p.threads, [&](int64_t t) {
@@ -141,23 +155,25 @@ void write_weight_gradient(const BackwardArguments& arguments, const Grouping& g
             std::fill(sum.begin(), sum.end(), 0.0f);
             for (const float* part : parts) {
                 if (!part) continue;
-                const float* row = part + n * row_pitch;
-                for (std::size_t i = 0; i < sum.size(); i++) sum[i] += row[i];
+                const float* from = transposed ? part + n : part + n * row_pitch;
+                const int64_t step = transposed ? row_pitch : 1;
+                for (std::size_t i = 0; i < sum.size(); i++) sum[i] += from[static_cast<int64_t>(i) * step];
             }
             const int64_t skipped = n % g.out / out_each * in_each;   // inputs of the groups merged before this one's
             for (int64_t tap = 0; tap < taps; tap++) {
-                const int64_t to = n * strides[0] + tap / p.kernel_w * strides[2] + tap % p.kernel_w * strides[3];
-                const float* from = sum.data() + tap * g.in + skipped;
-                if (p.weight_bfloat16) {
-                    bf16* out = static_cast<bf16*>(arguments.weight_gradient) + to;
-                    for (int64_t c = 0; c < in_each; c++) out[c * strides[1]] = to_bf16(from[c]);
-                } else {
-                    float* out = static_cast<float*>(arguments.weight_gradient) + to;
-                    for (int64_t c = 0; c < in_each; c++) out[c * strides[1]] = rounded(from[c], p.bfloat16 != 0);
-                }
+                store_weight_gradient(arguments, n, tap, 0, in_each, sum.data() + tap * g.in + skipped);
             }
         }
     });
+}
+
+void write_weight_block(const BackwardArguments& arguments, const Block& block, const float* sums, int64_t row_pitch) {
+    const Problem& p = arguments.problem;
+    for (int64_t n = 0; n < p.out_channels; n++) {
+        for (int64_t tap = 0; tap < p.kernel_h * p.kernel_w; tap++) {
+            store_weight_gradient(arguments, n, tap, block.channel, block.channels, sums + n * row_pitch + tap * block.in);
+        }
+    }
 }
 
 }  // namespace bnr::conv

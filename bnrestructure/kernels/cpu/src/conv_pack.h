@@ -43,9 +43,13 @@ void for_each_slice(int64_t columns, int64_t depth, int64_t taps, F&& f) {
 // other way round. `data` has PackedWeight::size words.
 PackedWeight pack_weight(const Problem& p, const Grouping& g, bool transposed, gemm::Words words, gemm::word* data);
 
-// Adds up the threads' accumulators, rows of [taps, in] of the given pitch per group and output channel, and writes them to
-// the weight gradient. parts may be null: zero.
+// Adds up the threads' accumulators, rows of [taps, in] of the given pitch per group and output channel (or transposed), and
+// writes them to the weight gradient. parts may be null: zero.
 void write_weight_gradient(const BackwardArguments& arguments, const Grouping& g, const std::vector<float*>& parts,
-                           int64_t row_pitch);
+                           int64_t row_pitch, bool transposed);
+
+// Writes the sums of a block of input channels, of a convolution in one group, to the weight gradient: output channel n, tap
+// t, channel c is at sums[n * row_pitch + t * block.in + c].
+void write_weight_block(const BackwardArguments& arguments, const Block& block, const float* sums, int64_t row_pitch);
 
 }  // namespace bnr::conv

@@ -105,6 +105,26 @@ void gated_gradient_run(const float* g, int64_t ldg, const T* x, int64_t ldx, in
     });
 }
 
+// f(has s, has a and b), as types.
+template <class F>
+void with_edge(const OutputEdge& edge, F&& f) {
+    if (edge.s && edge.a) f(std::true_type{}, std::true_type{});
+    else if (edge.a) f(std::false_type{}, std::true_type{});
+    else if (edge.s) f(std::true_type{}, std::false_type{});
+    else f(std::false_type{}, std::false_type{});
+}
+
+template <bool kScaled, bool kCentred, class T, class Lanes>
+BNR_INLINE vf output_gradient(const T* p, const T* y, const OutputEdge& edge, int64_t c, Lanes lanes) {
+    vf v = load(p + c, lanes);
+    if constexpr (kScaled) v = v * load(edge.s + c, lanes);
+    if constexpr (kCentred) {
+        const vf offset = load(y + c, lanes) - load(edge.mean + c, lanes);
+        v = v + fma(load(edge.a + c, lanes), offset, load(edge.b + c, lanes));
+    }
+    return v;
+}
+
 }  // namespace
 
 InputTransform transform_at(const Problem& p, int64_t image, int64_t channel) {
@@ -134,25 +154,29 @@ void transform_pixels(const T* x, int64_t ldx, int64_t pixels, int64_t channels,
 template <class T, class Out>
 void output_gradient_pixels(const T* p, int64_t ldp, const T* y, int64_t ldy, int64_t pixels, int64_t channels,
                             const OutputEdge& edge, Out* d, int64_t ldd) {
-    const auto run = [&](auto scaled, auto centred) {
+    with_edge(edge, [&](auto scaled, auto centred) {
         for (int64_t i = 0; i < pixels; i++) {
             Out* to = d + i * ldd;
             for_each_vector(channels, [&](int64_t c, auto lanes) {
-                vf v = load(p + i * ldp + c, lanes);
-                if constexpr (decltype(scaled)::value) v = v * load(edge.s + c, lanes);
-                if constexpr (decltype(centred)::value) {
-                    const vf offset = load(y + i * ldy + c, lanes) - load(edge.mean + c, lanes);
-                    v = v + fma(load(edge.a + c, lanes), offset, load(edge.b + c, lanes));
-                }
-                put<T>(to + c, v, lanes);
+                put<T>(to + c, output_gradient<scaled.value, centred.value>(p + i * ldp, y + i * ldy, edge, c, lanes), lanes);
             });
             put_partner(to, channels, ldd);
         }
-    };
-    if (edge.s && edge.a) run(std::true_type{}, std::true_type{});
-    else if (edge.a) run(std::false_type{}, std::true_type{});
-    else if (edge.s) run(std::true_type{}, std::false_type{});
-    else run(std::false_type{}, std::false_type{});
+    });
+}
+
+template <class T>
+void add_output_gradient(const T* p, int64_t ldp, const T* y, int64_t ldy, int64_t pixels, int64_t channels,
+                         const OutputEdge& edge, float* sum) {
+    with_edge(edge, [&](auto scaled, auto centred) {
+        for_each_vector(channels, [&](int64_t c, auto lanes) {
+            vf s = load(sum + c);
+            for (int64_t i = 0; i < pixels; i++) {
+                s = s + output_gradient<scaled.value, centred.value>(p + i * ldp, y + i * ldy, edge, c, lanes);
+            }
+            store(sum + c, s);
+        });
+    });
 }
 
 template <class T>
@@ -213,6 +237,7 @@ BNR_FOR(bf16, float)
 BNR_FOR(bf16, bf16)
 #undef BNR_FOR
 #define BNR_FOR(T)                                                                                                    \
+    template void add_output_gradient(const T*, int64_t, const T*, int64_t, int64_t, int64_t, const OutputEdge&, float*); \
     template void input_gradient_pixels(const float*, int64_t, const T*, int64_t, int64_t, int64_t,                   \
                                         const InputTransform&, T*, int64_t, bool, float*, float*);                    \
     template void gated_gradient_pixels(const float*, int64_t, const T*, int64_t, int64_t, int64_t,                   \

@@ -37,6 +37,11 @@ template <class T, class Out>
 void output_gradient_pixels(const T* p, int64_t ldp, const T* y, int64_t ldy, int64_t pixels, int64_t channels,
                             const OutputEdge& edge, Out* d, int64_t ldd);
 
+// sum[c] += the sum of the same values over the pixels, in fp32. `sum` has padded(channels) floats.
+template <class T>
+void add_output_gradient(const T* p, int64_t ldp, const T* y, int64_t ldy, int64_t pixels, int64_t channels,
+                         const OutputEdge& edge, float* sum);
+
 // From g, the gradient at z, to dx = scale * P (added to dx with `accumulate`); sum_p += P, sum_px += P * (x - mean), given
 // where there is an affine part. No gate.
 template <class T>

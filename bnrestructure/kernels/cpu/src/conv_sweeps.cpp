@@ -71,12 +71,12 @@ void output_gradient(const BackwardArguments& a) {
     for (int64_t t = 0; a.bias_gradient && t < p.threads; t++) bias.emplace_back(scratch, p.out_channels, 1);
     for_each_piece(1, p.batch * p.out_height * p.out_width, p.out_channels, p.threads,
                    [&](int64_t t, int64_t, int64_t pixel, int64_t count) {
-                       T* d = static_cast<T*>(a.dx) + pixel * a.dx_pitch;
-                       output_gradient_pixels(static_cast<const T*>(a.dy) + pixel * a.dy_pitch, a.dy_pitch,
-                                              static_cast<const T*>(a.y) + pixel * a.y_pitch, a.y_pitch, count,
-                                              p.out_channels, edge, d, a.dx_pitch);
+                       const T* dy = static_cast<const T*>(a.dy) + pixel * a.dy_pitch;
+                       const T* y = static_cast<const T*>(a.y) + pixel * a.y_pitch;
+                       output_gradient_pixels(dy, a.dy_pitch, y, a.y_pitch, count, p.out_channels, edge,
+                                              static_cast<T*>(a.dx) + pixel * a.dx_pitch, a.dx_pitch);
                        if (!a.bias_gradient) return;
-                       add_rows(d, a.dx_pitch, count, p.out_channels, bias[t][0]);
+                       add_output_gradient(dy, a.dy_pitch, y, a.y_pitch, count, p.out_channels, edge, bias[t][0]);
                        bias[t].flush();
                    });
     for (std::size_t t = 1; t < bias.size(); t++) bias[0].merge(bias[t]);

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 
 from bnrestructure import ops
+from bnrestructure.capture.formats import restore_formats
 from bnrestructure.capture.program import use_reshape
 from bnrestructure.errors import UsageError
 from bnrestructure.graph.fused import is_fused
@@ -48,13 +49,14 @@ def bnrestructure(
     """
     rest, backend, passes = _checked(options or {})
     rewritten = _copied(gm)
-    use_reshape(rewritten)
     functionalise(rewritten)
+    use_reshape(rewritten)
     if not torch.is_grad_enabled() or not _name_sites(rewritten):
         return _whole(gm, example_inputs, rest, mode)
     pipeline.run(rewritten, passes, backend)
     if not any(is_fused(node) for node in rewritten.graph.nodes):
         return _whole(gm, example_inputs, rest, mode)
+    restore_formats(rewritten)  # Dynamo has told the code behind this graph what strides to expect
     rewritten.graph.eliminate_dead_code(_is_impure)
     rewritten.recompile()
     return rewritten.forward if rest == "eager" else _with_pieces(rewritten, mode).forward

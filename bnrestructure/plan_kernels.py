@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -31,23 +32,25 @@ def convolution_kernels(path: str, after: fx.GraphModule, shapes: Shapes, backen
         if node.target is not ops.conv or prefix + str(name) not in shapes or str(name) not in modules:
             continue
         shape, dtype = shapes[prefix + str(name)]
-        yield _kernel(prefix + str(name), node, tuple(shape), tuple(modules[str(name)].weight.shape), dtype, backend)
+        weight: Any = modules[str(name)].weight
+        yield _kernel(prefix + str(name), node, tuple(shape), tuple(weight.shape), dtype, backend)
 
 
 def _kernel(
     name: str, node: fx.Node, x: tuple[int, ...], weight: tuple[int, ...], dtype: torch.dtype, backend: str
 ) -> Kernel:
-    if backend == "reference":
-        reason = "the reference backend was asked for"
-        return Kernel(name, x, "reference", reason, "reference", reason)
-    if reason := registry.unavailable_reason("cpu"):
+    of: dict[str, Any] = dict(node.kwargs)
+    stride, padding, dilation = (tuple(of[key]) for key in ("stride", "padding", "dilation"))
+    geometry = ConvGeometry(stride, padding, dilation, of["groups"])
+    reason = "the reference backend was asked for" if backend == "reference" else registry.unavailable_reason("cpu")
+    if reason is None and min(*x, *geometry.output_size(x[2:], weight[2:])) < 1:
+        reason = "an empty tensor"
+    if reason is not None:
         return Kernel(name, x, "reference", reason, "reference", reason)
     from bnrestructure.kernels import cpu
 
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
-    of = node.kwargs
-    geometry = ConvGeometry(*(tuple(of[key]) for key in ("stride", "padding", "dilation")), of["groups"])
     rides = torch.empty(0) if of["mean"] is not None else None
     gate = torch.empty(x[:2], device="meta") if of["gate"] is not None else None
     transform = Transform(rides, rides, rides, str(of["act"]), gate)

@@ -86,7 +86,7 @@ def _kept_outside(model: nn.Module, seen: set[str]) -> Iterator[Site]:
     """Batch norm layers that no region's graph calls."""
     with training_flags(model):
         regions, reasons = find_regions(model)
-    paths = {name: module for name, module in model.named_modules()}
+    paths = dict(model.named_modules())
     for name, module in paths.items():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or name in seen:
             continue
@@ -181,7 +181,8 @@ def _pattern(statistics: list[fx.Node], shared: bool, act: str, normalises: list
             end = "depthwise" if layer is not None and layer.depthwise else "conv"
             end = f"squeeze-excite-{end}" if node.kwargs["gate"] is not None else end
         else:
-            end = {ops.max_pool: "max_pool", ops.squeeze: "avg_pool", ops.normalise: "other"}[node.target]
+            others: dict[Any, str] = {ops.max_pool: "max_pool", ops.squeeze: "avg_pool", ops.normalise: "other"}
+            end = others[node.target]
         if end not in ends:
             ends.append(end)
     middle = [] if act == "identity" or "add" in (e.split("-")[0] for e in ends) else [act.split("(")[0]]

@@ -26,11 +26,11 @@ from train_digits import Comparison, compare, draw
 
 import bnrestructure
 from bnrestructure.bench.contenders import EAGER_LAST, RESTRUCTURED
-from bnrestructure.bench.machine import cpu_name
 from bnrestructure.bench.paired import PairedTimings, time_paired
 from bnrestructure.bench.process import run_job
 from bnrestructure.bench.settings import Settings
 from bnrestructure.cli.main import main as command_line
+from bnrestructure.kernels.cpu import processor
 
 MODELS = ("densenet121", "resnet50")
 BATCH, SIZE = 16, 128
@@ -55,7 +55,7 @@ class Result:
 
 def main() -> int:
     started = time.perf_counter()
-    console.print(f"PyTorch {torch.__version__}, {cpu_name()}, {torch.get_num_threads()} threads", highlight=False)
+    console.print(f"PyTorch {torch.__version__}, {processor.name()}, {torch.get_num_threads()} threads", highlight=False)
     results = []
     for name in MODELS:
         console.rule(f"[bold]{name}")

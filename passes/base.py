@@ -38,7 +38,9 @@ class Pass(Protocol):
     """A rewrite: alone it preserves meaning, a second run changes nothing, and the pipeline may end after it."""
 
     name: ClassVar[str]
-    fuel: Fuel
+
+    @property
+    def fuel(self) -> Fuel: ...
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult: ...
 

@@ -35,14 +35,18 @@ class EliminateConcat:
         while (growing := next(iter(find_growing_concats(graph_module)), None)) is not None and self.fuel.take():
             _grow(graph, growing)
             count += 1
-        while (branches := next(filter(None, find_branch_concats(graph_module)), None)) is not None and self.fuel.take():
+        while (branches := _first_branches(graph_module)) is not None and self.fuel.take():
             _branch(graph, branches)
             count += 1
         return finish(graph_module, count)
 
 
+def _first_branches(gm: fx.GraphModule) -> BranchConcat | None:
+    return next((match for match in find_branch_concats(gm) if isinstance(match, BranchConcat)), None)
+
+
 def _grow(graph: fx.Graph, match: GrowingConcat) -> None:
-    convs = [produced_by(tensor, ops.conv, "y") for tensor in match.appended]
+    convs = [conv for tensor in match.appended if (conv := produced_by(tensor, ops.conv, "y")) is not None]
     first = _first(graph, [*convs, *match.concats])
     with graph.inserting_before(first):
         buffer = graph.call_function(ops.concat_buffer, (match.base,), {"extra": match.extra_channels})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -94,14 +94,14 @@ def _into_conv(graph: fx.Graph, reader: ConvReader) -> None:
         erase_dead(graph, reader.activation)
 
 
-def _into_pool(graph: fx.Graph, normalise: fx.Node, pool: fx.Node, window: dict[str, object] | None) -> None:
+def _into_pool(graph: fx.Graph, normalise: fx.Node, pool: fx.Node, window: dict[str, Any] | None) -> None:
     arguments = {k: normalise.kwargs[k] for k in ("x", *_VECTORS, "act")}
     with graph.inserting_before(pool):
         if window is None:
             fused = graph.call_function(ops.squeeze, (), {**arguments, "excite": False})
         else:
             window = {k: v for k, v in window.items() if k != "input"}
-            fused = graph.call_function(ops.max_pool, (), {**arguments, **window, "thread": False})  # type: ignore[arg-type]
+            fused = graph.call_function(ops.max_pool, (), {**arguments, **window, "thread": False})
     fused.meta["bnr_module"] = module_path(pool)
     fused.meta["nn_module_stack"] = pool.meta.get("nn_module_stack", {})
     result = _spread(graph, output(fused, "pooled"), pool) if window is None else output(fused, "z")
@@ -146,7 +146,7 @@ def _normalise_after_concat(graph: fx.Graph, match: ConcatOfNormalised) -> None:
     with graph.inserting_before(match.concat):
         raw = graph.call_function(torch.cat, ([n.kwargs["x"] for n in match.normalised], 1))
         vectors = {name: joined(name) for name in _VECTORS}
-        arguments = {"x": raw, **vectors, "act": match.act, "thread": False}
+        arguments: dict[str, Any] = {"x": raw, **vectors, "act": match.act, "thread": False}
         normalise = graph.call_function(ops.normalise, (), arguments)
     raw.meta["nn_module_stack"] = normalise.meta["nn_module_stack"] = match.concat.meta.get("nn_module_stack", {})
     normalise.meta["bnr_normalises"] = [site for n in match.normalised for site in n.meta["bnr_normalises"]]

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from bnrestructure import ops
-from bnrestructure.graph.fused import output, outputs_of, produced_by
+from bnrestructure.graph.fused import output, outputs_of
 from bnrestructure.passes.base import Fuel, PassResult, finish
 from bnrestructure.patterns.statistics import ConcatStatistics, find_concat_statistics
 
@@ -43,7 +43,7 @@ class ShareStatistics:
             if node.target is not ops.statistics or node.op != "call_function":
                 continue
             source = node.kwargs["x"]
-            kept = first.setdefault(source, node)  # type: ignore[arg-type]
+            kept = first.setdefault(source, node)
             if kept is node or not self.fuel.take():
                 continue
             for name, item in list(outputs_of(node).items()):

@@ -51,7 +51,7 @@ def thread(graph: fx.Graph, fork: Fork, *, own: bool = False) -> None:
     current, threaded = fork.tensor, own
     for i, reader in enumerate(readers):
         rest = readers[i:]
-        hanging = [r for r in _until_next_link(rest, chain)]
+        hanging = list(_until_next_link(rest, chain))
         if hanging and reader in others and threaded and not is_fused(current, ops.own_gradient):
             current = _own(graph, current)
         if current is not fork.tensor:

@@ -9,7 +9,8 @@ from torch import fx
 from bnrestructure import ops
 from bnrestructure.graph.channels import channels_of
 from bnrestructure.graph.fused import produced_by
-from bnrestructure.graph.layers import concat_of, modules_of
+from bnrestructure.graph.layers import modules_of
+from bnrestructure.graph.operations import concat_of
 from bnrestructure.patterns.base import Refusal
 
 __all__ = ["BranchConcat", "GrowingConcat", "find_branch_concats", "find_growing_concats"]
@@ -17,7 +18,7 @@ __all__ = ["BranchConcat", "GrowingConcat", "find_branch_concats", "find_growing
 
 @dataclass(frozen=True)
 class GrowingConcat:
-    """concat-bn-act-conv, over and over: ``concats[i]`` joins ``base`` and the first ``lengths[i]`` of ``appended`` convolutions' results."""
+    """concat-bn-act-conv, over and over: ``concats[i]`` joins ``base`` and the first ``lengths[i]`` of the ``appended`` tensors."""
 
     base: fx.Node
     appended: list[fx.Node]
@@ -75,7 +76,7 @@ def find_growing_concats(gm: fx.GraphModule) -> list[GrowingConcat]:
             continue  # the buffer starts with the base: the base must be there before anyone writes behind it
         first_read = {segment: i for i, segment in enumerate(appended)}
         ordered = all(
-            position[node] > position[conv]  # type: ignore[index]
+            position[node] > position[conv]
             for node, segments in members
             for conv in convs[: len(segments) - 1]
         )

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from bnrestructure import ops
 from bnrestructure.graph.fused import is_fused, produced_by, tensor_readers
-from bnrestructure.graph.layers import (
-    ConvLayer,
-    activation_of,
-    concat_of,
-    conv_of,
-    global_average_of,
-    max_pool_of,
-    modules_of,
-)
+from bnrestructure.graph.layers import ConvLayer, conv_of, modules_of
+from bnrestructure.graph.operations import activation_of, concat_of, global_average_of, max_pool_of
 
 __all__ = [
     "ConcatOfNormalised",
@@ -93,10 +87,10 @@ def _is_conv(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
     return is_fused(node, ops.conv) or isinstance(conv_of(node, modules), ConvLayer)
 
 
-def find_pool_readers(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node, dict[str, object] | None]]:
+def find_pool_readers(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node, dict[str, Any] | None]]:
     """conv-bn-act-pool: (normalise, pool node, window); the window is None for a global average."""
     modules = modules_of(gm)
-    found: list[tuple[fx.Node, fx.Node, dict[str, object] | None]] = []
+    found: list[tuple[fx.Node, fx.Node, dict[str, Any] | None]] = []
     for normalise, z in _normalised(gm):
         for reader in tensor_readers(z):
             window = max_pool_of(reader, modules)
@@ -132,7 +126,7 @@ def find_excitations(gm: fx.GraphModule) -> list[Excitation]:
         if average is None or product is None:
             continue
         gate = _product_with(product, z)
-        convs = []
+        convs: list[tuple[fx.Node, ConvLayer | None]] = []
         for reader in tensor_readers(product):
             layer = conv_of(reader, modules)
             if isinstance(layer, ConvLayer):

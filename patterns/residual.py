@@ -8,7 +8,8 @@ from torch import fx
 
 from bnrestructure import ops
 from bnrestructure.graph.fused import produced_by, tensor_readers
-from bnrestructure.graph.layers import activation_of, add_of, modules_of
+from bnrestructure.graph.layers import modules_of
+from bnrestructure.graph.operations import activation_of, add_of
 
 __all__ = ["ResidualMatch", "find_residuals"]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
 from bnrestructure import ops
 from bnrestructure.graph.fused import is_fused, produced_by
-from bnrestructure.graph.layers import ConvLayer, concat_of, conv_of, modules_of
+from bnrestructure.graph.layers import ConvLayer, conv_of, modules_of
+from bnrestructure.graph.operations import concat_of
 from bnrestructure.patterns.base import Refusal
 
 __all__ = ["ConcatStatistics", "ConvStatistics", "find_concat_statistics", "find_conv_statistics", "find_residual_statistics"]
@@ -77,7 +79,7 @@ def find_residual_statistics(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]
     return pairs
 
 
-def describe(node: fx.Node, modules: dict[str, object]) -> str:
+def describe(node: fx.Node, modules: Mapping[str, object]) -> str:
     """A few words for what a node is, for reasons."""
     if node.op == "placeholder":
         return "the region's input"

@@ -49,6 +49,9 @@ def pair_inputs():
 def fails():
     raise ValueError("the weights are missing" + chr(10) + "second line")
 
+def exits():
+    raise SystemExit(3)
+
 def three():
     return 3
 
@@ -206,6 +209,10 @@ MISUSE = {
         ("plan", "my_models:fails"),
         "my_models:fails raised ValueError: the weights are missing",
     ),
+    "a factory that exits": (("plan", "my_models:exits"), "my_models:exits raised SystemExit: 3"),
+    "no factory named": (("plan", "my_models.py"), "which model of my_models.py? Name the function that returns it"),
+    "nothing before the colon": (("plan", ":net"), "expected package.module:factory or file.py:factory, got ':net'"),
+    "nothing after the colon": (("plan", "my_models.py:"), "expected package.module:factory or file.py:factory"),
     "not a Module": (("plan", "my_models:three"), "my_models:three returned int, expected a torch.nn.Module"),
     "timm missing": (("plan", "timm:resnet18"), "timm:resnet18 needs the timm package"),
     "wrong shape, plan": (
@@ -215,6 +222,10 @@ MISUSE = {
     "wrong shape, verify": (
         ("verify", "my_models:net", "--input-size", "4x8x8"),
         "the original model fails on these inputs",
+    ),
+    "too small for its kernels": (
+        ("plan", "my_models:net", "--input-size", "3", "--backend", "auto"),
+        "the model does not take this input (32x3x3x3)",
     ),
     "too many dimensions": (("plan", "my_models:net", "--input-size", "3x4x8x8"), "3x4x8x8 has a dimension too many"),
     "unknown backend": (("plan", "my_models:net", "--backend", "refrence"), "did you mean 'reference'"),

@@ -223,3 +223,38 @@ def test_wrong_options_are_named(options: dict[str, str], message: str) -> None:
     with pytest.raises(Exception, match="UsageError") as caught:
         compiled(torch.randn(2, 3, 8, 8))
     assert message in str(caught.value)
+
+
+class Layouts(nn.Module):
+    """What minds in which layout the fused nodes answer: dropout's mask, a write through a view, a view behind a graph break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv3 = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(F.dropout(F.silu(self.bn1(self.conv1(x))), 0.5, self.training))
+        y.flatten(1).mul_(2.0)
+        y = self.conv3(F.silu(self.bn2(y)))
+        torch._dynamo.graph_break()
+        return y.view(y.shape[0], -1)
+
+
+def test_layouts_are_eagers_where_they_show(graphs: list[fx.GraphModule]) -> None:
+    """In float32 with the kernels that users get, which answer in channels_last whatever they are given."""
+    torch.manual_seed(0)
+    model = Layouts()
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=dynamo.bnrestructure, options={"rest": "eager"})
+    found = []
+    for run in (compiled, eager):
+        torch.manual_seed(1)
+        x = torch.randn(4, 3, 8, 8, requires_grad=True)
+        out = run(x)
+        out.square().sum().backward()
+        found.append([out, x.grad, *(p.grad for p in (eager if run is eager else model).parameters())])
+    assert any(is_fused(node) for node in graphs[0].graph.nodes)
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)

@@ -79,6 +79,12 @@ def test_custom_model_is_the_same_function() -> None:
     assert model.seen == pytest.approx(original.seen, rel=1e-9)
 
 
+def test_the_demo_finds_what_it_imports() -> None:
+    """It runs for minutes (``make demo``); that it starts is seen here."""
+    demo = imported("demo")
+    assert set(demo.MODELS) == {"densenet121", "resnet50"}
+
+
 @pytest.mark.parametrize("net", ["resnet", "densenet"])
 def test_digits_start_alike_and_are_learnt(net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")

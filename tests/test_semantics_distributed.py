@@ -35,10 +35,10 @@ def _joint(name: str) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def _assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def _assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-8, atol: float = 1e-9) -> None:
     assert actual.keys() == expected.keys()
     for key, tensor in expected.items():
-        torch.testing.assert_close(actual[key], tensor, rtol=1e-8, atol=1e-9, msg=key)
+        torch.testing.assert_close(actual[key], tensor.to(actual[key].dtype), rtol=rtol, atol=atol, msg=key)
 
 
 def test_ddp_trains_as_eager_ddp(tmp_path: Path) -> None:
@@ -53,6 +53,15 @@ def test_sync_batch_norm_is_batch_norm_over_the_joint_batch(kind: str, name: str
     expected = _joint(name)
     for actual in _spawn(kind, name, tmp_path):
         _assert_close(actual, expected)
+
+
+def test_both_in_float32_with_the_kernels_that_users_get(tmp_path: Path) -> None:
+    expected, actual = _spawn("eager-float", "residual", tmp_path), _spawn("ddp-float", "residual", tmp_path)
+    for e, a in zip(expected, actual, strict=True):
+        _assert_close(a, e, rtol=1e-3, atol=1e-4)
+    joint = _joint("residual")
+    for synchronised in _spawn("sync-float", "residual", tmp_path):
+        _assert_close(synchronised, joint, rtol=1e-3, atol=1e-4)
 
 
 def test_sync_batch_norm_without_a_process_group_is_batch_norm() -> None:

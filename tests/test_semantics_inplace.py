@@ -59,6 +59,25 @@ class InplaceOnFlatView(_Two):
         return self.conv2(y)
 
 
+class InplaceThroughFlatten(_Two):
+    """``flatten`` is a view of a contiguous tensor and a copy of a channels_last one: which one is eager's to say."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv3(F.relu(self.bn1(self.conv1(x))))
+        y.flatten(1).mul_(0.5)
+        return self.conv2(F.relu(self.bn2(y)))
+
+
+class InplaceAfterConcat(_Two):
+    """The concat has copied y by the time y changes: it must not have become a slice of the concat's memory."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv3(F.relu(self.bn1(self.conv1(x))))
+        joined = torch.cat([self.conv1(x), y], 1)
+        y[:, :2].mul_(2.0)
+        return joined, self.conv2(F.relu(self.bn2(y)))
+
+
 class InplaceOnInput(_Two):
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(x)
@@ -214,8 +233,8 @@ class ChainOfIdentityJoins(_Two):
 
 
 MODELS = [
-    InplaceReluReadLater, InplaceOnJoin, InplaceOnView, InplaceOnFlatView, InplaceOnInput, ReadThenOverwritten,
-    OverwrittenThenJoined, LeakyInplace, InplaceAddShared,
+    InplaceReluReadLater, InplaceOnJoin, InplaceOnView, InplaceOnFlatView, InplaceThroughFlatten, InplaceAfterConcat, InplaceOnInput,
+    ReadThenOverwritten, OverwrittenThenJoined, LeakyInplace, InplaceAddShared,
     PositionalInplace, ReturnsBoth, WrittenConstant, ChunkedInplace, DropoutInplace, IdentityJoin, SelfJoin, JoinWithItself, SelfConcat,
     ConcatsOfConcats, ChainOfIdentityJoins,
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from equivalence import assert_same_training, assert_same_values, restructured_copy, training_step
+from equivalence import assert_same_training, assert_same_values, training_step
 from small_models import SMALL_MODELS, Chain, Residual, build, input_for
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize

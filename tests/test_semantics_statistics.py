@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
-from equivalence import assert_same_values, restructured_copy, training_step
+from equivalence import assert_same_values, relative_errors, restructured_copy, training_step
 from small_models import Residual, build, conv_bn, input_for
 from torch import Tensor, nn
 
 #: How much farther from the float64 truth than eager the restructured model may be, and what counts as rounding in units of eps.
 FACTOR, ROUNDING = 2.0, 8.0
+
+both_backends = pytest.mark.parametrize("backend", ["reference", "auto"])
 
 
 class ReadsShifted(nn.Module):
@@ -43,14 +44,23 @@ class ShiftedByBias(nn.Module):
 
 
 def _distance(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float((actual[name].double() - truth[name].double()).norm() / truth[name].double().norm().clamp_min(1e-30)) for name in truth}
+    a, t = _doubles(actual), _doubles(truth)
+    return {name: float((a[name] - t[name]).norm() / t[name].norm().clamp_min(1e-30)) for name in t}
 
 
-def assert_no_worse_than_eager(model: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], dict[str, Tensor]] = training_step) -> None:
+def _doubles(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.double() for name, tensor in values.items()}
+
+
+def _median(distances: dict[str, float]) -> float:
+    return sorted(distances.values())[len(distances) // 2]
+
+
+def assert_no_worse_than_eager(model: nn.Module, x: Tensor, backend: str) -> None:
     """Every tensor whose true value is not zero; errors below a tenth of eager's worst are let be, for they scatter."""
     truth = training_step(copy.deepcopy(model).double(), x.double())
-    eager = _distance(run(copy.deepcopy(model), x), truth)
-    ours = _distance(run(restructured_copy(model), x), truth)
+    eager = _distance(training_step(copy.deepcopy(model), x), truth)
+    ours = _distance(training_step(restructured_copy(model, backend=backend), x), truth)
     zero = {name for name in truth if float(truth[name].double().norm()) < 1e-6 * max(float(t.double().norm()) for t in truth.values())}
     floor = max(eager[name] for name in truth if name not in zero)
     wrong = {
@@ -61,15 +71,17 @@ def assert_no_worse_than_eager(model: nn.Module, x: Tensor, run: Callable[[nn.Mo
     assert not wrong, wrong
 
 
+@both_backends
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1e2, 1e3, 1e4])
-def test_mean_far_from_zero_fp32(ratio: float) -> None:
+def test_mean_far_from_zero_fp32(ratio: float, backend: str) -> None:
     x = torch.randn(8, 8, 12, 12) + ratio
-    assert_no_worse_than_eager(ReadsShifted(), x)
-    assert_no_worse_than_eager(ShiftedByBias(ratio), torch.randn(8, 8, 12, 12))
+    assert_no_worse_than_eager(ReadsShifted(), x, backend)
+    assert_no_worse_than_eager(ShiftedByBias(ratio), torch.randn(8, 8, 12, 12), backend)
 
 
+@both_backends
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1e2, 1e3])
-def test_mean_far_from_zero_bf16(ratio: float) -> None:
+def test_mean_far_from_zero_bf16(ratio: float, backend: str) -> None:
     """Under autocast: activations are bf16, so their own rounding at this mean is part of the truth that both share."""
     torch.manual_seed(1)
 
@@ -81,15 +93,15 @@ def test_mean_far_from_zero_bf16(ratio: float) -> None:
     for model in (ReadsShifted(), ShiftedByBias(ratio)):
         truth = training_step(copy.deepcopy(model).double(), x.double())
         eager = _distance(autocast(copy.deepcopy(model), x), truth)
-        ours = _distance(autocast(restructured_copy(model), x), truth)
-        median = lambda found: sorted(found.values())[len(found) // 2]  # noqa: E731
-        assert median(ours) <= FACTOR * max(median(eager), 2**-8), (ours, eager)
+        ours = _distance(autocast(restructured_copy(model, backend=backend), x), truth)
+        assert _median(ours) <= FACTOR * max(_median(eager), 2**-8), (ours, eager)
 
 
-def test_different_means_and_deviations_in_each_channel() -> None:
+@both_backends
+def test_different_means_and_deviations_in_each_channel(backend: str) -> None:
     x = torch.randn(8, 8, 12, 12)
     scale = torch.logspace(-3, 3, 8).view(1, 8, 1, 1)
-    assert_no_worse_than_eager(ReadsShifted(), x * scale + 30 * scale.flip(1))
+    assert_no_worse_than_eager(ReadsShifted(), x * scale + 30 * scale.flip(1), backend)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e4])
@@ -104,10 +116,19 @@ def test_constant_channels(value: float) -> None:
     assert_same_values(actual, expected, tolerance=1e-7)
 
 
-@pytest.mark.parametrize("weight", ["zero", "negative", "mixed"])
-@pytest.mark.parametrize("name", ["residual", "dense", "inverted", "squeeze_excite", "preact"])
-def test_gamma_zero_and_negative(name: str, weight: str) -> None:
-    model = build(name)
+@both_backends
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e4])
+def test_constant_channels_fp32(value: float, backend: str) -> None:
+    x = torch.randn(4, 8, 6, 6)
+    x[:, 2:5] = value
+    model = ReadsShifted()
+    nn.init.normal_(model.bn1.bias)
+    actual = training_step(restructured_copy(model, backend=backend), x)
+    assert all(bool(t.isfinite().all()) for t in actual.values())
+    assert_no_worse_than_eager(model, x, backend)
+
+
+def _with_gamma(model: nn.Module, weight: str) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             values = {"zero": 0.0, "negative": -1.0}.get(weight)
@@ -115,14 +136,49 @@ def test_gamma_zero_and_negative(name: str, weight: str) -> None:
                 module.weight.data[::2] = 0.0
             else:
                 module.weight.data.fill_(values)
-    x = input_for(name)
+    return model
+
+
+GAMMAS = pytest.mark.parametrize("weight", ["zero", "negative", "mixed"])
+GAMMA_MODELS = pytest.mark.parametrize("name", ["residual", "dense", "inverted", "squeeze_excite", "preact"])
+
+
+@GAMMAS
+@GAMMA_MODELS
+def test_gamma_zero_and_negative(name: str, weight: str) -> None:
+    model, x = _with_gamma(build(name), weight), input_for(name)
     assert_same_values(training_step(restructured_copy(model), x), training_step(copy.deepcopy(model), x))
+
+
+@both_backends
+@GAMMAS
+@GAMMA_MODELS
+def test_gamma_zero_and_negative_fp32(name: str, weight: str, backend: str) -> None:
+    """By the median, and each tensor within a share of its kind's largest: single gradients that nearly cancel scatter.
+
+    Eager in channels_last, as the fused nodes compute: its own batch norm, which a site left whole uses, rounds more there.
+    """
+    model, x = _with_gamma(build(name, torch.float32), weight), input_for(name, torch.float32, batch=8)
+    truth = training_step(copy.deepcopy(model).double(), x.double())
+    eager = training_step(copy.deepcopy(model), x.to(memory_format=torch.channels_last))
+    actual = training_step(restructured_copy(model, backend=backend), x)
+    found = [_median(_distance(step, truth)) for step in (actual, eager)]
+    assert found[0] <= FACTOR * max(found[1], ROUNDING * torch.finfo(x.dtype).eps)
+    allowed = {k: max(1e-3, FACTOR * e) for k, e in relative_errors(_doubles(eager), _doubles(truth)).items()}
+    assert_same_values(_doubles(actual), _doubles(truth), allowed)
 
 
 def test_single_spatial_position() -> None:
     model = nn.Sequential(conv_bn(3, 4, 1), conv_bn(4, 5, 1), nn.Conv2d(5, 2, 1)).double()
     x = torch.randn(6, 3, 1, 1, dtype=torch.float64)
     assert_same_values(training_step(restructured_copy(model), x), training_step(copy.deepcopy(model), x))
+
+
+@both_backends
+@pytest.mark.parametrize("batch", [2, 6, 64])
+def test_single_spatial_position_fp32(batch: int, backend: str) -> None:
+    model = nn.Sequential(conv_bn(3, 8, 1), conv_bn(8, 16, 1), nn.Conv2d(16, 2, 1))
+    assert_no_worse_than_eager(model, torch.randn(batch, 3, 1, 1), backend)
 
 
 def test_two_values_per_channel() -> None:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import numpy
+import numpy as np
 import pytest
 import torch
 from equivalence import assert_same_training, assert_same_values, restructured_copy, training_step
@@ -41,7 +41,7 @@ class PythonRandom(_Base):
 
 class NumpyRandom(_Base):
     def forward(self, x: Tensor) -> Tensor:
-        return self.trunk(x) * float(numpy.random.rand())
+        return self.trunk(x) * float(np.random.rand())
 
 
 class RandomInside(_Base):
@@ -277,7 +277,7 @@ def _numpy_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def seed_all(value: int) -> Any:
         random.seed(value)
-        numpy.random.seed(value)
+        np.random.seed(value)
         return seed(value)
 
     monkeypatch.setattr(torch, "manual_seed", seed_all)

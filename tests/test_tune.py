@@ -14,8 +14,8 @@ from torch import nn
 
 import bnrestructure
 from bnrestructure.kernels import registry, tuning
-from bnrestructure.kernels.cpu import convolution_choice
-from bnrestructure.kernels.cpu.convolution_choice import BACKWARD, choose
+from bnrestructure.kernels.cpu import convolution, convolution_choice
+from bnrestructure.kernels.cpu.convolution_choice import BACKWARD
 
 pytestmark = pytest.mark.skipif(registry.unavailable_reason("cpu") is not None, reason="no compiled CPU kernels")
 
@@ -37,11 +37,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder for measurements."""
     monkeypatch.setenv("BNRESTRUCTURE_CACHE", str(tmp_path / "cache"))
     tuning.forget()
-    choose.cache_clear()
+    convolution.forget_choices()
     yield tmp_path / "cache"
     monkeypatch.undo()
     tuning.forget()
-    choose.cache_clear()
+    convolution.forget_choices()
 
 
 def _pretend_fastest(monkeypatch: pytest.MonkeyPatch, forward: str, backward: str) -> None:
@@ -98,7 +98,7 @@ def test_another_process_finds_the_choice_on_disk(monkeypatch: pytest.MonkeyPatc
     (file,) = cache.iterdir()
     assert len(json.loads(file.read_text())["measurements"]) == 5
     tuning.forget()
-    choose.cache_clear()
+    convolution.forget_choices()
     assert {k.forward for k in bnrestructure.explain(_model(), _inputs()).kernels} == {"hybrid"}
 
 
@@ -114,7 +114,7 @@ def test_other_threads_shapes_and_machines_have_choices_of_their_own(monkeypatch
     finally:
         torch.set_num_threads(threads)
     monkeypatch.setattr(convolution_choice.processor, "name", lambda: "another processor")
-    choose.cache_clear()
+    convolution.forget_choices()
     assert {k.forward for k in bnrestructure.explain(_model(), _inputs()).kernels} == {"fused"}
 
 
@@ -123,7 +123,7 @@ def test_a_damaged_file_is_ignored_with_a_warning(cache: Path) -> None:
     (file,) = cache.iterdir()
     file.write_text('{"measurements": [{"call"')
     tuning.forget()
-    choose.cache_clear()
+    convolution.forget_choices()
     with pytest.warns(UserWarning, match="are ignored"):
         plan = bnrestructure.explain(_model(), _inputs())
     assert not any(k.forward_reason.startswith("measured") for k in plan.kernels)

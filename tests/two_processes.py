@@ -31,17 +31,19 @@ def train_half(rank: int, kind: str, name: str, folder: str) -> None:
     """Two SGD steps on this rank's half; parameters and buffers are written to ``folder``.
 
     ``kind``: ``ddp`` (restructured inside DDP), ``eager`` (plain DDP), ``sync`` (SyncBatchNorm, restructured; DDP refuses those on a CPU,
-    so the gradients are summed here), ``sync-ragged`` (the same with ranks of different batch size).
+    so the gradients are summed here), ``sync-ragged`` (the same with ranks of different batch size). ``eager-float``, ``ddp-float``
+    and ``sync-float`` are in float32 with the kernels that users get.
     """
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     try:
-        model = build(name)
+        single = kind.endswith("float")
+        model = build(name, torch.float32 if single else torch.float64)
         if kind.startswith("sync"):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if kind != "eager":
-            model = bnrestructure.restructure(model, backend="reference")
-        x = batch_for(name)
+        if not kind.startswith("eager"):
+            model = bnrestructure.restructure(model, backend="auto" if single else "reference")
+        x = batch_for(name).to(next(model.parameters()).dtype)
         x = x.chunk(WORLD)[rank] if kind != "sync-ragged" else (x[:3] if rank == 0 else x[3:])
         wrapped: Any = model if kind.startswith("sync") else DistributedDataParallel(model)
         optimiser = torch.optim.SGD(model.parameters(), lr=0.01)

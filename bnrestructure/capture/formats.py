@@ -11,10 +11,10 @@ from bnrestructure.graph.fused import is_fused
 __all__ = ["restore_formats"]
 
 
-def uses_channels_last(*tensors: Tensor) -> bool:
-    """Whether any of these 4-D or 5-D tensors is laid out channels_last: eager convolutions then answer in channels_last too."""
-    for t in tensors:
-        if t.dim() in (4, 5) and not t.is_contiguous():
+def uses_channels_last(*arguments: object) -> bool:
+    """Whether any 4-D or 5-D tensor of these is laid out channels_last: eager convolutions then answer in channels_last too."""
+    for t in arguments:  # sizes are arguments as well in the graphs that Dynamo makes
+        if isinstance(t, Tensor) and t.dim() in (4, 5) and not t.is_contiguous():
             last = torch.channels_last if t.dim() == 4 else torch.channels_last_3d
             if t.is_contiguous(memory_format=last):
                 return True
@@ -41,9 +41,10 @@ def _draws_random_numbers(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def restore_formats(gm: fx.GraphModule) -> None:
-    """Put :func:`eager_format` before every opaque module call, random draw and the output, if the graph has fused nodes.
+    """Put :func:`eager_format` before every opaque module call, random draw, write in place and the output, if the graph has fused nodes.
 
-    Fused kernels answer in channels_last whatever the input's layout; a ``.view()`` in the user's own code would not bear that.
+    Fused kernels answer in channels_last whatever the input's layout; a ``.view()`` in the user's own code would not bear that, nor would
+    a write through ``y.flatten(1)``, which is a view of y in one layout and a copy in another.
     """
     fused = [node for node in gm.graph.nodes if is_fused(node)]
     if not fused:
@@ -58,9 +59,10 @@ def restore_formats(gm: fx.GraphModule) -> None:
         flag = gm.graph.call_function(uses_channels_last, tuple(deciding))
     for node in list(gm.graph.nodes):
         opaque = node.op == "call_module" and not is_library_leaf(modules[str(node.target)])
-        if node.op == "output" or opaque or _draws_random_numbers(node, modules):
+        shared = "bnr_shared" in node.meta
+        if node.op == "output" or opaque or shared or _draws_random_numbers(node, modules):
             for source in list(node.all_input_nodes):
-                if source.op in ("placeholder", "get_attr"):
+                if source.op in ("placeholder", "get_attr") or (shared and "bnr_shared" in source.meta):
                     continue
                 with gm.graph.inserting_before(node):
                     restored = gm.graph.call_function(eager_format, (source, flag))

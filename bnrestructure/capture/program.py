@@ -67,7 +67,11 @@ def _attributes_to_arguments(graph: fx.Graph, gm: fx.GraphModule) -> list[tuple[
 
 
 def use_reshape(gm: fx.GraphModule) -> None:
-    """Turn ``x.view(...)`` into ``x.reshape(...)``: fused nodes may hand on channels_last tensors where eager has contiguous ones."""
+    """Turn ``x.view(...)`` into ``x.reshape(...)``: fused nodes may hand on channels_last tensors where eager has contiguous ones.
+
+    Not where memory is shared with something that is written to: a copy would lose what is written (``restore_formats`` sees to those).
+    """
     for node in gm.graph.nodes:
-        if node.op == "call_method" and node.target == "view" and not any(isinstance(a, torch.dtype) for a in node.args[1:]):
+        is_view = node.op == "call_method" and node.target == "view" and "bnr_shared" not in node.meta
+        if is_view and not any(isinstance(a, torch.dtype) for a in node.args[1:]):
             node.target = "reshape"

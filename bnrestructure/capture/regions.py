@@ -40,7 +40,8 @@ class Options:
 
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether any batch norm layer is in this module tree, or code that calls the function."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) or _calls_batch_norm(type(m)) for m in module.modules())
+    kinds = {type(m) for m in module.modules()}
+    return any(issubclass(kind, nn.modules.batchnorm._BatchNorm) or _calls_batch_norm(kind) for kind in kinds)  # type: ignore[arg-type]
 
 
 @cache
@@ -57,11 +58,11 @@ def _calls_batch_norm(cls: type[nn.Module]) -> bool:
 
 
 def captured(module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> tuple[fx.GraphModule, dict[nn.Module, str]]:
-    """The captured graph, made ready for patterns: out-of-place, views as reshapes, nn.Identity gone."""
+    """The captured graph, made ready for patterns: out-of-place, views that are only read as reshapes, nn.Identity gone."""
     gm, opaque = capture(module, forward, arguments)
     _drop_identities(gm)
-    use_reshape(gm)
     functionalise(gm)
+    use_reshape(gm)
     _name_sites(gm)
     return gm, opaque
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -58,13 +58,12 @@ def _restructured_class(cls: type[nn.Module]) -> type[nn.Module]:
         region = self.__dict__.pop(_REGION, None)
         self.__class__ = cls  # the generated class cannot be imported by name: pickle and deepcopy as the original
         try:
-            reduced = self.__reduce_ex__(protocol)
+            function, arguments, *rest = cast("tuple[Any, ...]", self.__reduce_ex__(protocol))
         finally:
             self.__class__ = own
             if region is not None:
                 self.__dict__[_REGION] = region
         options = Options() if region is None else region.options
-        function, arguments, *rest = reduced
         if rest and isinstance(rest[0], dict):
             rest[0] = {k: v for k, v in rest[0].items() if k != _REGION}
         return (_rebuild, (function, arguments, options), *rest)
@@ -92,7 +91,7 @@ def _rebuild(function: Any, arguments: tuple[Any, ...], options: Options) -> nn.
 
 def _swap_one(module: nn.Module, options: Options) -> None:
     if not is_restructured(module):
-        module.__class__ = _restructured_class(type(module))
+        module.__class__ = _restructured_class(type(module))  # type: ignore[arg-type]
     module.__dict__[_REGION] = Region(options, on_opaque=swap_in)
 
 
@@ -151,5 +150,5 @@ def swap_out(module: nn.Module) -> None:
     """Give every swapped module in this tree its own class back."""
     for m in module.modules():
         if isinstance(m, Restructured):
-            m.__class__ = m._bnr_original
+            m.__class__ = m._bnr_original  # type: ignore[assignment]
             m.__dict__.pop(_REGION, None)

@@ -84,7 +84,7 @@ class _TensorProxy(fx.Proxy):
     """A proxy known to stand for a tensor, and that says so: ``isinstance(x, torch.Tensor)`` in a forward() takes the right branch."""
 
     _is_param = False
-    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]
+    __class__ = property(lambda self: Tensor)
 
 
 class _Constant:
@@ -281,7 +281,7 @@ def capture(
 def _trace(tracer: _Tracer, module: nn.Module, forward: Callable[..., Any]) -> fx.Graph:
     """torch.fx's tracing, of the given forward function instead of the (perhaps swapped) class's own, less its side effects."""
     create_args = tracer.create_args_for_root
-    tracer.create_args_for_root = lambda _, is_module, concrete_args=None: create_args(forward, is_module)  # type: ignore[method-assign]
+    tracer.create_args_for_root = lambda _, is_module, concrete_args=None: create_args(forward, is_module)  # type: ignore[assignment]
     rng = _random_state()
     _active.depth = getattr(_active, "depth", 0) + 1
     try:

@@ -50,14 +50,15 @@ def call_factory(name: str, factory: Callable[[], Any]) -> Any:
             return factory()
     except UsageError:
         raise
-    except Exception as error:  # a user's factory may raise anything; it is the user's line to see
-        lines = str(error).strip().splitlines()
-        raise UsageError(f"{name} raised {type(error).__name__}{': ' + lines[0] if lines else ''}") from error
+    except (Exception, SystemExit) as error:  # a user's factory may raise anything; it is the user's line to see
+        raise UsageError(f"{name} raised {_in_one_line(error)}") from error
 
 
 def load_factory(name: str) -> Callable[[], Any]:
     """The callable behind ``package.module:factory`` or ``file.py:factory``. Raises UsageError with near names."""
     place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise UsageError(f"expected package.module:factory or file.py:factory, got {name!r}")
     module = _module_from_file(Path(place)) if place.endswith(".py") else _module_by_name(place)
     found: Any = module
     for part in attribute.split("."):
@@ -99,15 +100,21 @@ def _module_by_name(name: str) -> Any:
 def _import(name: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except Exception as error:  # importing runs the user's code
-        lines = str(error).strip().splitlines()
-        raise UsageError(f"importing {name} raised {type(error).__name__}{': ' + lines[0] if lines else ''}") from error
+    except (Exception, SystemExit) as error:  # importing runs the user's code
+        raise UsageError(f"importing {name} raised {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}{': ' + lines[0] if lines else ''}"
 
 
 def _torchvision_factory(name: str) -> Callable[[], Any]:
-    from torchvision import models  # type: ignore[import-untyped]
+    from torchvision import models
 
     names = models.list_models()
+    if name.endswith(".py"):
+        raise UsageError(f"which model of {name}? Name the function that returns it: {name}:FUNCTION")
     if name not in names:
         hint = (
             _hint(name, names)

@@ -6,7 +6,8 @@ from torch import fx, nn
 
 from bnrestructure import ops
 from bnrestructure.graph.fused import produced_by
-from bnrestructure.graph.layers import ConvLayer, activation_of, concat_of, conv_of, max_pool_of
+from bnrestructure.graph.layers import ConvLayer, conv_of
+from bnrestructure.graph.operations import activation_of, concat_of, max_pool_of
 
 __all__ = ["channels_of"]
 
@@ -40,18 +41,17 @@ def channels_of(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
         made = produced_by(node, function, name)
         if made is not None:
             source = made.kwargs["y" if function is ops.residual else "x"]  # type: ignore[assignment]
-    for function in (ops.conv, ops.normalise, ops.max_pool, ops.statistics, ops.squeeze):
-        threaded = produced_by(node, function, "x")
+    for threading in (ops.conv, ops.normalise, ops.max_pool, ops.statistics, ops.squeeze):
+        threaded = produced_by(node, threading, "x")
         if threaded is not None:
             source = threaded.kwargs["x"]  # type: ignore[assignment]
     act = activation_of(node, modules)
     pool = max_pool_of(node, modules)
+    averages = node.op == "call_function" and node.target in (nn.functional.avg_pool2d, nn.functional.adaptive_avg_pool2d)
     if act is not None:
         source = act[1]
     elif pool is not None:
         source = pool["input"]
-    elif node.op == "call_module" and isinstance(modules.get(str(node.target)), _KEEP_CHANNELS):
-        source = node.all_input_nodes[0]
-    elif node.op == "call_function" and node.target in (nn.functional.avg_pool2d, nn.functional.adaptive_avg_pool2d):
+    elif averages or (node.op == "call_module" and isinstance(modules.get(str(node.target)), _KEEP_CHANNELS)):
         source = node.all_input_nodes[0]
     return None if source is None else channels_of(source, modules)

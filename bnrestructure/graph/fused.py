@@ -35,10 +35,14 @@ def is_fused(node: Any, function: Any = None) -> bool:
     )
 
 
+def _index(item: fx.Node) -> int:
+    return int(item.args[1])  # type: ignore[arg-type]
+
+
 def outputs_of(node: fx.Node) -> dict[str, fx.Node]:
     """The getitem nodes that exist on a fused node's outputs, by output name."""
     names = OUTPUTS[node.target]
-    return {names[int(u.args[1])]: u for u in node.users if u.target is operator.getitem}  # type: ignore[call-overload]
+    return {names[_index(u)]: u for u in node.users if u.target is operator.getitem}
 
 
 def output(node: fx.Node, name: str) -> fx.Node:
@@ -61,7 +65,7 @@ def produced_by(value: Any, function: Any, name: str) -> fx.Node | None:
     if not isinstance(value, fx.Node) or value.target is not operator.getitem:
         return None
     source = value.args[0]
-    if is_fused(source, function) and OUTPUTS[function][int(value.args[1])] == name:  # type: ignore[call-overload]
+    if is_fused(source, function) and OUTPUTS[function][_index(value)] == name:
         return source  # type: ignore[return-value]
     return None
 

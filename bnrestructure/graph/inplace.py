@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from bnrestructure.capture.boundaries import boundary_reason
+
 __all__ = ["functionalise", "inplace_target"]
 
 _OPERATORS = {
@@ -117,7 +119,7 @@ def functionalise(gm: fx.GraphModule) -> None:
         if target is None:
             continue
         group = _sharing(target, modules, exclude=node)
-        if group != {target} or not _is_fresh(target, modules) and not _was_functionalised(target):
+        if group != {target} or (not _is_fresh(target, modules) and not _was_functionalised(target)):
             for member in group | {node}:
                 member.meta["bnr_shared"] = node.name
             continue
@@ -157,8 +159,6 @@ def _sharing(node: fx.Node, modules: dict[str, nn.Module], exclude: fx.Node) -> 
 def _make_out_of_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Turn one in-place node into its out-of-place form; False when it has none."""
     if node.op == "call_module":
-        from bnrestructure.capture.boundaries import boundary_reason
-
         module = _module(node, modules)
         if module is None or type(module) not in _ACTIVATIONS or boundary_reason(module) is not None:
             return False

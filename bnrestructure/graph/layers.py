@@ -1,4 +1,4 @@
-"""What a node of a captured graph is: a convolution, a batch norm, an activation ..., whichever way the model spelt it.
+"""Which layer with parameters a node of a captured graph calls: a convolution or a batch norm, whichever way the model spelt it.
 
 Module calls are recognised by *exact* type and functional calls by target, and both give the same description. A parameter is referred
 to by its attribute path (module form) or by its node (functional form); :func:`reference` turns either into a node.
@@ -6,7 +6,6 @@ to by its attribute path (module form) or by its node (functional form); :func:`
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +13,18 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from bnrestructure.ops.activation import leaky_relu_name
+from bnrestructure.capture.boundaries import boundary_reason
 
 __all__ = [
     "BatchNormLayer",
     "ConvLayer",
     "Parameter",
-    "activation_of",
-    "add_of",
+    "arguments_of",
     "batch_norm_of",
-    "concat_of",
     "conv_of",
-    "global_average_of",
-    "max_pool_of",
-    "modules_of",
     "module_path",
+    "modules_of",
+    "per_dimension",
     "reference",
 ]
 
@@ -96,14 +92,16 @@ def reference(graph: fx.Graph, parameter: Parameter, before: fx.Node) -> fx.Node
         return graph.create_node("get_attr", parameter)
 
 
-def _arguments(node: fx.Node, names: tuple[str, ...], defaults: dict[str, Any]) -> dict[str, Any]:
+def arguments_of(node: fx.Node, names: tuple[str, ...], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A functional call's arguments by name, whether given by position, by keyword or not at all."""
     values = dict(defaults)
     values.update(zip(names, node.args, strict=False))
     values.update(node.kwargs)
     return values
 
 
-def _tuple(value: Any, dimensions: int) -> tuple[int, ...] | None:
+def per_dimension(value: Any, dimensions: int) -> tuple[int, ...] | None:
+    """One int for each dimension from what convolutions and pools take, or None where it is not made of ints."""
     if isinstance(value, int):
         return (value,) * dimensions
     if isinstance(value, tuple | list) and all(isinstance(v, int) for v in value):
@@ -112,7 +110,7 @@ def _tuple(value: Any, dimensions: int) -> tuple[int, ...] | None:
 
 
 _CONV_MODULES: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-_CONV_FUNCTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+_CONV_FUNCTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
@@ -123,17 +121,20 @@ def _same_padding(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[i
 
 def conv_of(node: fx.Node, modules: dict[str, nn.Module]) -> ConvLayer | str | None:
     """The convolution that this node calls; a reason why a convolution cannot be fused; or None when it is something else."""
-    if node.op == "call_module":
-        module = modules.get(str(node.target))
-        return _conv_module(node, module) if isinstance(module, nn.modules.conv._ConvNd) else None
-    if node.op == "call_function" and node.target in _CONV_FUNCTIONS:
-        return _conv_function(node, _CONV_FUNCTIONS[node.target])
-    return None
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    layer: ConvLayer | str
+    if isinstance(module, nn.modules.conv._ConvNd):
+        layer = _conv_module(node, module)
+    elif node.op == "call_function" and node.target in _CONV_FUNCTIONS:
+        layer = _conv_function(node, _CONV_FUNCTIONS[node.target])
+    else:
+        return None
+    if "bnr_shared" in node.meta:
+        return f"of its convolution: {node.meta['bnr_shared']} changes its output in place"
+    return layer
 
 
 def _conv_module(node: fx.Node, module: nn.modules.conv._ConvNd) -> ConvLayer | str:
-    from bnrestructure.capture.boundaries import boundary_reason
-
     reason = boundary_reason(module)
     if reason is not None:
         return f"of its convolution: {reason}"
@@ -164,8 +165,8 @@ def _conv_module(node: fx.Node, module: nn.modules.conv._ConvNd) -> ConvLayer | 
 
 
 def _conv_function(node: fx.Node, dimensions: int) -> ConvLayer | str:
-    values = _arguments(node, _CONV_NAMES, {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
-    stride, padding, dilation = (_tuple(values[k], dimensions) for k in ("stride", "padding", "dilation"))
+    values = arguments_of(node, _CONV_NAMES, {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
+    stride, padding, dilation = (per_dimension(values[k], dimensions) for k in ("stride", "padding", "dilation"))
     if stride is None or padding is None or dilation is None or not isinstance(values["groups"], int):
         return "the convolution's stride, padding, dilation or groups are computed in the graph"
     if not isinstance(values["input"], fx.Node) or not isinstance(values["weight"], fx.Node):
@@ -207,8 +208,6 @@ def batch_norm_of(node: fx.Node, modules: dict[str, nn.Module]) -> BatchNormLaye
 
 
 def _batch_norm_module(node: fx.Node, module: nn.modules.batchnorm._BatchNorm) -> BatchNormLayer | str:
-    from bnrestructure.capture.boundaries import boundary_reason
-
     reason = boundary_reason(module)
     if reason is not None:
         return reason
@@ -248,7 +247,7 @@ def _batch_norm_function(node: fx.Node) -> BatchNormLayer | str:
         )  # fmt: skip
     else:
         names = _BATCH_NORM_NAMES
-    values = _arguments(node, names, {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5})
+    values = arguments_of(node, names, {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5})
     if values["training"] is not True:
         return "frozen: batch_norm is called with training=False"
     if not isinstance(values["momentum"], int | float) or not isinstance(values["eps"], int | float):
@@ -259,118 +258,3 @@ def _batch_norm_function(node: fx.Node) -> BatchNormLayer | str:
         values["input"], values["weight"], values["bias"], values["running_mean"], values["running_var"], None,
         float(values["momentum"]), float(values["eps"]),
     )  # fmt: skip
-
-
-_PLAIN_ACTIVATIONS: dict[Any, str] = {
-    nn.ReLU: "relu", F.relu: "relu", torch.relu: "relu", "relu": "relu",
-    nn.ReLU6: "relu6", F.relu6: "relu6",
-    nn.SiLU: "silu", F.silu: "silu",
-    nn.Hardswish: "hardswish", F.hardswish: "hardswish",
-}  # fmt: skip
-
-
-def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, fx.Node] | None:
-    """(activation name, its input) when this node applies an activation that a prologue can, else None."""
-    if "bnr_shared" in node.meta:
-        return None
-    source = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(source, fx.Node) or "bnr_shared" in source.meta:
-        return None
-    name: str | None = None
-    if node.op == "call_module":
-        module = modules.get(str(node.target))
-        from bnrestructure.capture.boundaries import boundary_reason
-
-        if module is None or boundary_reason(module) is not None:
-            return None
-        if type(module) is nn.LeakyReLU:
-            name = leaky_relu_name(module.negative_slope)
-        elif type(module) is nn.GELU:
-            name = "gelu" if module.approximate == "none" else "gelu_tanh"
-        else:
-            name = _PLAIN_ACTIVATIONS.get(type(module))
-    elif node.op == "call_method":
-        name = _PLAIN_ACTIVATIONS.get(node.target)
-    elif node.target is F.leaky_relu:
-        slope = _arguments(node, ("input", "negative_slope", "inplace"), {"negative_slope": 0.01})["negative_slope"]
-        name = leaky_relu_name(slope) if isinstance(slope, int | float) else None
-    elif node.target is F.gelu:
-        approximate = node.kwargs.get("approximate", "none")
-        name = "gelu" if approximate == "none" else "gelu_tanh"
-    elif node.op == "call_function":
-        name = _PLAIN_ACTIVATIONS.get(node.target)
-    return None if name is None else (name, source)
-
-
-def add_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two tensors that this node adds elementwise with weight one, else None."""
-    is_add = (node.op == "call_function" and node.target in (operator.add, torch.add)) or (
-        node.op == "call_method" and node.target == "add"
-    )
-    if not is_add or len(node.args) != 2 or node.kwargs or "bnr_shared" in node.meta:
-        return None
-    a, b = node.args
-    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b or "bnr_shared" in {*a.meta, *b.meta}:
-        return None
-    return a, b
-
-
-def concat_of(node: fx.Node) -> list[fx.Node] | None:
-    """The segments of a concatenation along channels, else None."""
-    if node.op != "call_function" or node.target not in (torch.cat, torch.concat, torch.concatenate):
-        return None
-    values = _arguments(node, ("tensors", "dim"), {"dim": 0})
-    segments = values["tensors"]
-    if values["dim"] != 1 or not isinstance(segments, list | tuple) or "bnr_shared" in node.meta:
-        return None
-    return list(segments) if segments and all(isinstance(s, fx.Node) for s in segments) else None
-
-
-def max_pool_of(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, Any] | None:
-    """Window parameters of a 2-D max pool that the fused pool can compute, with its ``input``, else None."""
-    if node.op == "call_module":
-        module = modules.get(str(node.target))
-        from bnrestructure.capture.boundaries import boundary_reason
-
-        if type(module) is not nn.MaxPool2d or boundary_reason(module) is not None:
-            return None
-        values = {k: getattr(module, k) for k in ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")}
-        values["input"] = node.args[0] if node.args else None
-    elif node.op == "call_function" and node.target in (F.max_pool2d, torch.max_pool2d):
-        names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-        defaults = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
-        values = _arguments(node, names, defaults)
-    else:
-        return None
-    kernel = _tuple(values["kernel_size"], 2)
-    stride = kernel if values["stride"] in (None, [], ()) else _tuple(values["stride"], 2)
-    padding, dilation = _tuple(values["padding"], 2), _tuple(values["dilation"], 2)
-    if kernel is None or stride is None or padding is None or dilation != (1, 1) or values["return_indices"]:
-        return None
-    if kernel[0] * kernel[1] > 255 or not isinstance(values["input"], fx.Node) or "bnr_shared" in node.meta:
-        return None
-    return {
-        "input": values["input"], "kernel": kernel, "stride": stride, "padding": padding,
-        "ceil_mode": bool(values["ceil_mode"]),
-    }  # fmt: skip
-
-
-def global_average_of(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
-    """The input of an average pool over all spatial positions of a 2-D map that leaves [N, C, 1, 1], else None."""
-    if node.op == "call_module":
-        module = modules.get(str(node.target))
-        from bnrestructure.capture.boundaries import boundary_reason
-
-        if type(module) is not nn.AdaptiveAvgPool2d or boundary_reason(module) is not None:
-            return None
-        if module.output_size not in (1, (1, 1), [1, 1]):
-            return None
-        source = node.args[0] if node.args else None
-    elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
-        values = _arguments(node, ("input", "output_size"), {"output_size": None})
-        if values["output_size"] not in (1, (1, 1), [1, 1]):
-            return None
-        source = values["input"]
-    else:
-        return None
-    return source if isinstance(source, fx.Node) else None

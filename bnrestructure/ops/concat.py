@@ -18,15 +18,15 @@ def concat_buffer(
 ) -> Tensor:
     """Copy x [N, C, *spatial] into channels ``[offset, offset + C)`` of a concat buffer and return its first ``visible`` channels.
 
-    Without ``into`` a buffer of ``channels`` channels is made, or of ``C + extra`` when ``extra`` is given. ``visible`` None means up to and
-    including x's channels when the buffer is new and ``extra`` is given, and the whole buffer otherwise.
+    Without ``into`` a buffer of ``channels`` channels is made, or of ``C + extra`` when ``extra`` is given. ``visible`` None means up to
+    and including x's channels when the buffer is new and ``extra`` is given, and the whole buffer otherwise.
     """
     return _ConcatBuffer.apply(x, into, offset, channels, extra, visible)
 
 
 class _ConcatBuffer(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, into: Tensor | None, offset: int, channels: int, extra: int, visible: int | None
     ) -> Tensor:
         own = x.shape[1]
@@ -41,7 +41,7 @@ class _ConcatBuffer(torch.autograd.Function):
         return channel_slice(into, 0, into.shape[1] if visible is None else visible)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         # A copy, as forward made one: the thread behind x will write to it, and the gradient may be the caller's.
         dx = gradient.narrow(1, ctx.offset, ctx.channels).to(ctx.dtype, copy=True)
         dinto = None if ctx.into_channels is None else gradient.narrow(1, 0, ctx.into_channels)
@@ -55,12 +55,12 @@ def own_gradient(x: Tensor) -> Tensor:
 
 class _OwnGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.dtype = x.dtype
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         n, c, *spatial = gradient.shape
         owned = channels_last_buffer((n, c, *spatial), ctx.dtype, gradient.device)
         return guard_second_derivative((owned.copy_(gradient),))[0]

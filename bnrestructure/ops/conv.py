@@ -94,7 +94,9 @@ def conv(
         y, ymean, yvar = library.conv(
             x, mean, scale, beta, act, gate, weight, bias, stride, padding, dilation, groups, statistics, dtype, backend
         )
-        return ConvOutputs(y, *((ymean, yvar, y.shape) if statistics else (None, None, None)), None, None)
+        if not statistics:
+            return ConvOutputs(y, None, None, None, None, None)
+        return ConvOutputs(y, ymean, yvar, y.shape, None, None)
     options = _Options(act, geometry, statistics, thread, gain, offset, channels, visible, dtype, backend)
     y, ymean, yvar, passed, ones = _Conv.apply(x, mean, scale, beta, gate, weight, bias, into, options)
     size = torch.Size((y.shape[0], weight.shape[0], *y.shape[2:])) if statistics else None
@@ -122,7 +124,7 @@ def _check_shapes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> None:
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]  # autograd.Function's forward takes whatever the node takes
+    def forward(  # autograd.Function's forward takes whatever the node takes
         ctx: Any,
         x: Tensor,
         mean: Tensor | None,
@@ -152,7 +154,7 @@ class _Conv(torch.autograd.Function):
         return result, ymean, yvar, passed, ones
 
     @staticmethod
-    def backward(ctx: Any, dresult: Any, dmean: Any, dvar: Any, dpassed: Any, dgain: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dresult: Any, dmean: Any, dvar: Any, dpassed: Any, dgain: Any) -> Any:
         options: _Options = ctx.options
         x, mean, scale, beta, gate, weight, y, ymean = ctx.saved_tensors
         needs = ctx.needs_input_grad

@@ -44,8 +44,8 @@ def residual(
     """``out = act((y - mean) * scale + beta + shortcut)``; the shortcut is r, or r normalised with its own vectors.
 
     With ``gain`` (the output of that name of y's producer) the gradient G of the sum itself is handed to y's edge, its factor s =
-    scale as the gain's gradient, and *the same tensor* to r: nobody may write to it before y's producer has read it, which the pass that sets
-    ``gain`` must have made sure. Without it y's gradient is a tensor of its own, scale * G. ``r_gain`` is the same for a normalised r.
+    scale as the gain's gradient, and *the same tensor* to r: nobody may write to it before y's producer has read it, which the pass that
+    sets ``gain`` must have made sure. Without it y's gradient is a tensor of its own, scale * G. ``r_gain`` is the same for a normalised r.
     """
     if y.shape != r.shape:
         return _broadcast_join(y, (mean, scale, beta), r, (r_mean, r_scale, r_beta), act, statistics, backend)
@@ -80,7 +80,7 @@ def _broadcast_join(
 
 class _Residual(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         y: Tensor,
         mean: Tensor,
@@ -110,7 +110,7 @@ class _Residual(torch.autograd.Function):
         return out, omean, ovar
 
     @staticmethod
-    def backward(ctx: Any, dout: Any, dmean: Any, dvar: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dout: Any, dmean: Any, dvar: Any) -> Any:
         y, mean, scale, beta, r, r_mean, r_scale, r_beta, out, omean = ctx.saved_tensors
         out = y if out is None else out  # the same shape and dtype
         statistics = None

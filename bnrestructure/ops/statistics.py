@@ -37,7 +37,7 @@ def statistics(x: Tensor, *, thread: bool = False, backend: str = "auto") -> Sta
 
 class _Statistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, thread: bool, backend: str) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, thread: bool, backend: str) -> Any:
         mean, var = call_kernel(backend, "statistics_forward", x)
         ctx.backend = backend
         ctx.save_for_backward(x, mean)
@@ -45,7 +45,7 @@ class _Statistics(torch.autograd.Function):
         return mean, var, alias(x) if thread else None
 
     @staticmethod
-    def backward(ctx: Any, dmean: Any, dvar: Any, dpassed: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dmean: Any, dvar: Any, dpassed: Any) -> Any:
         x, mean = ctx.saved_tensors
         if dmean is None and dvar is None:
             return guard_second_derivative((dpassed, None, None))
@@ -128,7 +128,7 @@ def batch_norm(
 
 class _Finalize(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         mean: Tensor,
         var: Tensor,
@@ -151,7 +151,7 @@ class _Finalize(torch.autograd.Function):
         return scale, beta
 
     @staticmethod
-    def backward(ctx: Any, dscale: Any, dbeta: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dscale: Any, dbeta: Any) -> Any:
         rstd, weight = ctx.saved_tensors
         dvar = dweight = None
         if dscale is not None:

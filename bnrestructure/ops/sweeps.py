@@ -40,7 +40,7 @@ def normalise(
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, act: str, thread: bool, backend: str) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, act: str, thread: bool, backend: str) -> Any:
         ctx.act, ctx.backend = act, backend
         ctx.save_for_backward(x, mean, scale, beta)
         ctx.set_materialize_grads(False)
@@ -48,7 +48,7 @@ class _Normalise(torch.autograd.Function):
         return z, alias(x) if thread else None
 
     @staticmethod
-    def backward(ctx: Any, dz: Any, dpassed: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dz: Any, dpassed: Any) -> Any:
         x, mean, scale, beta = ctx.saved_tensors
         if dz is None:
             return guard_second_derivative((dpassed, *[None] * 6))
@@ -79,7 +79,7 @@ def max_pool(
 
 class _MaxPool(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, act: str, geometry: PoolGeometry, thread: bool, backend: str
     ) -> Any:
         y, index = call_kernel(
@@ -91,7 +91,7 @@ class _MaxPool(torch.autograd.Function):
         return y, alias(x) if thread else None
 
     @staticmethod
-    def backward(ctx: Any, dy: Any, dpassed: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Any, dpassed: Any) -> Any:
         x, mean, scale, beta, index = ctx.saved_tensors
         if dy is None:
             return guard_second_derivative((dpassed, *[None] * 7))
@@ -122,7 +122,7 @@ def squeeze(
 
 class _Squeeze(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, act: str, excite: bool, backend: str) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, act: str, excite: bool, backend: str) -> Any:
         ctx.act, ctx.backend = act, backend
         ctx.save_for_backward(x, mean, scale, beta)
         ctx.set_materialize_grads(False)
@@ -131,7 +131,7 @@ class _Squeeze(torch.autograd.Function):
         return pooled, alias(x) if excite else None
 
     @staticmethod
-    def backward(ctx: Any, dpooled: Any, dz: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dpooled: Any, dz: Any) -> Any:
         x, mean, scale, beta = ctx.saved_tensors
         transform = Transform(mean, scale, beta, ctx.act)
         if dpooled is None and dz is None:

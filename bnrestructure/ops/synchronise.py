@@ -29,7 +29,7 @@ def synchronise(
 
 class _Synchronise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor, count: Any, group: Any) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, mean: Tensor, var: Tensor, count: Any, group: Any) -> Any:
         own = torch.cat([mean, var, torch.as_tensor(count, dtype=mean.dtype, device=mean.device).reshape(1)])
         gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         dist.all_gather(gathered, own, group=group)
@@ -46,7 +46,7 @@ class _Synchronise(torch.autograd.Function):
         return merged_mean, merged_var, total
 
     @staticmethod
-    def backward(ctx: Any, dmean: Tensor, dvar: Tensor, _: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dmean: Tensor, dvar: Tensor, _: Any) -> Any:
         mean, merged_mean, weight = ctx.saved_tensors
         gradients = torch.cat([dmean, dvar])
         dist.all_reduce(gradients, group=ctx.group)

@@ -9,17 +9,8 @@ from torch import fx, nn
 
 from bnrestructure import ops
 from bnrestructure.graph.fused import is_fused
-from bnrestructure.graph.layers import (
-    ConvLayer,
-    activation_of,
-    add_of,
-    batch_norm_of,
-    concat_of,
-    conv_of,
-    max_pool_of,
-    module_path,
-    modules_of,
-)
+from bnrestructure.graph.layers import ConvLayer, batch_norm_of, conv_of, module_path, modules_of
+from bnrestructure.graph.operations import activation_of, add_of, concat_of, max_pool_of
 from bnrestructure.plan import Site
 from bnrestructure.report.graph_backward import backward_of
 from bnrestructure.report.graph_edges import data_inputs, is_tucked, normalised_sites, source_of, sources_of

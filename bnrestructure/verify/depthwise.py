@@ -29,7 +29,7 @@ def convolve_depthwise(func: Any, args: tuple[Any, ...]) -> Any:
         padded, shape = _pad(x, padding), _output_shape(x, weight, stride, padding, dilation)
         y = x.new_zeros(shape)
         for position, window in _windows(weight, shape, stride, dilation):
-            y += padded[(..., *window)] * _column(weight, position)
+            y += padded[window] * _column(weight, position)
         return y if bias is None else y + bias.view(1, -1, *[1] * len(stride))
     if func is aten.convolution_backward.default:
         dy, x, weight, _, stride, padding, dilation, transposed, _, groups, needs = args
@@ -53,9 +53,9 @@ def _backward(
     others = [d for d in range(dy.dim()) if d != 1]
     for position, window in _windows(weight, tuple(dy.shape), stride, dilation):
         if dx is not None:
-            dx[(..., *window)] += dy * _column(weight, position)
+            dx[window] += dy * _column(weight, position)
         if dweight is not None:
-            dweight[(slice(None), 0, *position)] = (dy * padded[(..., *window)]).sum(others)
+            dweight[_at(position)] = (dy * padded[window]).sum(others)
     if dx is not None:
         for d, (p, n) in enumerate(zip(padding, x.shape[2:], strict=True)):
             dx = dx.narrow(d + 2, p, n)
@@ -73,15 +73,18 @@ def _output_shape(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation
 
 def _windows(
     weight: Tensor, shape: tuple[int, ...], stride: Any, dilation: Any
-) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
-    """(kernel position, the slices of the padded input that it meets)."""
+) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """(kernel position, the index of the part of the padded input that it meets)."""
     for position in itertools.product(*map(range, weight.shape[2:])):
         starts = [k * d for k, d in zip(position, dilation, strict=True)]
-        yield position, tuple(
-            slice(start, start + (n - 1) * s + 1, s) for start, n, s in zip(starts, shape[2:], stride, strict=True)
-        )
+        slices = (slice(start, start + (n - 1) * s + 1, s) for start, n, s in zip(starts, shape[2:], stride, strict=True))
+        yield position, (..., *slices)
+
+
+def _at(position: tuple[int, ...]) -> Any:
+    return (slice(None), 0, *position)
 
 
 def _column(weight: Tensor, position: tuple[int, ...]) -> Tensor:
     """One weight a channel, [1, C, 1 ...]."""
-    return weight[(slice(None), 0, *position)].view(1, -1, *[1] * len(position))
+    return weight[_at(position)].view(1, -1, *[1] * len(position))

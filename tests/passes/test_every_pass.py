@@ -92,7 +92,7 @@ def test_golden(name: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_every_pass_fires_somewhere() -> None:
-    fired = {name: 0 for name in PASSES}
+    fired = dict.fromkeys(PASSES, 0)
     for model_name in SMALL_MODELS:
         gm = site_graph(build(model_name))
         for step in steps(PASSES, "reference"):

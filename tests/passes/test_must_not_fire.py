@@ -45,6 +45,12 @@ def _inplace_on_view(m: Any, x: Tensor) -> Tensor:
     return m.bn1(y)
 
 
+def _conv_changed_through_a_view(m: Any, x: Tensor) -> Tensor:
+    y = m.conv2(m.bn1(x))
+    y.flatten(1).mul_(2.0)
+    return y
+
+
 Body = Callable[[Any, Tensor], Any]
 CASES: list[tuple[str, str, Body]] = [
     ("fission", "frozen", lambda m, x: m.frozen(m.conv1(x))),
@@ -69,6 +75,7 @@ CASES: list[tuple[str, str, Body]] = [
     ("fuse-normalise", "a convolution that pads by reflection", lambda m, x: m.reflecting(m.bn1(x))),
     ("fuse-normalise", "a transposed convolution", lambda m, x: m.up(m.bn1(x))),
     ("fuse-normalise", "an activation nothing knows", lambda m, x: m.conv2(torch.sigmoid(m.bn1(x)))),
+    ("fuse-normalise", "the convolution's output is overwritten through a view", _conv_changed_through_a_view),
     ("fuse-normalise", "average pool with a window", lambda m, x: F.avg_pool2d(m.bn1(x), 2)),
     ("fuse-normalise", "max pool with dilation", lambda m, x: F.max_pool2d(m.bn1(x), 2, 1, 0, 2)),
     ("fuse-normalise", "max pool with indices", lambda m, x: F.max_pool2d(m.bn1(x), 2, return_indices=True)[0]),

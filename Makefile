@@ -7,6 +7,9 @@
 #   make lint       ruff, and mypy on the installed wheel
 #   make sanitize   the kernel tests under the address and undefined-behaviour sanitizers
 #   make bench      timings against eager
+#   make cuda       every CUDA kernel compiled for every supported part (no GPU needed): registers, spills, shared memory
+#   make cuda-models   whole models through the CUDA kernels in Triton's interpreter (minutes, no GPU needed)
+#   make gpu        checks and times everything on the GPU at hand
 #   make clean      remove .venv and everything that was built
 #
 # ARGS reaches the command behind a target: make test ARGS="tests/passes -x"
@@ -24,7 +27,7 @@ ARGS ?=
 
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test zoo lint sanitize bench clean setup
+.PHONY: help demo test zoo lint sanitize bench cuda cuda-models gpu clean setup
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -76,6 +79,15 @@ zoo: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	@$(BIN)/bnrestructure bench $(or $(ARGS),densenet121)
+
+cuda: $(VENV)/.ready
+	@$(BIN)/python -m bnrestructure.kernels.cuda.compile_ahead $(ARGS)
+
+cuda-models: $(VENV)/.ready
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/cuda/interpreted -m whole $(ARGS)
+
+gpu: $(VENV)/.ready
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 # mypy reads the wheel as a user's installation has it, from outside the tree: the folders passes/ and patterns/ only become
 # bnrestructure.passes and bnrestructure.patterns there. The wheel goes into a venv of its own that borrows .venv's packages,

@@ -196,7 +196,7 @@ class _Writer:
     def join(self) -> None:
         a = self.pick()
         partners = [v for v in self.vars if v is not a and (v.channels, v.size) == (a.channels, a.size)]
-        if partners and self.chance(0.6):
+        if partners and self.chance(0.6):  # noqa: SIM108  # in one line it would be too long to read
             b = self.rng.choice(partners)
         else:
             b = self.norm(self.conv(a, a.channels, self.rng.choice((1, 3))))[0]

@@ -158,7 +158,9 @@ def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     from bnrestructure.cli.main import main
 
     (tmp_path / "m.py").write_text(
-        "from torch import nn\ndef make():\n    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))\n"
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))\n"
     )
     command = ["plan", f"{tmp_path / 'm.py'}:make", "--batch", "2", "--input-size", "16", "--tune", "--json"]
     assert main(command) == 0

@@ -104,8 +104,9 @@ EXPECTED: dict[str, tuple[int, int, int, int]] = {
 
 
 def _print_table() -> None:
-    import bnrestructure
     from zoo_models import batch_norm_models, build_on_meta
+
+    import bnrestructure
 
     for name in batch_norm_models():
         plan = bnrestructure.explain(build_on_meta(name), backend="reference")

@@ -2,7 +2,8 @@
 
 An implementation is a module with the functions of ``kernels/reference`` and ``supports(name, args, kwargs)``, which gives a
 one-line reason when it cannot run these arguments, or None. ``auto`` takes the implementation of the tensor's device where it
-supports the call, and the reference otherwise; the reference supports everything.
+supports the call, and the reference otherwise; the reference supports everything. The CUDA kernels have to be asked for by name
+until they have been proved on a device.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ __all__ = ["BACKENDS", "implementation", "reason_unsupported", "select", "unavai
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 
 _DEVICE_MODULES = {"cpu": "bnrestructure.kernels.cpu", "cuda": "bnrestructure.kernels.cuda"}
+
+#: What ``auto`` leaves alone, and why: users get it by asking for it.
+_ON_REQUEST = {"cuda": "the CUDA kernels have not been tried on a device yet: backend='cuda' asks for them"}
 
 
 @cache
@@ -57,6 +61,8 @@ def reason_unsupported(backend: str, name: str, args: tuple[Any, ...], kwargs: d
         return f"there are no {device} kernels"
     if backend not in ("auto", device):
         return f"backend {backend!r} was asked for, the tensor is on {device}"
+    if backend == "auto" and device in _ON_REQUEST:
+        return _ON_REQUEST[device]
     module = implementation(device)
     reason = unavailable_reason(device)
     return reason if reason is not None or module is None else module.supports(name, args, kwargs)

@@ -64,14 +64,20 @@ def run_trial(
     *,
     double: bool,
     training: bool,
+    eager_channels_last: bool = False,
 ) -> Trial:
-    """Train copies in lockstep: the truth, our model in float64 and/or both models in the training dtype."""
+    """Train copies in lockstep: the truth, our model in float64 and/or both models in the training dtype.
+
+    ``eager_channels_last`` has the original in the training dtype run in that memory format.
+    """
     trial = Trial()
     # the truth is that of the values which the training dtype starts from
     values = as_dtype(inputs, setting.cast)
     truth = _run(original, values, setting, torch.float64)
     twin = _run(candidate, values, setting, torch.float64) if double else None
     eager = _run(original, values, setting, setting.cast) if training else None
+    if eager is not None and eager_channels_last:
+        eager.to_channels_last()
     ours = _run(candidate, values, setting, setting.cast) if training else None
     for step in range(1, max(setting.steps, 1) + 1):
         seed = setting.seed + step

@@ -177,7 +177,8 @@ def test_accumulates_in_place(module: ModuleType, kind: str, gate: bool, dtype: 
     assert dx is into
     n, c, h, w = into.shape
     around = into.as_strided((n, c + 7, h, w), into.stride(), into.storage_offset() - 3)
-    assert around[:, :3].isnan().all() and around[:, 3 + c :].isnan().all()
+    assert around[:, :3].isnan().all()
+    assert around[:, 3 + c :].isnan().all()
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -234,7 +235,8 @@ def test_threads_and_instruction_sets(isa: str, threads: int) -> None:
                     check_forward(case, convolution_fused)
                     check_backward(case, convolution_fused)
                     first, second = case.backward(convolution_fused), case.backward(convolution_fused)
-                    assert torch.equal(first.weight, second.weight) and torch.equal(first.sum_px, second.sum_px)
+                    assert torch.equal(first.weight, second.weight)
+                    assert torch.equal(first.sum_px, second.sum_px)
     finally:
         torch.set_num_threads(before)
 

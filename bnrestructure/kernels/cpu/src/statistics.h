@@ -5,6 +5,8 @@
 // that distance is in the variance as well, which keeps the loss in proportion.
 #pragma once
 
+#include <algorithm>
+
 #include "parallel.h"
 #include "simd.h"
 
@@ -21,25 +23,34 @@ inline void add_rows(const T* x, int64_t ld, int64_t rows, int64_t channels, flo
 }
 
 // sum[c] += sum of d, square[c] += sum of d*d over the rows, d = x - shift. All vectors have padded(channels) floats.
+// A few rows are summed among themselves before they join the sum: eager sums in double, and a mean that is zero but for
+// rounding (behind a convolution of normalised values, say) should be no further from zero than eager's.
 template <class T>
 inline void add_moments(const T* x, int64_t ld, int64_t rows, int64_t channels, const float* shift, float* sum,
                         float* square) {
+    constexpr int64_t few = 16;
     for_each_vector(channels, [&](int64_t c, auto lanes) {
         const vf k = load(shift + c);
-        vf s0 = load(sum + c), q0 = load(square + c), s1 = zero(), q1 = zero();
-        int64_t r = 0;
-        for (; r + 2 <= rows; r += 2) {
-            const vf d0 = load(x + r * ld + c, lanes) - k, d1 = load(x + (r + 1) * ld + c, lanes) - k;
-            s0 = s0 + d0, s1 = s1 + d1;
-            q0 = fma(d0, d0, q0), q1 = fma(d1, d1, q1);
+        vf s = load(sum + c), q = load(square + c);
+        for (int64_t begin = 0; begin < rows; begin += few) {
+            const int64_t end = std::min(rows, begin + few);
+            vf s0 = zero(), q0 = zero(), s1 = zero(), q1 = zero();
+            int64_t r = begin;
+            for (; r + 2 <= end; r += 2) {
+                const vf d0 = load(x + r * ld + c, lanes) - k, d1 = load(x + (r + 1) * ld + c, lanes) - k;
+                s0 = s0 + d0, s1 = s1 + d1;
+                q0 = fma(d0, d0, q0), q1 = fma(d1, d1, q1);
+            }
+            if (r < end) {
+                const vf d = load(x + r * ld + c, lanes) - k;
+                s0 = s0 + d;
+                q0 = fma(d, d, q0);
+            }
+            s = s + (s0 + s1);
+            q = q + (q0 + q1);
         }
-        if (r < rows) {
-            const vf d = load(x + r * ld + c, lanes) - k;
-            s0 = s0 + d;
-            q0 = fma(d, d, q0);
-        }
-        store(sum + c, s0 + s1);
-        store(square + c, q0 + q1);
+        store(sum + c, s);
+        store(square + c, q);
     });
 }
 

@@ -1,0 +1,262 @@
+"""The nodes of benchmarks/gpu.py: each kernel at the shapes of real networks, checked against fp64 and timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bnrestructure.kernels import cuda, reference
+from bnrestructure.ops.activation import activate
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, PoolGeometry, Transform
+
+__all__ = ["NODES", "RAGGED", "Node", "check_node", "check_sweeps", "distance", "time_node"]
+
+#: How much further from fp64 than PyTorch's own kernels of the same dtype a result may be.
+FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """A fused convolution in its network: kernel x kernel, same padding, square images."""
+
+    name: str
+    channels: int
+    out: int
+    size: int
+    kernel: int = 1
+    stride: int = 1
+    groups: int = 1
+    act: str = "relu"
+    gated: bool = False
+
+    @property
+    def geometry(self) -> ConvGeometry:
+        return ConvGeometry((self.stride,) * 2, (self.kernel // 2,) * 2, (1, 1), self.groups)
+
+    @property
+    def out_size(self) -> int:
+        return (self.size - 1) // self.stride + 1
+
+
+NODES = (
+    Node("densenet 1x1 256->128 56", 256, 128, 56),
+    Node("densenet 1x1 512->128 28", 512, 128, 28),
+    Node("densenet 1x1 1024->128 7", 1024, 128, 7),
+    Node("densenet 3x3 128->32 56", 128, 32, 56, 3),
+    Node("densenet 3x3 128->32 14", 128, 32, 14, 3),
+    Node("densenet transition 512->256 28", 512, 256, 28),
+    Node("resnet 1x1 64->256 56", 64, 256, 56),
+    Node("resnet 1x1 1024->256 14", 1024, 256, 14),
+    Node("resnet 1x1 256->512 56 stride 2", 256, 512, 56, stride=2, act="identity"),
+    Node("resnet 3x3 64->64 56", 64, 64, 56, 3),
+    Node("resnet 3x3 256->256 28 stride 2", 256, 256, 28, 3, 2),
+    Node("resnext 3x3 128->128 56 groups 32", 128, 128, 56, 3, groups=32),
+    Node("mobilenet 1x1 96->24 56", 96, 24, 56, act="relu6"),
+    Node("mobilenet depthwise 144 56", 144, 144, 56, 3, groups=144, act="relu6"),
+    Node("mobilenet depthwise 576 14 stride 2", 576, 576, 14, 3, 2, groups=576, act="relu6"),
+    Node("efficientnet depthwise 5x5 240 28", 240, 240, 28, 5, groups=240, act="silu"),
+    Node("efficientnet 1x1 gate 240->40 28", 240, 40, 28, act="silu", gated=True),
+)
+
+#: Shapes that nothing fits, for the check alone.
+RAGGED = (
+    Node("1x1 37->19", 37, 19, 13),
+    Node("3x3 17->70 stride 2", 17, 70, 15, 3, 2),
+    Node("5x5 3->33 gelu", 3, 33, 11, 5, act="gelu"),
+    Node("7x7 3->64 stride 2", 3, 64, 37, 7, 2, act="leaky_relu(0.1)"),
+    Node("3x3 groups 30->20", 30, 20, 9, 3, groups=10, act="hardswish"),
+    Node("1x1 130->5 stride 3 gelu_tanh", 130, 5, 14, 1, 3, act="gelu_tanh"),
+    Node("depthwise 7x7 21", 21, 21, 10, 7, groups=21, act="silu"),
+)
+
+
+@dataclass
+class Inputs:
+    """What a node's forward and backward take."""
+
+    x: Tensor
+    transform: Transform
+    weight: Tensor
+    dy: Tensor
+    edge: BackwardEdge
+    before: Tensor
+
+    def forward(self, kernels: Any, node: Node, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """(y, mean, var)."""
+        return kernels.conv_forward(
+            self.x, self.transform, self.weight, None, node.geometry, dtype=dtype, statistics=True
+        )
+
+    def backward(self, kernels: Any, node: Node, dtype: torch.dtype, accumulate: Tensor) -> ConvGradients:
+        """All gradients, dx added to ``accumulate``."""
+        return kernels.conv_backward(
+            self.dy, self.edge, self.x, self.transform, self.weight, node.geometry,
+            dtype=dtype, needs=(True, True, False), accumulate=accumulate,
+        )  # fmt: skip
+
+    def double(self) -> Inputs:
+        t, e = self.transform, self.edge
+        return Inputs(
+            self.x.double(), Transform(*map(_double, (t.mean, t.scale, t.beta)), t.act, _double(t.gate)),
+            self.weight.double(), self.dy.double(), BackwardEdge(*map(_double, (e.s, e.a, e.b, e.y, e.mean))),
+            self.before.double(),
+        )  # fmt: skip
+
+
+def _double(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.double()
+
+
+def draw(node: Node, batch: int, dtype: torch.dtype, device: str) -> Inputs:
+    """Fresh inputs, the channels' means away from zero."""
+
+    def pixels(c: int, size: int) -> Tensor:
+        x = torch.randn(batch, c, size, size, device=device) + 2 * torch.randn(1, c, 1, 1, device=device)
+        return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def vector(c: int, spread: float) -> Tensor:
+        return torch.randn(c, device=device) * spread
+
+    x, y = pixels(node.channels, node.size), pixels(node.out, node.out_size)
+    gate = torch.rand(batch, node.channels, device=device) if node.gated else None
+    transform = Transform(
+        x.float().mean((0, 2, 3)), 1 + vector(node.channels, 0.2), vector(node.channels, 1.0), node.act, gate
+    )
+    weight = torch.randn(node.out, node.channels // node.groups, node.kernel, node.kernel, device=device).to(dtype)
+    edge = BackwardEdge(
+        1 + vector(node.out, 0.2), vector(node.out, 0.1), vector(node.out, 0.1), y, y.float().mean((0, 2, 3))
+    )
+    return Inputs(
+        x,
+        transform,
+        weight.contiguous(memory_format=torch.channels_last),
+        torch.randn_like(y),
+        edge,
+        torch.randn_like(x),
+    )
+
+
+def distance(value: Tensor, truth: Tensor) -> float:
+    """Largest absolute difference over the truth's largest magnitude; infinite where a value is no number."""
+    difference = (value.double() - truth).abs().max() / truth.abs().max().clamp_min(1e-300)
+    return float(difference) if torch.isfinite(value).all() else float("inf")
+
+
+def check_node(node: Node, dtype: torch.dtype, device: str = "cuda", batch: int = 4) -> dict[str, Any]:
+    """Errors against fp64 of the kernels and of the reference in the same dtype, and whether ours are as small."""
+    a = draw(node, batch, dtype, device)
+    wide = a.double()
+
+    def results(kernels: Any, inputs: Inputs, compute: torch.dtype) -> list[Tensor]:
+        gradients = inputs.backward(kernels, node, compute, inputs.before.clone())
+        return [t for t in (*inputs.forward(kernels, node, compute), *gradients) if t is not None]
+
+    truth, theirs = results(reference, wide, torch.float64), results(reference, a, dtype)
+    with poisoned():
+        ours = results(cuda, a, dtype)
+    # One rounding is granted where the reference is exact by luck.
+    unit = 2**-10 if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else torch.finfo(dtype).eps
+    return compared(ours, theirs, truth, unit)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory is full of NaN: what a kernel should have written and did not is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def compared(ours: list[Tensor], theirs: list[Tensor], truth: list[Tensor], unit: float) -> dict[str, Any]:
+    """Both distances from the truth, and whether ours are within FACTOR of theirs (or of one rounding, ``unit``)."""
+    own = [distance(t, true) for t, true in zip(ours, truth, strict=True)]
+    other = [distance(t, true) for t, true in zip(theirs, truth, strict=True)]
+    fine = all(e <= FACTOR * max(r, unit) for e, r in zip(own, other, strict=True))
+    return {"ok": fine, "errors": own, "reference_errors": other}
+
+
+def check_sweeps(
+    act: str, dtype: torch.dtype, device: str = "cuda", shape: tuple[int, ...] = (3, 70, 13, 9)
+) -> dict[str, Any]:
+    """Every kernel that is no convolution, on a ragged shape, as :func:`check_node` checks those."""
+    c = shape[1]
+    drawn = [(torch.randn(shape, device=device) + 2).to(dtype, memory_format=torch.channels_last) for _ in range(4)]
+    pooled = torch.randn(shape[:2], device=device).to(dtype)
+    vectors = [torch.rand(c, device=device) + 0.5 for _ in range(4)]
+    window = PoolGeometry((3, 3), (2, 2), (1, 1), False)
+
+    def results(kernels: Any, compute: torch.dtype) -> list[Tensor]:
+        wide = compute == torch.float64
+        x, y, dz, dout = (t.double() if wide else t for t in drawn)
+        mean, scale, beta, a = (v.double() if wide else v for v in vectors)
+        t, own = Transform(mean, scale, beta, act), Transform(mean, scale, beta)
+        joined = kernels.residual_forward(x, own, y, Transform(), act, dtype=compute, statistics=True)
+        found = [
+            kernels.statistics_forward(x),
+            (kernels.statistics_backward(x, mean, scale, beta, y.clone()),),
+            (kernels.normalise_forward(x, t, dtype=compute),),
+            kernels.normalise_backward(dz, x, t, accumulate=y.clone()),
+            joined,
+            kernels.residual_backward(dout, (a, beta, mean), x, own, y, own, joined[0], act),
+            (kernels.max_pool_forward(x, t, window, dtype=compute)[0],),
+            (kernels.squeeze_forward(x, t, dtype=compute),),
+            kernels.squeeze_backward(pooled.double() if wide else pooled, dz, x, t),
+            kernels.finalize_forward(mean, scale, 100, beta, a, None, None, 0.1, 1e-5),
+            kernels.finalize_backward(mean, scale, beta),
+        ]
+        return [tensor for group in found for tensor in group if tensor is not None]
+
+    truth, theirs = results(reference, torch.float64), results(reference, dtype)
+    with poisoned():
+        ours = results(cuda, dtype)
+    return compared(ours, theirs, truth, torch.finfo(dtype).eps)
+
+
+def time_node(node: Node, ceilings: dict[str, float], batch: int = 256, device: str = "cuda") -> dict[str, Any]:
+    """Milliseconds of our forward and backward, of the unfused sequence with cuDNN, and of their roofline; bf16."""
+    checked = check_node(node, torch.bfloat16, device)
+    if not checked["ok"]:
+        return {"ok": False, "errors": checked["errors"]}
+    a = draw(node, batch, torch.bfloat16, device)
+    c, geometry = node.channels, node.geometry
+    zeros, ones = torch.zeros(c, device=device), torch.ones(c, device=device)
+
+    def unfused(x: Tensor, weight: Tensor) -> Tensor:
+        z = activate(F.batch_norm(x, None, None, ones, zeros, training=True), node.act)
+        z = z if a.transform.gate is None else z * a.transform.gate.to(z.dtype).view(batch, c, 1, 1)
+        return F.conv2d(z, weight, None, geometry.stride, geometry.padding, geometry.dilation, node.groups)
+
+    x, weight = a.x.detach().requires_grad_(), a.weight.detach().requires_grad_()
+    y = unfused(x, weight)
+    pixels_in, pixels_out = 2 * a.x.numel(), 2 * y.numel()
+    flops = 2 * y.numel() * weight[0].numel()
+    # Forward reads x and writes y. Backward reads P, y and x for dgrad and again for wgrad, and reads and writes dx.
+    forward_bound = max((pixels_in + pixels_out) / ceilings["bytes"], flops / ceilings["flops"]) * 1e3
+    backward_bytes = 2 * (2 * pixels_out + pixels_in) + 2 * pixels_in
+    backward_bound = max(backward_bytes / ceilings["bytes"], 2 * flops / ceilings["flops"]) * 1e3
+    found = {
+        "ok": True,
+        "forward": milliseconds(lambda: a.forward(cuda, node, torch.bfloat16)),
+        "backward": milliseconds(lambda: a.backward(cuda, node, torch.bfloat16, a.before)),
+        "unfused_forward": milliseconds(lambda: unfused(x, weight)),
+        "unfused_backward": milliseconds(lambda: torch.autograd.grad(y, (x, weight), a.dy, retain_graph=True)),
+        "cudnn_forward": milliseconds(lambda: F.conv2d(a.x, a.weight, None, *geometry)),
+        "forward_bound": forward_bound,
+        "backward_bound": backward_bound,
+    }
+    return found | {f"{way}_share": found[f"{way}_bound"] / found[way] for way in ("forward", "backward")}
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """Median time on the device, the caches cleared before each run."""
+    from triton.testing import do_bench
+
+    return float(do_bench(work, warmup=10, rep=60, return_mode="median"))

@@ -1,0 +1,211 @@
+"""The fused convolution's input gradient: an implicit product, [input pixels, taps * C_out] by [taps * C_out, C_in].
+
+The prologue forms dY = s * P + a * (y - mean) + b; the epilogue applies the activation's mask and the scale, takes
+the sums SP and SPX, and stores or accumulates in place. With strides an input pixel meets only the taps that are
+congruent to it, so each residue class of pixels is a launch of its own over exactly its taps: no product is formed
+only to be thrown away.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bnrestructure.kernels.cuda import tiles
+from bnrestructure.kernels.cuda.activation import activation_constants
+from bnrestructure.kernels.cuda.edges import EdgePixels, output_gradient, store_input_gradient
+from bnrestructure.kernels.cuda.launch import launch
+from bnrestructure.kernels.cuda.layout import destination, packed_weight, pixels, vectors
+from bnrestructure.kernels.cuda.merge import partial_sums
+from bnrestructure.kernels.cuda.precision import multiply, rounded
+from bnrestructure.kernels.cuda.problem import is_heavy, precision_of
+from bnrestructure.ops.edges import ConvGeometry, Transform
+
+__all__ = ["InputGradient", "dgrad"]
+
+
+class InputGradient(NamedTuple):
+    """dx [N, C, H, W] in x's dtype; SP and SPX [C] fp32 or None; the gate's gradient [N, C] fp32 or None."""
+
+    dx: Tensor
+    sum_p: Tensor | None
+    sum_px: Tensor | None
+    gate: Tensor | None
+
+
+class _Class(NamedTuple):
+    """Along one dimension, the input positions ``first + i * stride`` (``size`` of them) and the taps that they meet:
+    ``tap + j * tap_step`` for j < taps. Position i meets tap j at output i + shift + j * shift_step."""
+
+    first: int
+    size: int
+    tap: int
+    tap_step: int
+    taps: int
+    shift: int
+    shift_step: int
+
+
+def _classes(size: int, kernel: int, stride: int, padding: int, dilation: int) -> list[_Class]:
+    """The residue classes of one dimension's positions that are not empty."""
+    step = stride // gcd(stride, dilation)  # taps this far apart meet the same positions
+    found = []
+    for first in range(min(stride, size)):
+        members = (size - first + stride - 1) // stride
+        meeting = [k for k in range(kernel) if (first + padding - k * dilation) % stride == 0]
+        tap = meeting[0] if meeting else 0
+        shift = (first + padding - tap * dilation) // stride
+        found.append(_Class(first, members, tap, step, len(meeting), shift, -(step * dilation) // stride))
+    return found
+
+
+# Compiled once for all sizes and residue classes: only pitches and numbers of channels are worth specialising on.
+_SIZES = (
+    "rows", "first_tile", "all_tiles", "H", "W", "OH", "OW", "CH", "CW", "first_h", "first_w", "tap_h", "tap_w",
+    "tap_step_h", "tap_step_w", "taps_h", "taps_w", "shift_h", "shift_w", "shift_step_h", "shift_step_w",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _dense_dgrad_kernel(
+    p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, w_ptr, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr,
+    dx_ptr, partial_ptr, gate_partial_ptr,
+    p_pitch, y_pitch, x_pitch, dx_pitch, rows, first_tile, all_tiles, H, W, OH, OW, inputs, group_inputs, group_outputs,
+    CH, CW, first_h, first_w, tap_h, tap_w, tap_step_h, tap_step_w, taps_h, taps_w,
+    shift_h, shift_w, shift_step_h, shift_step_w,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    ACCUMULATE: tl.constexpr, BY_IMAGE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    column_tiles = tl.cdiv(group_inputs, BN)
+    tile = tl.program_id(0) // column_tiles
+    group = tl.program_id(1)
+    column = (tl.program_id(0) % column_tiles) * BN + tl.arange(0, BN)
+    column_valid = column < group_inputs
+    image_tiles = tl.cdiv(CH * CW, BM)
+    if BY_IMAGE:  # no tile spans two images, so that a tile's sum belongs to one of them
+        image = tile // image_tiles
+        position = (tile - image * image_tiles) * BM + tl.arange(0, BM)
+        row_valid = position < CH * CW
+        n = tl.zeros((BM,), dtype=tl.int32) + image
+    else:
+        row = tile * BM + tl.arange(0, BM)
+        row_valid = row < rows
+        n = row // (CH * CW)
+        position = row - n * (CH * CW)
+    ch = position // CW
+    cw = position - ch * CW
+
+    blocks = tl.cdiv(group_outputs, BK)
+    total = tl.zeros((BM, BN), dtype=tl.float32)
+    for step in range(0, taps_h * taps_w * blocks):
+        tap = step // blocks
+        j_h = tap // taps_w
+        j_w = tap - j_h * taps_w
+        channel = (step - tap * blocks) * BK + tl.arange(0, BK)
+        k_valid = channel < group_outputs
+        oh = ch + shift_h + j_h * shift_step_h
+        ow = cw + shift_w + j_w * shift_step_w
+        inside = row_valid[:, None] & k_valid[None, :]
+        if PADDED:
+            inside = inside & ((oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW))[:, None]
+        pixel = ((n * OH + oh) * OW + ow)[:, None]
+        out_channel = (group * group_outputs + channel)[None, :]
+        d = output_gradient(
+            p_ptr,
+            y_ptr,
+            s_ptr,
+            a_ptr,
+            b_ptr,
+            y_mean_ptr,
+            p_pitch,
+            y_pitch,
+            pixel,
+            out_channel,
+            inside,
+            k_valid[None, :],
+            WIDE,
+        )
+        if PADDED and a_ptr is not None:  # outside the output dY is 0, not b
+            d = tl.where(inside, d, 0.0)
+        weight_tap = (tap_h + j_h * tap_step_h) * KW + tap_w + j_w * tap_step_w
+        w_offset = ((group * group_outputs + channel)[:, None] * (KH * KW) + weight_tap) * group_inputs + column[
+            None, :
+        ]
+        w = tl.load(w_ptr + w_offset, mask=k_valid[:, None] & column_valid[None, :], other=0.0)
+        total = multiply(rounded(d, w_ptr.dtype.element_ty), w, total, PRECISION)
+
+    pixel = (n * H + ch * SH + first_h) * W + cw * SW + first_w
+    store_input_gradient(
+        total, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, dx_ptr, partial_ptr, gate_partial_ptr,
+        x_pitch, dx_pitch, pixel, group * group_inputs + column, row_valid, column_valid,
+        tile // image_tiles, first_tile + tile, all_tiles, inputs, ACT, SLOPE, ACCUMULATE, WIDE,
+    )  # fmt: skip
+
+
+def dgrad(
+    edge: EdgePixels,
+    x: Tensor,
+    transform: Transform,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    *,
+    dtype: torch.dtype,
+    accumulate: Tensor | None = None,
+) -> InputGradient:
+    """The gradient at x and what its epilogue sums. A gate needs stride 1 (see limits.py).
+
+    ``accumulate`` is added to in place and returned as dx; one that cannot be addressed, in a step of its own.
+    """
+    batch, inputs, h, w = x.shape
+    outputs, group_inputs, kh, kw = weight.shape
+    source = pixels(x)
+    dx = destination(x, x.dtype, accumulate)
+    in_place = accumulate is not None and dx.tensor is accumulate
+    gated = transform.gate is not None
+    rows_of = [_classes(h, kh, geometry.stride[0], geometry.padding[0], geometry.dilation[0]),
+               _classes(w, kw, geometry.stride[1], geometry.padding[1], geometry.dilation[1])]  # fmt: skip
+    group_outputs = outputs // geometry.groups
+    heavy = is_heavy(transform, edge.p.pitch, source.pitch, dx.pitch, group_inputs, group_outputs)
+    class_rows = dx.rows // (len(rows_of[0]) * len(rows_of[1]))
+    tile = tiles.dense_dgrad(class_rows, group_inputs, group_outputs, dtype.itemsize, heavy)
+    row_tiles = [
+        batch * triton.cdiv(i.size * j.size, tile.m) if gated else triton.cdiv(batch * i.size * j.size, tile.m)
+        for i in rows_of[0] for j in rows_of[1]
+    ]  # fmt: skip
+    all_tiles = sum(row_tiles)
+    has_sums = transform.mean is not None and not gated
+    partial = partial_sums(2, all_tiles, inputs, x.device) if has_sums else None
+    gate_partial = partial_sums(1, all_tiles, inputs, x.device) if gated else None
+    mean, scale, beta, gate = vectors(transform.mean, transform.scale, transform.beta, transform.gate)
+    weight = packed_weight(weight, dtype)
+    first_tile = 0
+    for count, (i, j) in zip(row_tiles, ((i, j) for i in rows_of[0] for j in rows_of[1]), strict=True):
+        launch(
+            _dense_dgrad_kernel, (count * triton.cdiv(group_inputs, tile.n), geometry.groups),
+            *edge.pointers, weight, source.tensor, mean, scale, beta, gate, dx.tensor, partial, gate_partial,
+            *edge.pitches, source.pitch, dx.pitch, batch * i.size * j.size, first_tile, all_tiles,
+            h, w, *edge.size, inputs, group_inputs, group_outputs,
+            i.size, j.size, i.first, j.first, i.tap, j.tap, i.tap_step, j.tap_step, i.taps, j.taps,
+            i.shift, j.shift, i.shift_step, j.shift_step,
+            **activation_constants(transform.act), SH=geometry.stride[0], SW=geometry.stride[1], KH=kh, KW=kw,
+            ACCUMULATE=in_place, BY_IMAGE=gated, PADDED=_leaves(i, edge.size[0]) or _leaves(j, edge.size[1]),
+            WIDE=edge.wide or source.wide or dx.wide, PRECISION=precision_of(dtype),
+            BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
+        )  # fmt: skip
+        first_tile += count
+    sum_p, sum_px = (None, None) if partial is None else partial.sum(1).unbind()
+    dgate = None if gate_partial is None else gate_partial.view(batch, -1, inputs).sum(1)
+    result = dx.tensor if accumulate is None or in_place else accumulate.add_(dx.tensor)
+    return InputGradient(result, sum_p, sum_px, dgate)
+
+
+def _leaves(c: _Class, size: int) -> bool:
+    """Whether some tap of the class lies outside an output of this size for some position."""
+    ends = [c.shift + j * c.shift_step for j in (0, c.taps - 1)]
+    return c.taps > 0 and (min(ends) < 0 or max(ends) + c.size > size)

@@ -1,0 +1,137 @@
+"""The fused convolution's forward: an implicit matrix product, [pixels, taps * C_in] by [taps * C_in, C_out].
+
+The prologue normalises and activates each block of x as it is loaded; the epilogue adds the bias, rounds, stores, and
+takes the statistics of what it stored. The groups of a grouped convolution are a grid dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bnrestructure.kernels.cuda import tiles
+from bnrestructure.kernels.cuda.activation import activate, activation_constants, pre_activation
+from bnrestructure.kernels.cuda.launch import launch
+from bnrestructure.kernels.cuda.layout import destination, empty_pixels, packed_weight, pixels, vectors
+from bnrestructure.kernels.cuda.merge import merge_statistics, partial_statistics, store_partial_statistics
+from bnrestructure.kernels.cuda.precision import multiply, offset, rounded
+from bnrestructure.kernels.cuda.problem import geometry_constants, is_gathered, is_heavy, is_padded, precision_of
+from bnrestructure.ops.edges import ConvGeometry, Transform
+
+__all__ = ["conv_forward"]
+
+
+@triton.jit(do_not_specialize=("rows", "row_tiles", "H", "W", "OH", "OW"))
+def _dense_forward_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, partial_ptr,
+    x_pitch, y_pitch, rows, row_tiles, H, W, OH, OW, inputs, outputs, group_inputs, group_outputs,
+    ACT: tl.constexpr, SLOPE: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    GATHERED: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    column_tiles = tl.cdiv(group_outputs, BN)
+    tile = tl.program_id(0) // column_tiles  # neighbours share the rows of x
+    group = tl.program_id(1)
+    row = tile * BM + tl.arange(0, BM)
+    column = (tl.program_id(0) % column_tiles) * BN + tl.arange(0, BN)
+    row_valid = row < rows
+    column_valid = column < group_outputs
+    n = row // (OH * OW)
+    position = row - n * (OH * OW)
+    top = (position // OW) * SH - PH
+    left = (position % OW) * SW - PW
+
+    depth = group_inputs * (KH * KW) if GATHERED else group_inputs
+    blocks = tl.cdiv(depth, BK)
+    steps = blocks if GATHERED else blocks * (KH * KW)
+    total = tl.zeros((BM, BN), dtype=tl.float32)
+    for step in range(0, steps):
+        if GATHERED:  # a step runs through taps and channels alike
+            k = step * BK + tl.arange(0, BK)
+            k_valid = k < depth
+            tap = k // group_inputs
+            channel = k - tap * group_inputs
+            ih = top[:, None] + (tap // KW * DH)[None, :]
+            iw = left[:, None] + (tap % KW * DW)[None, :]
+            pixel = (n[:, None] * H + ih) * W + iw
+            weight_row = k
+        else:  # a step is some channels of one tap
+            tap = step // blocks
+            channel = (step - tap * blocks) * BK + tl.arange(0, BK)
+            k_valid = channel < group_inputs
+            ih = (top + tap // KW * DH)[:, None]
+            iw = (left + tap % KW * DW)[:, None]
+            pixel = (n[:, None] * H + ih) * W + iw
+            weight_row = tap * group_inputs + channel
+        inside = row_valid[:, None] & k_valid[None, :]
+        if PADDED:
+            inside = inside & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
+        in_channel = (group * group_inputs + channel)[None, :]
+        x = tl.load(x_ptr + offset(pixel, x_pitch, WIDE) + in_channel, mask=inside, other=0.0)
+        if mean_ptr is not None or gate_ptr is not None or ACT != "identity":
+            u = pre_activation(x.to(tl.float32), mean_ptr, scale_ptr, beta_ptr, in_channel, k_valid[None, :])
+            z = activate(u, ACT, SLOPE)
+            if gate_ptr is not None:
+                z *= tl.load(gate_ptr + n[:, None] * inputs + in_channel, mask=inside, other=0.0)
+            if PADDED:  # padding is zero *after* the activation; rows beyond the last are never stored
+                z = tl.where(inside, z, 0.0)
+            a = rounded(z, w_ptr.dtype.element_ty)
+        else:
+            a = rounded(x.to(tl.float32), w_ptr.dtype.element_ty)
+        w_offset = (group * group_outputs + column)[None, :] * (KH * KW * group_inputs) + weight_row[:, None]
+        b = tl.load(w_ptr + w_offset, mask=k_valid[:, None] & column_valid[None, :], other=0.0)
+        total = multiply(a, b, total, PRECISION)
+
+    out_channel = group * group_outputs + column
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + out_channel, mask=column_valid, other=0.0)[None, :]
+    y = rounded(total, y_ptr.dtype.element_ty)
+    stored = row_valid[:, None] & column_valid[None, :]
+    tl.store(y_ptr + offset(row[:, None], y_pitch, WIDE) + out_channel[None, :], y, mask=stored)
+    if partial_ptr is not None:
+        count = tl.minimum(rows - tile * BM, BM).to(tl.float32)
+        store_partial_statistics(
+            partial_ptr, y.to(tl.float32), stored, tile, row_tiles, count, out_channel, outputs, column_valid
+        )
+
+
+def conv_forward(
+    x: Tensor,
+    transform: Transform,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    *,
+    dtype: torch.dtype,
+    statistics: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, mean, var) as kernels/reference says, 2-D; x, the weight and ``dtype`` are fp32, bf16 or fp16."""
+    source = pixels(x)
+    batch, inputs, h, w = x.shape
+    outputs, group_inputs, *kernel = weight.shape
+    shape = (batch, outputs, *geometry.output_size((h, w), tuple(kernel)))
+    y = empty_pixels(shape, dtype, x.device) if out is None else destination(out, dtype, out)
+    group_outputs = outputs // geometry.groups
+    gathered = is_gathered(group_inputs, kernel)
+    depth = group_inputs * (kernel[0] * kernel[1] if gathered else 1)
+    heavy = is_heavy(transform, source.pitch, y.pitch, group_inputs, group_outputs)
+    tile = tiles.dense_forward(y.rows, group_outputs, depth, dtype.itemsize, gathered, heavy)
+    row_tiles = triton.cdiv(y.rows, tile.m)
+    partial = partial_statistics(row_tiles, outputs, x.device) if statistics else None
+    mean, scale, beta, gate, bias = vectors(transform.mean, transform.scale, transform.beta, transform.gate, bias)
+    launch(
+        _dense_forward_kernel, (row_tiles * triton.cdiv(group_outputs, tile.n), geometry.groups),
+        source.tensor, packed_weight(weight, dtype), bias, y.tensor, mean, scale, beta, gate, partial,
+        source.pitch, y.pitch, y.rows, row_tiles, h, w, *shape[2:], inputs, outputs, group_inputs, group_outputs,
+        **activation_constants(transform.act), **geometry_constants(geometry, kernel),
+        GATHERED=gathered, PADDED=is_padded(geometry), WIDE=source.wide or y.wide, PRECISION=precision_of(dtype),
+        BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
+    result = y.tensor if out is None or y.tensor is out else out.copy_(y.tensor)
+    found = (None, None) if partial is None else merge_statistics(partial, y.rows, tile.m)
+    return result, *found

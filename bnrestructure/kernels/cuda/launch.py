@@ -1,0 +1,59 @@
+"""The one place where kernels are launched, so that a launch can also be recorded instead of run.
+
+Recording is how kernels are compiled ahead of time for devices that are not there (compile_ahead.py): the wrappers
+run on meta tensors, and every launch they would make is noted with the arguments, constants and options that a device
+would have got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Launch", "launch", "recording"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: the jitted function, its run-time arguments in order, its constants and its options."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Note launches in the list that is yielded, and run none. Not for use from several threads."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:
+    """Run ``kernel`` over ``grid`` on the device of its first argument, on that device's current stream.
+
+    A None argument is a compile-time constant to Triton: kernels ask ``if pointer is not None``.
+    """
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, arguments, constants, warps, stages))
+        return
+    first: Tensor = arguments[0]
+    if first.is_cuda:
+        with torch.cuda.device(first.device):
+            kernel[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
+    else:  # Triton's interpreter
+        kernel[grid](*arguments, num_warps=warps, num_stages=stages, **constants)

@@ -1,0 +1,137 @@
+"""The residual join, forward and backward: normalise both operands, add, activate, and the statistics, in one sweep."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bnrestructure.kernels.cuda import tiles
+from bnrestructure.kernels.cuda.activation import activate, activation_constants, pre_activation, pull_back
+from bnrestructure.kernels.cuda.launch import launch
+from bnrestructure.kernels.cuda.layout import empty_pixels, pixels, vectors
+from bnrestructure.kernels.cuda.merge import (
+    merge_statistics,
+    partial_statistics,
+    partial_sums,
+    store_partial_statistics,
+)
+from bnrestructure.kernels.cuda.precision import offset, rounded
+from bnrestructure.ops.edges import Transform
+
+__all__ = ["residual_backward", "residual_forward"]
+
+
+@triton.jit(do_not_specialize=("rows", "row_tiles"))
+def _residual_kernel(
+    y_ptr, r_ptr, y_mean_ptr, y_scale_ptr, y_beta_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, out_ptr, partial_ptr,
+    y_pitch, r_pitch, out_pitch, rows, row_tiles, channels,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    row = (tile * BR + tl.arange(0, BR))[:, None]
+    columns = tl.program_id(1) * BC + tl.arange(0, BC)
+    channel = columns[None, :]
+    valid = channel < channels
+    inside = (row < rows) & valid
+    y = tl.load(y_ptr + offset(row, y_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
+    r = tl.load(r_ptr + offset(row, r_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
+    u = pre_activation(y, y_mean_ptr, y_scale_ptr, y_beta_ptr, channel, valid)
+    u += pre_activation(r, r_mean_ptr, r_scale_ptr, r_beta_ptr, channel, valid)
+    out = rounded(activate(u, ACT, SLOPE), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offset(row, out_pitch, WIDE) + channel, out, mask=inside)
+    if partial_ptr is not None:
+        count = tl.minimum(rows - tile * BR, BR).to(tl.float32)
+        store_partial_statistics(
+            partial_ptr, out.to(tl.float32), inside, tile, row_tiles, count, columns, channels, columns < channels
+        )
+
+
+def residual_forward(
+    y: Tensor, ty: Transform, r: Tensor, tr: Transform, act: str, *, dtype: torch.dtype, statistics: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``out = act(ty(y) + tr(r))`` in ``dtype``, and its statistics if asked for."""
+    left, right = pixels(y), pixels(r)
+    out = empty_pixels(tuple(y.shape), dtype, y.device)
+    channels = y.shape[1]
+    tile = tiles.sweep(channels)
+    row_tiles = triton.cdiv(out.rows, tile.rows)
+    partial = partial_statistics(row_tiles, channels, y.device) if statistics else None
+    launch(
+        _residual_kernel, (row_tiles, triton.cdiv(channels, tile.channels)),
+        left.tensor, right.tensor, *vectors(ty.mean, ty.scale, ty.beta, tr.mean, tr.scale, tr.beta),
+        out.tensor, partial,
+        left.pitch, right.pitch, out.pitch, out.rows, row_tiles, channels,
+        **activation_constants(act), WIDE=left.wide or right.wide or out.wide,
+        BR=tile.rows, BC=tile.channels, warps=tile.warps,
+    )  # fmt: skip
+    found = (None, None) if partial is None else merge_statistics(partial, out.rows, tile.rows)
+    return out.tensor, *found
+
+
+@triton.jit(do_not_specialize=("rows", "row_tiles"))
+def _residual_backward_kernel(
+    dout_ptr, a_ptr, b_ptr, mean_ptr, y_ptr, r_ptr, out_ptr,
+    y_mean_ptr, y_scale_ptr, y_beta_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, g_ptr, partial_ptr,
+    dout_pitch, y_pitch, r_pitch, out_pitch, g_pitch, rows, row_tiles, channels,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    row = (tile * BR + tl.arange(0, BR))[:, None]
+    columns = tl.program_id(1) * BC + tl.arange(0, BC)
+    channel = columns[None, :]
+    valid = channel < channels
+    inside = (row < rows) & valid
+    g = tl.load(dout_ptr + offset(row, dout_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
+    if a_ptr is not None:
+        out = tl.load(out_ptr + offset(row, out_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(a_ptr + channel, mask=valid, other=0.0)
+        b = tl.load(b_ptr + channel, mask=valid, other=0.0)
+        g = tl.fma(out - tl.load(mean_ptr + channel, mask=valid, other=0.0), a, g + b)
+    y = tl.load(y_ptr + offset(row, y_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
+    r = tl.load(r_ptr + offset(row, r_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
+    u = pre_activation(y, y_mean_ptr, y_scale_ptr, y_beta_ptr, channel, valid)
+    u += pre_activation(r, r_mean_ptr, r_scale_ptr, r_beta_ptr, channel, valid)
+    g = tl.where(inside, pull_back(g, u, ACT, SLOPE), 0.0)
+    tl.store(g_ptr + offset(row, g_pitch, WIDE) + channel, rounded(g, g_ptr.dtype.element_ty), mask=inside)
+    place = partial_ptr + tile * channels + columns
+    tl.store(place, tl.sum(g, 0), mask=columns < channels)
+    if y_mean_ptr is not None:
+        place += row_tiles * channels
+        centred = y - tl.load(y_mean_ptr + channel, mask=valid, other=0.0)
+        tl.store(place, tl.sum(g * centred, 0), mask=columns < channels)
+    if r_mean_ptr is not None:
+        place += row_tiles * channels
+        centred = r - tl.load(r_mean_ptr + channel, mask=valid, other=0.0)
+        tl.store(place, tl.sum(g * centred, 0), mask=columns < channels)
+
+
+def residual_backward(
+    dout: Tensor,
+    statistics: tuple[Tensor, Tensor, Tensor] | None,
+    y: Tensor,
+    ty: Transform,
+    r: Tensor,
+    tr: Transform,
+    out: Tensor,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(G, SP, SPY, SPR): see kernels/reference/sweeps.py. G is always fresh memory."""
+    gradient, left, right, kept = pixels(dout), pixels(y), pixels(r), pixels(out)
+    g = empty_pixels(tuple(out.shape), out.dtype, out.device)
+    channels = out.shape[1]
+    tile = tiles.sweep(channels)
+    row_tiles = triton.cdiv(g.rows, tile.rows)
+    partial = partial_sums(1 + (ty.mean is not None) + (tr.mean is not None), row_tiles, channels, out.device)
+    operands = (gradient, left, right, kept, g)
+    launch(
+        _residual_backward_kernel, (row_tiles, triton.cdiv(channels, tile.channels)),
+        gradient.tensor, *vectors(*(statistics or (None, None, None))), left.tensor, right.tensor, kept.tensor,
+        *vectors(ty.mean, ty.scale, ty.beta, tr.mean, tr.scale, tr.beta), g.tensor, partial,
+        *(operand.pitch for operand in operands), g.rows, row_tiles, channels,
+        **activation_constants(act), WIDE=any(operand.wide for operand in operands),
+        BR=tile.rows, BC=tile.channels, warps=tile.warps,
+    )  # fmt: skip
+    sums = partial.sum(1)
+    return g.tensor, sums[0], None if ty.mean is None else sums[1], None if tr.mean is None else sums[-1]

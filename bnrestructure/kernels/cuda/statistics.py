@@ -1,0 +1,176 @@
+"""Batch statistics of a tensor and their backward; the per-channel finalize, forward and backward, one launch each."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bnrestructure.kernels.cuda import tiles
+from bnrestructure.kernels.cuda.launch import launch
+from bnrestructure.kernels.cuda.layout import destination, pixels, vector, vectors
+from bnrestructure.kernels.cuda.merge import merge_statistics, partial_statistics, store_partial_statistics
+from bnrestructure.kernels.cuda.precision import offset, rounded
+
+__all__ = ["finalize_backward", "finalize_forward", "statistics_backward", "statistics_forward"]
+
+_BLOCK = 256
+
+
+@triton.jit(do_not_specialize=("rows", "row_tiles"))
+def _statistics_kernel(
+    x_ptr, partial_ptr, pitch, rows, row_tiles, channels, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    tile = tl.program_id(0)
+    row = tile * BR + tl.arange(0, BR)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    valid = channel < channels
+    inside = (row < rows)[:, None] & valid[None, :]
+    x = tl.load(x_ptr + offset(row[:, None], pitch, WIDE) + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    count = tl.minimum(rows - tile * BR, BR).to(tl.float32)
+    store_partial_statistics(partial_ptr, x, inside, tile, row_tiles, count, channel, channels, valid)
+
+
+def statistics_forward(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of x [N, C, H, W], each [C] fp32, from centred sums."""
+    source = pixels(x)
+    channels = x.shape[1]
+    tile = tiles.sweep(channels)
+    row_tiles = triton.cdiv(source.rows, tile.rows)
+    partial = partial_statistics(row_tiles, channels, x.device)
+    launch(
+        _statistics_kernel, (row_tiles, triton.cdiv(channels, tile.channels)),
+        source.tensor, partial, source.pitch, source.rows, row_tiles, channels,
+        WIDE=source.wide, BR=tile.rows, BC=tile.channels, warps=tile.warps,
+    )  # fmt: skip
+    return merge_statistics(partial, source.rows, tile.rows)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def _statistics_backward_kernel(
+    x_ptr, mean_ptr, a_ptr, b_ptr, dx_ptr, x_pitch, dx_pitch, rows, channels,
+    ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * BR + tl.arange(0, BR))[:, None]
+    channel = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
+    valid = channel < channels
+    inside = (row < rows) & valid
+    x = tl.load(x_ptr + offset(row, x_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.load(mean_ptr + channel, mask=valid, other=0.0)
+    a = tl.load(a_ptr + channel, mask=valid, other=0.0)
+    b = tl.load(b_ptr + channel, mask=valid, other=0.0)
+    d = tl.fma(x - mean, a, tl.broadcast_to(b, (BR, BC)))
+    place = dx_ptr + offset(row, dx_pitch, WIDE) + channel
+    if ACCUMULATE:
+        d += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(place, rounded(d, dx_ptr.dtype.element_ty), mask=inside)
+
+
+def statistics_backward(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, accumulate: Tensor | None) -> Tensor:
+    """``a * (x - mean) + b``, in x's dtype, or added in place to ``accumulate``, [N, C, H, W]."""
+    source = pixels(x)
+    dx = destination(x, x.dtype, accumulate)
+    in_place = accumulate is not None and dx.tensor is accumulate
+    channels = x.shape[1]
+    tile = tiles.sweep(channels)
+    launch(
+        _statistics_backward_kernel, (triton.cdiv(source.rows, tile.rows), triton.cdiv(channels, tile.channels)),
+        source.tensor, *vectors(mean, a, b), dx.tensor, source.pitch, dx.pitch, source.rows, channels,
+        ACCUMULATE=in_place, WIDE=source.wide or dx.wide, BR=tile.rows, BC=tile.channels, warps=tile.warps,
+    )  # fmt: skip
+    return dx.tensor if accumulate is None or in_place else accumulate.add_(dx.tensor)
+
+
+@triton.jit
+def _finalize_kernel(
+    mean_ptr, var_ptr, count_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, out_ptr,
+    channels, correction, momentum, eps, BLOCK: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = channel < channels
+    mean = tl.load(mean_ptr + channel, mask=valid, other=0.0)
+    var = tl.load(var_ptr + channel, mask=valid, other=1.0)
+    rstd = 1.0 / tl.sqrt_rn(var + eps)
+    scale = rstd
+    if weight_ptr is not None:
+        scale = tl.load(weight_ptr + channel, mask=valid, other=0.0).to(tl.float32) * rstd
+    beta = tl.zeros((BLOCK,), dtype=tl.float32)
+    if bias_ptr is not None:
+        beta = tl.load(bias_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+    tl.store(out_ptr + channel, rstd, mask=valid)
+    tl.store(out_ptr + channels + channel, scale, mask=valid)
+    tl.store(out_ptr + 2 * channels + channel, beta, mask=valid)
+    if count_ptr is not None:
+        count = tl.load(count_ptr).to(tl.float32)
+        correction = count / (count - 1.0)
+    if running_mean_ptr is not None:
+        old = tl.load(running_mean_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+        new = old * (1.0 - momentum) + mean * momentum
+        tl.store(running_mean_ptr + channel, rounded(new, running_mean_ptr.dtype.element_ty), mask=valid)
+    if running_var_ptr is not None:
+        old = tl.load(running_var_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+        new = old * (1.0 - momentum) + var * correction * momentum
+        tl.store(running_var_ptr + channel, rounded(new, running_var_ptr.dtype.element_ty), mask=valid)
+
+
+def finalize_forward(
+    mean: Tensor,
+    var: Tensor,
+    count: int | Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(rstd, scale, beta), each [C] fp32; updates the running statistics in place.
+
+    A ``count`` that is a tensor is read on the device: the host does not wait for it.
+    """
+    channels = mean.shape[0]
+    out = torch.empty(3, channels, dtype=torch.float32, device=mean.device)
+    on_device, correction = None, math.inf  # a single value per channel has no unbiased variance
+    if isinstance(count, Tensor):
+        on_device = count.to(mean.device)
+    elif count > 1:
+        correction = count / (count - 1)
+    launch(
+        _finalize_kernel, (triton.cdiv(channels, _BLOCK),),
+        *vectors(mean, var), on_device, _contiguous(weight), _contiguous(bias),
+        running_mean, running_var, out, channels, correction, float(momentum), float(eps), BLOCK=_BLOCK, warps=4,
+    )  # fmt: skip
+    rstd, scale, beta = out.unbind()
+    return rstd, scale, beta
+
+
+@triton.jit
+def _finalize_backward_kernel(dscale_ptr, rstd_ptr, weight_ptr, out_ptr, channels, BLOCK: tl.constexpr):
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = channel < channels
+    dscale = tl.load(dscale_ptr + channel, mask=valid, other=0.0)
+    rstd = tl.load(rstd_ptr + channel, mask=valid, other=0.0)
+    dvar = dscale * rstd * rstd * rstd * -0.5
+    if weight_ptr is not None:
+        dvar *= tl.load(weight_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+    tl.store(out_ptr + channel, dvar, mask=valid)
+    tl.store(out_ptr + channels + channel, dscale * rstd, mask=valid)
+
+
+def finalize_backward(dscale: Tensor, rstd: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(dvar, dweight), each [C] fp32, from the gradient of scale."""
+    channels = rstd.shape[0]
+    out = torch.empty(2, channels, dtype=torch.float32, device=rstd.device)
+    launch(
+        _finalize_backward_kernel, (triton.cdiv(channels, _BLOCK),),
+        vector(dscale), vector(rstd), _contiguous(weight), out, channels, BLOCK=_BLOCK, warps=4,
+    )  # fmt: skip
+    dvar, dweight = out.unbind()
+    return dvar, dweight
+
+
+def _contiguous(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.detach().contiguous()

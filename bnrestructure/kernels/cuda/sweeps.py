@@ -1,0 +1,160 @@
+"""The sweeps of one tensor: normalise, and squeeze (the global average), forward and backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bnrestructure.kernels.cuda import tiles
+from bnrestructure.kernels.cuda.activation import activate, activation_constants, pre_activation
+from bnrestructure.kernels.cuda.edges import store_input_gradient
+from bnrestructure.kernels.cuda.launch import launch
+from bnrestructure.kernels.cuda.layout import Pixels, destination, pixels, vectors
+from bnrestructure.kernels.cuda.merge import partial_sums
+from bnrestructure.kernels.cuda.precision import offset, rounded
+from bnrestructure.ops.edges import Transform
+
+__all__ = ["normalise_backward", "normalise_forward", "squeeze_backward", "squeeze_forward"]
+
+Sums = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+@triton.jit(do_not_specialize=("rows", "positions"))
+def _normalise_kernel(
+    x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, z_ptr, x_pitch, z_pitch, rows, channels, positions,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * BR + tl.arange(0, BR))[:, None]
+    channel = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
+    valid = channel < channels
+    inside = (row < rows) & valid
+    x = tl.load(x_ptr + offset(row, x_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
+    z = activate(pre_activation(x, mean_ptr, scale_ptr, beta_ptr, channel, valid), ACT, SLOPE)
+    if gate_ptr is not None:
+        z *= tl.load(gate_ptr + row // positions * channels + channel, mask=inside, other=0.0)
+    tl.store(z_ptr + offset(row, z_pitch, WIDE) + channel, rounded(z, z_ptr.dtype.element_ty), mask=inside)
+
+
+def normalise_forward(x: Tensor, transform: Transform, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """``z = act((x - mean) * scale + beta) * gate`` in ``dtype``; written to ``out`` (any strides) when given."""
+    source = pixels(x)
+    z = destination(x, dtype if out is None else out.dtype, out)
+    _, channels, h, w = x.shape
+    tile = tiles.sweep(channels)
+    launch(
+        _normalise_kernel, (triton.cdiv(source.rows, tile.rows), triton.cdiv(channels, tile.channels)),
+        source.tensor, *vectors(transform.mean, transform.scale, transform.beta, transform.gate), z.tensor,
+        source.pitch, z.pitch, source.rows, channels, h * w,
+        **activation_constants(transform.act), WIDE=source.wide or z.wide,
+        BR=tile.rows, BC=tile.channels, warps=tile.warps,
+    )  # fmt: skip
+    return z.tensor if out is None or z.tensor is out else out.copy_(z.tensor)
+
+
+@triton.jit(do_not_specialize=("rows", "row_tiles", "positions"))
+def _normalise_backward_kernel(
+    x_ptr, dz_ptr, pooled_ptr, mean_ptr, scale_ptr, beta_ptr, dx_ptr, partial_ptr,
+    dz_pitch, x_pitch, dx_pitch, rows, row_tiles, positions, channels,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    row = tile * BR + tl.arange(0, BR)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    row_valid = row < rows
+    valid = channel < channels
+    inside = row_valid[:, None] & valid[None, :]
+    g = tl.zeros((BR, BC), dtype=tl.float32)
+    if dz_ptr is not None:
+        place = dz_ptr + offset(row[:, None], dz_pitch, WIDE) + channel[None, :]
+        g += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    if pooled_ptr is not None:
+        image = row // positions
+        g += tl.load(pooled_ptr + image[:, None] * channels + channel[None, :], mask=inside, other=0.0) / positions
+    store_input_gradient(
+        g, x_ptr, mean_ptr, scale_ptr, beta_ptr, None, dx_ptr, partial_ptr, None,
+        x_pitch, dx_pitch, row, channel, row_valid, valid, 0, tile, row_tiles, channels, ACT, SLOPE, ACCUMULATE, WIDE,
+    )  # fmt: skip
+
+
+def _backward(
+    dz: Tensor | None, dpooled: Tensor | None, x: Tensor, transform: Transform, dx: Pixels, add: bool
+) -> Sums:
+    """Writes ``dx``, or adds to it, from the gradient at z, ``dz + dpooled / positions``; returns (dx, SP, SPX)."""
+    source, gradient = pixels(x), None if dz is None else pixels(dz)
+    pooled = None if dpooled is None else dpooled.to(torch.float32).contiguous()
+    _, channels, h, w = x.shape
+    tile = tiles.sweep(channels)
+    row_tiles = triton.cdiv(source.rows, tile.rows)
+    partial = None if transform.mean is None else partial_sums(2, row_tiles, channels, x.device)
+    launch(
+        _normalise_backward_kernel, (row_tiles, triton.cdiv(channels, tile.channels)),
+        source.tensor, None if gradient is None else gradient.tensor, pooled,
+        *vectors(transform.mean, transform.scale, transform.beta), dx.tensor, partial,
+        0 if gradient is None else gradient.pitch, source.pitch, dx.pitch, source.rows, row_tiles, h * w, channels,
+        **activation_constants(transform.act), ACCUMULATE=add,
+        WIDE=source.wide or dx.wide or (gradient is not None and gradient.wide),
+        BR=tile.rows, BC=tile.channels, warps=tile.warps,
+    )  # fmt: skip
+    sum_p, sum_px = (None, None) if partial is None else partial.sum(1).unbind()
+    return dx.tensor, sum_p, sum_px
+
+
+def normalise_backward(dz: Tensor, x: Tensor, transform: Transform, *, accumulate: Tensor | None = None) -> Sums:
+    """(dx, SP, SPX) from the gradient at z; dx is added in place to ``accumulate`` when given."""
+    dx = destination(x, x.dtype, accumulate)
+    in_place = accumulate is not None and dx.tensor is accumulate
+    found, sum_p, sum_px = _backward(dz, None, x, transform, dx, in_place)
+    return found if accumulate is None or in_place else accumulate.add_(found), sum_p, sum_px
+
+
+@triton.jit(do_not_specialize=("positions",))
+def _squeeze_kernel(
+    x_ptr, mean_ptr, scale_ptr, beta_ptr, pooled_ptr, pitch, positions, channels,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(0)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    valid = channel < channels
+    total = tl.zeros((BR, BC), dtype=tl.float32)
+    for start in range(0, positions, BR):
+        position = start + tl.arange(0, BR)
+        inside = (position < positions)[:, None] & valid[None, :]
+        pixel = (image * positions + position)[:, None]
+        x = tl.load(x_ptr + offset(pixel, pitch, WIDE) + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        u = pre_activation(x, mean_ptr, scale_ptr, beta_ptr, channel[None, :], valid[None, :])
+        total += tl.where(inside, activate(u, ACT, SLOPE), 0.0)
+    pooled = rounded(tl.sum(total, 0) / positions, pooled_ptr.dtype.element_ty)
+    tl.store(pooled_ptr + image * channels + channel, pooled, mask=valid)
+
+
+def squeeze_forward(x: Tensor, transform: Transform, *, dtype: torch.dtype) -> Tensor:
+    """Mean of ``act((x - mean) * scale + beta)`` over the positions, [N, C] in ``dtype``."""
+    source = pixels(x)
+    batch, channels, h, w = x.shape
+    tile = tiles.sweep(channels)
+    pooled = torch.empty(batch, channels, dtype=dtype, device=x.device)
+    launch(
+        _squeeze_kernel, (batch, triton.cdiv(channels, tile.channels)),
+        source.tensor, *vectors(transform.mean, transform.scale, transform.beta), pooled, source.pitch, h * w, channels,
+        **activation_constants(transform.act), WIDE=source.wide, BR=tile.rows, BC=tile.channels, warps=tile.warps,
+    )  # fmt: skip
+    return pooled
+
+
+def squeeze_backward(
+    dpooled: Tensor, dz: Tensor | None, x: Tensor, transform: Transform, *, accumulate: Tensor | None = None
+) -> Sums:
+    """(dx, SP, SPX) from the gradient at z, ``dpooled / positions + dz``.
+
+    dx is added in place to ``accumulate`` when given; one that is ``dz`` itself is overwritten.
+    """
+    overwritten = accumulate is not None and accumulate is dz
+    dx = destination(x, x.dtype, accumulate)
+    in_place = accumulate is not None and dx.tensor is accumulate
+    found, sum_p, sum_px = _backward(dz, dpooled, x, transform, dx, in_place and not overwritten)
+    if accumulate is None or in_place:
+        return found, sum_p, sum_px
+    return accumulate.copy_(found) if overwritten else accumulate.add_(found), sum_p, sum_px

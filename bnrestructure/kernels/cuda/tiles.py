@@ -1,0 +1,110 @@
+"""Which tile each kernel runs with: one rule per kernel, from the shape and the element size; nothing is measured.
+
+The rules keep every tile within the registers of sm_80 and sm_90 and within the shared memory of the smallest part
+(99 KB on sm_86, sm_89 and sm_120); the table of compile_ahead.py checks that. Tiles are powers of two, at least 16
+for a tensor core.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = [
+    "DotTile",
+    "SweepTile",
+    "dense_dgrad",
+    "dense_forward",
+    "dense_wgrad",
+    "depthwise",
+    "depthwise_wgrad",
+    "merge",
+    "splits",
+    "sweep",
+]
+
+#: Programs that keep the largest parts busy: a few for each of some 140 multiprocessors.
+_ENOUGH_PROGRAMS = 512
+
+
+class DotTile(NamedTuple):
+    """A tile of a matrix product: [m, n] results, k deep at a time."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+class SweepTile(NamedTuple):
+    """A tile of an elementwise kernel: rows (pixels) by channels."""
+
+    rows: int
+    channels: int
+    warps: int
+
+
+def _power(n: int, low: int, high: int) -> int:
+    """The smallest power of two that is at least n, within [low, high] (both powers of two)."""
+    return min(max(1 << (max(n, 1) - 1).bit_length(), low), high)
+
+
+def dense_forward(rows: int, channels: int, depth: int, element: int, gathered: bool, heavy: bool) -> DotTile:
+    """``rows`` pixels by ``channels`` outputs, ``depth`` input channels (all taps of them when ``gathered``).
+
+    ``heavy``: the prologue or the epilogue needs many registers (see problem.is_heavy).
+    """
+    n = _power(channels, 16, 128)
+    m = 128 if rows >= 128 * 128 else 64
+    k = _power(depth, 16, 128 // element)
+    if gathered:  # every element has its own address: fewer of them in flight
+        return DotTile(m, min(n, 64), min(k, 32), 8 if m == 128 else 4, 2)
+    if heavy:
+        return DotTile(m, n, min(k, 64 // element), 8 if m * n >= 128 * 64 else 4, 2)
+    return DotTile(m, n, k, 8 if m * n >= 128 * 128 else 4, 3)
+
+
+def dense_dgrad(rows: int, channels: int, depth: int, element: int, heavy: bool) -> DotTile:
+    """``rows`` input pixels by ``channels`` inputs, ``depth`` output channels; two streams feed the left operand."""
+    n = _power(channels, 16, 64 if heavy else 128)
+    m = 128 if rows >= 128 * 128 else 64
+    k = _power(depth, 16, 64 // element)
+    return DotTile(m, n, k, 8 if m * n >= 128 * (64 if heavy else 128) else 4, 2 if heavy else 3)
+
+
+def dense_wgrad(out_channels: int, columns: int, element: int, gathered: bool, heavy: bool) -> DotTile:
+    """``out_channels`` by ``columns`` (input channels, times the taps when ``gathered``), deep over the pixels."""
+    m = _power(out_channels, 16, 128)
+    if m == 32:  # 64 rows is the least that sm_90's warp-group instructions take
+        m = 64
+    n = _power(columns, 16, 64 if gathered else 128)
+    k = min(64 if element == 2 else 16, 32 if gathered or heavy else 64)
+    return DotTile(m, n, k, 8 if m * n >= 128 * 64 else 4, 2)
+
+
+def splits(programs: int, steps: int) -> int:
+    """Into how many parts to cut a reduction of ``steps`` steps, so that ``programs`` times as many fill a device."""
+    return max(1, min(_ENOUGH_PROGRAMS // max(programs, 1), steps // 8, 128))
+
+
+def sweep(channels: int) -> SweepTile:
+    """An elementwise kernel over [rows, channels]."""
+    width = _power(channels, 8, 64)
+    return SweepTile(8192 // width, width, 8)
+
+
+def depthwise(channels: int, streams: int) -> SweepTile:
+    """Output pixels by channels of a depthwise convolution (one stream), or input pixels of its dgrad (two streams)."""
+    width = _power(channels, 8, 64)
+    return SweepTile(4096 // width, width, 8 * streams)
+
+
+def depthwise_wgrad(channels: int, taps: int) -> SweepTile:
+    """Pixels at a time by channels; the accumulator holds this for every tap."""
+    width = _power(channels, 8, 32)
+    return SweepTile(max(1, 8192 // (width * _power(taps, 1, 4096))), width, 4)
+
+
+def merge(count: int, channels: int) -> SweepTile:
+    """Tiles to merge at a time, by channels."""
+    return SweepTile(_power(count, 1, 128), _power(channels, 8, 32), 4)

@@ -1,0 +1,133 @@
+"""Calls, on meta tensors, that between them launch every kernel variant that matters: what compile_ahead.py compiles.
+
+Shapes are those of real networks at batch 256, because the tiles depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bnrestructure.kernels.cuda.convolution import conv_backward, conv_forward
+from bnrestructure.kernels.cuda.max_pool import max_pool_backward, max_pool_forward
+from bnrestructure.kernels.cuda.residual import residual_backward, residual_forward
+from bnrestructure.kernels.cuda.statistics import (
+    finalize_backward,
+    finalize_forward,
+    statistics_backward,
+    statistics_forward,
+)
+from bnrestructure.kernels.cuda.sweeps import (
+    normalise_backward,
+    normalise_forward,
+    squeeze_backward,
+    squeeze_forward,
+)
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, PoolGeometry, Transform
+
+__all__ = ["VARIANTS", "Variant"]
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A named call. ``quick`` ones are compiled in every run of the test-suite, for sm_80 and sm_90."""
+
+    name: str
+    run: Callable[[], object]
+    quick: bool = False
+
+
+def _pixels(c: int, size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(_BATCH, c, size, size, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+
+def _vector(c: int) -> Tensor:
+    return torch.empty(c, device="meta")
+
+
+def _transform(c: int, act: str, gated: bool = False) -> Transform:
+    gate = torch.empty(_BATCH, c, device="meta") if gated else None
+    return Transform(_vector(c), _vector(c), _vector(c), act, gate)
+
+
+def _convolution(
+    name: str,
+    c: int,
+    out: int,
+    kernel: int,
+    size: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    act: str = "relu",
+    stride: int = 1,
+    groups: int = 1,
+    gated: bool = False,
+    plain: bool = False,
+    quick: bool = False,
+) -> Variant:
+    """Forward with statistics, then backward with an affine edge, accumulating into dx."""
+
+    def run() -> None:
+        geometry = ConvGeometry((stride,) * 2, (kernel // 2,) * 2, (1, 1), groups)
+        x = _pixels(c, size, dtype)
+        weight = torch.empty(out, c // groups, kernel, kernel, dtype=dtype, device="meta")
+        transform = Transform() if plain else _transform(c, act, gated)
+        y, mean, _ = conv_forward(x, transform, weight, None, geometry, dtype=dtype, statistics=True)
+        edge = BackwardEdge(_vector(out), _vector(out), _vector(out), y, mean)
+        conv_backward(
+            torch.empty_like(y), edge, x, transform, weight, geometry,
+            dtype=dtype, needs=(True, True, False), accumulate=torch.empty_like(x),
+        )  # fmt: skip
+
+    return Variant(name, run, quick)
+
+
+def _sweeps() -> None:
+    x = _pixels(256, 56, torch.bfloat16)
+    a, b, c, d = (_vector(256) for _ in range(4))
+    own = _transform(256, "identity")
+    mean, var = statistics_forward(x)
+    statistics_backward(x, a, b, c, torch.empty_like(x))
+    z = normalise_forward(x, _transform(256, "relu"), dtype=x.dtype)
+    normalise_backward(z, x, _transform(256, "relu"))
+    normalise_backward(z, x, _transform(256, "silu"), accumulate=torch.empty_like(x))
+    for shortcut in (Transform(), own):
+        out, *_ = residual_forward(x, own, z, shortcut, "relu", dtype=x.dtype, statistics=True)
+        residual_backward(out, (a, b, c), x, own, z, shortcut, out, "relu")
+    pooled = squeeze_forward(x, _transform(256, "silu"), dtype=x.dtype)
+    squeeze_backward(pooled, z, x, _transform(256, "silu"), accumulate=z)
+    window = PoolGeometry((3, 3), (2, 2), (1, 1), False)
+    y, index = max_pool_forward(x, _transform(256, "relu"), window, dtype=x.dtype)
+    max_pool_backward(y, index, x, _transform(256, "relu"), window)
+    _, scale, _ = finalize_forward(mean, var, 1000, a, b, c, d, 0.1, 1e-5)
+    finalize_backward(scale, var, a)
+
+
+VARIANTS = (
+    _convolution("1x1 bf16", 256, 128, 1, 28, quick=True),
+    _convolution("1x1 narrow bf16", 64, 32, 1, 56),
+    _convolution("1x1 late bf16", 1024, 512, 1, 7),
+    _convolution("1x1 odd channels bf16", 130, 70, 1, 28),
+    _convolution("1x1 stride 2 bf16", 256, 512, 1, 56, stride=2),
+    _convolution("1x1 gate silu bf16", 240, 40, 1, 28, act="silu", gated=True, quick=True),
+    _convolution("1x1 fp16", 256, 128, 1, 28, dtype=torch.float16),
+    _convolution("1x1 fp32", 256, 128, 1, 28, dtype=torch.float32),
+    _convolution("3x3 bf16", 128, 128, 3, 28),
+    _convolution("3x3 growth bf16", 128, 32, 3, 28),
+    _convolution("3x3 stride 2 bf16", 128, 128, 3, 56, stride=2, quick=True),
+    _convolution("3x3 plain bf16", 128, 128, 3, 28, plain=True),
+    _convolution("3x3 groups bf16", 128, 128, 3, 56, groups=32),
+    _convolution("3x3 gelu bf16", 128, 128, 3, 28, act="gelu"),
+    _convolution("3x3 fp32", 128, 128, 3, 28, dtype=torch.float32),
+    _convolution("7x7 stem bf16", 3, 64, 7, 224, stride=2, plain=True),
+    _convolution("depthwise 3x3 bf16", 144, 144, 3, 56, act="relu6", groups=144, quick=True),
+    _convolution("depthwise 3x3 stride 2 bf16", 144, 144, 3, 56, act="silu", stride=2, groups=144),
+    _convolution("depthwise 5x5 bf16", 240, 240, 5, 28, act="silu", groups=240),
+    _convolution("depthwise 7x7 fp32", 96, 96, 7, 56, act="identity", groups=96, dtype=torch.float32),
+    Variant("sweeps bf16", _sweeps, quick=True),
+)

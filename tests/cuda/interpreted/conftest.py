@@ -1,0 +1,47 @@
+"""These tests run in a process of their own, under Triton's interpreter: see ../test_interpreted.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore_glob = ["test_*.py"]  # the mode is fixed once triton is imported, and other tests import it compiled
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "own_tiles: with the tiles that tiles.py chooses")
+    config.addinivalue_line("markers", "whole: whole models, minutes each (-m whole)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "whole" not in config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("whole")]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """Memory that a kernel should have written and did not is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles so small that small shapes have several of them, and ragged ones. ``own_tiles`` leaves the rules' own."""
+    if request.node.get_closest_marker("own_tiles"):
+        return
+    from bnrestructure.kernels.cuda import tiles
+
+    dot = tiles.DotTile(32, 16, 16, 4, 1)
+    for name in ("dense_forward", "dense_dgrad", "dense_wgrad"):
+        monkeypatch.setattr(tiles, name, lambda *_: dot)
+    sweep = tiles.SweepTile(16, 4, 4)
+    for name in ("sweep", "depthwise", "depthwise_wgrad"):
+        monkeypatch.setattr(tiles, name, lambda *_, **__: sweep)
+    monkeypatch.setattr(tiles, "merge", lambda *_: tiles.SweepTile(2, 4, 4))
+    monkeypatch.setattr(tiles, "splits", lambda programs, steps: min(steps, 3))

@@ -1,0 +1,122 @@
+"""Max pooling and the global average, interpreted, against the reference in the same precision and in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernels.cpu_checks import LAYOUTS, assert_as_good, in_layout, to_double
+from torch import Tensor
+from torch.nn import functional as F
+
+from bnrestructure.kernels import cuda, reference
+from bnrestructure.ops.activation import PLAIN_ACTIVATIONS
+from bnrestructure.ops.edges import PoolGeometry, Transform
+
+ACTIVATIONS = (*PLAIN_ACTIVATIONS, "leaky_relu(0.1)")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+POOLS = {
+    "3x3 stride 2": PoolGeometry((3, 3), (2, 2), (1, 1), False),
+    "2x2": PoolGeometry((2, 2), (2, 2), (0, 0), False),
+    "overlapping": PoolGeometry((3, 2), (1, 1), (1, 0), False),
+    "ceil": PoolGeometry((3, 3), (2, 2), (0, 0), True),
+    "ceil with padding": PoolGeometry((2, 3), (3, 2), (1, 1), True),
+    "gaps": PoolGeometry((1, 2), (3, 3), (0, 1), False),
+}
+SHAPE = (2, 5, 6, 7)
+
+
+def draw(dtype: torch.dtype, act: str, layout: str = "channels_last") -> tuple[Tensor, Transform]:
+    x = in_layout((torch.randn(SHAPE) + 3 * torch.randn(1, 5, 1, 1)).to(dtype), layout)
+    return x, Transform(x.float().mean((0, 2, 3)), torch.rand(5) + 0.5, torch.randn(5), act)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", POOLS)
+def test_max_pool(name: str, dtype: torch.dtype) -> None:
+    """The same maxima from the same places; the gradient as near to fp64 as the reference's."""
+    geometry = POOLS[name]
+    x, t = draw(dtype, "relu")
+    y, index = cuda.max_pool_forward(x, t, geometry, dtype=dtype)
+    expected, position = reference.max_pool_forward(x, t, geometry, dtype=dtype)
+    torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert index.dtype == torch.uint8
+    assert (
+        index == position
+    ).float().mean() > 0.99  # (x - mean) * scale + beta may round to a tie in one and not in the other
+
+    dy = torch.randn(y.shape).to(dtype)
+    args = (dy, position, x, t)
+    truth = reference.max_pool_backward(*map(to_double, args), geometry)
+    assert_as_good("backward", *(m.max_pool_backward(*args, geometry) for m in (cuda, reference)), truth)
+
+
+def test_the_first_of_equal_maxima_is_taken() -> None:
+    """relu makes many: a tie must fall where PyTorch's does."""
+    x = torch.randint(-2, 3, SHAPE).float()
+    for name, geometry in POOLS.items():
+        index = cuda.max_pool_forward(x, Transform(act="relu"), geometry, dtype=torch.float32)[1]
+        assert torch.equal(
+            index, reference.max_pool_forward(x, Transform(act="relu"), geometry, dtype=torch.float32)[1]
+        ), name
+
+
+def test_max_pool_lets_nan_and_infinity_through() -> None:
+    x = torch.randn(SHAPE)
+    x[0, 0, 2, 2], x[1, 3], x[0, 4, 0, 1] = torch.nan, -torch.inf, torch.inf
+    geometry = POOLS["3x3 stride 2"]
+    y, index = cuda.max_pool_forward(x, Transform(), geometry, dtype=torch.float32)
+    expected, position = reference.max_pool_forward(x, Transform(), geometry, dtype=torch.float32)
+    torch.testing.assert_close(y, expected, equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(index, position)
+
+
+@pytest.mark.parametrize("ceil", [False, True])
+def test_output_sizes_are_torchs(ceil: bool) -> None:
+    from bnrestructure.kernels.cuda.max_pool import _output_size
+
+    for size in range(1, 12):
+        for kernel in range(1, min(size, 5) + 1):
+            for stride in (1, 2, 3):
+                for padding in range(kernel // 2 + 1):
+                    expected = F.max_pool1d(torch.zeros(1, 1, size), kernel, stride, padding, ceil_mode=ceil).shape[2]
+                    assert _output_size(size, kernel, stride, padding, ceil) == expected, (
+                        size,
+                        kernel,
+                        stride,
+                        padding,
+                    )
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_squeeze_every_activation(act: str) -> None:
+    check_squeeze(torch.float32, act, "channels_last")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_squeeze_layouts_and_types(layout: str, dtype: torch.dtype) -> None:
+    check_squeeze(dtype, "silu", layout)
+
+
+def check_squeeze(dtype: torch.dtype, act: str, layout: str) -> None:
+    x, t = draw(dtype, act, layout)
+    truth = reference.squeeze_forward(x.double(), to_double(t), dtype=torch.float64)
+    assert_as_good("forward", *(m.squeeze_forward(x, t, dtype=dtype) for m in (cuda, reference)), truth)
+    dpooled, dz = torch.randn(SHAPE[:2]).to(dtype), in_layout(torch.randn(SHAPE).to(dtype), layout)
+    for gradient in (None, dz):
+        args = (dpooled, gradient, x, t)
+        truth = reference.squeeze_backward(*map(to_double, args))
+        assert_as_good("backward", *(m.squeeze_backward(*args) for m in (cuda, reference)), truth)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_squeeze_overwrites_the_gradient_it_read_and_adds_to_another(layout: str) -> None:
+    x, t = draw(torch.float32, "silu", layout)
+    dpooled, dz, other = torch.randn(SHAPE[:2]), torch.randn(SHAPE), torch.randn(SHAPE)
+    expected = reference.squeeze_backward(dpooled, dz, x, t)[0]
+    own = in_layout(dz.clone(), layout)
+    assert cuda.squeeze_backward(dpooled, own, x, t, accumulate=own)[0] is own
+    torch.testing.assert_close(own, expected)
+    own = in_layout(other.clone(), layout)
+    assert cuda.squeeze_backward(dpooled, dz, x, t, accumulate=own)[0] is own
+    torch.testing.assert_close(own, other + expected)

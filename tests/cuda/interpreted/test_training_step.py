@@ -1,0 +1,97 @@
+"""Whole training steps of restructured models through the interpreted kernels, against eager in fp64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from equivalence import training_step
+from kernels.cpu_checks import largest_error
+from small_models import build, input_for
+from torch import Tensor, nn
+
+import bnrestructure
+from bnrestructure.kernels import cuda, registry
+
+#: Kernels that each model's step must have run.
+MODELS = {
+    "residual": {
+        "conv_forward",
+        "conv_backward",
+        "residual_forward",
+        "residual_backward",
+        "finalize_forward",
+        "max_pool_forward",
+    },
+    "dense": {"conv_forward", "conv_backward", "statistics_forward", "normalise_forward", "normalise_backward"},
+    "inverted": {"conv_forward", "conv_backward", "residual_forward"},
+    "squeeze_excite": {"conv_forward", "conv_backward", "squeeze_forward", "squeeze_backward"},
+    "strange": {"conv_forward", "conv_backward"},
+}
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """CUDA kernels stand in for the CPU's, as the interpreter runs them on CPU tensors; the names of those that ran."""
+    names: set[str] = set()
+    select = registry.select
+
+    def noted(backend: str, name: str, args: tuple, kwargs: dict) -> object:
+        function = select(backend, name, args, kwargs)
+        if function.__module__.startswith("bnrestructure.kernels.cuda"):
+            names.add(name)
+        return function
+
+    monkeypatch.setitem(registry._DEVICE_MODULES, "cpu", "bnrestructure.kernels.cuda")
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(registry, "select", noted)
+    registry.implementation.cache_clear()
+    registry.unavailable_reason.cache_clear()
+    yield names
+    monkeypatch.undo()
+    registry.implementation.cache_clear()
+    registry.unavailable_reason.cache_clear()
+
+
+def step(model: nn.Module, x: Tensor, backend: str | None = None) -> dict[str, Tensor]:
+    """One step of a copy of the model, restructured for ``backend``; eager without one."""
+    model = copy.deepcopy(model)
+    if backend is not None:
+        bnrestructure.restructure(model, backend=backend)
+    return training_step(model, x)
+
+
+def assert_as_near(model: nn.Module, x: Tensor, factor: float = 4.0) -> None:
+    """Outputs, gradients and buffers are each within ``factor`` of the reference kernels' distance from eager fp64."""
+    truth = step(copy.deepcopy(model).double(), x.double())
+    ours, theirs = step(model, x, "auto"), step(model, x, "reference")
+    assert ours.keys() == truth.keys()
+    for kind in ("output", "gradient", "input gradient", "buffer"):
+        names = [name for name in truth if name.startswith(kind + "/")]
+        worst = max(names, key=lambda name: largest_error(ours[name], truth[name]))
+        allowed = factor * max(largest_error(theirs[name], truth[name]) for name in names)
+        assert largest_error(ours[worst], truth[worst]) <= max(allowed, torch.finfo(torch.float32).eps), worst
+
+
+@pytest.mark.own_tiles
+@pytest.mark.parametrize("name", MODELS)
+def test_small_model(name: str, used: set[str]) -> None:
+    model = build(name, torch.float32)
+    x = input_for(name, torch.float32, batch=2, size=8)
+    assert_as_near(model, x.contiguous(memory_format=torch.channels_last))
+    assert used >= MODELS[name]
+
+
+@pytest.mark.whole
+@pytest.mark.own_tiles
+@pytest.mark.parametrize(("name", "batch", "size"), [("resnet18", 2, 64), ("densenet121", 4, 32)])
+def test_whole_model(name: str, batch: int, size: int, used: set[str]) -> None:
+    """Minutes each: run with ``TRITON_INTERPRET=1 pytest tests/cuda/interpreted -m whole``."""
+    from torchvision import models
+
+    model = models.get_model(name).train()
+    x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+    assert_as_near(model, x)
+    assert used >= {"conv_forward", "conv_backward", "finalize_forward", "max_pool_forward", "max_pool_backward"}

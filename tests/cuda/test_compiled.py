@@ -1,0 +1,60 @@
+"""The kernels compiled ahead of time, without a GPU: registers, spills, shared memory and tensor-core instructions."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import util
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(util.find_spec("triton") is None, reason="triton is not installed")
+
+COMMAND = [sys.executable, "-m", "bnrestructure.kernels.cuda.compile_ahead"]
+
+
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
+    return subprocess.run([*COMMAND, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def table() -> list[dict[str, Any]]:
+    """Representative variants for sm_80 and sm_90, one for the other parts (the command without --quick has all)."""
+    found = run("--quick", "--json")
+    assert found.returncode in (0, 1), found.stderr
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+def test_every_kernel_is_compiled_for_every_part(table: list[dict[str, Any]]) -> None:
+    assert {row["part"] for row in table} == {80, 86, 89, 90, 100, 120}
+    kernels = {row["kernel"] for row in table if row["part"] == 90}
+    assert kernels == {
+        "dense_forward_kernel", "dense_dgrad_kernel", "dense_wgrad_kernel",
+        "depthwise_forward_kernel", "depthwise_dgrad_kernel", "depthwise_wgrad_kernel",
+        "statistics_kernel", "statistics_backward_kernel", "merge_kernel",
+        "finalize_kernel", "finalize_backward_kernel",
+        "normalise_kernel", "normalise_backward_kernel", "residual_kernel", "residual_backward_kernel",
+        "squeeze_kernel", "max_pool_kernel", "max_pool_backward_kernel",
+    }  # fmt: skip
+
+
+def test_no_kernel_has_a_fault(table: list[dict[str, Any]]) -> None:
+    """No spills, shared memory within the part's limit, and products on tensor cores (warp-group ones on sm_90)."""
+    assert {row["variant"] + " " + row["kernel"]: row["complaints"] for row in table if row["complaints"]} == {}
+
+
+def test_warp_group_instructions_on_sm_90(table: list[dict[str, Any]]) -> None:
+    dense = [row for row in table if row["part"] == 90 and row["kernel"].startswith("dense")]
+    assert len(dense) >= 9
+    assert all(row["instructions"]["HGMMA"] > 0 for row in dense)
+
+
+def test_misuse_is_told() -> None:
+    assert run(TRITON_INTERPRET="1").returncode == 2
+    found = run("--only", "no such variant")
+    assert found.returncode == 2
+    assert "1x1 bf16" in found.stderr

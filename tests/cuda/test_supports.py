@@ -1,0 +1,135 @@
+"""What the CUDA kernels say they can run, and that asking needs neither a GPU nor Triton."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bnrestructure.kernels import cuda, reference
+from bnrestructure.kernels.cuda import limits as rules
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, PoolGeometry, Transform
+
+GEOMETRY = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
+
+
+def run_python(code: str) -> str:
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return found.stdout.strip()
+
+
+def test_importing_needs_no_triton() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None  # importing it is an error from here on
+import bnrestructure, torch
+from bnrestructure.kernels import cuda, registry
+assert registry.implementation("cuda") is cuda
+print(cuda.supports("statistics_forward", (torch.empty(1, 1, 1, 1),), {}), "|", cuda.unavailable_reason() is not None)
+"""
+    assert run_python(code) == "None | True"
+
+
+def test_asking_does_not_import_triton() -> None:
+    code = (
+        "import sys; from bnrestructure.kernels import cuda; cuda.unavailable_reason(); print('triton' in sys.modules)"
+    )
+    assert run_python(code) == "False"
+
+
+def reason_with(
+    monkeypatch: pytest.MonkeyPatch, *, available: bool, triton: bool, capability: tuple[int, int]
+) -> str | None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(rules.util, "find_spec", lambda name: object() if triton else None)
+    return rules.unavailable_reason.__wrapped__()
+
+
+def test_unavailable_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reason_with(monkeypatch, available=False, triton=True, capability=(9, 0)) == "no CUDA device"
+    assert reason_with(monkeypatch, available=True, triton=False, capability=(9, 0)) == "triton is not installed"
+    assert "7.5" in str(reason_with(monkeypatch, available=True, triton=True, capability=(7, 5)))
+    assert reason_with(monkeypatch, available=True, triton=True, capability=(8, 0)) is None
+
+
+def pixels(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (2, 4, 3, 3)) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def forward_reason(x: Tensor, transform: Transform | None = None, *, dtype: torch.dtype = torch.float32) -> str | None:
+    weight = torch.empty(5, 4, 3, 3, dtype=torch.float32, device="meta")
+    return cuda.supports("conv_forward", (x, transform or Transform(), weight, None, GEOMETRY), {"dtype": dtype})
+
+
+def test_what_a_convolution_is_refused_for() -> None:
+    assert forward_reason(pixels()) is None
+    assert forward_reason(pixels(torch.float16), dtype=torch.float16) is None
+    assert forward_reason(pixels().permute(0, 1, 3, 2)) is None  # copied
+    assert "float64" in str(forward_reason(pixels(torch.float64), dtype=torch.float64))
+    assert "dimensions" in str(forward_reason(pixels(shape=(2, 4, 3))))
+    assert "empty" in str(forward_reason(pixels(shape=(0, 4, 3, 3))))
+    assert "unknown activation" in str(forward_reason(pixels(), Transform(act="tanh")))
+    assert "2^31" in str(forward_reason(pixels(shape=(2**15, 4, 2**9, 2**8))))
+
+
+def test_a_gate_before_a_strided_convolution_is_refused_in_backward() -> None:
+    x, weight = pixels(), torch.empty(5, 4, 3, 3, device="meta")
+    gate = Transform(gate=torch.empty(2, 4, device="meta"))
+    for stride, refused in ((1, False), (2, True)):
+        args = (
+            pixels(shape=(2, 5, 2, 2)),
+            BackwardEdge(),
+            x,
+            gate,
+            weight,
+            ConvGeometry((stride,) * 2, (1, 1), (1, 1), 1),
+        )
+        reason = cuda.supports("conv_backward", args, {"dtype": torch.float32})
+        assert (reason is not None) == refused
+
+
+def test_finalize() -> None:
+    v = torch.empty(3, device="meta")
+    arguments: list[Any] = [v, v, 10, v, v, v, v, 0.1, 1e-5]
+
+    def reason(i: int, value: Any) -> str | None:
+        changed = [value if i == j else a for j, a in enumerate(arguments)]
+        return cuda.supports("finalize_forward", tuple(changed), {})
+
+    assert reason(2, 10) is None
+    assert reason(3, v.half()) is None
+    assert "float64" in str(reason(3, v.double()))
+    assert "contiguous" in str(reason(5, torch.empty(6, device="meta")[::2]))
+    assert "momentum" in str(reason(7, v[0]))
+    assert "fp32" in str(reason(0, v.double()))
+
+
+def test_what_a_max_pool_is_refused_for() -> None:
+    def reason(kernel: tuple[int, int], padding: tuple[int, int] = (0, 0)) -> str | None:
+        geometry = PoolGeometry(kernel, (2, 2), padding, False)
+        return cuda.supports("max_pool_forward", (pixels(), Transform(), geometry), {"dtype": torch.float32})
+
+    assert reason((3, 3), (1, 1)) is None
+    assert "255" in str(reason((16, 16)))
+    assert "padding" in str(reason((3, 3), (2, 2)))
+
+
+def test_every_reference_kernel_has_a_rule_and_a_cuda_kernel() -> None:
+    assert set(rules._RULES) == set(reference.__all__)
+    assert set(reference.__all__) == set(cuda.__all__) - {"supports", "unavailable_reason"}
+
+
+def test_auto_leaves_them_alone_until_they_are_asked_for() -> None:
+    from types import SimpleNamespace
+
+    from bnrestructure.kernels import registry
+
+    on_a_gpu = (SimpleNamespace(device=torch.device("cuda")),)
+    assert "have not been tried" in str(registry.reason_unsupported("auto", "conv_forward", on_a_gpu, {}))
+    assert "have not been tried" not in str(registry.reason_unsupported("cuda", "conv_forward", on_a_gpu, {}))

@@ -2,7 +2,7 @@
 # Without a compiler the reference kernels are used, and the installation says so.
 #
 #   make demo       restructure densenet121 and resnet50, verify them on photos, train both versions, one table at the end
-#   make test       the test-suite
+#   make test       the test-suite (WORKERS=4: four tests at a time)
 #   make zoo        every torchvision model with a batch norm (WORKERS=4: four at a time)
 #   make lint       ruff, and mypy on the installed wheel
 #   make sanitize   the kernel tests under the address and undefined-behaviour sanitizers
@@ -68,11 +68,11 @@ $(VENV)/.tools: $(VENV)/.ready
 demo: $(VENV)/.ready
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(VENV)/.ready
-	@$(BIN)/python -m pytest -m "not zoo" --durations=10 $(ARGS)
-
-# Two models at a time with one thread each: most of the work is Python's. The largest go one after another (memory).
+# Two tests at a time with one thread each: most of the work is Python's. The zoo's largest models go one after another (memory).
 WORKERS ?= 2
+
+test: $(VENV)/.ready
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not zoo" -n $(WORKERS) --durations=10 $(ARGS)
 
 zoo: $(VENV)/.ready
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m zoo -n $(WORKERS) --dist loadgroup --durations=10 $(ARGS)

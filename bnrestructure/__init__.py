@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnrestructure.api import explain, restructure, unrestructure
     from bnrestructure.errors import BNRestructureError, CaptureError, NotFullyFusedError, UsageError
+    from bnrestructure.measure_kernels import tune
     from bnrestructure.plan import Plan, Site
-    from bnrestructure.tune import tune
     from bnrestructure.verify import VerificationReport, verify
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ _HOMES = {
     "bnrestructure.api": ("explain", "restructure", "unrestructure"),
     "bnrestructure.errors": ("BNRestructureError", "CaptureError", "NotFullyFusedError", "UsageError"),
     "bnrestructure.plan": ("Plan", "Site"),
-    "bnrestructure.tune": ("tune",),
+    "bnrestructure.measure_kernels": ("tune",),
     "bnrestructure.verify": ("VerificationReport", "verify"),
 }
 

@@ -31,6 +31,8 @@ def build_model(name: str) -> nn.Module:
     if ".detection" in builder.__module__ and "ssd" not in name:
         options |= {"min_size": 96, "max_size": 160}  # else they enlarge every image to 800 pixels
     model = builder(**options).train()
+    if name.startswith("vgg"):  # its own head has 119 million parameters and no batch norm: gigabytes for each copy in float64
+        model.classifier = nn.Linear(512 * 7 * 7, 10)
     if name.startswith("keypointrcnn"):
         model.roi_heads.register_forward_pre_hook(_keypoints_in_float32)
     return model

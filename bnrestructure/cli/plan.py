@@ -29,8 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     from bnrestructure.cli.models import load_model
     from bnrestructure.cli.output import print_json, progress, stdout
     from bnrestructure.cli.shapes import check_shapes
+    from bnrestructure.measure_kernels import tune
     from bnrestructure.report.plan_table import print_kernels, print_plan
-    from bnrestructure.tune import tune
 
     with progress(arguments.model) as say:
         say("building the model")

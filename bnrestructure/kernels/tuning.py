@@ -1,7 +1,7 @@
 """Measured choices between implementations of one kernel call, kept on disk for later processes.
 
 A kernel with several implementations asks :func:`measured` which of them was the fastest on its arguments' sizes. Within
-:func:`measuring` (see bnrestructure/tune.py) it calls :func:`measure` for sizes that were not measured yet.
+:func:`measuring` (see bnrestructure/measure_kernels.py) it calls :func:`measure` for sizes that were not measured yet.
 
 The file is ``choices-<digest>.json`` in ``$BNRESTRUCTURE_CACHE`` (``~/.cache/bnrestructure`` by default; ``off`` keeps nothing
 on disk). The digest is of what a time depends on beside the sizes: the processor, the versions and the compiled kernels.

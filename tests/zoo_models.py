@@ -30,6 +30,8 @@ def build_model(name: str) -> nn.Module:
         options["init_weights"] = False  # minutes of truncated normal numbers
     if ".detection" in builder.__module__ and "ssd" not in name:
         options |= {"min_size": 96, "max_size": 160}  # else they enlarge every image to 800 pixels
+        if "rcnn" in name:
+            options |= {"rpn_post_nms_top_n_train": 64, "box_batch_size_per_image": 32}  # else 512 regions an image
     model = builder(**options).train()
     if name.startswith("vgg"):  # its own head has 119 million parameters and no batch norm: gigabytes for each copy in float64
         model.classifier = nn.Linear(512 * 7 * 7, 10)

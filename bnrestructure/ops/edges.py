@@ -34,8 +34,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def per_channel(vector: Tensor, like: Tensor) -> Tensor:
+def per_channel(vector: Tensor | None, like: Tensor) -> Tensor:
     """A [C] vector viewed so that it broadcasts over ``like`` of shape [N, C, *spatial]."""
+    assert vector is not None  # an edge has all of its vectors or none
     return vector.view(1, -1, *([1] * (like.dim() - 2)))
 
 

@@ -99,7 +99,7 @@ def backward_arguments(
     vectors = [layout.vector(v) for v in (edge.s, edge.a, edge.b, edge.mean if y else None)]
     keep += [*vectors, gradient, y_tensor, x[0]]
     sum_p = _address(sums)
-    sum_px = sum_p and sum_p + 4 * sums.shape[1]
+    sum_px = 0 if sums is None else sum_p + 4 * sums.shape[1]
     strides = (0, 0, 0, 0) if weight_gradient is None else weight_gradient.stride()
     return _pack_backward(
         *_problem(x, transform, weight, geometry, gradient.shape[2:], keep),

@@ -37,10 +37,10 @@ class Node(NamedTuple):
 
     batch: int
     channels: int
-    size: tuple[int, int]
+    size: tuple[int, ...]
     channels_out: int
-    size_out: tuple[int, int]
-    kernel: tuple[int, int]
+    size_out: tuple[int, ...]
+    kernel: tuple[int, ...]
     geometry: ConvGeometry
     transformed: bool
 

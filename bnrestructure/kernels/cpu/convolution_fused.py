@@ -31,7 +31,7 @@ def conv_forward(
     y, pitch = out, 0
     if out is not None and out.dtype is dtype:
         pitch = layout.pitch_of(out)
-    if not pitch:
+    if y is None or not pitch:
         size = geometry.output_size(x.shape[2:], weight.shape[2:])
         y, pitch = layout.empty_pixels((x.shape[0], weight.shape[0], *size), dtype), weight.shape[0]
     mean, var = torch.empty(2, weight.shape[0]) if statistics else (None, None)
@@ -72,7 +72,7 @@ def conv_backward(
         backward_arguments(
             pixels(dy, dtype),
             edge,
-            None if edge.a is None else pixels(edge.y, dtype),
+            None if edge.a is None or edge.y is None else pixels(edge.y, dtype),
             px,
             transform,
             weight,
@@ -90,8 +90,9 @@ def conv_backward(
         dx = dx.to(x.dtype) if accumulate is None else accumulate.add_(dx.to(accumulate.dtype))
     return ConvGradients(
         dx,
-        *((None, None) if sums is None else sums),
-        gate=None if gate is None else gate.to(transform.gate.dtype),
+        sum_p=None if sums is None else sums[0],
+        sum_px=None if sums is None else sums[1],
+        gate=None if gate is None or transform.gate is None else gate.to(transform.gate.dtype),
         weight=dw,
         bias=None if db is None else db.to(dtype),
     )

@@ -6,6 +6,8 @@ transformed input and the output gradient live in temporaries, and neither is ke
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,7 @@ def conv_backward(
     db = torch.empty(weight.shape[0]) if need_bias else None
     if edge.s is not None or edge.a is not None or need_bias:
         d = layout.empty_like(pd[0])
-        py = None if edge.a is None else pixels(edge.y, dtype)
+        py = None if edge.a is None or edge.y is None else pixels(edge.y, dtype)
         _output_gradient(
             backward_arguments(
                 pd, edge, py, px, transform, weight, geometry, keep, dx=(d, d.shape[1]), bias_gradient=db
@@ -106,8 +108,9 @@ def conv_backward(
         dx = dx.to(x.dtype) if accumulate is None else accumulate.add_(dx.to(accumulate.dtype))
     return ConvGradients(
         dx,
-        *((None, None) if sums is None else sums),
-        gate=None if gate is None else gate.to(transform.gate.dtype),
+        sum_p=None if sums is None else sums[0],
+        sum_px=None if sums is None else sums[1],
+        gate=None if gate is None or transform.gate is None else gate.to(transform.gate.dtype),
         weight=dw,
         bias=db,
     )
@@ -128,7 +131,7 @@ def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _arguments(geometry: ConvGeometry) -> tuple[object, ...]:
+def _arguments(geometry: ConvGeometry) -> tuple[Any, ...]:
     """What ATen's convolutions take after the bias."""
     stride, padding, dilation, groups = geometry
     return list(stride), list(padding), list(dilation), False, [0, 0], groups

@@ -115,7 +115,7 @@ def conv_backward(
     dy, dy_pitch = addressable(dy.to(dtype))
     s, a, b, y_mean = vector(edge.s), vector(edge.a), vector(edge.b), None
     y, y_pitch = None, 0
-    if a is not None:
+    if a is not None and edge.y is not None:
         y, y_pitch = addressable(edge.y.to(dtype))
         y_mean = vector(edge.mean)
     channels = x.shape[1]
@@ -146,9 +146,9 @@ def conv_backward(
         )
     )  # fmt: skip
     del keep
-    if need_x and accumulate is not None and dx is not accumulate:
+    if dx is not None and accumulate is not None and dx is not accumulate:
         dx = accumulate.add_(dx)
-    gate = None if gate is None else gate.to(transform.gate.dtype)
+    gate = None if gate is None or transform.gate is None else gate.to(transform.gate.dtype)
     db = None if db is None else db.to(dtype)
     return ConvGradients(dx=dx, sum_p=sum_p, sum_px=sum_px, gate=gate, weight=dw, bias=db)
 

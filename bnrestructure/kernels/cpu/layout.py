@@ -6,6 +6,8 @@ pitch >= C: channels_last, and channel slices of a wider channels_last buffer. A
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def addressable(x: Tensor) -> tuple[Tensor, int]:
     return x, pitch_of(x)
 
 
-def empty_pixels(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+def empty_pixels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised channels_last activation of pitch C."""
     return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
 
@@ -79,6 +81,12 @@ def destination(x: Tensor, accumulate: Tensor | None) -> Tensor:
     return empty_like(x)
 
 
+@overload
+def vector(v: Tensor) -> Tensor: ...
+@overload
+def vector(v: None) -> None: ...
+@overload
+def vector(v: Tensor | None) -> Tensor | None: ...
 def vector(v: Tensor | None) -> Tensor | None:
     """A per-channel vector as contiguous fp32; the tensor itself when it is that already."""
     if v is None or (v.dtype is torch.float32 and v.is_contiguous()):

@@ -53,10 +53,10 @@ class Kernel:
         self._signature = signature.replace(" ", "")
         self._function = self._bind
 
-    def __call__(self, *arguments: int | float | None) -> None:
+    def __call__(self, *arguments: int | float | bytes | None) -> None:
         self._function(*arguments)
 
-    def _bind(self, *arguments: int | float | None) -> None:
+    def _bind(self, *arguments: int | float | bytes | None) -> None:
         function = getattr(load(), self._name)
         function.restype = None
         function.argtypes = [_ARGUMENT_TYPES[letter] for letter in self._signature]

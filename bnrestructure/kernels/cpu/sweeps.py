@@ -131,7 +131,7 @@ def squeeze_backward(
 
     ``accumulate`` that *is* ``dz`` is overwritten instead of added to.
     """
-    overwrite = dz is not None and accumulate is dz
+    overwrite = dz is not None and accumulate is not None and accumulate is dz
     x, pitch = addressable(x)
     n, channels, height, width = x.shape
     edge = _Edge(transform)
@@ -146,7 +146,7 @@ def squeeze_backward(
         out.data_ptr(), pitch_of(out), out is accumulate and not overwrite, pointer(sum_p), pointer(sum_px), threads(),
     )  # fmt: skip
     if overwrite:
-        return out if out is accumulate else accumulate.copy_(out), sum_p, sum_px
+        return out if accumulate is None or out is accumulate else accumulate.copy_(out), sum_p, sum_px
     return _delivered(out, accumulate), sum_p, sum_px
 
 

@@ -34,7 +34,7 @@ def output_gradient(p: Tensor, edge: BackwardEdge) -> Tensor:
     d = p.to(accumulation_dtype(p.dtype))
     if edge.s is not None:
         d = d * per_channel(edge.s, p)
-    if edge.a is not None:
+    if edge.a is not None and edge.y is not None:
         centred = edge.y.to(d.dtype) - per_channel(edge.mean, p)
         d = d + per_channel(edge.a, p) * centred + per_channel(edge.b, p)
     return d

@@ -24,7 +24,7 @@ _FAMILIES = (
 _LARGE = (
     "densenet161", "efficientnet_b7", "efficientnet_v2_l", "efficientnet_v2_m", "fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn",
     "maskrcnn_resnet50_fpn_v2", "keypointrcnn_resnet50_fpn", "quantized_resnext101_32x8d", "quantized_resnext101_64x4d", "regnet_x_16gf",
-    "regnet_x_32gf", "regnet_y_16gf", "regnet_y_32gf", "resnext101_32x8d", "resnext101_64x4d", "s3d", "vgg11_bn", "vgg13_bn", "vgg16_bn",
+    "regnet_x_32gf", "regnet_y_16gf", "resnext101_32x8d", "resnext101_64x4d", "s3d", "vgg11_bn", "vgg13_bn", "vgg16_bn",
     "vgg19_bn", "wide_resnet101_2", "wide_resnet50_2", "r2plus1d_18",
 )  # fmt: skip
 

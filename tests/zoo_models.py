@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["TOO_LARGE", "batch_norm_models", "build_model", "build_on_meta", "inputs_for"]
 
 #: Models whose fp64 training steps, several copies side by side, do not fit in 24 GiB: counted on the meta device alone.
-TOO_LARGE = frozenset({"regnet_y_128gf"})
+TOO_LARGE = frozenset({"regnet_y_32gf", "regnet_y_128gf"})
 
 
 def build_model(name: str) -> nn.Module:

@@ -75,7 +75,8 @@ class Run:
         def convert(t: Tensor) -> Tensor:
             return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
 
-        self.model.to(memory_format=torch.channels_last)
+        for parameter in self.model.parameters():  # Module.to() refuses models that have 5-D ones too
+            parameter.data = convert(parameter.data)
         self.inputs = pytree.tree_map_only(Tensor, convert, self.inputs)
 
     def learning_rate(self) -> float:

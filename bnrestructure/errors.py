@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BNRestructureError", "CaptureError", "NotFullyFusedError", "UsageError"]
+__all__ = ["BNRestructureError", "CaptureError", "NotFullyFusedError", "UsageError", "first_line"]
 
 
 class BNRestructureError(Exception):
@@ -19,3 +19,9 @@ class CaptureError(BNRestructureError):
 
 class NotFullyFusedError(BNRestructureError):
     """``restructure(model, strict=True)`` and some batch norm is not fully fused."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type's name when the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

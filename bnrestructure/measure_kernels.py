@@ -6,12 +6,11 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bnrestructure.api import restructure
-from bnrestructure.errors import UsageError
+from bnrestructure.errors import UsageError, first_line
 from bnrestructure.kernels import registry, tuning
 from bnrestructure.kernels.tuning import Measurement
 from bnrestructure.verify.draws import preserved_generators
@@ -50,7 +49,7 @@ def tune(
         raise UsageError(f"only CPU kernels are tuned, and the model is on {', '.join(sorted(devices))}")
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     # As in training, where the first convolution's input takes no gradient.
-    arguments = pytree.tree_map_only(Tensor, torch.clone, pytree.tree_map_only(Tensor, torch.Tensor.detach, arguments))
+    arguments = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), arguments)
 
     def listen(found: Measurement) -> None:
         if progress is not None:
@@ -61,6 +60,6 @@ def tune(
             (loss_fn or default_loss)(candidate(*arguments)).backward()
         except UsageError:
             raise
-        except Exception as error:
-            raise UsageError(f"the model fails on these inputs: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # a user's forward or loss may raise anything on these inputs
+            raise UsageError(f"the model fails on these inputs: {type(error).__name__}: {first_line(error)}") from error
     return found

@@ -21,6 +21,7 @@ from bnrestructure.capture.swap import (
     training_flags,
 )
 from bnrestructure.capture.tracer import Arguments
+from bnrestructure.errors import first_line
 from bnrestructure.graph.fused import is_fused, outputs_of, tensor_readers
 from bnrestructure.graph.layers import modules_of
 from bnrestructure.passes import pipeline
@@ -217,6 +218,8 @@ def layer_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Shapes, str
     try:
         double(*pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), inputs))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
+        # What a forward raises when it reads values, which meta tensors have not (or refuses the shape); shapes
+        # found so far still serve the plan, which then says how far they go.
         names = {name for name, module in double.named_modules() if isinstance(module, layers[0])}
-        return found, f"shapes are known for {len(names & found.keys())} batch norms only: {str(error).splitlines()[0]}"
+        return found, f"shapes are known for {len(names & found.keys())} batch norms only: {first_line(error)}"
     return found, None

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["PLAIN_ACTIVATIONS", "activate", "activation_gradient", "leaky_relu_name", "negative_slope"]
+__all__ = [
+    "PLAIN_ACTIVATIONS",
+    "activate",
+    "activation_gradient",
+    "leaky_relu_name",
+    "negative_slope",
+    "unsupported_activation",
+]
 
 aten = torch.ops.aten
 
@@ -35,6 +42,17 @@ def negative_slope(act: str) -> float:
     if match is None:
         raise ValueError(f"unknown activation {act!r}")
     return float(match.group(1))
+
+
+def unsupported_activation(act: str) -> str | None:
+    """Why no kernel can apply an activation of this name, or None."""
+    if act in PLAIN_ACTIVATIONS:
+        return None
+    try:
+        negative_slope(act)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def activate(u: Tensor, act: str) -> Tensor:

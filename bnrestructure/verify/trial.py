@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnrestructure.errors import UsageError
+from bnrestructure.errors import UsageError, first_line
 from bnrestructure.verify.distance import distances, units
 from bnrestructure.verify.run import Run, as_dtype
 
-__all__ = ["Key", "Setting", "Trial", "first_line", "name_of", "run_trial"]
+__all__ = ["Key", "Setting", "Trial", "name_of", "run_trial"]
 
 _TRAINING_KINDS = ("output", "buffer", "gradient", "input gradient")
 _AFTER_STEP = ("parameter",)
@@ -118,7 +118,7 @@ def _original_step(run: Run, seed: int) -> None:
         run.forward_backward(seed)
     except UsageError:
         raise
-    except Exception as error:
+    except Exception as error:  # the user's forward and loss may raise anything; nothing can be verified then
         where = name_of(run.autocast or run.dtype)
         raise UsageError(
             f"the original model fails on these inputs in {where}: {type(error).__name__}: {first_line(error)}"
@@ -177,9 +177,3 @@ def _both_distances(
 def name_of(dtype: torch.dtype) -> str:
     """``float32`` for torch.float32."""
     return str(dtype).removeprefix("torch.")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -13,13 +13,13 @@ from torch.utils import _pytree as pytree
 
 from bnrestructure.api import explain, restructure, unrestructure
 from bnrestructure.capture.swap import is_restructured, original_class
-from bnrestructure.errors import UsageError
+from bnrestructure.errors import UsageError, first_line
 from bnrestructure.verify.draws import preserved_generators, seeded
 from bnrestructure.verify.judge import judge_double, judge_training
 from bnrestructure.verify.loss import default_loss, named_tensors
 from bnrestructure.verify.report import Comparison, VerificationReport
 from bnrestructure.verify.run import as_dtype
-from bnrestructure.verify.trial import Setting, first_line, run_trial
+from bnrestructure.verify.trial import Setting, run_trial
 
 __all__ = ["verify"]
 
@@ -123,7 +123,7 @@ def _pair(model: nn.Module, backend: str | None, passes: str | Sequence[str] | N
     """(the original, the restructured candidate), deep copies in training mode."""
     try:
         candidate = copy.deepcopy(model)
-    except Exception as error:
+    except Exception as error:  # a user's __deepcopy__ or __reduce__ may raise anything
         raise UsageError(f"the model cannot be deep-copied: {first_line(error)}") from error
     original = unrestructure(copy.deepcopy(candidate))
     restructured = any(is_restructured(m) for m in candidate.modules())
@@ -174,7 +174,7 @@ def _compare_eval(report: VerificationReport, original: nn.Module, trained: nn.M
         try:
             with torch.no_grad():
                 outputs.append(named_tensors(module(*arguments), "output"))
-        except Exception as error:
+        except Exception as error:  # some models only train; what matters is whether both fail or ours alone
             if module is not plain:
                 return wrong(f"the restructured model raised {type(error).__name__} in eval mode: {first_line(error)}")
             report.notes.append(f"eval mode was not compared: the original fails there: {first_line(error)}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+# PyTorch for macOS and Windows comes without Triton.
 pytestmark = pytest.mark.skipif(util.find_spec("triton") is None, reason="triton is not installed")
 
 COMMAND = [sys.executable, "-m", "bnrestructure.kernels.cuda.compile_ahead"]

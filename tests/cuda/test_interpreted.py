@@ -13,6 +13,7 @@ import pytest
 FOLDER = Path(__file__).parent / "interpreted"
 
 
+# PyTorch for macOS and Windows comes without Triton.
 @pytest.mark.skipif(util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_interpreted_tests_pass() -> None:
     found = subprocess.run(

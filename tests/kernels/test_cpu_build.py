@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cpu_checks import needs_kernels
 
 from bnrestructure.kernels.cpu import build, library
 
@@ -33,6 +34,15 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
     )
+
+
+def test_a_compiler_means_kernels() -> None:
+    """Else a build that fails would pass unseen: the tests of the kernels skip where there are none."""
+    try:
+        build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    assert library.unavailable_reason() is None
 
 
 def test_every_target_is_known_to_the_loader() -> None:
@@ -79,7 +89,7 @@ def test_nothing_built_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         library.load()
 
 
-@pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
+@needs_kernels
 class TestLoading:
     @pytest.mark.parametrize("isa", library.available_isas())
     def test_the_environment_forces_an_instruction_set(self, isa: str) -> None:

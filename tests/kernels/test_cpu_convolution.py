@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from cpu_checks import LAYOUTS, assert_as_good, in_layout, to_double
+from cpu_checks import LAYOUTS, assert_as_good, in_layout, needs_kernels, to_double
 from torch import Tensor
 
 from bnrestructure.kernels import reference
@@ -16,7 +16,7 @@ from bnrestructure.kernels.cpu import convolution, convolution_fused, convolutio
 from bnrestructure.kernels.cpu.convolution_choice import Node, choose
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
-pytestmark = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
+pytestmark = needs_kernels
 
 IMPLEMENTATIONS = {"fused": convolution_fused, "hybrid": convolution_hybrid}
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu(0.1)")

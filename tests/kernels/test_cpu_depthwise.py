@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cpu_checks import needs_kernels
 from depthwise_cases import GRADIENTS, Shape, check, check_backward, check_forward, make
 from torch import Tensor
 
 from bnrestructure.kernels import reference
 from bnrestructure.kernels.cpu import depthwise, library
 
-pytestmark = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
+pytestmark = needs_kernels
 
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu(0.1)")
 

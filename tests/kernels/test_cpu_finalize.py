@@ -6,13 +6,12 @@ from itertools import product
 
 import pytest
 import torch
-from cpu_checks import assert_as_good, to_double
+from cpu_checks import assert_as_good, needs_kernels, to_double
 from torch import Tensor
 
 from bnrestructure.kernels import cpu, reference
-from bnrestructure.kernels.cpu import library
 
-pytestmark = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
+pytestmark = needs_kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
 

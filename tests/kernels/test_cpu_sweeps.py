@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 import torch
-from cpu_checks import LAYOUTS, assert_as_good, in_layout, to_double
+from cpu_checks import LAYOUTS, assert_as_good, in_layout, needs_kernels, to_double
 from torch import Tensor
 
 from bnrestructure.kernels import cpu, reference
@@ -16,7 +16,7 @@ from bnrestructure.kernels.cpu import library
 from bnrestructure.ops.activation import activate, activation_gradient
 from bnrestructure.ops.edges import PoolGeometry, Transform
 
-pytestmark = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
+pytestmark = needs_kernels
 
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu(0.2)")
 DTYPES = (torch.float32, torch.bfloat16)

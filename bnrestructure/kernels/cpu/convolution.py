@@ -17,6 +17,7 @@ from torch import Tensor
 from bnrestructure.kernels import tuning
 from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, layout, library
 from bnrestructure.kernels.cpu.convolution_choice import BACKWARD, Choice, Node, call_of, choose, identify_machine
+from bnrestructure.ops.activation import unsupported_activation
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = ["choice", "conv_backward", "conv_forward", "forget_choices", "node_of", "supports"]
@@ -34,7 +35,7 @@ def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
         return f"computing in {kwargs['dtype']} with an input in {x.dtype} and a weight in {weight.dtype}"
     if x.numel() == 0 or weight.numel() == 0 or args[0].numel() == 0:
         return "an empty tensor"
-    return layout.unsupported_activation(transform.act)
+    return unsupported_activation(transform.act)
 
 
 def choice(

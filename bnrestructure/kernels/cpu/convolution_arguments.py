@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bnrestructure.kernels.cpu import layout, library
+from bnrestructure.kernels.layout import vector
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
 __all__ = ["Pixels", "backward_arguments", "forward_arguments", "pixels"]
@@ -40,7 +41,7 @@ def _problem(
 ) -> tuple[int | float, ...]:
     """The fields of ``struct Problem``. Vectors that had to be converted are put into ``keep``."""
     tensor, pitch = x
-    vectors = [layout.vector(v) for v in (transform.mean, transform.scale, transform.beta, transform.gate)]
+    vectors = [vector(v) for v in (transform.mean, transform.scale, transform.beta, transform.gate)]
     keep += vectors
     act, slope = layout.activation_code(transform.act)
     channels_out, _, kernel_h, kernel_w = weight.shape
@@ -66,7 +67,7 @@ def forward_arguments(
 ) -> bytes:
     """``struct ForwardArguments``. ``keep`` gains every tensor that may be a copy made for this call."""
     tensor, pitch = y
-    bias = layout.vector(bias)
+    bias = vector(bias)
     keep += [bias, x[0]]
     problem = _problem(x, transform, weight, geometry, tensor.shape[2:], keep)
     return _pack_forward(*problem, _address(bias), tensor.data_ptr(), pitch, _address(mean), _address(var))
@@ -96,7 +97,7 @@ def backward_arguments(
     gradient, pitch = dy
     y_tensor, y_pitch = y or (None, 0)
     dx_tensor, dx_pitch = dx or (None, 0)
-    vectors = [layout.vector(v) for v in (edge.s, edge.a, edge.b, edge.mean if y else None)]
+    vectors = [vector(v) for v in (edge.s, edge.a, edge.b, edge.mean if y else None)]
     keep += [*vectors, gradient, y_tensor, x[0]]
     sum_p = _address(sums)
     sum_px = 0 if sums is None else sum_p + 4 * sums.shape[1]

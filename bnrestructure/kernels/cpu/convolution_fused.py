@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bnrestructure.kernels.cpu import layout, library
 from bnrestructure.kernels.cpu.convolution_arguments import backward_arguments, forward_arguments, pixels
+from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
@@ -30,7 +31,7 @@ def conv_forward(
     """(y, mean, var) as kernels/reference says; x and the weight are float32 or bfloat16."""
     y, pitch = out, 0
     if out is not None and out.dtype is dtype:
-        pitch = layout.pitch_of(out)
+        pitch = pitch_of(out)
     if y is None or not pitch:
         size = geometry.output_size(x.shape[2:], weight.shape[2:])
         y, pitch = layout.empty_pixels((x.shape[0], weight.shape[0], *size), dtype), weight.shape[0]
@@ -78,7 +79,7 @@ def conv_backward(
             weight,
             geometry,
             keep,
-            dx=None if dx is None else (dx, layout.pitch_of(dx)),
+            dx=None if dx is None else (dx, pitch_of(dx)),
             accumulate=dx is not None and dx is accumulate,
             sums=sums,
             gate=gate,

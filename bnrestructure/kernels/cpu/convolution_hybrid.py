@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bnrestructure.kernels.cpu import layout, library
 from bnrestructure.kernels.cpu.convolution_arguments import Pixels, backward_arguments, forward_arguments, pixels
+from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
@@ -98,7 +99,7 @@ def conv_backward(
                 weight,
                 geometry,
                 keep,
-                dx=(dx, layout.pitch_of(dx)),
+                dx=(dx, pitch_of(dx)),
                 accumulate=dx is accumulate,
                 sums=sums,
                 gate=gate,

@@ -15,10 +15,9 @@ from bnrestructure.kernels.cpu.layout import (
     addressable,
     destination,
     empty_pixels,
-    pitch_of,
     pointer,
-    vector,
 )
+from bnrestructure.kernels.layout import pitch_of, vector
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = ["conv_backward", "conv_forward", "is_depthwise", "supports"]

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrestructure.kernels.cpu.layout import ELEMENT_CODES, vector
+from bnrestructure.kernels.cpu.layout import ELEMENT_CODES
 from bnrestructure.kernels.cpu.library import declare
+from bnrestructure.kernels.layout import vector
 
 __all__ = ["finalize_backward", "finalize_forward", "supports"]
 

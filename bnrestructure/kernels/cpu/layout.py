@@ -6,11 +6,10 @@ pitch >= C: channels_last, and channel slices of a wider channels_last buffer. A
 
 from __future__ import annotations
 
-from typing import overload
-
 import torch
 from torch import Tensor
 
+from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.ops.activation import PLAIN_ACTIVATIONS, negative_slope
 
 __all__ = [
@@ -21,11 +20,8 @@ __all__ = [
     "destination",
     "empty_like",
     "empty_pixels",
-    "pitch_of",
     "pointer",
-    "unsupported_activation",
     "unsupported_tensor",
-    "vector",
 ]
 
 #: Activation names and their numbers in src/activation.h; leaky_relu(SLOPE) comes after them.
@@ -33,26 +29,6 @@ ACTIVATIONS = {name: number for number, name in enumerate(PLAIN_ACTIVATIONS)}
 
 #: Element types and their numbers in src/activation.h.
 ELEMENT_CODES = {torch.float32: 0, torch.bfloat16: 1}
-
-
-def pitch_of(x: Tensor) -> int:
-    """Elements between neighbouring pixels of x [N, C, H, W], or 0 when x is not addressable that way."""
-    n, c, h, w = x.shape
-    sn, sc, sh, sw = x.stride()
-    if sc != 1 and c != 1:
-        return 0
-    # Strides of dimensions of size 1 mean nothing, so the pitch is read from the innermost one that is larger.
-    if w > 1:
-        pitch = sw
-        if (h > 1 and sh != w * pitch) or (n > 1 and sn != h * w * pitch):
-            return 0
-    elif h > 1:
-        pitch = sh
-        if n > 1 and sn != h * pitch:
-            return 0
-    else:
-        pitch = sn if n > 1 else c
-    return pitch if pitch >= c else 0
 
 
 def addressable(x: Tensor) -> tuple[Tensor, int]:
@@ -81,19 +57,6 @@ def destination(x: Tensor, accumulate: Tensor | None) -> Tensor:
     return empty_like(x)
 
 
-@overload
-def vector(v: Tensor) -> Tensor: ...
-@overload
-def vector(v: None) -> None: ...
-@overload
-def vector(v: Tensor | None) -> Tensor | None: ...
-def vector(v: Tensor | None) -> Tensor | None:
-    """A per-channel vector as contiguous fp32; the tensor itself when it is that already."""
-    if v is None or (v.dtype is torch.float32 and v.is_contiguous()):
-        return v
-    return v.detach().to(torch.float32).contiguous()
-
-
 def pointer(x: Tensor | None) -> int | None:
     """x's data pointer, None for no tensor. The tensor must outlive the call it is passed to."""
     return None if x is None else x.data_ptr()
@@ -105,15 +68,6 @@ def activation_code(act: str) -> tuple[int, float]:
     if code is not None:
         return code, 0.0
     return len(ACTIVATIONS), negative_slope(act)
-
-
-def unsupported_activation(act: str) -> str | None:
-    """Why the kernels cannot apply this activation, or None."""
-    try:
-        activation_code(act)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def unsupported_tensor(x: Tensor) -> str | None:

@@ -18,13 +18,12 @@ from bnrestructure.kernels.cpu.layout import (
     destination,
     empty_like,
     empty_pixels,
-    pitch_of,
     pointer,
-    unsupported_activation,
     unsupported_tensor,
-    vector,
 )
 from bnrestructure.kernels.cpu.library import declare, threads
+from bnrestructure.kernels.layout import pitch_of, vector
+from bnrestructure.ops.activation import unsupported_activation
 from bnrestructure.ops.edges import PoolGeometry, Transform
 
 __all__ = [

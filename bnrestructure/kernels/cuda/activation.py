@@ -12,8 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from bnrestructure.kernels.cpu.layout import activation_code
-from bnrestructure.ops.activation import PLAIN_ACTIVATIONS
+from bnrestructure.ops.activation import PLAIN_ACTIVATIONS, negative_slope
 
 __all__ = ["activate", "activation_constants", "pre_activation", "pull_back"]
 
@@ -25,8 +24,9 @@ _TANH_CUBIC = tl.constexpr(1.5957691216057308 * 0.044715)
 
 def activation_constants(act: str) -> dict[str, Any]:
     """The compile-time arguments ACT and SLOPE of an activation's name. Raises ValueError for an unknown one."""
-    _, slope = activation_code(act)
-    return {"ACT": act if act in PLAIN_ACTIVATIONS else "leaky_relu", "SLOPE": slope}
+    if act in PLAIN_ACTIVATIONS:
+        return {"ACT": act, "SLOPE": 0.0}
+    return {"ACT": "leaky_relu", "SLOPE": negative_slope(act)}
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bnrestructure.kernels.cpu.layout import pitch_of, vector
+from bnrestructure.kernels.layout import pitch_of, vector
 
 __all__ = ["Pixels", "destination", "empty_pixels", "packed_weight", "pixels", "vector", "vectors"]
 

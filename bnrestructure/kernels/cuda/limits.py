@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrestructure.kernels.cpu.layout import unsupported_activation
+from bnrestructure.ops.activation import unsupported_activation
 
 __all__ = ["ELEMENT_TYPES", "supports", "unavailable_reason"]
 

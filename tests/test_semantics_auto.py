@@ -18,7 +18,7 @@ from equivalence import assert_same_training, assert_same_values, cotangent_loss
 from small_models import SMALL_MODELS, build, conv_bn, input_for
 from test_semantics_inplace import MODELS as INPLACE
 from test_semantics_inplace import _CopyOfInput
-from test_semantics_modes import SharedModules, _replace_batch_norms
+from test_semantics_modes import SharedModules, SharedWithEager, _replace_batch_norms
 from test_semantics_tracing import CHANGES, TRAPS, Configurable, _numpy_seeded  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -112,8 +112,9 @@ def test_options_of_batch_norm(name: str, options: dict[str, Any]) -> None:
     same(_replace_batch_norms(build(name), **options), small(name)[1])
 
 
-def test_shared_modules() -> None:
-    same(SharedModules(), torch.randn(3, 3, 8, 8))
+@pytest.mark.parametrize("model", [SharedModules, SharedWithEager])
+def test_shared_modules(model: type[nn.Module]) -> None:
+    same(model(), torch.randn(3, 3, 8, 8))
 
 
 @pytest.mark.parametrize("name", ["residual", "dense", "inverted"])

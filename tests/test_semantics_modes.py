@@ -154,6 +154,36 @@ def test_shared_modules() -> None:
     assert names == ["stem.1", "bn", "bn#2", "bn#3", "bn#4"]
 
 
+class SharedWithEager(nn.Module):
+    """A batch norm whose first call is left to PyTorch, which saves the running statistics, and whose second call is fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.conv1, self.conv2 = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        alone = torch.tanh(self.bn(0.5 * x))  # neither half has a neighbour to ride on
+        return alone, self.conv2(torch.relu(self.bn(self.conv1(x))))
+
+
+def test_batch_norm_shared_with_eager() -> None:
+    """As in random graph 304104839: PyTorch's batch norm does not let autograd see that it writes its running statistics."""
+    model = SharedWithEager().double()
+    statuses = [s.status for s in bnrestructure.explain(model, backend="reference").sites]
+    assert statuses == ["kept", "fused"]
+    assert_same_training(model, torch.randn(3, 3, 8, 8, dtype=torch.float64), steps=3)
+
+
+def test_batch_norm_called_outside_before_one_backward() -> None:
+    original = SharedWithEager().double()
+    rewritten, x = restructured_copy(original), torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    for model in (original, rewritten):
+        before = model.bn(x)
+        cotangent_loss((before, model(x))).backward()
+    gradients = [{f"gradient/{n}": p.grad for n, p in m.named_parameters()} for m in (rewritten, original)]
+    assert_same_values(*gradients)
+
+
 def test_no_grad_training_forward() -> None:
     original = build("dense")
     rewritten, x = restructured_copy(original), input_for("dense")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from types import ModuleType
 
 import pytest
 import torch
@@ -39,11 +40,13 @@ def test_forward(
     assert_as_good("running statistics", *buffers)
 
 
-def test_running_statistics_are_updated_in_place_and_alone() -> None:
+@pytest.mark.parametrize("module", [cpu, reference], ids=["cpu", "reference"])
+def test_running_statistics_are_updated_in_place_and_alone(module: ModuleType) -> None:
     mean, var = statistics(9)
     running_mean = torch.zeros(9)
-    cpu.finalize_forward(mean, var, 50, None, None, running_mean, None, torch.tensor(1.0), 1e-5)
+    module.finalize_forward(mean, var, 50, None, None, running_mean, None, torch.tensor(1.0), 1e-5)
     assert torch.equal(running_mean, mean)
+    assert running_mean._version == 0  # autograd does not count this write, as it does not count PyTorch's own batch norm's
 
 
 @pytest.mark.parametrize("channels", [1, 7, 1000])

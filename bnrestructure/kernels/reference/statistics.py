@@ -43,11 +43,19 @@ def finalize_forward(
     scale = rstd.clone() if weight is None else weight.to(rstd.dtype) * rstd
     beta = torch.zeros_like(rstd) if bias is None else bias.to(rstd.dtype).clone()
     if running_mean is not None:
-        running_mean.copy_(running_mean.to(mean.dtype) * (1 - momentum) + mean * momentum)
+        _move(running_mean, mean, momentum)
     if running_var is not None:
-        unbiased = var * (count / (count - 1))
-        running_var.copy_(running_var.to(var.dtype) * (1 - momentum) + unbiased * momentum)
+        _move(running_var, var * (count / (count - 1)), momentum)
     return rstd, scale, beta
+
+
+def _move(running: Tensor, value: Tensor, momentum: float | Tensor) -> None:
+    """``running = (1 - momentum) * running + momentum * value``, in place.
+
+    Through ``.data``, which leaves the version counter alone, as PyTorch's own batch norm does: it saves the running statistics for its
+    backward, and where it shares them with this (an earlier call of the same layer was left to it) autograd would refuse.
+    """
+    running.data.copy_(running.to(value.dtype) * (1 - momentum) + value * momentum)
 
 
 def finalize_backward(dscale: Tensor, rstd: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:

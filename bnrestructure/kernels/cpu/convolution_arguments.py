@@ -17,10 +17,10 @@ from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
 __all__ = ["Pixels", "backward_arguments", "forward_arguments", "pixels"]
 
-# Every field is eight bytes wide, and all but one of them are integers or pointers.
+# Every field is eight bytes wide; all but the slope and the gradient factor are integers or pointers.
 _PROBLEM = "26qd5q"
 _pack_forward = struct.Struct(_PROBLEM + "5q").pack
-_pack_backward = struct.Struct(_PROBLEM + "20q").pack
+_pack_backward = struct.Struct(_PROBLEM + "20qd").pack
 
 #: An activation tensor that a kernel can address, and its pixel pitch in elements.
 Pixels = tuple[Tensor, int]
@@ -89,8 +89,9 @@ def backward_arguments(
     gate: Tensor | None = None,
     weight_gradient: Tensor | None = None,
     bias_gradient: Tensor | None = None,
+    factor: float = 1.0,
 ) -> bytes:
-    """``struct BackwardArguments``. ``y`` is the edge's y; ``sums`` [2, C_in] takes SP and SPX.
+    """``struct BackwardArguments``. ``y`` is the edge's y; ``sums`` [2, C_in] takes SP and SPX; ``factor`` is the gradient factor.
 
     ``keep`` gains every tensor that may be a copy made for this call. The rest is as the C names say.
     """
@@ -106,7 +107,7 @@ def backward_arguments(
         *_problem(x, transform, weight, geometry, gradient.shape[2:], keep),
         gradient.data_ptr(), pitch, *map(_address, vectors[:3]), _address(y_tensor), y_pitch, _address(vectors[3]),
         _address(dx_tensor), dx_pitch, accumulate, sum_p, sum_px, _address(gate),
-        _address(weight_gradient), *strides, _address(bias_gradient),
+        _address(weight_gradient), *strides, _address(bias_gradient), factor,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from bnrestructure.kernels.cpu import layout, library
 from bnrestructure.kernels.cpu.convolution_arguments import backward_arguments, forward_arguments, pixels
 from bnrestructure.kernels.layout import pitch_of
+from bnrestructure.kernels.rounding import gradient_factor
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
@@ -85,6 +86,7 @@ def conv_backward(
             gate=gate,
             weight_gradient=dw,
             bias_gradient=db,
+            factor=gradient_factor(edge.a is not None, dtype, torch.float32),
         )
     )
     if dx is not None and dx is not accumulate:

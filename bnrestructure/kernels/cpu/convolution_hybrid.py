@@ -14,6 +14,7 @@ from torch import Tensor
 from bnrestructure.kernels.cpu import layout, library
 from bnrestructure.kernels.cpu.convolution_arguments import Pixels, backward_arguments, forward_arguments, pixels
 from bnrestructure.kernels.layout import pitch_of
+from bnrestructure.kernels.rounding import gradient_factor
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
@@ -67,12 +68,13 @@ def conv_backward(
     px, pd = pixels(x, dtype), pixels(dy, dtype)
     keep: list[Tensor | None] = []
     db = torch.empty(weight.shape[0]) if need_bias else None
+    factor = gradient_factor(edge.a is not None, dtype, torch.float32)
     if edge.s is not None or edge.a is not None or need_bias:
         d = layout.empty_like(pd[0])
         py = None if edge.a is None or edge.y is None else pixels(edge.y, dtype)
         _output_gradient(
             backward_arguments(
-                pd, edge, py, px, transform, weight, geometry, keep, dx=(d, d.shape[1]), bias_gradient=db
+                pd, edge, py, px, transform, weight, geometry, keep, dx=(d, d.shape[1]), bias_gradient=db, factor=factor
             )
         )
         pd = d, d.shape[1]
@@ -80,7 +82,7 @@ def conv_backward(
     g, dw, _ = torch.ops.aten.convolution_backward(
         pd[0], z, _weight(weight, dtype), None, *_arguments(geometry), [need_x, need_weight, False]
     )
-    dw = dw.to(weight.dtype) if need_weight else None
+    dw = (dw.float() / factor).to(weight.dtype) if need_weight else None
     db = None if db is None else db.to(dtype)
     if not need_x:
         return ConvGradients(weight=dw, bias=db)
@@ -88,7 +90,7 @@ def conv_backward(
     dx = accumulate if accumulate is not None and layout.destination(px[0], accumulate) is accumulate else pg[0]
     gate = None if transform.gate is None else torch.empty(transform.gate.shape)
     sums = torch.empty(2, x.shape[1]) if transform.mean is not None and gate is None else None
-    if not (transform.is_identity and dx is pg[0]):
+    if not (transform.is_identity and dx is pg[0] and factor == 1):
         _input_gradient(
             backward_arguments(
                 pg,
@@ -103,6 +105,7 @@ def conv_backward(
                 accumulate=dx is accumulate,
                 sums=sums,
                 gate=gate,
+                factor=factor,
             )
         )
     if dx is not accumulate:

@@ -13,6 +13,7 @@ from bnrestructure.kernels.reference.elementwise import (
     write,
 )
 from bnrestructure.kernels.reference.statistics import statistics_forward
+from bnrestructure.kernels.rounding import gradient_factor
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
@@ -73,7 +74,8 @@ def conv_backward(
     """
     need_x, need_weight, need_bias = needs
     exact = output_gradient(dy, edge)
-    d = exact.to(dtype)
+    factor = gradient_factor(edge.a is not None, dtype, exact.dtype)
+    d = (exact if factor == 1 else exact * factor).to(dtype)
     z = apply_transform(x, transform, dtype) if need_weight or need_x else x
     g, dw, _ = torch.ops.aten.convolution_backward(
         d,
@@ -88,11 +90,13 @@ def conv_backward(
         geometry.groups,
         [need_x, need_weight, False],
     )
-    dw = dw.to(weight.dtype) if need_weight else None
+    dw = (dw.to(exact.dtype) / factor).to(weight.dtype) if need_weight else None
     # Before rounding: that of a bias in front of a batch norm is zero, and what is rounded off would be all that is left of it.
     db = channel_sum(exact).to(dtype) if need_bias else None
     if not need_x:
         return ConvGradients(weight=dw, bias=db)
+    if factor != 1:
+        g = g.to(exact.dtype) / factor
     if transform.gate is not None:
         gate = transform.gate.view(*transform.gate.shape, *([1] * (x.dim() - 2)))
         ungated = apply_transform(x, Transform(transform.mean, transform.scale, transform.beta, transform.act), gate.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bnrestructure.kernels.rounding import dithered
 from bnrestructure.ops.edges import accumulation_dtype, per_channel
 
 __all__ = ["finalize_backward", "finalize_forward", "statistics_backward", "statistics_forward"]
@@ -20,7 +21,9 @@ def statistics_forward(x: Tensor) -> tuple[Tensor, Tensor]:
 def statistics_backward(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, accumulate: Tensor | None) -> Tensor:
     """``a * (x - mean) + b``, in x's dtype, or added in place to ``accumulate``."""
     d = per_channel(a, x) * (x.to(a.dtype) - per_channel(mean, x)) + per_channel(b, x)
-    return d.to(x.dtype) if accumulate is None else accumulate.add_(d.to(accumulate.dtype))
+    if accumulate is None:
+        return d.to(x.dtype)
+    return accumulate.copy_(dithered(accumulate.to(d.dtype) + d, accumulate.dtype))
 
 
 def finalize_forward(

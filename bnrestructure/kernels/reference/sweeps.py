@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from bnrestructure.kernels.reference.elementwise import affine, apply_transform, channel_sum, input_gradient, write
 from bnrestructure.kernels.reference.statistics import statistics_forward
+from bnrestructure.kernels.rounding import dithered
 from bnrestructure.ops.activation import activate, activation_gradient
 from bnrestructure.ops.edges import PoolGeometry, Transform, accumulation_dtype, per_channel
 
@@ -69,7 +70,8 @@ def residual_backward(
     g = activation_gradient(g, affine(y, ty) + affine(r, tr), act)
     spy = None if ty.mean is None else channel_sum(g * (y.to(acc) - per_channel(ty.mean, y)))
     spr = None if tr.mean is None else channel_sum(g * (r.to(acc) - per_channel(tr.mean, r)))
-    return g.to(out.dtype), channel_sum(g), spy, spr
+    stored = g.to(out.dtype) if statistics is None else dithered(g, out.dtype)
+    return stored, channel_sum(g), spy, spr
 
 
 def max_pool_forward(

@@ -49,6 +49,7 @@ struct BackwardArguments {
     void* weight_gradient;          // null: none
     int64_t weight_gradient_strides[4];
     float* bias_gradient;           // [C_out]
+    double gradient_factor;         // what dY is multiplied by before it is rounded to bfloat16; results are divided by it
 };
 
 }  // namespace bnr::conv

@@ -266,8 +266,9 @@ class Backward {
             T* dx = static_cast<T*>(b_.a_.dx) + pixel * b_.a_.dx_pitch + part.channel;
             const InputTransform t = transform_at(p_, image, part.channel);
             const bool accumulate = b_.a_.accumulate != 0;
+            const auto factor = static_cast<float>(1 / b_.a_.gradient_factor);
             if (p_.gate) {
-                gated_gradient_pixels(g, kChunk, x, p_.x_pitch, count, part.channels, t, dx, b_.a_.dx_pitch, accumulate,
+                gated_gradient_pixels(g, kChunk, x, p_.x_pitch, count, part.channels, t, factor, dx, b_.a_.dx_pitch, accumulate,
                                       sum_gate_);
                 double* gate = shared_.gate + image * p_.in_channels + part.channel;
                 for (int64_t c = 0; c < part.channels; c++) gate[c] += sum_gate_[c];
@@ -277,8 +278,8 @@ class Backward {
             float* sum_p = nullptr;
             float* sum_px = nullptr;
             if (shared_.sums) sum_p = (*shared_.sums)[0] + part.channel, sum_px = (*shared_.sums)[1] + part.channel;
-            input_gradient_pixels(g, kChunk, x, p_.x_pitch, count, part.channels, t, dx, b_.a_.dx_pitch, accumulate, sum_p,
-                                  sum_px);
+            input_gradient_pixels(g, kChunk, x, p_.x_pitch, count, part.channels, t, factor, dx, b_.a_.dx_pitch, accumulate,
+                                  sum_p, sum_px);
         }
 
         void request_gradient(const Tile& tile) {

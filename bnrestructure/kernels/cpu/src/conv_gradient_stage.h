@@ -96,13 +96,14 @@ class GradientStage {
         }
         data_ = staged_, pitch_ = l_.pitch;
         const OutputEdge edge{a.s, a.a, a.b, a.y_mean};
+        const auto factor = static_cast<float>(a.gradient_factor);
         const auto put = [&](int64_t pixel, int64_t count, gemm::word* to) {
             const T* y = static_cast<const T*>(a.y) + pixel * a.y_pitch;
             if (l_.words == gemm::Words::kFloat) {
-                output_gradient_pixels(dy + pixel * a.dy_pitch, a.dy_pitch, y, a.y_pitch, count, p.out_channels, edge,
+                output_gradient_pixels(dy + pixel * a.dy_pitch, a.dy_pitch, y, a.y_pitch, count, p.out_channels, edge, factor,
                                        reinterpret_cast<float*>(to), l_.pitch);
             } else if constexpr (std::is_same_v<T, bf16>) {
-                output_gradient_pixels(dy + pixel * a.dy_pitch, a.dy_pitch, y, a.y_pitch, count, p.out_channels, edge,
+                output_gradient_pixels(dy + pixel * a.dy_pitch, a.dy_pitch, y, a.y_pitch, count, p.out_channels, edge, factor,
                                        reinterpret_cast<bf16*>(to), 2 * l_.pitch);
             }
         };

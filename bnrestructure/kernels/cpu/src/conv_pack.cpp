@@ -123,13 +123,14 @@ void store_weight_gradient(const BackwardArguments& arguments, int64_t n, int64_
                            const float* from) {
     const Problem& p = arguments.problem;
     const int64_t* strides = arguments.weight_gradient_strides;
+    const auto factor = static_cast<float>(1 / arguments.gradient_factor);
     const int64_t to = n * strides[0] + channel * strides[1] + tap / p.kernel_w * strides[2] + tap % p.kernel_w * strides[3];
     if (p.weight_bfloat16) {
         bf16* out = static_cast<bf16*>(arguments.weight_gradient) + to;
-        for (int64_t c = 0; c < count; c++) out[c * strides[1]] = to_bf16(from[c]);
+        for (int64_t c = 0; c < count; c++) out[c * strides[1]] = to_bf16(from[c] * factor);
     } else {
         float* out = static_cast<float*>(arguments.weight_gradient) + to;
-        for (int64_t c = 0; c < count; c++) out[c * strides[1]] = rounded(from[c], p.bfloat16 != 0);
+        for (int64_t c = 0; c < count; c++) out[c * strides[1]] = rounded(from[c] * factor, p.bfloat16 != 0);
     }
 }
 

@@ -49,7 +49,8 @@ void transform_run(const T* x, int64_t ldx, int64_t pixels, int64_t channels, co
 
 template <Act A, bool kAffine, class T>
 void input_gradient_run(const float* g, int64_t ldg, const T* x, int64_t ldx, int64_t pixels, int64_t channels,
-                        const InputTransform& t, T* dx, int64_t lddx, bool accumulate, float* sum_p, float* sum_px) {
+                        const InputTransform& t, float factor, T* dx, int64_t lddx, bool accumulate, float* sum_p,
+                        float* sum_px) {
     // Channels outside, so that the sums stay in registers while the run goes by.
     for_each_vector(channels, [&](int64_t c, auto lanes) {
         vf mean = zero(), scale = zero(), beta = zero(), sp = zero(), spx = zero();
@@ -59,7 +60,7 @@ void input_gradient_run(const float* g, int64_t ldg, const T* x, int64_t ldx, in
         }
         const auto run = [&](auto adds) {
             for (int64_t i = 0; i < pixels; i++) {
-                vf p = load(g + i * ldg + c, lanes);
+                vf p = load(g + i * ldg + c, lanes) * set1(factor);
                 if constexpr (kAffine || A != Act::identity) {
                     const vf v = load(x + i * ldx + c, lanes);
                     vf state;
@@ -88,12 +89,12 @@ void input_gradient_run(const float* g, int64_t ldg, const T* x, int64_t ldx, in
 
 template <Act A, bool kAffine, class T>
 void gated_gradient_run(const float* g, int64_t ldg, const T* x, int64_t ldx, int64_t pixels, int64_t channels,
-                        const InputTransform& t, T* dx, int64_t lddx, bool accumulate, float* sum_gate) {
+                        const InputTransform& t, float factor, T* dx, int64_t lddx, bool accumulate, float* sum_gate) {
     for_each_vector(channels, [&](int64_t c, auto lanes) {
         const vf gate = load(t.gate + c, lanes);
         vf sum = load(sum_gate + c, lanes);
         for (int64_t i = 0; i < pixels; i++) {
-            const vf value = load(g + i * ldg + c, lanes);
+            const vf value = load(g + i * ldg + c, lanes) * set1(factor);
             const vf u = activation_input<kAffine>(load(x + i * ldx + c, lanes), t, c, lanes);
             sum = fma(value, activate<A>(u, t.act), sum);
             T* to = dx + i * lddx + c;
@@ -153,12 +154,13 @@ void transform_pixels(const T* x, int64_t ldx, int64_t pixels, int64_t channels,
 
 template <class T, class Out>
 void output_gradient_pixels(const T* p, int64_t ldp, const T* y, int64_t ldy, int64_t pixels, int64_t channels,
-                            const OutputEdge& edge, Out* d, int64_t ldd) {
+                            const OutputEdge& edge, float factor, Out* d, int64_t ldd) {
     with_edge(edge, [&](auto scaled, auto centred) {
         for (int64_t i = 0; i < pixels; i++) {
             Out* to = d + i * ldd;
             for_each_vector(channels, [&](int64_t c, auto lanes) {
-                put<T>(to + c, output_gradient<scaled.value, centred.value>(p + i * ldp, y + i * ldy, edge, c, lanes), lanes);
+                const vf v = output_gradient<scaled.value, centred.value>(p + i * ldp, y + i * ldy, edge, c, lanes);
+                put<T>(to + c, v * set1(factor), lanes);
             });
             put_partner(to, channels, ldd);
         }
@@ -181,24 +183,25 @@ void add_output_gradient(const T* p, int64_t ldp, const T* y, int64_t ldy, int64
 
 template <class T>
 void input_gradient_pixels(const float* g, int64_t ldg, const T* x, int64_t ldx, int64_t pixels, int64_t channels,
-                           const InputTransform& t, T* dx, int64_t lddx, bool accumulate, float* sum_p, float* sum_px) {
+                           const InputTransform& t, float factor, T* dx, int64_t lddx, bool accumulate, float* sum_p,
+                           float* sum_px) {
     with_activation(t.act.kind, [&](auto act) {
         constexpr Act A = decltype(act)::value;
         if (t.mean) {
-            input_gradient_run<A, true>(g, ldg, x, ldx, pixels, channels, t, dx, lddx, accumulate, sum_p, sum_px);
+            input_gradient_run<A, true>(g, ldg, x, ldx, pixels, channels, t, factor, dx, lddx, accumulate, sum_p, sum_px);
         } else {
-            input_gradient_run<A, false>(g, ldg, x, ldx, pixels, channels, t, dx, lddx, accumulate, sum_p, sum_px);
+            input_gradient_run<A, false>(g, ldg, x, ldx, pixels, channels, t, factor, dx, lddx, accumulate, sum_p, sum_px);
         }
     });
 }
 
 template <class T>
 void gated_gradient_pixels(const float* g, int64_t ldg, const T* x, int64_t ldx, int64_t pixels, int64_t channels,
-                           const InputTransform& t, T* dx, int64_t lddx, bool accumulate, float* sum_gate) {
+                           const InputTransform& t, float factor, T* dx, int64_t lddx, bool accumulate, float* sum_gate) {
     with_activation(t.act.kind, [&](auto act) {
         constexpr Act A = decltype(act)::value;
-        if (t.mean) gated_gradient_run<A, true>(g, ldg, x, ldx, pixels, channels, t, dx, lddx, accumulate, sum_gate);
-        else gated_gradient_run<A, false>(g, ldg, x, ldx, pixels, channels, t, dx, lddx, accumulate, sum_gate);
+        if (t.mean) gated_gradient_run<A, true>(g, ldg, x, ldx, pixels, channels, t, factor, dx, lddx, accumulate, sum_gate);
+        else gated_gradient_run<A, false>(g, ldg, x, ldx, pixels, channels, t, factor, dx, lddx, accumulate, sum_gate);
     });
 }
 
@@ -231,7 +234,7 @@ void pair_pixels(const bf16* first, const bf16* second, int64_t ld, int64_t pixe
 #define BNR_FOR(T, Out)                                                                                               \
     template void transform_pixels(const T*, int64_t, int64_t, int64_t, const InputTransform&, Out*, int64_t);        \
     template void output_gradient_pixels(const T*, int64_t, const T*, int64_t, int64_t, int64_t, const OutputEdge&,   \
-                                         Out*, int64_t);
+                                         float, Out*, int64_t);
 BNR_FOR(float, float)
 BNR_FOR(bf16, float)
 BNR_FOR(bf16, bf16)
@@ -239,9 +242,9 @@ BNR_FOR(bf16, bf16)
 #define BNR_FOR(T)                                                                                                    \
     template void add_output_gradient(const T*, int64_t, const T*, int64_t, int64_t, int64_t, const OutputEdge&, float*); \
     template void input_gradient_pixels(const float*, int64_t, const T*, int64_t, int64_t, int64_t,                   \
-                                        const InputTransform&, T*, int64_t, bool, float*, float*);                    \
+                                        const InputTransform&, float, T*, int64_t, bool, float*, float*);                    \
     template void gated_gradient_pixels(const float*, int64_t, const T*, int64_t, int64_t, int64_t,                   \
-                                        const InputTransform&, T*, int64_t, bool, float*);                            \
+                                        const InputTransform&, float, T*, int64_t, bool, float*);                            \
     template void finish_output_pixels(const float*, int64_t, int64_t, int64_t, const float*, T*, int64_t);
 BNR_FOR(float)
 BNR_FOR(bf16)

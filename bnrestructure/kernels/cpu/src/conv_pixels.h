@@ -25,33 +25,33 @@ InputTransform transform_at(const Problem& p, int64_t image, int64_t channel);
 // dY = s * P + a * (y - mean) + b
 struct OutputEdge {
     const float *s, *a, *b, *mean;
-
-    bool is_identity() const { return !s && !a; }
 };
 
 template <class T, class Out>
 void transform_pixels(const T* x, int64_t ldx, int64_t pixels, int64_t channels, const InputTransform& t, Out* z,
                       int64_t ldz);
 
+// d = factor * dY
 template <class T, class Out>
 void output_gradient_pixels(const T* p, int64_t ldp, const T* y, int64_t ldy, int64_t pixels, int64_t channels,
-                            const OutputEdge& edge, Out* d, int64_t ldd);
+                            const OutputEdge& edge, float factor, Out* d, int64_t ldd);
 
-// sum[c] += the sum of the same values over the pixels, in fp32. `sum` has padded(channels) floats.
+// sum[c] += the sum of dY over the pixels, in fp32. `sum` has padded(channels) floats.
 template <class T>
 void add_output_gradient(const T* p, int64_t ldp, const T* y, int64_t ldy, int64_t pixels, int64_t channels,
                          const OutputEdge& edge, float* sum);
 
-// From g, the gradient at z, to dx = scale * P (added to dx with `accumulate`); sum_p += P, sum_px += P * (x - mean), given
+// From the gradient at z, factor * g, to dx = scale * P (added to dx with `accumulate`); sum_p += P, sum_px += P * (x - mean), given
 // where there is an affine part. No gate.
 template <class T>
 void input_gradient_pixels(const float* g, int64_t ldg, const T* x, int64_t ldx, int64_t pixels, int64_t channels,
-                           const InputTransform& t, T* dx, int64_t lddx, bool accumulate, float* sum_p, float* sum_px);
+                           const InputTransform& t, float factor, T* dx, int64_t lddx, bool accumulate, float* sum_p,
+                           float* sum_px);
 
-// With a gate: dx = g * gate, and sum_gate += g * act(...).
+// With a gate: dx = factor * g * gate, and sum_gate += factor * g * act(...).
 template <class T>
 void gated_gradient_pixels(const float* g, int64_t ldg, const T* x, int64_t ldx, int64_t pixels, int64_t channels,
-                           const InputTransform& t, T* dx, int64_t lddx, bool accumulate, float* sum_gate);
+                           const InputTransform& t, float factor, T* dx, int64_t lddx, bool accumulate, float* sum_gate);
 
 // y = c + bias; c and y may be the same memory, bias may be null.
 template <class T>

@@ -73,7 +73,7 @@ void output_gradient(const BackwardArguments& a) {
                    [&](int64_t t, int64_t, int64_t pixel, int64_t count) {
                        const T* dy = static_cast<const T*>(a.dy) + pixel * a.dy_pitch;
                        const T* y = static_cast<const T*>(a.y) + pixel * a.y_pitch;
-                       output_gradient_pixels(dy, a.dy_pitch, y, a.y_pitch, count, p.out_channels, edge,
+                       output_gradient_pixels(dy, a.dy_pitch, y, a.y_pitch, count, p.out_channels, edge, static_cast<float>(a.gradient_factor),
                                               static_cast<T*>(a.dx) + pixel * a.dx_pitch, a.dx_pitch);
                        if (!a.bias_gradient) return;
                        add_output_gradient(dy, a.dy_pitch, y, a.y_pitch, count, p.out_channels, edge, bias[t][0]);
@@ -111,12 +111,13 @@ void input_gradient(const BackwardArguments& a) {
         const T* x = static_cast<const T*>(p.x) + pixel * p.x_pitch;
         T* dx = static_cast<T*>(a.dx) + pixel * a.dx_pitch;
         const InputTransform transform = transform_at(p, image, 0);
+        const auto factor = static_cast<float>(1 / a.gradient_factor);
         if (p.gate) {
-            gated_gradient_pixels(from, from_pitch, x, p.x_pitch, count, channels, transform, dx, a.dx_pitch,
+            gated_gradient_pixels(from, from_pitch, x, p.x_pitch, count, channels, transform, factor, dx, a.dx_pitch,
                                   a.accumulate != 0, sum_gate[t]);
             for (int64_t c = 0; c < channels; c++) gate[t][image * channels + c] += sum_gate[t][c], sum_gate[t][c] = 0;
         } else {
-            input_gradient_pixels(from, from_pitch, x, p.x_pitch, count, channels, transform, dx, a.dx_pitch,
+            input_gradient_pixels(from, from_pitch, x, p.x_pitch, count, channels, transform, factor, dx, a.dx_pitch,
                                   a.accumulate != 0, sums[t][0], sums[t][1]);
             sums[t].flush();
         }

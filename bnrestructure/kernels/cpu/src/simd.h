@@ -13,6 +13,7 @@
 //   a > b  a >= b  a < b  a <= b  a == b   a mask;  m & n, m | n;  select(m, a, b) = m ? a : b (false where NaN)
 //   keep(v, l)                          v with the lanes outside l set to 0
 //   round_even(a)  scale2(a, n)         nearest integer;  a * 2^n for whole n, over- and underflowing as it should
+//   power_of_two_below(a)               the largest power of two <= |a|; 0 for 0 and below the normal range, inf for inf and NaN
 //   sqrt(a)  sum(a)                     sum is of all lanes, to one float
 //   prefetch(p)  prefetch_write(p)      hints; any address is allowed
 //

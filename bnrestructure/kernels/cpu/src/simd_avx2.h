@@ -81,6 +81,7 @@ BNR_INLINE vf operator+(vf a, vf b) { return {_mm256_add_ps(a.v, b.v)}; }
 BNR_INLINE vf operator-(vf a, vf b) { return {_mm256_sub_ps(a.v, b.v)}; }
 BNR_INLINE vf operator*(vf a, vf b) { return {_mm256_mul_ps(a.v, b.v)}; }
 BNR_INLINE vf operator/(vf a, vf b) { return {_mm256_div_ps(a.v, b.v)}; }
+BNR_INLINE vf power_of_two_below(vf a) { return {_mm256_and_ps(a.v, _mm256_set1_ps(__builtin_inff()))}; }
 BNR_INLINE vf operator-(vf a) { return {_mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f))}; }
 BNR_INLINE vf fma(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 BNR_INLINE vf fnma(vf a, vf b, vf c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }

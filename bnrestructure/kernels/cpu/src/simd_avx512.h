@@ -82,6 +82,7 @@ BNR_INLINE vf select(vmask m, vf a, vf b) { return {_mm512_mask_blend_ps(m.m, b.
 BNR_INLINE vf round_even(vf a) {
     return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
+BNR_INLINE vf power_of_two_below(vf a) { return {_mm512_and_ps(a.v, _mm512_set1_ps(__builtin_inff()))}; }
 BNR_INLINE vf scale2(vf a, vf n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
 }  // namespace bnr

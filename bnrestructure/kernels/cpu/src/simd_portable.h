@@ -99,6 +99,7 @@ BNR_INLINE vf select(vmask m, vf a, vf b) {
 BNR_INLINE vf max(vf a, vf b) { return select(a > b, a, b); }
 BNR_INLINE vf min(vf a, vf b) { return select(a < b, a, b); }
 
+BNR_INLINE vf power_of_two_below(vf a) { return {(float_lanes)((int_lanes)a.v & 0x7f800000)}; }
 BNR_INLINE vf sqrt(vf a) {
     for (int i = 0; i < W; i++) a.v[i] = std::sqrt(a.v[i]);
     return a;

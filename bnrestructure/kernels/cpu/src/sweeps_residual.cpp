@@ -1,5 +1,6 @@
 // The residual join: normalise, add the (normalised) shortcut, activate; with the statistics of the sum where a batch norm
 // follows.
+#include "rounding.h"
 #include "sweep.h"
 
 namespace bnr::sweep {
@@ -60,7 +61,7 @@ BNR_FLATTEN void join_gradient(Pixels<const T> dout, const StatisticsEdge<T>& ed
             sp = sp + p;
             spy = fma(p, vy - ty.mean, spy);
             spr = fma(p, vr - tr.mean, spr);
-            store(g.at(row + i, c), p, lanes);
+            store(g.at(row + i, c), has_edge ? dithered<T>(p, row + i) : p, lanes);
         }
         store(sums[0] + c, load(sums[0] + c) + sp);
         store(sums[1] + c, load(sums[1] + c) + spy);

@@ -1,4 +1,5 @@
 // Batch statistics of a tensor and their backward, where neither rides on a convolution.
+#include "rounding.h"
 #include "sweep.h"
 
 namespace bnr::sweep {
@@ -45,7 +46,7 @@ BNR_FLATTEN void statistics_gradient(Pixels<const T> x, Range rows, int64_t chan
             request(x, r + i, c), request(dx, r + i, c);
             T* const target = dx.at(r + i, c);
             vf d = fma(va, load(x.at(r + i, c), lanes) - vmean, vb);
-            if (accumulate) d = d + load(target, lanes);
+            if (accumulate) d = dithered<T>(d + load(target, lanes), r + i);
             store(target, d, lanes);
         }
     });

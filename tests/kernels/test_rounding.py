@@ -1,0 +1,122 @@
+"""Corrections far below the last place of a bfloat16 gradient are kept on average: kernels/rounding.py."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from cpu_checks import needs_kernels
+from torch import Tensor
+
+from bnrestructure.kernels import reference
+from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, depthwise, sweeps
+from bnrestructure.kernels.rounding import dithered
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
+
+KERNELS = [
+    pytest.param(convolution_fused, id="fused", marks=needs_kernels),
+    pytest.param(convolution_hybrid, id="hybrid", marks=needs_kernels),
+    pytest.param(reference, id="reference"),
+]
+SWEEPS = [pytest.param(sweeps, id="cpu", marks=needs_kernels), pytest.param(reference, id="reference")]
+
+N, CHANNELS, SIZE = 4, 24, 32
+
+
+def activation(channels: int = CHANNELS) -> Tensor:
+    return torch.randn(N, channels, SIZE, SIZE).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+
+
+def total(x: Tensor) -> Tensor:
+    return x.double().sum((0, 2, 3))
+
+
+def corrections(p: Tensor, y: Tensor) -> BackwardEdge:
+    """Those of a batch norm: they make the sums of dY zero. Each is a hundredth of P."""
+    p = p.double() + 0.01
+    mean = y.double().mean((0, 2, 3))
+    b = -p.mean((0, 2, 3))
+    return BackwardEdge(None, torch.zeros(p.shape[1]), b.float(), y, mean.float())
+
+
+def kept(found: Tensor, before: Tensor, wanted: Tensor) -> float:
+    """How much of the wanted change was made, on average: 1 for all of it."""
+    change = wanted - before
+    return ((found - before) @ change / (change @ change)).item()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("transform", ["none", "affine"])
+def test_convolution_backward(kernel: ModuleType, transform: str) -> None:
+    p, y, x = activation(), activation(), activation(16)
+    edge = corrections(p, y)
+    weight = torch.randn(CHANNELS, 16, 1, 1).to(torch.bfloat16).float()
+    t = Transform() if transform == "none" else Transform(torch.zeros(16), torch.full((16,), 1.7), torch.full((16,), 90.0), "relu")
+    found = kernel.conv_backward(
+        p, edge, x, t, weight, ConvGeometry((1, 1), (0, 0), (1, 1), 1), dtype=torch.bfloat16, needs=(True, True, False)
+    )
+    matrix = weight.double().view(CHANNELS, 16) * (1.0 if t.scale is None else 1.7)
+    exact = edge.b.double() * (N * SIZE * SIZE) + total(p)
+    assert 0.8 < kept(total(found.dx), total(p) @ matrix, exact @ matrix) < 1.2
+    z = x.double() if t.scale is None else (x.double() * 1.7 + 90).relu().to(torch.bfloat16).double()
+    wanted = torch.einsum("nohw,nchw->oc", p.double() + edge.b.double().view(1, -1, 1, 1), z)
+    error = (found.weight.double().view(CHANNELS, 16) - wanted).norm() / wanted.norm()
+    lost = (torch.einsum("nohw,nchw->oc", p.double(), z) - wanted).norm() / wanted.norm()
+    # With an input of mean 90 the weight gradient is little else than the sum of dY: what is left of it is rounding's.
+    assert error < (0.01 if t.scale is None else 0.3 * lost)
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(depthwise, id="cpu", marks=needs_kernels), pytest.param(reference, id="reference")])
+def test_depthwise_backward(kernel: ModuleType) -> None:
+    p, y, x = activation(), activation(), activation()
+    edge = corrections(p, y)
+    weight = torch.full((CHANNELS, 1, 1, 1), 1.5)
+    found = kernel.conv_backward(
+        p, edge, x, Transform(), weight, ConvGeometry((1, 1), (0, 0), (1, 1), CHANNELS),
+        dtype=torch.bfloat16, needs=(True, False, False),
+    )  # fmt: skip
+    exact = total(p) + edge.b.double() * (N * SIZE * SIZE)
+    assert 0.8 < kept(total(found.dx), 1.5 * total(p), 1.5 * exact) < 1.2
+
+
+@pytest.mark.parametrize("kernel", SWEEPS)
+def test_statistics_backward(kernel: ModuleType) -> None:
+    p, y = activation(), activation()
+    edge = corrections(p, y)
+    found = total(kernel.statistics_backward(y, edge.mean, edge.a, edge.b, p.clone()))
+    assert 0.9 < kept(found, total(p), total(p) + edge.b.double() * (N * SIZE * SIZE)) < 1.1
+
+
+@pytest.mark.parametrize("kernel", SWEEPS)
+def test_residual_backward(kernel: ModuleType) -> None:
+    p, y = activation(), activation()
+    edge = corrections(p, y)
+    found, *_ = kernel.residual_backward(
+        p, (edge.a, edge.b, edge.mean), y, Transform(), activation(), Transform(), y, "identity"
+    )
+    assert 0.9 < kept(total(found), total(p), total(p) + edge.b.double() * (N * SIZE * SIZE)) < 1.1
+
+
+@needs_kernels
+def test_the_cpu_kernels_dither_as_the_reference_does() -> None:
+    p, y = activation(), activation()
+    edge = corrections(p, y)
+    arguments = (y, edge.mean, edge.a, edge.b)
+    assert torch.equal(sweeps.statistics_backward(*arguments, p.clone()), reference.statistics_backward(*arguments, p.clone()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_special_values_stay(dtype: torch.dtype) -> None:
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan]).expand(2, 3, 5)
+    found = dithered(special, dtype)
+    assert torch.equal(found.nan_to_num(7.0), special.to(dtype).nan_to_num(7.0))
+    assert torch.equal(found.signbit()[..., :4], special.signbit()[..., :4])  # a NaN's sign means nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_value_moves_by_more_than_a_unit(dtype: torch.dtype) -> None:
+    value = torch.randn(2, 8, 64) * torch.logspace(-3, 3, 64)
+    limits = torch.finfo(dtype)
+    unit = value.abs().clamp(min=limits.tiny) * limits.eps
+    assert ((dithered(value, dtype).float() - value).abs() <= unit).all()

@@ -35,9 +35,19 @@ def build_model(name: str) -> nn.Module:
     model = builder(**options).train()
     if name.startswith("vgg"):  # its own head has 119 million parameters and no batch norm: gigabytes for each copy in float64
         model.classifier = nn.Linear(512 * 7 * 7, 10)
+    if name == "resnet152":
+        _damp_residual_branches(model)
     if name.startswith("keypointrcnn"):
         model.roi_heads.register_forward_pre_hook(_keypoints_in_float32)
     return model
+
+
+def _damp_residual_branches(model: nn.Module) -> None:
+    """Fifty blocks that each double the variance make a step that nothing reproduces: eager's own second step differs from itself by more
+    than 1e-9 when its inputs move by one rounding. Blocks that add less, as in a trained network, leave an error to see."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bn3.weight"):
+            nn.init.constant_(parameter, 0.2)
 
 
 def _keypoints_in_float32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -1,0 +1,132 @@
+"""Tensors that reach beyond 2^31 elements: every kernel gives what it gives on a compact copy.
+
+The tensors are channel slices of one buffer of 2.4e9 bfloat16 values, whose pixels lie eight million elements apart. The buffer is a
+sparse file: only the pages that the slices touch exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from cpu_checks import needs_kernels
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, depthwise, sweeps
+from bnrestructure.kernels.layout import pitch_of
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, PoolGeometry, Transform
+
+pytestmark = needs_kernels
+
+N, SIZE, CHANNELS, PITCH = 2, 12, 16, 2**23
+DTYPE = torch.bfloat16
+
+
+class Buffer:
+    """Channel slices of the buffer, each used once."""
+
+    def __init__(self, path: Path) -> None:
+        elements = N * SIZE * SIZE * PITCH
+        path.touch()
+        flat = torch.from_file(str(path), shared=True, size=elements, dtype=DTYPE)
+        self._pixels = flat.view(N, SIZE, SIZE, PITCH).permute(0, 3, 1, 2)
+        self._used = 0
+
+    def holding(self, values: Tensor) -> Tensor:
+        """A slice with these values."""
+        n, c, h, w = values.shape
+        assert (n, c, h, w) == (N, CHANNELS, SIZE, SIZE)
+        self._used += 64  # pages of their own: PITCH is a multiple of the page size
+        return self._pixels.narrow(1, self._used, CHANNELS).copy_(values)
+
+
+@pytest.fixture
+def buffer(tmp_path: Path) -> Iterator[Buffer]:
+    path = tmp_path / "values"
+    yield Buffer(path)
+    path.unlink()
+
+
+def values() -> Tensor:
+    return torch.randn(N, CHANNELS, SIZE, SIZE).to(DTYPE).contiguous(memory_format=torch.channels_last)
+
+
+def transform() -> Transform:
+    return Transform(torch.randn(CHANNELS), torch.rand(CHANNELS) + 0.5, torch.randn(CHANNELS), "relu")
+
+
+def edge(y: Tensor) -> BackwardEdge:
+    return BackwardEdge(None, torch.randn(CHANNELS) * 0.01, torch.randn(CHANNELS), y, torch.randn(CHANNELS))
+
+
+def check(buffer: Buffer, call: Callable[[list[Tensor]], Any], count: int) -> None:
+    """``call`` of ``count`` activations gives the same, bit for bit, for slices of the buffer and for compact copies."""
+    compact = [values() for _ in range(count)]
+    wide = [buffer.holding(x) for x in compact]
+    assert all(pitch_of(x) == PITCH and (x.numel() // CHANNELS - 1) * PITCH > 2**31 for x in wide)
+    results = []
+    for tensors in (compact, wide):
+        torch.manual_seed(1)
+        results.append([t for t in pytree.tree_leaves(call(tensors)) if isinstance(t, Tensor)])
+    assert len(results[0]) == len(results[1]) > 0
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+DENSE = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
+POINTWISE = ConvGeometry((1, 1), (0, 0), (1, 1), 1)
+KERNELS = [
+    pytest.param(convolution_fused, POINTWISE, (CHANNELS, CHANNELS, 1, 1), id="fused-1x1"),
+    pytest.param(convolution_fused, DENSE, (CHANNELS, CHANNELS, 3, 3), id="fused-3x3"),
+    pytest.param(convolution_hybrid, DENSE, (CHANNELS, CHANNELS, 3, 3), id="hybrid-3x3"),
+    pytest.param(depthwise, DENSE._replace(groups=CHANNELS), (CHANNELS, 1, 3, 3), id="depthwise-3x3"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "geometry", "shape"), KERNELS)
+def test_convolution(kernel: ModuleType, geometry: ConvGeometry, shape: tuple[int, ...], buffer: Buffer) -> None:
+    def forward(tensors: list[Tensor]) -> Any:
+        x, out = tensors
+        weight = torch.randn(shape)
+        return kernel.conv_forward(x, transform(), weight, None, geometry, dtype=DTYPE, statistics=True, out=out), out
+
+    def backward(tensors: list[Tensor]) -> Any:
+        dy, y, x, dx = tensors
+        weight = torch.randn(shape)
+        options: dict[str, Any] = {"dtype": DTYPE, "needs": (True, True, True), "accumulate": dx}
+        return tuple(kernel.conv_backward(dy, edge(y), x, transform(), weight, geometry, **options)), dx
+
+    check(buffer, forward, 2)
+    check(buffer, backward, 4)
+
+
+def test_sweeps(buffer: Buffer) -> None:
+    vector = torch.randn(CHANNELS)
+    check(buffer, lambda t: sweeps.statistics_forward(t[0]), 1)
+    check(buffer, lambda t: sweeps.statistics_backward(t[0], vector, vector, vector, t[1]), 2)
+    check(buffer, lambda t: (sweeps.normalise_forward(t[0], transform(), dtype=DTYPE, out=t[1]), t[1]), 2)
+    check(buffer, lambda t: sweeps.normalise_backward(t[0], t[1], transform(), accumulate=t[2]), 3)
+    check(buffer, lambda t: sweeps.squeeze_forward(t[0], transform(), dtype=DTYPE), 1)
+
+
+def test_residual_join(buffer: Buffer) -> None:
+    vector = torch.randn(CHANNELS) * 0.01
+    affine = Transform(vector, vector + 1, vector)
+    check(buffer, lambda t: sweeps.residual_forward(t[0], affine, t[1], Transform(), "relu", dtype=DTYPE, statistics=True), 2)
+    check(
+        buffer,
+        lambda t: sweeps.residual_backward(t[0], (vector, vector, vector), t[1], affine, t[2], Transform(), t[3], "relu"),
+        4,
+    )
+
+
+def test_max_pool(buffer: Buffer) -> None:
+    geometry = PoolGeometry((3, 3), (1, 1), (1, 1), False)
+    _, index = sweeps.max_pool_forward(values(), transform(), geometry, dtype=DTYPE)
+    check(buffer, lambda t: sweeps.max_pool_forward(t[0], transform(), geometry, dtype=DTYPE), 1)
+    check(buffer, lambda t: sweeps.max_pool_backward(t[0], index, t[1], transform(), geometry, accumulate=t[2]), 3)

@@ -22,7 +22,7 @@ from bnrestructure.kernels.cuda.edges import EdgePixels, output_gradient, store_
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, packed_weight, pixels, vectors
 from bnrestructure.kernels.cuda.merge import partial_sums
-from bnrestructure.kernels.cuda.precision import multiply, rounded
+from bnrestructure.kernels.cuda.precision import multiply, restored_gradient, rounded_gradient
 from bnrestructure.kernels.cuda.problem import is_heavy, precision_of
 from bnrestructure.ops.edges import ConvGeometry, Transform
 
@@ -138,9 +138,10 @@ def _dense_dgrad_kernel(
             None, :
         ]
         w = tl.load(w_ptr + w_offset, mask=k_valid[:, None] & column_valid[None, :], other=0.0)
-        total = multiply(rounded(d, w_ptr.dtype.element_ty), w, total, PRECISION)
+        total = multiply(rounded_gradient(d, a_ptr, w_ptr.dtype.element_ty), w, total, PRECISION)
 
     pixel = (n * H + ch * SH + first_h) * W + cw * SW + first_w
+    total = restored_gradient(total, a_ptr, w_ptr.dtype.element_ty)
     store_input_gradient(
         total, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, dx_ptr, partial_ptr, gate_partial_ptr,
         x_pitch, dx_pitch, pixel, group * group_inputs + column, row_valid, column_valid,

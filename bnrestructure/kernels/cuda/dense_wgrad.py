@@ -17,7 +17,7 @@ from bnrestructure.kernels.cuda.activation import activate, activation_constants
 from bnrestructure.kernels.cuda.edges import EdgePixels, output_gradient
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import pixels, vectors
-from bnrestructure.kernels.cuda.precision import multiply, offset, rounded
+from bnrestructure.kernels.cuda.precision import multiply, offset, restored_gradient, rounded, rounded_gradient
 from bnrestructure.kernels.cuda.problem import (
     geometry_constants,
     is_gathered,
@@ -96,10 +96,11 @@ def _dense_wgrad_kernel(
                 z *= tl.load(gate_ptr + n[:, None] * inputs + in_channel, mask=inside, other=0.0)
             if PADDED:
                 z = tl.where(inside, z, 0.0)
-        total = multiply(tl.trans(rounded(d, DTYPE)), rounded(z, DTYPE), total, PRECISION)
+        total = multiply(tl.trans(rounded_gradient(d, a_ptr, DTYPE)), rounded(z, DTYPE), total, PRECISION)
 
     width = KH * KW * group_inputs
     place = (split.to(tl.int64) * outputs + out_channel[:, None]) * width + column[None, :]
+    total = restored_gradient(total, a_ptr, DTYPE)
     tl.store(partial_ptr + place, total, mask=out_valid[:, None] & column_valid[None, :])
     if bias_ptr is not None:  # noqa: SIM102 (decided at compile time, the other one at run time)
         if column_tile == 0:

@@ -108,7 +108,7 @@ def _depthwise_dgrad_kernel(
                 p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, p_pitch, y_pitch,
                 pixel, channel[None, :], inside, valid[None, :], WIDE,
             )  # fmt: skip
-            d = rounded(tl.where(inside, d, 0.0), w_ptr.dtype.element_ty).to(tl.float32)
+            d = tl.where(inside, d, 0.0)
             weight = tl.load(w_ptr + (tap_row * KW + tap_column) * channels + channel, mask=valid, other=0.0).to(
                 tl.float32
             )

@@ -62,7 +62,7 @@ def _depthwise_wgrad_kernel(
         if gate_ptr is not None:
             z *= tl.load(gate_ptr + n * channels + channel, mask=row_valid & valid, other=0.0)
         z = rounded(tl.where(inside, z, 0.0), DTYPE).to(tl.float32)
-        total = tl.fma(z, rounded(d, DTYPE).to(tl.float32), total)
+        total = tl.fma(z, d, total)
     column = (tl.program_id(0) * BC + tl.arange(0, BC))[None, :]
     taps = tl.arange(0, TAPS)[:, None]
     place = (split * channels + column) * (KH * KW) + taps

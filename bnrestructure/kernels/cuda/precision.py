@@ -10,7 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "multiply", "offset", "rounded"]
+from bnrestructure.kernels.rounding import GRADIENT_FACTOR
+
+__all__ = ["INTERPRETED", "dithered", "multiply", "offset", "restored_gradient", "rounded", "rounded_gradient"]
 
 #: Fixed when triton is imported: one mode per process.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -24,6 +26,39 @@ def rounded(x, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+_FACTOR = tl.constexpr(GRADIENT_FACTOR)
+
+
+@triton.jit
+def rounded_gradient(d, a_ptr, dtype: tl.constexpr):
+    """dY rounded for a product, off the grid that P lay on where it has corrections (``a_ptr``): kernels/rounding.py."""
+    if a_ptr is not None and dtype != tl.float32:
+        d *= _FACTOR
+    return rounded(d, dtype)
+
+
+@triton.jit
+def restored_gradient(total, a_ptr, dtype: tl.constexpr):
+    """A product of :func:`rounded_gradient`, in its true size."""
+    if a_ptr is not None and dtype != tl.float32:
+        total *= 1.0 / _FACTOR
+    return total
+
+
+@triton.jit
+def dithered(x, pixel, dtype: tl.constexpr):
+    """fp32 ``x`` rounded to ``dtype`` so that it is kept on average over some pixels: ``dithered`` of kernels/rounding.py."""
+    if dtype != tl.float32:
+        power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        step = ((pixel * 40503) & 0xFFFF).to(tl.float32) - 32767.5
+        if dtype == tl.bfloat16:
+            moved = tl.fma(power, step * 2.0**-23, x)
+        else:
+            moved = tl.fma(tl.maximum(power, 2.0**-14), step * 2.0**-26, x)
+        x = tl.where((tl.abs(x) < float("inf")) & (x != 0.0), moved, x)
+    return rounded(x, dtype)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from bnrestructure.kernels.cuda.merge import (
     partial_sums,
     store_partial_statistics,
 )
-from bnrestructure.kernels.cuda.precision import offset, rounded
+from bnrestructure.kernels.cuda.precision import dithered, offset, rounded
 from bnrestructure.ops.edges import Transform
 
 __all__ = ["residual_backward", "residual_forward"]
@@ -94,7 +94,11 @@ def _residual_backward_kernel(
     u = pre_activation(y, y_mean_ptr, y_scale_ptr, y_beta_ptr, channel, valid)
     u += pre_activation(r, r_mean_ptr, r_scale_ptr, r_beta_ptr, channel, valid)
     g = tl.where(inside, pull_back(g, u, ACT, SLOPE), 0.0)
-    tl.store(g_ptr + offset(row, g_pitch, WIDE) + channel, rounded(g, g_ptr.dtype.element_ty), mask=inside)
+    place = g_ptr + offset(row, g_pitch, WIDE) + channel
+    if a_ptr is not None:
+        tl.store(place, dithered(g, row, g_ptr.dtype.element_ty), mask=inside)
+    else:
+        tl.store(place, rounded(g, g_ptr.dtype.element_ty), mask=inside)
     place = partial_ptr + tile * channels + columns
     tl.store(place, tl.sum(g, 0), mask=columns < channels)
     if y_mean_ptr is not None:

@@ -13,7 +13,7 @@ from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, pixels, vector, vectors
 from bnrestructure.kernels.cuda.merge import merge_statistics, partial_statistics, store_partial_statistics
-from bnrestructure.kernels.cuda.precision import offset, rounded
+from bnrestructure.kernels.cuda.precision import dithered, offset, rounded
 
 __all__ = ["finalize_backward", "finalize_forward", "statistics_backward", "statistics_forward"]
 
@@ -66,7 +66,9 @@ def _statistics_backward_kernel(
     place = dx_ptr + offset(row, dx_pitch, WIDE) + channel
     if ACCUMULATE:
         d += tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(place, rounded(d, dx_ptr.dtype.element_ty), mask=inside)
+        tl.store(place, dithered(d, row, dx_ptr.dtype.element_ty), mask=inside)
+    else:
+        tl.store(place, rounded(d, dx_ptr.dtype.element_ty), mask=inside)
 
 
 def statistics_backward(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, accumulate: Tensor | None) -> Tensor:

@@ -1,0 +1,66 @@
+"""Corrections far below the last place of a narrow gradient are kept on average (kernels/rounding.py), as by the reference kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bnrestructure.kernels import cuda, reference
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
+
+N, CHANNELS, SIZE = 2, 24, 16
+NARROW = [torch.bfloat16, torch.float16]
+
+
+def activation(dtype: torch.dtype, channels: int = CHANNELS) -> Tensor:
+    return torch.randn(N, channels, SIZE, SIZE).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def total(x: Tensor) -> Tensor:
+    return x.double().sum((0, 2, 3))
+
+
+def kept(found: Tensor, before: Tensor, wanted: Tensor) -> float:
+    """How much of the wanted change was made, on average: 1 for all of it."""
+    change = wanted - before
+    return ((found - before) @ change / (change @ change)).item()
+
+
+def correction(dtype: torch.dtype, y: Tensor) -> BackwardEdge:
+    """A constant of a fifth of a unit in the last place of P, in every channel with a sign of its own."""
+    b = torch.where(torch.arange(CHANNELS) % 2 == 0, 1.0, -1.0) * torch.finfo(dtype).eps / 5
+    return BackwardEdge(None, torch.zeros(CHANNELS), b, y, torch.zeros(CHANNELS))
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("depthwise", [False, True], ids=["dense", "depthwise"])
+def test_convolution_backward(dtype: torch.dtype, depthwise: bool) -> None:
+    p, y = activation(dtype), activation(dtype)
+    p = p.sign() * (1 + p.abs() % 1).to(dtype)  # from 1 to 2: all of one unit
+    edge = correction(dtype, y)
+    inputs = CHANNELS if depthwise else 16
+    x = torch.ones_like(activation(dtype, inputs))
+    weight = torch.full((CHANNELS, 1, 1, 1), 1.5) if depthwise else torch.randn(CHANNELS, 16, 1, 1).to(dtype).float()
+    found = cuda.conv_backward(
+        p, edge, x, Transform(), weight, ConvGeometry((1, 1), (0, 0), (1, 1), CHANNELS if depthwise else 1),
+        dtype=dtype, needs=(True, True, False),
+    )  # fmt: skip
+    assert edge.b is not None
+    before, exact = total(p), total(p) + edge.b.double() * (N * SIZE * SIZE)
+    matrix = torch.eye(CHANNELS).double() * 1.5 if depthwise else weight.double().view(CHANNELS, 16)
+    assert 0.8 < kept(total(found.dx), before @ matrix, exact @ matrix) < 1.2
+    of_ones = found.weight.double().view(CHANNELS, -1)[:, 0]  # the input is 1: the weight gradient is the sum of dY
+    assert 0.8 < kept(of_ones, before, exact) < 1.2
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_sweeps_dither_as_the_reference_does(dtype: torch.dtype) -> None:
+    p, y, r = activation(dtype), activation(dtype), activation(dtype)
+    p[0, :5, 0, 0] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])
+    vector = torch.randn(CHANNELS) * 1e-3
+    found, wanted = (k.statistics_backward(y, vector, vector, vector, p.clone()) for k in (cuda, reference))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    statistics = (vector, vector, vector)
+    found, wanted = (k.residual_backward(p, statistics, y, Transform(), r, Transform(), y, "relu")[0] for k in (cuda, reference))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)

@@ -122,7 +122,7 @@ def test_what_a_max_pool_is_refused_for() -> None:
 
 def test_every_reference_kernel_has_a_rule_and_a_cuda_kernel() -> None:
     assert set(rules._RULES) == set(reference.__all__)
-    assert set(reference.__all__) == set(cuda.__all__) - {"supports", "unavailable_reason"}
+    assert set(reference.__all__) == set(cuda.__all__) - {"convolution_choices", "description", "supports", "unavailable_reason"}
 
 
 def test_auto_leaves_them_alone_until_they_are_asked_for() -> None:

@@ -1,4 +1,4 @@
-"""The fused convolution on CUDA: dense or depthwise, forward and backward, from its kernels."""
+"""The convolution fused whole: prologue, product and epilogue in one kernel each way; dense or depthwise."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ import torch
 from torch import Tensor
 
 from bnrestructure.kernels.cuda import dense_dgrad, dense_forward, dense_wgrad, depthwise, depthwise_wgrad
+from bnrestructure.kernels.cuda.convolution_choice import is_depthwise
 from bnrestructure.kernels.cuda.edges import edge_pixels
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
 
 
-def _is_depthwise(weight: Tensor, geometry: ConvGeometry) -> bool:
-    """Every channel is a group of its own, with one output. (More outputs each: the dense kernels.)"""
-    return geometry.groups > 1 and geometry.groups == weight.shape[0] and weight.shape[1] == 1
-
-
 def conv_forward(
     x: Tensor, transform: Transform, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, **options: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, mean, var): see kernels/reference/convolution.py. x [N, C_in, H, W] of any strides; fp32, bf16 or fp16."""
-    module = depthwise if _is_depthwise(weight, geometry) else dense_forward
+    module = depthwise if is_depthwise(tuple(weight.shape), geometry) else dense_forward
     return module.conv_forward(x, transform, weight, bias, geometry, **options)
 
 
@@ -42,7 +38,7 @@ def conv_backward(
     """Gradients of :func:`conv_forward`: see kernels/reference/convolution.py."""
     need_x, need_weight, need_bias = needs
     gradient = edge_pixels(dy, edge)
-    own = _is_depthwise(weight, geometry)
+    own = is_depthwise(tuple(weight.shape), geometry)
     dw = db = None
     if need_weight or need_bias:
         dw, db = (depthwise_wgrad if own else dense_wgrad).wgrad(

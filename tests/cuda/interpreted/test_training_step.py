@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from small_models import build, input_for
 from torch import Tensor, nn
 
 import bnrestructure
-from bnrestructure.kernels import cuda, registry
+from bnrestructure.kernels import cuda, registry, tuning
+from bnrestructure.kernels.cuda import convolution_choice, device
 
 #: Kernels that each model's step must have run.
 MODELS = {
@@ -95,3 +98,40 @@ def test_whole_model(name: str, batch: int, size: int, used: set[str]) -> None:
     x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     assert_as_near(model, x)
     assert used >= {"conv_forward", "conv_backward", "finalize_forward", "max_pool_forward", "max_pool_backward"}
+
+
+def test_tuning_a_model_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, used: set[str]) -> None:
+    """tune() on what passes for a GPU here, with a clock of the test's: each node is measured, and the plan has the winners."""
+    monkeypatch.setenv("BNRESTRUCTURE_CACHE", str(tmp_path))
+    monkeypatch.setattr(device, "gpu_here", lambda: device.gpu_of(torch.empty(0)))
+    monkeypatch.setattr(cuda, "gpu_here", device.gpu_here)
+    times = {"fused": 3.0, "hybrid": 1.0, "reference": 2.0}
+    ran: list[str] = []
+
+    def clock(run: Any) -> float:
+        (name,) = run.args
+        ran.append(name)
+        run()
+        return times.get(name, 1.5)  # a backward pass from two implementations
+
+    monkeypatch.setattr(tuning, "wall_clock", clock)
+    tuning.forget()
+    convolution_choice.choose.cache_clear()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 1)
+    )  # fmt: skip
+    x = torch.randn(2, 3, 6, 5).contiguous(memory_format=torch.channels_last)
+    try:
+        found = bnrestructure.tune(model, x)
+        # The first convolution's input takes no gradient: its backward pass has one product only.
+        assert sorted(m.call.split()[2] for m in found) == ["backward"] * 2 + ["forward"] * 3
+        assert {m.choice for m in found} == {"hybrid"}
+        assert set(ran) == {"fused", "hybrid", "fused dgrad, hybrid wgrad", "hybrid dgrad, fused wgrad", "reference"}
+        assert bnrestructure.tune(model, x) == []
+        kernels = bnrestructure.explain(model, x, backend="cuda").kernels
+        assert [k.forward for k in kernels] == ["hybrid"] * 3
+        assert kernels[1].forward_reason == "measured: fused 3 ms, hybrid 1 ms, reference 2 ms"
+        assert_as_near(model, x)
+    finally:
+        tuning.forget()
+        convolution_choice.choose.cache_clear()

@@ -50,7 +50,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml setup.py | $(BIN)/python
 	@echo "Installing bnrestructure and its dependencies into $(VENV) (PyTorch is large: minutes the first time)"
-	@$(PIP) install --editable '.[test]' $(if $(PIN),'$(PIN)')
+	@$(PIP) install --editable '.[test]' $(foreach pin,$(PIN),'$(pin)')
 	@$(BIN)/python -c 'from bnrestructure.kernels.registry import unavailable_reason as why; \
 	    reason = why("cpu"); reason and print("The slow reference kernels will be used on the CPU:", reason)'
 	@touch $@
@@ -86,8 +86,9 @@ bench: $(VENV)/.ready
 cuda: $(VENV)/.ready
 	@$(BIN)/python -m bnrestructure.kernels.cuda.compile_ahead $(ARGS)
 
-# What pyproject.toml asks for at least; Triton and torchvision follow from it (2.11: Triton 3.6).
-OLDEST := torch==2.11.*
+# What pyproject.toml asks for at least; Triton and torchvision follow from it (2.11: Triton 3.6, whose interpreter fails on
+# every loop with NumPy 2.4 and newer: "only 0-dimensional arrays can be converted to Python scalars").
+OLDEST := torch==2.11.* numpy<2.4
 
 cuda-oldest:
 	@$(MAKE) VENV=.venv-oldest PIN='$(OLDEST)' ARGS= cuda

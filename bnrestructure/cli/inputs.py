@@ -61,7 +61,7 @@ def on_gpu(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[
     def moved(x: Tensor) -> Tensor:
         return x.to("cuda", memory_format=torch.channels_last if x.dim() == 4 else torch.preserve_format)
 
-    return model.to("cuda", memory_format=torch.channels_last), pytree.tree_map_only(Tensor, moved, inputs)
+    return model.to("cuda").to(memory_format=torch.channels_last), pytree.tree_map_only(Tensor, moved, inputs)
 
 
 def _usual_size(model_name: str, model: Any, small: bool, kind: str) -> tuple[int, int]:

@@ -77,10 +77,10 @@ def conv_backward(
     if not need_x:
         return ConvGradients(weight=dw, bias=db)
     if transform.is_identity:
-        dx, sums = (pixels(g).tensor.to(x.dtype) if accumulate is None else accumulate.add_(g)), (None, None)
-    else:
-        dx, *sums = normalise_backward(g, x, transform, accumulate=accumulate)
-    return ConvGradients(dx, sums[0], sums[1], None, dw, db)
+        dx = pixels(g).tensor.to(x.dtype) if accumulate is None else accumulate.add_(g)
+        return ConvGradients(dx, weight=dw, bias=db)
+    dx, sum_p, sum_px = normalise_backward(g, x, transform, accumulate=accumulate)
+    return ConvGradients(dx, sum_p, sum_px, None, dw, db)
 
 
 def _transformed(x: Tensor, transform: Transform, dtype: torch.dtype) -> Tensor:

@@ -56,6 +56,8 @@ def test_unavailable_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason_with(monkeypatch, available=True, triton=False, capability=(9, 0)) == "triton is not installed"
     assert "7.5" in str(reason_with(monkeypatch, available=True, triton=True, capability=(7, 5)))
     assert reason_with(monkeypatch, available=True, triton=True, capability=(8, 0)) is None
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "NVIDIA" in str(reason_with(monkeypatch, available=True, triton=True, capability=(9, 0)))
 
 
 def pixels(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (2, 4, 3, 3)) -> Tensor:

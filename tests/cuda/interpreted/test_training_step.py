@@ -135,3 +135,37 @@ def test_tuning_a_model_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     finally:
         tuning.forget()
         convolution_choice.choose.cache_clear()
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "transposed", "every other channel", "the same image twice"])
+def test_inputs_of_any_strides(layout: str, used: set[str]) -> None:
+    """No wrong number, and no crash, for memory that the kernels cannot address: it is copied."""
+    model = nn.Sequential(nn.Conv2d(4, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 3, 1))
+    x = {
+        "NCHW": torch.randn(2, 4, 5, 6),
+        "transposed": torch.randn(2, 4, 6, 5).transpose(2, 3),
+        "every other channel": torch.randn(2, 8, 5, 6).contiguous(memory_format=torch.channels_last)[:, ::2],
+        "the same image twice": torch.randn(1, 4, 5, 6).expand(2, 4, 5, 6),
+    }[layout]
+    strides = x.stride()
+    restructured = bnrestructure.restructure(copy.deepcopy(model), backend="auto")
+    output = restructured(x)
+    output.square().sum().backward()
+    assert x.stride() == strides
+    assert used >= {"conv_forward", "conv_backward"}
+    truth = copy.deepcopy(model).double()
+    expected = truth(x.double())
+    expected.square().sum().backward()
+    assert largest_error(output.detach(), expected.detach()) < 1e-5
+    for own, its in zip(restructured.parameters(), truth.parameters(), strict=True):
+        # A bias before a batch norm has a gradient of zero, and its rounding error only.
+        torch.testing.assert_close(own.grad.double(), its.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_float64_is_left_to_the_reference(used: set[str]) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 3, 1)).double()
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    ours, truth = step(model, x, "auto"), step(model, x)
+    assert used == set()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, truth[name], rtol=1e-9, atol=1e-10)

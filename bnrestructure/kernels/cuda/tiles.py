@@ -97,7 +97,8 @@ def sweep(channels: int) -> SweepTile:
 def depthwise(channels: int, streams: int) -> SweepTile:
     """Output pixels by channels of a depthwise convolution (one stream), or input pixels of its dgrad (two streams)."""
     width = _power(channels, 8, 64)
-    return SweepTile(4096 // streams // width, width, 8)
+    # Two streams: with more threads in a block the one or the other version of Triton spills; fewer rows mean more partial sums.
+    return SweepTile(4096 // width, width, 8) if streams == 1 else SweepTile(2048 // width, width, 4)
 
 
 def depthwise_wgrad(channels: int, taps: int) -> SweepTile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import bnrestructure
 from bnrestructure.bench.ceilings import copy_bandwidth, fma_ceiling
 from bnrestructure.kernels import cuda
 
-__all__ = ["PARTS", "Part", "run_unit", "units"]
+__all__ = ["PARTS", "Part", "release_memory", "run_unit", "units"]
 
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu(0.1)")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -41,7 +42,7 @@ PARTS = (
     Part("ceilings", 1, 60, ("environment",)),
     Part("check", 10, 150, ("environment",)),
     Part("steps", 4, 200, ("environment",)),
-    Part("warm", 6, 200, ("environment",)),
+    Part("warm", 4, 200, ("environment",)),
     Part("models", 1, 150, ("steps",)),
     Part("kernels", 1, 60, ("ceilings", "check")),
     Part("models of batch 64", 1, 150, ("steps",)),
@@ -111,6 +112,12 @@ def run_unit(request: dict[str, Any]) -> dict[str, Any]:
             return largest_batch(first, rest, device, most=4 if dry else 2**14)
         case _:
             raise ValueError(f"there is no part {part!r}")
+
+
+def release_memory() -> None:
+    """Give what the last unit needed back to the GPU, which other workers may share."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _choices() -> Path:

@@ -19,9 +19,11 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
     from checkout import make_importable
 
     make_importable()  # a missing package is a result, too
-    from gpu_units import run_unit
+    from gpu_units import release_memory, run_unit
 
-    return run_unit(request)
+    found = run_unit(request)
+    release_memory()
+    return found
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bnrestructure
 from bnrestructure.kernels import cuda, registry, tuning
-from bnrestructure.kernels.cuda import convolution_choice, device
+from bnrestructure.kernels.cuda import convolution, convolution_choice, device
 
 #: Kernels that each model's step must have run.
 MODELS = {
@@ -85,6 +85,25 @@ def test_small_model(name: str, used: set[str]) -> None:
     x = input_for(name, torch.float32, batch=2, size=8)
     assert_as_near(model, x.contiguous(memory_format=torch.channels_last))
     assert used >= MODELS[name]
+
+
+@pytest.mark.own_tiles
+@pytest.mark.parametrize("name", ["residual", "dense", "inverted", "squeeze_excite"])
+def test_small_model_of_hybrids(name: str, used: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every convolution as PyTorch's own between our sweeps, where that has what the node needs."""
+    ran: set[str] = set()
+
+    def hybrid(node: convolution_choice.Node, direction: str, gpu: str | None) -> convolution_choice.Choice:
+        names = convolution_choice.candidates(node, direction)
+        name = "hybrid" if "hybrid" in names else names[0]
+        ran.add(name)
+        return convolution_choice.Choice(name, "the test says so")
+
+    monkeypatch.setattr(convolution, "choose", hybrid)
+    x = input_for(name, torch.float32, batch=2, size=8)
+    assert_as_near(build(name, torch.float32), x.contiguous(memory_format=torch.channels_last))
+    assert "hybrid" in ran
+    assert ("fused" in ran) == (name == "squeeze_excite")  # whose gates only the fused kernel has
 
 
 @pytest.mark.whole

@@ -8,9 +8,10 @@
 #   make sanitize   the kernel tests under the address and undefined-behaviour sanitizers
 #   make bench      timings against eager
 #   make cuda       every CUDA kernel compiled for every supported part (no GPU needed): registers, spills, shared memory
+#   make cuda-oldest   the same, and the interpreted tests, with the oldest PyTorch and Triton, in a venv of their own (ARGS: other tests)
 #   make cuda-models   whole models through the CUDA kernels in Triton's interpreter (minutes, no GPU needed)
 #   make gpu        checks and times everything on the GPU at hand
-#   make clean      remove .venv and everything that was built
+#   make clean      remove .venv, .venv-oldest and everything that was built
 #
 # ARGS reaches the command behind a target: make test ARGS="tests/passes -x"
 
@@ -19,7 +20,9 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
+# Another set-up beside it, of other versions: make VENV=.venv-other PIN='torch==2.12.*' test
 VENV := .venv
+PIN :=
 BIN := $(VENV)/bin
 KERNELS := bnrestructure/kernels/cpu
 KERNEL_SOURCES := $(wildcard $(KERNELS)/src/*.cpp $(KERNELS)/src/*.h) $(KERNELS)/build.py
@@ -27,7 +30,7 @@ ARGS ?=
 
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test zoo lint sanitize bench cuda cuda-models gpu clean setup
+.PHONY: help demo test zoo lint sanitize bench cuda cuda-oldest cuda-models gpu clean setup
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,7 +50,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml setup.py | $(BIN)/python
 	@echo "Installing bnrestructure and its dependencies into $(VENV) (PyTorch is large: minutes the first time)"
-	@$(PIP) install --editable '.[test]'
+	@$(PIP) install --editable '.[test]' $(foreach pin,$(PIN),'$(pin)')
 	@$(BIN)/python -c 'from bnrestructure.kernels.registry import unavailable_reason as why; \
 	    reason = why("cpu"); reason and print("The slow reference kernels will be used on the CPU:", reason)'
 	@touch $@
@@ -83,6 +86,14 @@ bench: $(VENV)/.ready
 cuda: $(VENV)/.ready
 	@$(BIN)/python -m bnrestructure.kernels.cuda.compile_ahead $(ARGS)
 
+# What pyproject.toml asks for at least; Triton and torchvision follow from it (2.11: Triton 3.6, whose interpreter fails on
+# every loop with NumPy 2.4 and newer: "only 0-dimensional arrays can be converted to Python scalars").
+OLDEST := torch==2.11.* numpy<2.4
+
+cuda-oldest:
+	@$(MAKE) VENV=.venv-oldest PIN='$(OLDEST)' ARGS= cuda
+	@$(MAKE) VENV=.venv-oldest PIN='$(OLDEST)' ARGS='$(or $(ARGS),tests/cuda)' test
+
 cuda-models: $(VENV)/.ready
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/cuda/interpreted -m whole $(ARGS)
 
@@ -117,6 +128,6 @@ sanitize: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/kernels $(ARGS)
 
 clean:
-	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) .venv-oldest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@rm -rf $(KERNELS)/_objects $(KERNELS)/*.so
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

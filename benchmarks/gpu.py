@@ -1,165 +1,170 @@
 """Checks and times the CUDA kernels and whole training steps on one NVIDIA GPU: ``python benchmarks/gpu.py``.
 
     python benchmarks/gpu.py                       every part, in order
-    python benchmarks/gpu.py --part models         one part: check, ceilings, kernels, steps, models or batch
-    python benchmarks/gpu.py --seconds 540         start nothing new after this long (the default)
+    python benchmarks/gpu.py --part models         one part, and those it needs
+    python benchmarks/gpu.py --seconds 540         be done after this long (the default)
+    python benchmarks/gpu.py --retry               run again what failed before
+    python benchmarks/gpu.py --dry-run             every path at tiny sizes, in Triton's interpreter: no GPU, no real times
 
-Each part is made of units (a kernel at a shape; a model, batch and variant), and each unit's result goes into one
-JSON file as soon as it is there: a run that was stopped goes on where it stopped, and says what is left. Every number
-is checked against fp64 before it is timed; a configuration whose numbers are wrong gets no time. Exit status: 1 if a
-check failed, 2 without a GPU.
+Each part is made of units (a kernel at a shape; a model and a variant), and each unit's result goes into one JSON file as
+soon as it is there: a run that was stopped goes on where it stopped, and says what is left. Units run in processes of
+their own (gpu_pool.py), so that one that crashes or hangs is a line in the table and no more. Every number is checked
+against fp64 before it is timed; a configuration whose numbers are wrong gets no time. What the workers print goes to a
+.log file beside the results. Exit status: 1 if something failed, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from gpu_models import VARIANTS, check_step, largest_batch, time_model
-from gpu_nodes import NODES, RAGGED, check_node, check_sweeps, time_node
+from gpu_pool import Pool, worker_command
+from gpu_results import Results
+from gpu_summary import summarise
 
-import bnrestructure
-from bnrestructure.bench.ceilings import copy_bandwidth, fma_ceiling
-from bnrestructure.kernels import cuda
+__all__ = ["main", "run"]
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
-MODELS = ("densenet121", "resnet50", "mobilenet_v2", "efficientnet_b0")
-BATCHES = (64, 256)
-#: Parts whose results another part reads.
-REQUIRES = {"kernels": "ceilings", "models": "steps", "batch": "steps"}
-
-Unit = tuple[str, Callable[[], dict[str, Any]]]
+#: Nothing new is started this long before the end.
+_LAST_START = 20.0
 
 
-def parts(results: dict[str, Any]) -> dict[str, Callable[[], Iterator[Unit]]]:
-    """The parts in order; each yields its units. ``results`` is read when a unit runs."""
-
-    def check() -> Iterator[Unit]:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for node in (*RAGGED, *NODES):
-                yield f"{node.name} {dtype}", lambda node=node, dtype=dtype: check_node(node, dtype)
-            for act in ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu(0.1)"):
-                yield f"sweeps {act} {dtype}", lambda act=act, dtype=dtype: check_sweeps(act, dtype)
-
-    def ceilings() -> Iterator[Unit]:
-        yield (
-            "ceilings",
-            lambda: {"ok": True, "bytes": copy_bandwidth("cuda"), "flops": fma_ceiling("cuda", torch.bfloat16)},
-        )
-
-    def kernels() -> Iterator[Unit]:
-        for node in NODES:
-            yield node.name, lambda node=node: time_node(node, results["ceilings"]["ceilings"])
-
-    def steps() -> Iterator[Unit]:
-        for name in MODELS:
-            yield name, lambda name=name: check_step(name)
-
-    def models() -> Iterator[Unit]:
-        for batch in reversed(BATCHES):
-            for name in MODELS:
-                for variant in VARIANTS:
-                    yield f"{name} {batch} {variant}", lambda n=name, b=batch, v=variant: _if_right(results, n, v, b)
-
-    def batch() -> Iterator[Unit]:
-        for variant in ("eager", "restructured"):
-            yield f"densenet121 {variant}", lambda variant=variant: largest_batch("densenet121", variant)
-
-    return {"check": check, "ceilings": ceilings, "kernels": kernels, "steps": steps, "models": models, "batch": batch}
-
-
-def _if_right(results: dict[str, Any], name: str, variant: str, batch: int) -> dict[str, Any]:
-    """A time, unless the restructured model's numbers are wrong."""
-    if variant.startswith("restructured") and not results["steps"].get(name, {"ok": False})["ok"]:
-        return {"ok": False, "reason": "its numbers are wrong, or were not checked: see the part 'steps'"}
-    return time_model(name, batch, variant)
-
-
-def environment() -> dict[str, Any]:
-    """What the results depend on; they are not continued on another device or with other versions."""
-    import triton
-
-    device = torch.cuda.get_device_properties(0)
-    return {
-        "device": device.name,
-        "memory": device.total_memory,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "triton": triton.__version__,
-        "bnrestructure": bnrestructure.__version__,
-    }
-
-
-def run(chosen: list[str], path: Path, seconds: float) -> int:
+def run(chosen: list[str], path: Path, seconds: float, *, dry: bool = False, retry: bool = False) -> int:
     """Run what is not in the file yet, within the time. Returns the exit status."""
-    start, found = time.monotonic(), json.loads(path.read_text()) if path.exists() else {}
-    if found.get("environment", environment()) != environment():
-        print(
-            f"{path} holds results of another device or other versions: name another file with --results",
-            file=sys.stderr,
-        )
-        return 2
-    found["environment"] = environment()
-    needed = {*chosen, *(before for part, before in REQUIRES.items() if part in chosen)}
-    failed, left = [], []
-    for part, units in parts(found).items():
-        for name, work in units() if part in needed else ():
-            results = found.setdefault(part, {})
-            if name not in results:
-                if time.monotonic() - start > seconds:
-                    left.append(f"{part}: {name}")
+    from gpu_units import PARTS, units
+
+    start = time.monotonic()
+    results, log = Results(path), path.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry else {}
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # several of the workers compile at the same time
+    pool = Pool(worker_command(), environment, log, start + seconds)
+    left: list[str] = []
+    known = {part.name: part for part in PARTS}
+    wanted = _with_requirements(chosen, {part.name: part.requires for part in PARTS})
+
+    def go(part: str, names: list[str], workers: int) -> list[str]:
+        """Run these; returns those that failed otherwise than by wrong numbers."""
+        again = []
+
+        def report(request: dict[str, Any], result: dict[str, Any] | None) -> None:
+            name = request["name"]
+            if result is None:
+                left.append(f"{part}: {name}")
+                return
+            if part != "environment":
+                results.put(part, name, result)
+            print(f"[{time.monotonic() - start:4.0f} s] {part}: {name}: {_short(result)}", file=sys.stderr, flush=True)
+            if part == "environment" and (refusal := _refusal(result, results)) is not None:
+                raise _RefusedError(refusal)
+            if "error" in result:
+                again.append(name)
+
+        requests = [{"part": part, "name": name, "dry": dry, "ceilings": results.get("ceilings", "ceilings")} for name in names]
+        pool.run(requests, workers, known[part].seconds, start + seconds - _LAST_START, report)
+        return again
+
+    try:
+        for part in (part for part in PARTS if part.name in wanted):
+            names = []
+            for name in units(part.name, dry):
+                before = results.get(part.name, name)
+                if part.name != "environment" and before is not None and not (retry and not before["ok"]):
                     continue
-                print(f"{part}: {name}", file=sys.stderr, flush=True)
-                results[name] = work()
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(found, indent=1) + "\n")
-            if not results[name]["ok"]:
-                failed.append(f"{part}: {name}")
-    summarise(found)
-    for what, names in (("wrong", failed), ("left for the next run", left)):
-        if names:
-            print(f"{len(names)} {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}")
+                if (reason := _not_to_be_timed(results, part.name, name)) is not None:
+                    results.put(part.name, name, {"ok": False, "reason": reason})
+                else:
+                    names.append(name)
+            failed = go(part.name, names, min(part.workers, max(1, (os.cpu_count() or 1) - 2)))
+            if failed and part.workers > 1 and part.name != "warm":  # side by side they may have been short of memory: once more, alone
+                go(part.name, failed, 1)
+    except _RefusedError as refusal:
+        print(f"The GPU benchmark cannot run here: {refusal}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped. What was done is kept, and the next run goes on from there.", file=sys.stderr)
+    finally:
+        pool.close()
+    if dry:
+        print("A dry run: the times below mean nothing.")
+    failed = summarise(results.found, wanted)
+    for what, which in (("failed", failed), ("left for the next run", left)):
+        if which:
+            print(f"{len(which)} {what}: {', '.join(which[:6])}{', ...' if len(which) > 6 else ''}")
+    print(f"results: {path}")
     return int(bool(failed))
 
 
-def summarise(found: dict[str, Any]) -> None:
-    """A short table of the models, and the kernels furthest from their roofline."""
-    timed = {name: r for name, r in found.get("kernels", {}).items() if r["ok"]}
-    shares = [(r[f"{way}_share"], f"{name} {way}") for name, r in timed.items() for way in ("forward", "backward")]
-    for share, name in sorted(shares)[:3]:
-        print(f"furthest from its roofline: {name}, {share:.0%}")
-    times = {name: r.get("step") for name, r in found.get("models", {}).items() if r["ok"]}
-    for batch in BATCHES:
-        for name in MODELS:
-            own = [t for v in VARIANTS[4:] if (t := times.get(f"{name} {batch} {v}"))]
-            rivals = [t for v in VARIANTS[:4] if (t := times.get(f"{name} {batch} {v}"))]
-            if own and rivals:
-                ratio = min(rivals) / min(own)
-                print(f"{name:16} batch {batch:4}  {min(rivals):8.2f} ms  {min(own):8.2f} ms  {ratio:.2f}x")
+class _RefusedError(Exception):
+    """Nothing can be run at all."""
+
+
+def _refusal(result: dict[str, Any], results: Results) -> str | None:
+    """Why the results cannot be begun, or gone on with, on this machine."""
+    if not result["ok"]:
+        return str(result["error"]).removeprefix("RuntimeError: ")
+    if not results.is_of(result):
+        return f"{results.path} holds results of another device or other versions: name another file with --results"
+    return None
+
+
+def _with_requirements(chosen: list[str], requires: dict[str, tuple[str, ...]]) -> set[str]:
+    found = {"environment", *chosen}
+    while (more := found | {before for part in found for before in requires[part]}) != found:
+        found = more
+    return found
+
+
+def _not_to_be_timed(results: Results, part: str, name: str) -> str | None:
+    """Why this unit gets no time: its numbers are wrong, or were not checked."""
+    if part == "kernels":
+        if results.get("ceilings", "ceilings") is None or not results.get("ceilings", "ceilings")["ok"]:
+            return "the machine's ceilings are not known"
+        checked, where = results.get("check", f"bfloat16 {name}"), "check"
+    elif part in ("warm", "models", "models of batch 64", "largest batch") and "restructured" in name:
+        checked, where = results.get("steps", name.partition(" ")[0]), "steps"
+    else:
+        return None
+    return None if checked is not None and checked["ok"] else f"its numbers are wrong, or were not checked: see the part {where!r}"
+
+
+def _short(result: dict[str, Any]) -> str:
+    """A result in a line, so that it is in the run's output even where the file is lost."""
+    return json.dumps(result, default=str)[:300]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    names = ("check", "ceilings", "kernels", "steps", "models", "batch")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--part", action="append", choices=names, help="may be given several times; every part without it"
-    )
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, help=f"the JSON file (default {RESULTS.name} in results/)"
-    )
-    parser.add_argument("--seconds", type=float, default=540, help="start nothing new after this long (default 540)")
-    options = parser.parse_args(arguments)
-    if (reason := cuda.unavailable_reason()) is not None:
-        print(f"The GPU benchmark cannot run here: {reason}.", file=sys.stderr)
+    """The command. Returns its exit status."""
+    from checkout import make_importable
+
+    make_importable()
+    try:
+        from gpu_units import PARTS
+    except ImportError as error:
+        print(f"The GPU benchmark cannot run here: {error}.", file=sys.stderr)
         return 2
-    return run(options.part or list(names), options.results, options.seconds)
+    names = [part.name for part in PARTS if part.name != "environment"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", action="append", choices=names, help="may be given several times; every part without it")
+    parser.add_argument("--results", type=Path, help=f"the JSON file (default {RESULTS.name} in results/; for a dry run a temporary one)")
+    parser.add_argument("--seconds", type=float, default=540, help="be done after this long (default 540)")
+    parser.add_argument("--retry", action="store_true", help="run again what failed before")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes in Triton's interpreter, without a GPU")
+    options = parser.parse_args(arguments)
+    path = options.results
+    if path is None:
+        path = Path(tempfile.mkdtemp(prefix="gpu-dry-run-")) / "gpu.json" if options.dry_run else RESULTS
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not options.dry_run:
+        os.environ.pop("TRITON_INTERPRET", None)
+    return run(options.part or names, path, options.seconds, dry=options.dry_run, retry=options.retry)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnrestructure.kernels import cuda, reference
+from bnrestructure.kernels import cuda, reference, tuning
+from bnrestructure.kernels.cuda import convolution_fused, convolution_hybrid
+from bnrestructure.kernels.cuda.convolution_choice import choose, node_of
 from bnrestructure.ops.activation import activate
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, PoolGeometry, Transform
 
@@ -149,7 +151,7 @@ def distance(value: Tensor, truth: Tensor) -> float:
 
 
 def check_node(node: Node, dtype: torch.dtype, device: str = "cuda", batch: int = 4) -> dict[str, Any]:
-    """Errors against fp64 of the kernels and of the reference in the same dtype, and whether ours are as small."""
+    """Errors against fp64 of both implementations and of the reference in the same dtype, and whether ours are as small."""
     a = draw(node, batch, dtype, device)
     wide = a.double()
 
@@ -158,11 +160,20 @@ def check_node(node: Node, dtype: torch.dtype, device: str = "cuda", batch: int 
         return [t for t in (*inputs.forward(kernels, node, compute), *gradients) if t is not None]
 
     truth, theirs = results(reference, wide, torch.float64), results(reference, a, dtype)
-    with poisoned():
-        ours = results(cuda, a, dtype)
     # One rounding is granted where the reference is exact by luck.
     unit = 2**-10 if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else torch.finfo(dtype).eps
-    return compared(ours, theirs, truth, unit)
+    found: dict[str, Any] = {"ok": True}
+    for name, kernels in implementations(node).items():
+        with poisoned():
+            ours = results(kernels, a, dtype)
+        found[name] = compared(ours, theirs, truth, unit)
+        found["ok"] = found["ok"] and found[name]["ok"]
+    return found
+
+
+def implementations(node: Node) -> dict[str, Any]:
+    """What can run the node, by name: the fused kernels, and the hybrid unless there is a gate."""
+    return {"fused": convolution_fused} | ({} if node.gated else {"hybrid": convolution_hybrid})
 
 
 @contextmanager
@@ -221,10 +232,10 @@ def check_sweeps(
 
 
 def time_node(node: Node, ceilings: dict[str, float], batch: int = 256, device: str = "cuda") -> dict[str, Any]:
-    """Milliseconds of our forward and backward, of the unfused sequence with cuDNN, and of their roofline; bf16."""
-    checked = check_node(node, torch.bfloat16, device)
-    if not checked["ok"]:
-        return {"ok": False, "errors": checked["errors"]}
+    """Milliseconds of each implementation forward and backward, of the unfused sequence with cuDNN, and of their roofline; bf16.
+
+    ``forward_rule`` and ``backward_rule`` are what the rule of convolution_choice.py picks; check_node says whether they are right.
+    """
     a = draw(node, batch, torch.bfloat16, device)
     c, geometry = node.channels, node.geometry
     zeros, ones = torch.zeros(c, device=device), torch.ones(c, device=device)
@@ -242,21 +253,24 @@ def time_node(node: Node, ceilings: dict[str, float], batch: int = 256, device: 
     forward_bound = max((pixels_in + pixels_out) / ceilings["bytes"], flops / ceilings["flops"]) * 1e3
     backward_bytes = 2 * (2 * pixels_out + pixels_in) + 2 * pixels_in
     backward_bound = max(backward_bytes / ceilings["bytes"], 2 * flops / ceilings["flops"]) * 1e3
-    found = {
-        "ok": True,
-        "forward": milliseconds(lambda: a.forward(cuda, node, torch.bfloat16)),
-        "backward": milliseconds(lambda: a.backward(cuda, node, torch.bfloat16, a.before)),
-        "unfused_forward": milliseconds(lambda: unfused(x, weight)),
-        "unfused_backward": milliseconds(lambda: torch.autograd.grad(y, (x, weight), a.dy, retain_graph=True)),
-        "cudnn_forward": milliseconds(lambda: F.conv2d(a.x, a.weight, None, *geometry)),
-        "forward_bound": forward_bound,
-        "backward_bound": backward_bound,
-    }
-    return found | {f"{way}_share": found[f"{way}_bound"] / found[way] for way in ("forward", "backward")}
+    found: dict[str, Any] = {"ok": True, "forward_bound": forward_bound, "backward_bound": backward_bound}
+    for name, kernels in implementations(node).items():
+        found[f"{name}_forward"] = milliseconds(lambda k=kernels: a.forward(k, node, torch.bfloat16), device)
+        found[f"{name}_backward"] = milliseconds(lambda k=kernels: a.backward(k, node, torch.bfloat16, a.before), device)
+    found["unfused_forward"] = milliseconds(lambda: unfused(x, weight), device)
+    found["unfused_backward"] = milliseconds(lambda: torch.autograd.grad(y, (x, weight), a.dy, retain_graph=True), device)
+    found["cudnn_forward"] = milliseconds(lambda: F.conv2d(a.x, a.weight, None, *geometry), device)
+    of = node_of(tuple(a.x.shape), tuple(a.weight.shape), geometry, True, node.gated, torch.bfloat16, True)
+    for way in ("forward", "backward"):
+        found[f"{way}_rule"] = choose(of, way, None).implementation
+        found[f"{way}_share"] = found[f"{way}_bound"] / found[f"fused_{way}"]
+    return found
 
 
-def milliseconds(work: Callable[[], object]) -> float:
-    """Median time on the device, the caches cleared before each run."""
+def milliseconds(work: Callable[[], object], device: str) -> float:
+    """Median time on the device, the caches cleared before each run; on the CPU, in a dry run, that of a single one."""
+    if device == "cpu":
+        return tuning.wall_clock(work)
     from triton.testing import do_bench
 
     return float(do_bench(work, warmup=10, rep=60, return_mode="median"))

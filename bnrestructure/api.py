@@ -70,9 +70,10 @@ def explain(
 ) -> Plan:
     """What restructuring would do to the model, or did: one :class:`Site` per batch norm. Changes nothing.
 
-    ``inputs`` (a tensor or a tuple of arguments) adds shapes and bytes. A restructured model is explained with its own options.
+    ``inputs`` (a tensor or a tuple of arguments) adds shapes and bytes, and which kernel each fused convolution runs and why. A
+    restructured model is explained with its own options. backend "cuda" is explained without a GPU, too.
     """
-    options = _options(model, backend, passes, None)
+    options = _options(model, backend, passes, None, runs=False)
     if backend == "auto" and passes is None:
         for module in model.modules():
             if is_restructured(module):
@@ -90,12 +91,15 @@ def _check_model(model: Any) -> None:
         raise UsageError(f"expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _options(model: Any, backend: str, passes: str | Sequence[str] | None, fuel: int | None) -> Options:
+def _options(model: Any, backend: str, passes: str | Sequence[str] | None, fuel: int | None, runs: bool = True) -> Options:
+    """The options, checked; ``runs``: the backend must be able to run here."""
     _check_model(model)
     if backend not in registry.BACKENDS:
         near = difflib.get_close_matches(str(backend), registry.BACKENDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"unknown backend {backend!r}{hint} (backends: {', '.join(registry.BACKENDS)})")
+    if not runs and backend == "cuda":
+        return Options(backend, pipeline.resolve(passes), fuel)
     if backend == "cuda" and not torch.cuda.is_available():
         raise UsageError("backend 'cuda' was asked for, but PyTorch sees no CUDA device here")
     if backend in ("cpu", "cuda") and registry.unavailable_reason(backend) is not None:

@@ -37,17 +37,13 @@ def tune(
                ``torch.autocast`` for training under autocast
     loss_fn    ``loss_fn(output)``; by default outputs times fixed random cotangents, or the sum of a dict of losses
 
-    Times hold for a thread count; run it with nothing else running. Raises UsageError where there is nothing to choose from
-    (no compiled kernels, a model that is not on the CPU) and when the model fails on these inputs.
+    A model on a GPU is tuned for ``backend="cuda"``, its kernels timed by the device's own clock (CUDA events), for that model of
+    GPU. On the CPU times hold for a thread count. Run it with nothing else running. Raises UsageError where there is nothing to
+    choose from (no kernels that can run, a model on another device or on several) and when the model fails on these inputs.
     """
-    reason = registry.unavailable_reason("cpu")
-    if reason is not None:
-        raise UsageError(f"there is nothing to tune: {reason}")
-    candidate = restructure(copy.deepcopy(model), passes=passes).train()
-    devices = {p.device.type for p in candidate.parameters()}
-    if devices - {"cpu"}:
-        raise UsageError(f"only CPU kernels are tuned, and the model is on {', '.join(sorted(devices))}")
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    device = _device(model, arguments)
+    candidate = restructure(copy.deepcopy(model), backend="cuda" if device == "cuda" else "auto", passes=passes).train()
     # As in training, where the first convolution's input takes no gradient.
     arguments = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), arguments)
 
@@ -63,3 +59,17 @@ def tune(
         except Exception as error:  # a user's forward or loss may raise anything on these inputs
             raise UsageError(f"the model fails on these inputs: {type(error).__name__}: {first_line(error)}") from error
     return found
+
+
+def _device(model: nn.Module, arguments: tuple[Any, ...]) -> str:
+    """The type of the one device that the model and its inputs are on, if there is something to choose from on it."""
+    tensors = [*model.parameters(), *(t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor))]
+    devices = sorted({str(t.device) for t in tensors})
+    if len(devices) > 1:
+        raise UsageError(f"kernels are tuned on one device, and the model and its inputs are on {' and '.join(devices)}")
+    device = devices[0].partition(":")[0] if devices else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"there is nothing to tune: there are no {device} kernels")
+    if (reason := registry.unavailable_reason(device)) is not None:
+        raise UsageError(f"there is nothing to tune: {reason}")
+    return device

@@ -6,22 +6,45 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 from bnrestructure import ops
 from bnrestructure.graph.layers import modules_of
 from bnrestructure.kernels import registry
+from bnrestructure.kernels.cpu.layout import pitch_of
 from bnrestructure.ops.edges import ConvGeometry, Transform
 from bnrestructure.plan import Kernel
 
-__all__ = ["Shapes", "convolution_kernels"]
+__all__ = ["Shapes", "convolution_kernels", "planned_device"]
 
 #: Path of a layer -> shape and dtype of its input.
 Shapes = dict[str, tuple[torch.Size, torch.dtype]]
 
 
-def convolution_kernels(path: str, after: fx.GraphModule, shapes: Shapes, backend: str) -> Iterator[Kernel]:
-    """One entry for each fused convolution module of the region at ``path``, for a model on the CPU.
+def planned_device(model: nn.Module, backend: str, inputs: tuple[Any, ...]) -> tuple[str | None, list[str]]:
+    """(the type of device that kernels are planned for, what the user should know of that); None where the model is on several.
+
+    backend "cuda" is planned for a GPU wherever the model is: nothing of it need be there.
+    """
+    devices = sorted({p.device.type for p in model.parameters()})
+    if len(devices) > 1:
+        return None, [f"the model is on {' and '.join(devices)}: its kernels are not planned"]
+    device = devices[0] if devices else "cpu"
+    if backend != "cuda" and device != "cuda":
+        return device, []
+    notes = []
+    if device != "cuda":
+        missing = registry.unavailable_reason("cuda")
+        here = "" if missing is None else f" (here they cannot run: {missing})"
+        notes.append(f"the model is on {device}, where backend 'cuda' means the reference; its kernels are planned for a GPU{here}")
+    for x in inputs:
+        if isinstance(x, Tensor) and x.dim() == 4 and not pitch_of(x):
+            notes.append(f"an input {list(x.shape)} of strides {list(x.stride())} is not channels_last: each step copies it first")
+    return "cuda", notes
+
+
+def convolution_kernels(path: str, after: fx.GraphModule, shapes: Shapes, backend: str, device: str) -> Iterator[Kernel]:
+    """One entry for each fused convolution module of the region at ``path``, for a model on this type of device.
 
     The dtype is autocast's where that is on. Functional convolutions have no path to know their shapes by, and are left out.
     """
@@ -33,26 +56,29 @@ def convolution_kernels(path: str, after: fx.GraphModule, shapes: Shapes, backen
             continue
         shape, dtype = shapes[prefix + str(name)]
         weight: Any = modules[str(name)].weight
-        yield _kernel(prefix + str(name), node, tuple(shape), tuple(weight.shape), dtype, backend)
+        here = weight.device.type == device
+        yield _kernel(prefix + str(name), node, tuple(shape), tuple(weight.shape), dtype, backend, device, here)
 
 
 def _kernel(
-    name: str, node: fx.Node, x: tuple[int, ...], weight: tuple[int, ...], dtype: torch.dtype, backend: str
+    name: str, node: fx.Node, x: tuple[int, ...], weight: tuple[int, ...], dtype: torch.dtype, backend: str, device: str, here: bool
 ) -> Kernel:
     of: dict[str, Any] = dict(node.kwargs)
     stride, padding, dilation = (tuple(of[key]) for key in ("stride", "padding", "dilation"))
     geometry = ConvGeometry(stride, padding, dilation, of["groups"])
-    reason = "the reference backend was asked for" if backend == "reference" else registry.unavailable_reason("cpu")
+    reason = registry.reason_for_device(backend, device)
+    if reason is None and here:
+        reason = registry.unavailable_reason(device)
     if reason is None and min(*x, *geometry.output_size(x[2:], weight[2:])) < 1:
         reason = "an empty tensor"
-    if reason is not None:
+    module = registry.implementation(device) if reason is None else None
+    if module is None:
+        reason = reason or f"this installation has no {device} kernels"
         return Kernel(name, x, "reference", reason, "reference", reason)
-    from bnrestructure.kernels import cpu
-
-    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype("cpu")
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
     rides = torch.empty(0) if of["mean"] is not None else None
     gate = torch.empty(x[:2], device="meta") if of["gate"] is not None else None
     transform = Transform(rides, rides, rides, str(of["act"]), gate)
-    forward, backward = cpu.convolution_choices(x, weight, transform, geometry, dtype)
+    forward, backward = module.convolution_choices(x, weight, transform, geometry, dtype)
     return Kernel(name, x, *forward, *backward)

@@ -29,7 +29,7 @@ from bnrestructure.patterns.base import Refusal
 from bnrestructure.patterns.batch_norm import find_batch_norms
 from bnrestructure.patterns.statistics import describe, find_conv_statistics
 from bnrestructure.plan import Plan, Site
-from bnrestructure.plan_kernels import Shapes, convolution_kernels
+from bnrestructure.plan_kernels import Shapes, convolution_kernels, planned_device
 
 __all__ = ["layer_shapes", "make_plan", "region_graphs"]
 
@@ -59,21 +59,22 @@ def region_graphs(model: nn.Module, options: Options) -> Iterator[tuple[str, fx.
 def make_plan(model: nn.Module, options: Options, inputs: tuple[Any, ...] | None = None) -> Plan:
     """The plan of restructuring ``model`` with these options. Changes nothing.
 
-    With example inputs shapes and bytes are known too, and for a model on the CPU what each fused convolution will run.
+    With example inputs shapes and bytes are known too, and what each fused convolution will run.
     """
     plan = Plan(original_class(model).__name__)
     seen: set[str] = set()
     shapes, missing = ({}, None) if inputs is None else layer_shapes(model, inputs)
     if missing is not None:
         plan.notes.append(missing)
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    device, notes = planned_device(model, options.backend, inputs or ())
+    plan.notes += notes
     for path, before, after in region_graphs(model, options):
         plan.regions.append(path or "the whole model")
         for site in _sites(path, before, after):
             seen.add(site.name.split("#")[0])
             plan.sites.append(site)
-        if on_cpu:
-            plan.kernels += convolution_kernels(path, after, shapes, options.backend)
+        if device is not None:
+            plan.kernels += convolution_kernels(path, after, shapes, options.backend, device)
     plan.sites += _kept_outside(model, seen)
     for site in plan.sites:
         _add_bytes(site, shapes.get(site.name.split("#")[0]))

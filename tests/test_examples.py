@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -144,3 +147,81 @@ def test_saved_for_backward_sees_what_checkpointing_saves() -> None:
         cross_entropy(y, target).backward()
 
     assert saved_for_backward(body, lambda: step(True)) < 0.8 * saved_for_backward(body, lambda: step(False))
+
+
+def test_a_cuda_graph_says_plainly_that_it_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        run("cuda_graph.py", monkeypatch)
+    assert ended.value.code == 0
+    assert "no CUDA device here, so nothing was run" in capsys.readouterr().out
+
+
+def test_a_graphed_step_trains_on_each_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for CUDA whose graphs note a step when they record it and run it when they are replayed."""
+    example = imported("cuda_graph")
+    log: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
+            recorded[0]()
+
+    recorded: list[Any] = []
+    streams = SimpleNamespace(wait_stream=lambda other: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: streams)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+
+    @contextlib.contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        log.append("capture")
+        recording.append(True)
+        yield
+        recording.clear()
+
+    recording: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    loss, seen = torch.zeros(()), []
+
+    def step(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        def work() -> None:
+            seen.append(float(x.sum()))
+            loss.copy_(x.sum() + target.sum())
+
+        if recording:
+            recorded.append(work)
+        else:
+            work()
+        return loss
+
+    batches = [(torch.full((2, 3), float(i)), torch.tensor([i, i])) for i in range(6)]
+    graphed = example.GraphedStep(step, *batches[0])
+    losses = [float(graphed(*batch)) for batch in batches]
+    assert seen == [6.0 * i for i in range(6)]
+    assert losses == [8.0 * i for i in range(6)]
+    assert log == ["wait", "wait"] * example.WARM_UP + ["capture"] + ["replay"] * 3
+    with pytest.raises(ValueError, match=r"batches \[2, 3\]"):
+        graphed(torch.zeros(1, 3), batches[0][1])  # would be broadcast
+    with pytest.raises(ValueError, match="int64"):
+        graphed(batches[0][0], torch.zeros(2))
+
+
+def test_the_step_of_the_cuda_graph_trains() -> None:
+    """What is captured, run eagerly on the CPU: a learning rate in a tensor, gradients from None, autocast inside."""
+    example = imported("cuda_graph")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    bnrestructure.restructure(model)
+    rate = torch.tensor(0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, fused=True)
+    step = example.training_step(model, optimizer, "cpu")
+    x, target = torch.randn(16, 3, 6, 6), torch.arange(16) % 8
+    losses = [float(step(x, target)) for _ in range(20)]
+    assert losses[-1] < 0.8 * losses[0]
+    rate.fill_(0.0)
+    optimizer.state.clear()
+    before = [p.detach().clone() for p in model.parameters()]
+    step(x, target)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from bnrestructure.cli.models import builder_module, call_factory, load_factory
 from bnrestructure.errors import UsageError
+from bnrestructure.kernels import registry
 
-__all__ = ["example_inputs"]
+__all__ = ["example_inputs", "on_gpu"]
 
 #: Models that take one input size only, or need one this large.
 _SIZES = {
@@ -49,6 +51,17 @@ def example_inputs(
         )
     usual, channels = _usual_size(model_name, model, small, kind)
     return (torch.randn(batch, *_image(size, channels, usual), generator=generator),)
+
+
+def on_gpu(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
+    """Both on the GPU, 4-D tensors channels_last. Raises UsageError where our kernels cannot run on one."""
+    if (reason := registry.unavailable_reason("cuda")) is not None:
+        raise UsageError(f"backend 'cuda' was asked for, but {reason}")
+
+    def moved(x: Tensor) -> Tensor:
+        return x.to("cuda", memory_format=torch.channels_last if x.dim() == 4 else torch.preserve_format)
+
+    return model.to("cuda").to(memory_format=torch.channels_last), pytree.tree_map_only(Tensor, moved, inputs)
 
 
 def _usual_size(model_name: str, model: Any, small: bool, kind: str) -> tuple[int, int]:

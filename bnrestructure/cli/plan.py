@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan. Exit status 0, or 1 with --strict when a site is not fully fused."""
     from bnrestructure.api import explain
-    from bnrestructure.cli.inputs import example_inputs
+    from bnrestructure.cli.inputs import example_inputs, on_gpu
     from bnrestructure.cli.models import load_model
     from bnrestructure.cli.output import print_json, progress, stdout
     from bnrestructure.cli.shapes import check_shapes
@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.model, model, batch=arguments.batch, size=arguments.input_size, source=arguments.inputs
         )
         if arguments.tune:
+            if arguments.backend == "cuda":
+                model, inputs = on_gpu(model, inputs)
             say("tuning")
             check_shapes(model, inputs)
             tune(model, inputs, passes=pass_names(arguments.passes), progress=lambda call: say(f"tuned {call}"))

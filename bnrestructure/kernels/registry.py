@@ -16,7 +16,7 @@ from typing import Any
 
 from bnrestructure.kernels import reference
 
-__all__ = ["BACKENDS", "implementation", "reason_unsupported", "select", "unavailable_reason"]
+__all__ = ["BACKENDS", "implementation", "reason_for_device", "reason_unsupported", "select", "unavailable_reason"]
 
 #: What ``restructure(backend=...)`` accepts.
 BACKENDS = ("auto", "reference", "cpu", "cuda")
@@ -52,17 +52,22 @@ def unavailable_reason(name: str) -> str | None:
     return module.unavailable_reason()
 
 
-def reason_unsupported(backend: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why the device's own implementation cannot run this call (then the reference does), or None."""
-    device = args[0].device.type
+def reason_for_device(backend: str, device: str) -> str | None:
+    """Why ``backend`` uses no kernels of tensors on this type of device (then the reference runs), or None."""
     if backend == "reference":
         return "the reference backend was asked for"
     if device not in _DEVICE_MODULES:
         return f"there are no {device} kernels"
     if backend not in ("auto", device):
         return f"backend {backend!r} was asked for, the tensor is on {device}"
-    if backend == "auto" and device in _ON_REQUEST:
-        return _ON_REQUEST[device]
+    return _ON_REQUEST.get(device) if backend == "auto" else None
+
+
+def reason_unsupported(backend: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why the device's own implementation cannot run this call (then the reference does), or None."""
+    device = args[0].device.type
+    if (reason := reason_for_device(backend, device)) is not None:
+        return reason
     module = implementation(device)
     reason = unavailable_reason(device)
     return reason if reason is not None or module is None else module.supports(name, args, kwargs)

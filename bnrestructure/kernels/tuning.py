@@ -4,7 +4,7 @@ A kernel with several implementations asks :func:`measured` which of them was th
 :func:`measuring` (see bnrestructure/measure_kernels.py) it calls :func:`measure` for sizes that were not measured yet.
 
 The file is ``choices-<digest>.json`` in ``$BNRESTRUCTURE_CACHE`` (``~/.cache/bnrestructure`` by default; ``off`` keeps nothing
-on disk). The digest is of what a time depends on beside the sizes: the processor, the versions and the compiled kernels.
+on disk). The digest is of what a time depends on beside the sizes: the processor or GPU, the versions and the kernels' sources.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Measurement", "cache_file", "forget", "is_measuring", "measure", "measured", "measuring", "set_machine"]
+import torch
+
+__all__ = ["Measurement", "cache_file", "forget", "is_measuring", "measure", "measured", "measuring", "set_machine", "wall_clock"]
 
 #: Turns in which each candidate runs once; the first is a warm-up.
 _TURNS = 6
@@ -44,7 +46,10 @@ class Measurement:
 
 
 _machine: dict[str, str] = {}
+#: This machine's measurements; None before the file was read.
 _known: dict[str, Measurement] | None = None
+#: Those of other machines: a process may go to and fro between a processor and its GPUs.
+_others: dict[str, dict[str, Measurement] | None] = {}
 _recorder: list[Measurement] | None = None
 _listener: Callable[[Measurement], None] | None = None
 
@@ -53,9 +58,14 @@ def set_machine(**facts: str) -> None:
     """What times depend on beside the sizes; measurements made under other facts are not used."""
     global _known
     if facts != _machine:
+        _others[_digest()] = _known
         _machine.clear()
         _machine.update(facts)
-        _known = None
+        _known = _others.get(_digest())
+
+
+def _digest() -> str:
+    return hashlib.sha256(json.dumps(_machine, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def cache_file() -> Path | None:
@@ -64,8 +74,7 @@ def cache_file() -> Path | None:
     if folder == "off":
         return None
     base = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnrestructure"
-    digest = hashlib.sha256(json.dumps(_machine, sort_keys=True).encode()).hexdigest()[:12]
-    return base / f"choices-{digest}.json"
+    return base / f"choices-{_digest()}.json"
 
 
 def measured(call: str) -> Measurement | None:
@@ -77,9 +86,10 @@ def measured(call: str) -> Measurement | None:
 
 
 def forget() -> None:
-    """Read the file again at the next question."""
+    """Read the files again at the next question."""
     global _known
     _known = None
+    _others.clear()
 
 
 def is_measuring() -> bool:
@@ -105,18 +115,36 @@ def measuring(listener: Callable[[Measurement], None] | None = None) -> Iterator
             _write(cache_file())
 
 
-def measure(call: str, candidates: dict[str, Callable[[], Any]]) -> Measurement:
-    """Run the candidates in turns, and keep the shortest time of each. The first is preferred to one that is hardly faster."""
+def wall_clock(run: Callable[[], Any]) -> float:
+    """Milliseconds of one run, on the host."""
+    begin = time.perf_counter()
+    run()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def measure(
+    call: str, candidates: dict[str, Callable[[], Any]], timer: Callable[[Callable[[], Any]], float] = wall_clock
+) -> Measurement:
+    """Run the candidates in turns, and keep the shortest time of each. The first is preferred to one that is hardly faster.
+
+    ``timer`` runs a candidate and returns milliseconds. A candidate that runs out of the GPU's memory is out, unless it is the
+    first: then nothing could run, and torch.OutOfMemoryError is raised.
+    """
     assert _recorder is not None
+    first = next(iter(candidates))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(_TURNS):
-        for name, run in candidates.items():
-            begin = time.perf_counter()
-            run()
+        for name in list(times):
+            try:
+                taken = timer(candidates[name])
+            except torch.OutOfMemoryError:
+                if name == first:
+                    raise
+                del times[name]
+                continue
             if turn:
-                times[name].append((time.perf_counter() - begin) * 1e3)
+                times[name].append(taken)
     shortest = {name: min(values) for name, values in times.items()}
-    first = next(iter(shortest))
     fastest = min(shortest, key=lambda name: shortest[name])
     choice = fastest if shortest[fastest] < _MARGIN * shortest[first] else first
     found = Measurement(call, choice, {name: round(ms, 4) for name, ms in shortest.items()})

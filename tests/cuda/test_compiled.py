@@ -39,7 +39,7 @@ def test_every_kernel_is_compiled_for_every_part(table: list[dict[str, Any]]) ->
         "statistics_kernel", "statistics_backward_kernel", "merge_kernel",
         "finalize_kernel", "finalize_backward_kernel",
         "normalise_kernel", "normalise_backward_kernel", "residual_kernel", "residual_backward_kernel",
-        "squeeze_kernel", "max_pool_kernel", "max_pool_backward_kernel",
+        "output_gradient_kernel", "squeeze_kernel", "max_pool_kernel", "max_pool_backward_kernel",
     }  # fmt: skip
 
 

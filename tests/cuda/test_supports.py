@@ -56,6 +56,8 @@ def test_unavailable_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason_with(monkeypatch, available=True, triton=False, capability=(9, 0)) == "triton is not installed"
     assert "7.5" in str(reason_with(monkeypatch, available=True, triton=True, capability=(7, 5)))
     assert reason_with(monkeypatch, available=True, triton=True, capability=(8, 0)) is None
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "NVIDIA" in str(reason_with(monkeypatch, available=True, triton=True, capability=(9, 0)))
 
 
 def pixels(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (2, 4, 3, 3)) -> Tensor:
@@ -122,7 +124,7 @@ def test_what_a_max_pool_is_refused_for() -> None:
 
 def test_every_reference_kernel_has_a_rule_and_a_cuda_kernel() -> None:
     assert set(rules._RULES) == set(reference.__all__)
-    assert set(reference.__all__) == set(cuda.__all__) - {"supports", "unavailable_reason"}
+    assert set(reference.__all__) == set(cuda.__all__) - {"convolution_choices", "description", "supports", "unavailable_reason"}
 
 
 def test_auto_leaves_them_alone_until_they_are_asked_for() -> None:

@@ -11,7 +11,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from bnrestructure.kernels import tuning
+from bnrestructure.kernels.cuda.convolution_choice import Choice, choose, node_of
+from bnrestructure.kernels.cuda.device import gpu_here, identify_machine
 from bnrestructure.kernels.cuda.limits import supports, unavailable_reason
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
 if TYPE_CHECKING:
     from bnrestructure.kernels.cuda.convolution import conv_backward, conv_forward
@@ -33,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = [
     "conv_backward",
     "conv_forward",
+    "convolution_choices",
+    "description",
     "finalize_backward",
     "finalize_forward",
     "max_pool_backward",
@@ -66,3 +74,33 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(f"{__name__}.{_MODULES[name.partition('_')[0]]}")
     return getattr(module, name)
+
+
+def convolution_choices(
+    x: tuple[int, ...], weight: tuple[int, ...], transform: Transform, geometry: ConvGeometry, dtype: torch.dtype
+) -> tuple[Choice, Choice]:
+    """(forward, backward): what a convolution node will run on tensors of these shapes, computing in ``dtype``, and why.
+
+    ``reference`` where no kernel here can. By rule where there is no GPU, or none that the node was measured on. Backward is
+    meant with both the input's and the weight's gradient wanted.
+    """
+    tensors = torch.empty(x, dtype=dtype, device="meta"), torch.empty(weight, dtype=dtype, device="meta")
+    dy = torch.empty(x[0], weight[0], *geometry.output_size(x[2:], weight[2:]), dtype=dtype, device="meta")
+    forward = supports("conv_forward", (tensors[0], transform, tensors[1], None, geometry), {"dtype": dtype})
+    backward = supports("conv_backward", (dy, BackwardEdge(), tensors[0], transform, tensors[1], geometry), {"dtype": dtype})
+    found = []
+    for direction, reason in (("forward", forward), ("backward", backward)):
+        if reason is not None:
+            found.append(Choice("reference", reason))
+            continue
+        gated, tf32 = transform.gate is not None, torch.backends.cudnn.allow_tf32
+        found.append(choose(node_of(x, weight, geometry, not transform.is_identity, gated, dtype, tf32), direction, gpu_here()))
+    return found[0], found[1]
+
+
+def description() -> str:
+    """The GPU and where its tuned choices are kept, for ``doctor``."""
+    gpu = gpu_here() or "no GPU"
+    identify_machine(gpu)
+    file = tuning.cache_file()
+    return gpu if file is None else f"{gpu}; measured choices in {file}"

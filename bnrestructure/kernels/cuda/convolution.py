@@ -1,30 +1,53 @@
-"""The fused convolution on CUDA: dense or depthwise, forward and backward, from its kernels."""
+"""The convolution node on CUDA: for each node the implementation that convolution_choice.py names, or that was measured.
+
+While bnrestructure.tune is measuring, the candidates are timed on the node's own arguments first.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from bnrestructure.kernels.cuda import dense_dgrad, dense_forward, dense_wgrad, depthwise, depthwise_wgrad
-from bnrestructure.kernels.cuda.edges import edge_pixels
+from bnrestructure.kernels import reference, tuning
+from bnrestructure.kernels.cuda import convolution_fused, convolution_hybrid, device
+from bnrestructure.kernels.cuda.convolution_choice import BACKWARD, Node, call_of, candidates, choose, node_of
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
 
-
-def _is_depthwise(weight: Tensor, geometry: ConvGeometry) -> bool:
-    """Every channel is a group of its own, with one output. (More outputs each: the dense kernels.)"""
-    return geometry.groups > 1 and geometry.groups == weight.shape[0] and weight.shape[1] == 1
+_IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "fused": convolution_fused,
+    "depthwise": convolution_fused,
+    "hybrid": convolution_hybrid,
+    "reference": reference,
+}
 
 
 def conv_forward(
-    x: Tensor, transform: Transform, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, **options: Any
+    x: Tensor,
+    transform: Transform,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    *,
+    dtype: torch.dtype,
+    statistics: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, mean, var): see kernels/reference/convolution.py. x [N, C_in, H, W] of any strides; fp32, bf16 or fp16."""
-    module = depthwise if _is_depthwise(weight, geometry) else dense_forward
-    return module.conv_forward(x, transform, weight, bias, geometry, **options)
+
+    def run(implementation: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        kernel = _IMPLEMENTATIONS[implementation].conv_forward
+        return kernel(x, transform, weight, bias, geometry, dtype=dtype, statistics=statistics, out=out)
+
+    node = _node(x, transform, weight, geometry, dtype)
+    if tuning.is_measuring():
+        _measure_once(node, "forward", x, run)
+    return run(choose(node, "forward", device.gpu_of(x)).implementation)
 
 
 def conv_backward(
@@ -40,17 +63,38 @@ def conv_backward(
     accumulate: Tensor | None = None,
 ) -> ConvGradients:
     """Gradients of :func:`conv_forward`: see kernels/reference/convolution.py."""
-    need_x, need_weight, need_bias = needs
-    gradient = edge_pixels(dy, edge)
-    own = _is_depthwise(weight, geometry)
-    dw = db = None
-    if need_weight or need_bias:
-        dw, db = (depthwise_wgrad if own else dense_wgrad).wgrad(
-            gradient, x, transform, weight, geometry, dtype=dtype, needs_bias=need_bias
-        )
-    if not need_x:
-        return ConvGradients(weight=dw if need_weight else None, bias=db)
-    found = (depthwise if own else dense_dgrad).dgrad(
-        gradient, x, transform, weight, geometry, dtype=dtype, accumulate=accumulate
-    )
-    return ConvGradients(found.dx, found.sum_p, found.sum_px, found.gate, dw if need_weight else None, db)
+
+    def run(name: str, into: Tensor | None) -> ConvGradients:
+        dgrad, wgrad = BACKWARD[name]
+        parts = [(dgrad, needs, into)]
+        if dgrad != wgrad:
+            parts = [(wgrad, (False, needs[1], needs[2]), None), (dgrad, (needs[0], False, False), into)]
+        merged = ConvGradients()
+        for implementation, part, to in parts:
+            if any(part):
+                kernel = _IMPLEMENTATIONS[implementation].conv_backward
+                found = kernel(dy, edge, x, transform, weight, geometry, dtype=dtype, needs=part, accumulate=to)
+                merged = merged._replace(**{key: value for key, value in found._asdict().items() if value is not None})
+        return merged
+
+    node = _node(x, transform, weight, geometry, dtype)
+    if tuning.is_measuring() and needs[0] and needs[1]:
+        # A tensor to add to that many times, with the strides of the real one and nobody's gradient.
+        into = None if accumulate is None else torch.empty_like(accumulate).copy_(accumulate)
+        _measure_once(node, "backward", x, partial(run, into=into))
+    return run(choose(node, "backward", device.gpu_of(x)).implementation, accumulate)
+
+
+def _node(x: Tensor, transform: Transform, weight: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Node:
+    gated, tf32 = transform.gate is not None, torch.backends.cudnn.allow_tf32
+    return node_of(tuple(x.shape), tuple(weight.shape), geometry, not transform.is_identity, gated, dtype, tf32)
+
+
+def _measure_once(node: Node, direction: str, x: Tensor, run: Callable[[str], object]) -> None:
+    """Time the candidates on these very arguments, unless nodes of this size were timed on this GPU before."""
+    device.identify_machine(device.gpu_of(x))
+    call = call_of(node, direction)
+    if tuning.measured(call) is None:
+        timer = device.event_timer(x.device) if x.is_cuda else tuning.wall_clock
+        tuning.measure(call, {name: partial(run, name) for name in candidates(node, direction)}, timer)
+        choose.cache_clear()

@@ -61,15 +61,16 @@ def dense_forward(rows: int, channels: int, depth: int, element: int, gathered: 
         return DotTile(m, min(n, 64), min(k, 32), 8 if m == 128 else 4, 2)
     if heavy:
         return DotTile(m, n, min(k, 64 // element), 8 if m * n >= 128 * 64 else 4, 2)
-    return DotTile(m, n, k, 8 if m * n >= 128 * 128 else 4, 3)
+    # A narrow tile is nearly all left operand: with four warps Triton 3.6 spills its addresses on sm_80.
+    return DotTile(m, n, k, 8 if m * n >= 128 * 128 or (m == 128 and n <= 32) else 4, 3)
 
 
 def dense_dgrad(rows: int, channels: int, depth: int, element: int, heavy: bool) -> DotTile:
     """``rows`` input pixels by ``channels`` inputs, ``depth`` output channels; two streams feed the left operand."""
     n = _power(channels, 16, 64 if heavy else 128)
-    m = 128 if rows >= 128 * 128 else 64
+    m = 128 if rows >= 128 * 128 and n < 128 else 64  # 128 x 128 spills on sm_90 with Triton 3.6
     k = _power(depth, 16, 64 // element)
-    return DotTile(m, n, k, 8 if m * n >= 128 * (64 if heavy else 128) else 4, 2 if heavy else 3)
+    return DotTile(m, n, k, 8 if heavy and m * n >= 128 * 64 else 4, 2 if heavy else 3)
 
 
 def dense_wgrad(out_channels: int, columns: int, element: int, gathered: bool, heavy: bool) -> DotTile:
@@ -96,7 +97,8 @@ def sweep(channels: int) -> SweepTile:
 def depthwise(channels: int, streams: int) -> SweepTile:
     """Output pixels by channels of a depthwise convolution (one stream), or input pixels of its dgrad (two streams)."""
     width = _power(channels, 8, 64)
-    return SweepTile(4096 // width, width, 8 * streams)
+    # Two streams: with more threads in a block the one or the other version of Triton spills; fewer rows mean more partial sums.
+    return SweepTile(4096 // width, width, 8) if streams == 1 else SweepTile(2048 // width, width, 4)
 
 
 def depthwise_wgrad(channels: int, taps: int) -> SweepTile:

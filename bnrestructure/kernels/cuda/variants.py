@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from bnrestructure.kernels.cuda.convolution import conv_backward, conv_forward
+from bnrestructure.kernels.cuda import convolution_fused, convolution_hybrid
 from bnrestructure.kernels.cuda.max_pool import max_pool_backward, max_pool_forward
 from bnrestructure.kernels.cuda.residual import residual_backward, residual_forward
 from bnrestructure.kernels.cuda.statistics import (
@@ -69,19 +70,20 @@ def _convolution(
     gated: bool = False,
     plain: bool = False,
     quick: bool = False,
+    implementation: ModuleType = convolution_fused,
 ) -> Variant:
-    """Forward with statistics, then backward with an affine edge, accumulating into dx."""
+    """Forward with statistics, then backward with an affine edge, accumulating into dx; with a bias' gradient where hybrid."""
 
     def run() -> None:
         geometry = ConvGeometry((stride,) * 2, (kernel // 2,) * 2, (1, 1), groups)
         x = _pixels(c, size, dtype)
         weight = torch.empty(out, c // groups, kernel, kernel, dtype=dtype, device="meta")
         transform = Transform() if plain else _transform(c, act, gated)
-        y, mean, _ = conv_forward(x, transform, weight, None, geometry, dtype=dtype, statistics=True)
+        y, mean, _ = implementation.conv_forward(x, transform, weight, None, geometry, dtype=dtype, statistics=True)
         edge = BackwardEdge(_vector(out), _vector(out), _vector(out), y, mean)
-        conv_backward(
+        implementation.conv_backward(
             torch.empty_like(y), edge, x, transform, weight, geometry,
-            dtype=dtype, needs=(True, True, False), accumulate=torch.empty_like(x),
+            dtype=dtype, needs=(True, True, implementation is convolution_hybrid), accumulate=torch.empty_like(x),
         )  # fmt: skip
 
     return Variant(name, run, quick)
@@ -129,5 +131,6 @@ VARIANTS = (
     _convolution("depthwise 3x3 stride 2 bf16", 144, 144, 3, 56, act="silu", stride=2, groups=144),
     _convolution("depthwise 5x5 bf16", 240, 240, 5, 28, act="silu", groups=240),
     _convolution("depthwise 7x7 fp32", 96, 96, 7, 56, act="identity", groups=96, dtype=torch.float32),
+    _convolution("hybrid 3x3 bf16", 256, 256, 3, 14, quick=True, implementation=convolution_hybrid),
     Variant("sweeps bf16", _sweeps, quick=True),
 )

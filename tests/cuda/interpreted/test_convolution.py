@@ -10,7 +10,8 @@ import torch
 from kernels.cpu_checks import LAYOUTS, assert_as_good, in_layout, to_double
 from torch import Tensor
 
-from bnrestructure.kernels import cuda, reference
+from bnrestructure.kernels import reference
+from bnrestructure.kernels.cuda import convolution_fused
 from bnrestructure.kernels.cuda.layout import Pixels
 from bnrestructure.ops.activation import PLAIN_ACTIVATIONS
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
@@ -117,12 +118,12 @@ def doubled(arguments: dict[str, Any]) -> dict[str, Any]:
 def check(case: Case, act: str, dtype: torch.dtype, **options: bool) -> None:
     """Forward with bias and statistics, then all gradients, against the reference."""
     a = draw(case, act, dtype, **options)
-    values = run_forward(cuda, a, case, dtype, statistics=True)
+    values = run_forward(convolution_fused, a, case, dtype, statistics=True)
     truth = run_forward(reference, doubled(a), case, torch.float64, statistics=True)
     assert_as_good("forward", values, run_forward(reference, a, case, dtype, statistics=True), truth)
 
     p, edge = draw_edge(case, dtype)
-    values = run_backward(cuda, p, edge, a, case, dtype)
+    values = run_backward(convolution_fused, p, edge, a, case, dtype)
     truth = run_backward(reference, p.double(), to_double(edge), doubled(a), case, torch.float64)
     assert_as_good("backward", values, run_backward(reference, p, edge, a, case, dtype), truth)
 
@@ -181,13 +182,13 @@ def test_layouts(name: str, layout: str) -> None:
 
     a["x"] = in_layout(a["x"], layout)
     out = in_layout(torch.full(case.output, torch.nan), layout)
-    value = run_forward(cuda, a, case, dtype, statistics=True, out=out)
+    value = run_forward(convolution_fused, a, case, dtype, statistics=True, out=out)
     assert value[0] is out
     for found, expected in zip(value, truth, strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
     own = in_layout(before, layout)
     edge = BackwardEdge(edge.s, edge.a, edge.b, in_layout(edge.y, layout), edge.mean)
-    found = run_backward(cuda, in_layout(p, layout), edge, a, case, dtype, accumulate=own)
+    found = run_backward(convolution_fused, in_layout(p, layout), edge, a, case, dtype, accumulate=own)
     assert found[0] is own
     for ours, expected in zip(found, gradients, strict=True):
         if expected is not None:
@@ -210,7 +211,7 @@ def test_partial_edges(name: str, edge: str) -> None:
     }
     arguments = (p, chosen[edge], a, case, torch.float32)
     truth = run_backward(reference, p.double(), to_double(chosen[edge]), doubled(a), case, torch.float64)
-    assert_as_good("backward", run_backward(cuda, *arguments), run_backward(reference, *arguments), truth)
+    assert_as_good("backward", run_backward(convolution_fused, *arguments), run_backward(reference, *arguments), truth)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_only_what_is_needed(name: str, needs: tuple[bool, bool, bool]) -> None:
     case = CASES[name]
     a = draw(case, "relu", torch.float32)
     p, edge = draw_edge(case, torch.float32)
-    found = run_backward(cuda, p, edge, a, case, torch.float32, needs=needs)
+    found = run_backward(convolution_fused, p, edge, a, case, torch.float32, needs=needs)
     expected = run_backward(reference, p, edge, a, case, torch.float32, needs=needs)
     assert [g is None for g in found] == [g is None for g in expected]
 
@@ -233,7 +234,7 @@ def test_weight_gradient_keeps_its_memory_format(name: str, layout: torch.memory
     a = draw(case, "relu", torch.float32)
     a["weight"] = a["weight"].contiguous(memory_format=layout)
     p, edge = draw_edge(case, torch.float32)
-    found = cuda.conv_backward(
+    found = convolution_fused.conv_backward(
         p, edge, a["x"], a["transform"], a["weight"], case.geometry, dtype=torch.float32, needs=(False, True, False)
     )
     assert found.weight.stride() == a["weight"].stride()
@@ -252,15 +253,15 @@ def test_mixed_types() -> None:
     a = draw(case, "relu", torch.float32)
     p, edge = draw_edge(case, torch.bfloat16)
     truth = run_forward(reference, doubled(a), case, torch.float64, statistics=True)
-    forwards = [run_forward(m, a, case, torch.bfloat16, statistics=True) for m in (cuda, reference)]
+    forwards = [run_forward(m, a, case, torch.bfloat16, statistics=True) for m in (convolution_fused, reference)]
     assert_as_good("forward", *forwards, truth)
     truth = run_backward(reference, p.double(), to_double(edge), doubled(a), case, torch.float64)
-    assert_as_good("backward", *(run_backward(m, p, edge, a, case, torch.bfloat16) for m in (cuda, reference)), truth)
+    assert_as_good("backward", *(run_backward(m, p, edge, a, case, torch.bfloat16) for m in (convolution_fused, reference)), truth)
 
 
 def test_the_same_bits_every_time() -> None:
     case = CASES["3x3"]
     a = draw(case, "relu", torch.float32)
     p, edge = draw_edge(case, torch.float32)
-    first, second = (run_backward(cuda, p, edge, a, case, torch.float32) for _ in range(2))
+    first, second = (run_backward(convolution_fused, p, edge, a, case, torch.float32) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True) if x is not None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from small_models import build, input_for
 from torch import Tensor, nn
 
 import bnrestructure
-from bnrestructure.kernels import cuda, registry
+from bnrestructure.kernels import cuda, registry, tuning
+from bnrestructure.kernels.cuda import convolution, convolution_choice, device
 
 #: Kernels that each model's step must have run.
 MODELS = {
@@ -84,6 +87,25 @@ def test_small_model(name: str, used: set[str]) -> None:
     assert used >= MODELS[name]
 
 
+@pytest.mark.own_tiles
+@pytest.mark.parametrize("name", ["residual", "dense", "inverted", "squeeze_excite"])
+def test_small_model_of_hybrids(name: str, used: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every convolution as PyTorch's own between our sweeps, where that has what the node needs."""
+    ran: set[str] = set()
+
+    def hybrid(node: convolution_choice.Node, direction: str, gpu: str | None) -> convolution_choice.Choice:
+        names = convolution_choice.candidates(node, direction)
+        name = "hybrid" if "hybrid" in names else names[0]
+        ran.add(name)
+        return convolution_choice.Choice(name, "the test says so")
+
+    monkeypatch.setattr(convolution, "choose", hybrid)
+    x = input_for(name, torch.float32, batch=2, size=8)
+    assert_as_near(build(name, torch.float32), x.contiguous(memory_format=torch.channels_last))
+    assert "hybrid" in ran
+    assert ("fused" in ran) == (name == "squeeze_excite")  # whose gates only the fused kernel has
+
+
 @pytest.mark.whole
 @pytest.mark.own_tiles
 @pytest.mark.parametrize(("name", "batch", "size"), [("resnet18", 2, 64), ("densenet121", 4, 32)])
@@ -95,3 +117,74 @@ def test_whole_model(name: str, batch: int, size: int, used: set[str]) -> None:
     x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     assert_as_near(model, x)
     assert used >= {"conv_forward", "conv_backward", "finalize_forward", "max_pool_forward", "max_pool_backward"}
+
+
+def test_tuning_a_model_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, used: set[str]) -> None:
+    """tune() on what passes for a GPU here, with a clock of the test's: each node is measured, and the plan has the winners."""
+    monkeypatch.setenv("BNRESTRUCTURE_CACHE", str(tmp_path))
+    monkeypatch.setattr(device, "gpu_here", lambda: device.gpu_of(torch.empty(0)))
+    monkeypatch.setattr(cuda, "gpu_here", device.gpu_here)
+    times = {"fused": 3.0, "hybrid": 1.0, "reference": 2.0}
+    ran: list[str] = []
+
+    def clock(run: Any) -> float:
+        (name,) = run.args
+        ran.append(name)
+        run()
+        return times.get(name, 1.5)  # a backward pass from two implementations
+
+    monkeypatch.setattr(tuning, "wall_clock", clock)
+    tuning.forget()
+    convolution_choice.choose.cache_clear()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 1)
+    )  # fmt: skip
+    x = torch.randn(2, 3, 6, 5).contiguous(memory_format=torch.channels_last)
+    try:
+        found = bnrestructure.tune(model, x)
+        # The first convolution's input takes no gradient: its backward pass has one product only.
+        assert sorted(m.call.split()[2] for m in found) == ["backward"] * 2 + ["forward"] * 3
+        assert {m.choice for m in found} == {"hybrid"}
+        assert set(ran) == {"fused", "hybrid", "fused dgrad, hybrid wgrad", "hybrid dgrad, fused wgrad", "reference"}
+        assert bnrestructure.tune(model, x) == []
+        kernels = bnrestructure.explain(model, x, backend="cuda").kernels
+        assert [k.forward for k in kernels] == ["hybrid"] * 3
+        assert kernels[1].forward_reason == "measured: fused 3 ms, hybrid 1 ms, reference 2 ms"
+        assert_as_near(model, x)
+    finally:
+        tuning.forget()
+        convolution_choice.choose.cache_clear()
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "transposed", "every other channel", "the same image twice"])
+def test_inputs_of_any_strides(layout: str, used: set[str]) -> None:
+    """No wrong number, and no crash, for memory that the kernels cannot address: it is copied."""
+    model = nn.Sequential(nn.Conv2d(4, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 3, 1))
+    x = {
+        "NCHW": torch.randn(2, 4, 5, 6),
+        "transposed": torch.randn(2, 4, 6, 5).transpose(2, 3),
+        "every other channel": torch.randn(2, 8, 5, 6).contiguous(memory_format=torch.channels_last)[:, ::2],
+        "the same image twice": torch.randn(1, 4, 5, 6).expand(2, 4, 5, 6),
+    }[layout]
+    strides = x.stride()
+    restructured = bnrestructure.restructure(copy.deepcopy(model), backend="auto")
+    output = restructured(x)
+    output.square().sum().backward()
+    assert x.stride() == strides
+    assert used >= {"conv_forward", "conv_backward"}
+    truth = copy.deepcopy(model).double()
+    expected = truth(x.double())
+    expected.square().sum().backward()
+    assert largest_error(output.detach(), expected.detach()) < 1e-5
+    for own, its in zip(restructured.parameters(), truth.parameters(), strict=True):
+        # A bias before a batch norm has a gradient of zero, and its rounding error only.
+        torch.testing.assert_close(own.grad.double(), its.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_float64_is_left_to_the_reference(used: set[str]) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 3, 1)).double()
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    ours, truth = step(model, x, "auto"), step(model, x)
+    assert used == set()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, truth[name], rtol=1e-9, atol=1e-10)

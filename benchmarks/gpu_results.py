@@ -1,0 +1,57 @@
+"""The results of benchmarks/gpu.py: one JSON file, written anew after each unit, never half."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Results"]
+
+
+class Results:
+    """``found[part][name]`` is a unit's result. A file that cannot be read is put aside, one that cannot be written is told of."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, Any] = {}
+        if path.exists():
+            try:
+                self.found = json.loads(path.read_text())
+                if not isinstance(self.found, dict):
+                    raise ValueError("not an object")
+            except (OSError, ValueError) as error:
+                aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
+                path.rename(aside)
+                self.found = {}
+                print(f"{path} could not be read ({error}) and is now {aside.name}; starting anew", file=sys.stderr)
+
+    def get(self, part: str, name: str) -> dict[str, Any] | None:
+        """The unit's result, or None."""
+        result = self.found.get(part, {}).get(name)
+        return result if isinstance(result, dict) else None
+
+    def put(self, part: str, name: str, result: dict[str, Any]) -> None:
+        """Keep a result, and write the file."""
+        self.found.setdefault(part, {})[name] = result
+        self._write()
+
+    def is_of(self, environment: dict[str, Any]) -> bool:
+        """Whether these are results of this environment; an empty file becomes one of them."""
+        environment = {key: value for key, value in environment.items() if key != "ok"}
+        if self.found.setdefault("environment", environment) != environment:
+            return False
+        self._write()
+        return True
+
+    def _write(self) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self.found, indent=1) + "\n")
+            os.replace(temporary, self.path)
+        except OSError as error:
+            print(f"{self.path} cannot be written: {error}; the results are in this output alone", file=sys.stderr)

@@ -1,0 +1,171 @@
+"""Which implementation of a convolution node should be the faster one on a GPU, and why. Needs neither a GPU nor Triton.
+
+    fused        prologue, product and epilogue in one Triton kernel (``depthwise``: in the depthwise kernels)
+    hybrid       cuDNN's convolution between Triton sweeps
+    reference    plain PyTorch
+
+Where the node was measured on this GPU (bnrestructure.tune) the measurement decides; elsewhere the rule below does. It
+weighs what the sweeps of the hybrid cost against what the fused kernel's prologue costs, which transforms each element
+once for every tap and every tile that reads it: 3x3 convolutions pay it nine times, 1x1 ones once or twice.
+
+The rule knows two things. The instructions that a 64-deep step of a 128x128 tile issues on sm_90, counted in
+the compiler's output: 400 cycles for a product alone, 678 with a prologue, 890 with one that masks padding, 1050 with
+dgrad's two streams, 1678 with both operands transformed; the tensor cores need 512. And that an H100 does about 800
+TFLOP/s in bf16 and moves 3.0 TB/s. **None of it was timed as a whole on a GPU**: tune() is how to know.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from bnrestructure.kernels import tuning
+from bnrestructure.kernels.cpu.convolution_choice import BACKWARD as SPLIT_BACKWARD
+from bnrestructure.kernels.cpu.convolution_choice import Choice
+from bnrestructure.kernels.cuda.device import identify_machine
+from bnrestructure.ops.edges import ConvGeometry
+
+__all__ = ["BACKWARD", "Choice", "Node", "call_of", "candidates", "choose", "is_depthwise", "node_of"]
+
+#: Backward candidates: the implementations of the input gradient and of the weight gradient.
+BACKWARD = {**SPLIT_BACKWARD, "depthwise": ("depthwise", "depthwise"), "reference": ("reference", "reference")}
+
+#: Bytes that memory moves in one cycle of a multiprocessor's tensor cores (4096 operations) with all of them at work.
+_BYTES_PER_CYCLE = 4096 * 3.0 / 800
+_TILE, _STEP = 128, 64
+_TENSOR_CORES = 512.0
+_PRODUCT, _PROLOGUE, _MASKED, _DGRAD, _BOTH = 400.0, 678.0, 890.0, 1050.0, 1678.0
+#: The hybrid must promise this share of the fused kernel's time: it needs temporaries, and the promise is rough.
+_MARGIN = 0.9
+
+
+class Node(NamedTuple):
+    """What the choice depends on. ``x`` and ``weight`` are shapes; ``tf32`` matters for fp32 alone."""
+
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    geometry: ConvGeometry
+    transformed: bool
+    gated: bool
+    dtype: torch.dtype
+    tf32: bool
+
+    @property
+    def size_out(self) -> tuple[int, ...]:
+        """(OH, OW)."""
+        return self.geometry.output_size(self.x[2:], self.weight[2:])
+
+
+def is_depthwise(weight: tuple[int, ...], geometry: ConvGeometry) -> bool:
+    """Every channel is a group of its own, with one output. (More outputs each: the dense kernels.)"""
+    return geometry.groups > 1 and geometry.groups == weight[0] and weight[1] == 1
+
+
+@lru_cache(maxsize=4096)
+def node_of(
+    x: tuple[int, ...], weight: tuple[int, ...], geometry: ConvGeometry, transformed: bool, gated: bool, dtype: torch.dtype, tf32: bool
+) -> Node:
+    """The node of these shapes, computing in ``dtype``."""
+    return Node(tuple(x), tuple(weight), geometry, transformed, gated, dtype, tf32 and dtype is torch.float32)
+
+
+def candidates(node: Node, direction: str) -> list[str]:
+    """What can run the node in ``direction``, the one that needs no memory of its own first. The hybrid has no gate."""
+    own = "depthwise" if is_depthwise(node.weight, node.geometry) else "fused"
+    if node.gated:
+        return [own, "reference"]
+    if direction == "forward" or own == "depthwise":
+        return [own, "hybrid", "reference"]
+    return [*SPLIT_BACKWARD, "reference"]
+
+
+@lru_cache(maxsize=4096)
+def choose(node: Node, direction: str, gpu: str | None) -> Choice:
+    """The choice for "forward" or "backward" on the GPU of this name; None: on one that is not here, by rule.
+
+    Cached; tuning clears the cache.
+    """
+    if gpu is not None:
+        identify_machine(gpu)
+        found = tuning.measured(call_of(node, direction))
+        if found is not None:
+            return Choice(found.choice, found.reason)
+    if is_depthwise(node.weight, node.geometry):
+        return Choice("depthwise", "by rule: depthwise convolutions have kernels of their own")
+    if node.gated:
+        return Choice("fused", "by rule: only the fused kernel has a gate")
+    if node.geometry.groups > 1:
+        return Choice("fused", "by rule: nothing is known that is faster with groups")
+    if node.dtype is torch.float32 and not node.tf32:
+        return Choice("fused", "by rule: nothing is known of fp32 products without TF32")
+    costs = _forward_costs(node) if direction == "forward" else _backward_costs(node)
+    best = min(costs, key=lambda name: costs[name])
+    share = costs[best] / costs["fused"]
+    if share >= _MARGIN:
+        return Choice("fused", "by rule: sweeps around cuDNN's product would cost more than they save, or as much")
+    return Choice(best, f"by rule: should take {share:.2f} of the fused kernels' time (estimated, not timed)")
+
+
+def call_of(node: Node, direction: str) -> str:
+    """The node's name in the file of measurements."""
+    (n, c, h, w), (out, _, kh, kw) = node.x, node.weight
+    stride, padding, dilation, groups = node.geometry
+    pairs = {"stride": stride, "padding": padding, "dilation": dilation}
+    details = ", ".join(f"{name} {'x'.join(map(str, pair))}" for name, pair in pairs.items())
+    how = ("transformed" if node.transformed else "as it is") + (", gated" if node.gated else "")
+    dtype = str(node.dtype).removeprefix("torch.") + (" as tf32" if node.tf32 else "")
+    return f"cuda conv {direction} {dtype} {n}x{c}x{h}x{w} {how}, to {out} by {kh}x{kw}, {details}, groups {groups}"
+
+
+# --- the rule: times in bytes that memory could have moved meanwhile ----------------------------------------------------
+
+
+def _sizes(node: Node) -> tuple[int, int, float]:
+    """Bytes of x, bytes of y, and the product on tensor cores alone."""
+    (n, c, h, w), (out, _, kh, kw), (oh, ow) = node.x, node.weight, node.size_out
+    item = node.dtype.itemsize
+    operations = 2 * n * oh * ow * out * c * kh * kw
+    return n * c * h * w * item, n * oh * ow * out * item, operations / 4096 * _BYTES_PER_CYCLE * (2 if node.tf32 else 1)
+
+
+def _tiled(left: int, right: int, depth: int, left_cycles: float, right_cycles: float, tf32: bool) -> float:
+    """A product of [left, depth] by [depth, right] in tiles, where transforming a 128 x 64 block of an operand takes these cycles.
+
+    A narrow tile saves in proportion on the tensor cores and on its narrow operand, nothing on the other one.
+    """
+    a, b = (min(_TILE, max(16, 1 << (n - 1).bit_length())) for n in (left, right))
+    steps = -(-left // a) * -(-right // b) * (depth / _STEP)
+    issued = _PRODUCT * (a + b) / (2 * _TILE) + left_cycles * a / _TILE + right_cycles * b / _TILE
+    return steps * max(issued, _TENSOR_CORES * a * b / _TILE**2 * (2 if tf32 else 1)) * _BYTES_PER_CYCLE
+
+
+def _forward_costs(node: Node) -> dict[str, float]:
+    x, y, product = _sizes(node)
+    (n, c, _, _), (out, _, kh, kw), (oh, ow) = node.x, node.weight, node.size_out
+    prologue = (_MASKED if any(node.geometry.padding) else _PROLOGUE) - _PRODUCT if node.transformed else 0.0
+    fused = _tiled(n * oh * ow, out, c * kh * kw, prologue, 0.0, node.tf32)
+    sweeps = y + (2 * x if node.transformed else 0)
+    return {"fused": max(x + y, fused), "hybrid": max(x + y, product) + sweeps}
+
+
+def _backward_costs(node: Node) -> dict[str, float]:
+    x, y, product = _sizes(node)
+    (n, c, h, w), (out, _, kh, kw), (oh, ow) = node.x, node.weight, node.size_out
+    taps, strides = kh * kw, node.geometry.stride[0] * node.geometry.stride[1]
+    one_side = (_BOTH - _PRODUCT) / 2
+    gathered = c < 16 and taps > 1  # a step of its weight gradient runs through several taps
+    columns, depth = (c * taps, n * oh * ow) if gathered else (c, n * oh * ow * taps)
+    # A stride leaves each input pixel only some of the taps.
+    dgrad = _tiled(n * h * w, c, max(1, out * taps // strides), _DGRAD - _PRODUCT, 0.0, node.tf32)
+    wgrad = _tiled(out, columns, depth, one_side, one_side if node.transformed else 0.0, node.tf32)
+    of_dgrad = {
+        "fused": max(2 * y + (2 * x if node.transformed else x), dgrad),
+        "hybrid": max(x + y, product) + (3 * x if node.transformed else 0),
+    }
+    if gathered and not node.transformed:  # a model's first convolution: its input takes no gradient
+        of_dgrad = dict.fromkeys(of_dgrad, 0)
+    of_wgrad = {"fused": max(2 * y + x, wgrad), "hybrid": max(x + y, product) + (2 * x if node.transformed else 0)}
+    edge = {name: 3 * y if "hybrid" in pair else 0 for name, pair in SPLIT_BACKWARD.items()}  # dY is formed once
+    return {name: of_dgrad[d] + of_wgrad[w] + edge[name] for name, (d, w) in SPLIT_BACKWARD.items()}

@@ -1,0 +1,52 @@
+"""The convolution fused whole: prologue, product and epilogue in one kernel each way; dense or depthwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnrestructure.kernels.cuda import dense_dgrad, dense_forward, dense_wgrad, depthwise, depthwise_wgrad
+from bnrestructure.kernels.cuda.convolution_choice import is_depthwise
+from bnrestructure.kernels.cuda.edges import edge_pixels
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
+
+__all__ = ["conv_backward", "conv_forward"]
+
+
+def conv_forward(
+    x: Tensor, transform: Transform, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, **options: Any
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, mean, var): see kernels/reference/convolution.py. x [N, C_in, H, W] of any strides; fp32, bf16 or fp16."""
+    module = depthwise if is_depthwise(tuple(weight.shape), geometry) else dense_forward
+    return module.conv_forward(x, transform, weight, bias, geometry, **options)
+
+
+def conv_backward(
+    dy: Tensor,
+    edge: BackwardEdge,
+    x: Tensor,
+    transform: Transform,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    *,
+    dtype: torch.dtype,
+    needs: tuple[bool, bool, bool],
+    accumulate: Tensor | None = None,
+) -> ConvGradients:
+    """Gradients of :func:`conv_forward`: see kernels/reference/convolution.py."""
+    need_x, need_weight, need_bias = needs
+    gradient = edge_pixels(dy, edge)
+    own = is_depthwise(tuple(weight.shape), geometry)
+    dw = db = None
+    if need_weight or need_bias:
+        dw, db = (depthwise_wgrad if own else dense_wgrad).wgrad(
+            gradient, x, transform, weight, geometry, dtype=dtype, needs_bias=need_bias
+        )
+    if not need_x:
+        return ConvGradients(weight=dw if need_weight else None, bias=db)
+    found = (depthwise if own else dense_dgrad).dgrad(
+        gradient, x, transform, weight, geometry, dtype=dtype, accumulate=accumulate
+    )
+    return ConvGradients(found.dx, found.sum_p, found.sum_px, found.gate, dw if need_weight else None, db)

@@ -1,0 +1,79 @@
+"""The GPU that times are taken on and hold for: its name, what else they depend on, and its clock. Importing needs no GPU."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bnrestructure.kernels import tuning
+
+__all__ = ["event_timer", "gpu_here", "gpu_of", "identify_machine"]
+
+#: Written before each timed run, several times over: more than any second-level cache holds, and the device is busy with it
+#: while the host gets ahead, so that what is timed is the kernels and not Python.
+_FLUSHED_BYTES, _FLUSHES = 2**28, 4
+
+
+def gpu_of(x: Tensor) -> str:
+    """The name of the GPU that holds ``x``; on CPU tensors the kernels are interpreted."""
+    return _name(x.device.index or 0) if x.is_cuda else "Triton's interpreter"
+
+
+def gpu_here() -> str | None:
+    """The name of the current GPU, or None without one."""
+    return _name(torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+@cache
+def _name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def identify_machine(gpu: str) -> None:
+    """Tell kernels/tuning.py what times depend on: the GPU, the versions of the compilers and of cuDNN, and our kernels' sources."""
+    cudnn = str(torch.backends.cudnn.version() if torch.cuda.is_available() else None)
+    tuning.set_machine(gpu=gpu, torch=torch.__version__, triton=_triton(), cudnn=cudnn, kernels=_sources_digest())
+
+
+@cache
+def _triton() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+@cache
+def _sources_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def event_timer(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """A clock for kernels/tuning.py: milliseconds of one run on the device's current stream, between two events.
+
+    The cache is flushed before each run, as in a training step nothing that a node reads was used just before. Raises
+    what the run raises.
+    """
+    flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=device)
+
+    def milliseconds(run: Callable[[], object]) -> float:
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(_FLUSHES):
+                flushed.zero_()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end)
+
+    return milliseconds

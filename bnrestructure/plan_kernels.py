@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from bnrestructure import ops
 from bnrestructure.graph.layers import modules_of
 from bnrestructure.kernels import registry
-from bnrestructure.kernels.cpu.layout import pitch_of
+from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.ops.edges import ConvGeometry, Transform
 from bnrestructure.plan import Kernel
 

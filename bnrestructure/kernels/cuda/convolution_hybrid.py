@@ -19,9 +19,10 @@ from bnrestructure.kernels.cuda.edges import EdgePixels, edge_pixels, output_gra
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import empty_pixels, packed_weight, pixels
 from bnrestructure.kernels.cuda.merge import partial_sums
-from bnrestructure.kernels.cuda.precision import offset, rounded
+from bnrestructure.kernels.cuda.precision import offset, rounded_gradient
 from bnrestructure.kernels.cuda.statistics import statistics_forward
 from bnrestructure.kernels.cuda.sweeps import normalise_backward, normalise_forward
+from bnrestructure.kernels.rounding import gradient_factor
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
@@ -63,6 +64,7 @@ def conv_backward(
     """The gradients as kernels/reference says, for a transform without a gate."""
     need_x, need_weight, need_bias = needs
     gradient = edge_pixels(dy, edge)
+    factor = gradient_factor(gradient.a is not None, dtype, torch.float32)
     if edge.s is None and edge.a is None and dy.dtype == dtype and not need_bias:
         d, db = gradient.p.tensor, None
     else:
@@ -73,13 +75,13 @@ def conv_backward(
     g, found, _ = torch.ops.aten.convolution_backward(
         d, z, packed_weight(weight, dtype), None, *_arguments(geometry), [need_x, need_weight, False]
     )
-    dw = torch.empty_like(weight).copy_(found) if need_weight else None
+    dw = torch.empty_like(weight).copy_(found.float() / factor) if need_weight else None
     if not need_x:
         return ConvGradients(weight=dw, bias=db)
-    if transform.is_identity:
+    if transform.is_identity and factor == 1:
         dx = pixels(g).tensor.to(x.dtype) if accumulate is None else accumulate.add_(g)
         return ConvGradients(dx, weight=dw, bias=db)
-    dx, sum_p, sum_px = normalise_backward(g, x, transform, accumulate=accumulate)
+    dx, sum_p, sum_px = normalise_backward(g, x, transform, accumulate=accumulate, factor=1 / factor)
     return ConvGradients(dx, sum_p, sum_px, None, dw, db)
 
 
@@ -110,13 +112,13 @@ def _output_gradient_kernel(
     d = output_gradient(
         p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, p_pitch, y_pitch, row, channel, inside, valid, WIDE
     )  # fmt: skip
-    tl.store(d_ptr + offset(row, d_pitch, WIDE) + channel, rounded(d, d_ptr.dtype.element_ty), mask=inside)
+    tl.store(d_ptr + offset(row, d_pitch, WIDE) + channel, rounded_gradient(d, a_ptr, d_ptr.dtype.element_ty), mask=inside)
     if bias_ptr is not None:  # before rounding: that of a bias before a batch norm is zero, and what is rounded off would be all of it
         tl.store(bias_ptr + tile * channels + columns, tl.sum(tl.where(inside, d, 0.0), 0), mask=columns < channels)
 
 
 def _output_gradient(edge: EdgePixels, dtype: torch.dtype, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
-    """(dY = s * P + a * (y - mean) + b in ``dtype``, channels_last; its sum by channel in ``dtype`` if asked for)."""
+    """(dY times the gradient factor of kernels/rounding.py in ``dtype``, channels_last; the sum of dY by channel in ``dtype``)."""
     p = edge.p
     d = empty_pixels(tuple(p.tensor.shape), dtype, p.tensor.device)
     channels = d.tensor.shape[1]

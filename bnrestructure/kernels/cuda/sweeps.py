@@ -57,7 +57,7 @@ def normalise_forward(x: Tensor, transform: Transform, *, dtype: torch.dtype, ou
 def _normalise_backward_kernel(
     x_ptr, dz_ptr, pooled_ptr, mean_ptr, scale_ptr, beta_ptr, dx_ptr, partial_ptr,
     dz_pitch, x_pitch, dx_pitch, rows, row_tiles, positions, channels,
-    ACT: tl.constexpr, SLOPE: tl.constexpr, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, FACTOR: tl.constexpr, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -69,7 +69,7 @@ def _normalise_backward_kernel(
     g = tl.zeros((BR, BC), dtype=tl.float32)
     if dz_ptr is not None:
         place = dz_ptr + offset(row[:, None], dz_pitch, WIDE) + channel[None, :]
-        g += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        g += tl.load(place, mask=inside, other=0.0).to(tl.float32) * FACTOR
     if pooled_ptr is not None:
         image = row // positions
         g += tl.load(pooled_ptr + image[:, None] * channels + channel[None, :], mask=inside, other=0.0) / positions
@@ -80,9 +80,9 @@ def _normalise_backward_kernel(
 
 
 def _backward(
-    dz: Tensor | None, dpooled: Tensor | None, x: Tensor, transform: Transform, dx: Pixels, add: bool
+    dz: Tensor | None, dpooled: Tensor | None, x: Tensor, transform: Transform, dx: Pixels, add: bool, factor: float = 1.0
 ) -> Sums:
-    """Writes ``dx``, or adds to it, from the gradient at z, ``dz + dpooled / positions``; returns (dx, SP, SPX)."""
+    """Writes ``dx``, or adds to it, from the gradient at z, ``factor * dz + dpooled / positions``; returns (dx, SP, SPX)."""
     source, gradient = pixels(x), None if dz is None else pixels(dz)
     pooled = None if dpooled is None else dpooled.to(torch.float32).contiguous()
     _, channels, h, w = x.shape
@@ -94,7 +94,7 @@ def _backward(
         source.tensor, None if gradient is None else gradient.tensor, pooled,
         *vectors(transform.mean, transform.scale, transform.beta), dx.tensor, partial,
         0 if gradient is None else gradient.pitch, source.pitch, dx.pitch, source.rows, row_tiles, h * w, channels,
-        **activation_constants(transform.act), ACCUMULATE=add,
+        **activation_constants(transform.act), FACTOR=factor, ACCUMULATE=add,
         WIDE=source.wide or dx.wide or (gradient is not None and gradient.wide),
         BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
@@ -102,11 +102,13 @@ def _backward(
     return dx.tensor, sum_p, sum_px
 
 
-def normalise_backward(dz: Tensor, x: Tensor, transform: Transform, *, accumulate: Tensor | None = None) -> Sums:
-    """(dx, SP, SPX) from the gradient at z; dx is added in place to ``accumulate`` when given."""
+def normalise_backward(
+    dz: Tensor, x: Tensor, transform: Transform, *, accumulate: Tensor | None = None, factor: float = 1.0
+) -> Sums:
+    """(dx, SP, SPX) from the gradient at z, ``factor * dz``; dx is added in place to ``accumulate`` when given."""
     dx = destination(x, x.dtype, accumulate)
     in_place = accumulate is not None and dx.tensor is accumulate
-    found, sum_p, sum_px = _backward(dz, None, x, transform, dx, in_place)
+    found, sum_p, sum_px = _backward(dz, None, x, transform, dx, in_place, factor)
     return found if accumulate is None or in_place else accumulate.add_(found), sum_p, sum_px
 
 

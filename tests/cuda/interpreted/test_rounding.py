@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
 
 from bnrestructure.kernels import cuda, reference
+from bnrestructure.kernels.cuda import convolution_fused, convolution_hybrid
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
 N, CHANNELS, SIZE = 2, 24, 16
@@ -34,15 +37,19 @@ def correction(dtype: torch.dtype, y: Tensor) -> BackwardEdge:
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("depthwise", [False, True], ids=["dense", "depthwise"])
-def test_convolution_backward(dtype: torch.dtype, depthwise: bool) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "depthwise"),
+    [(convolution_fused, False), (convolution_fused, True), (convolution_hybrid, False)],
+    ids=["dense", "depthwise", "hybrid"],
+)
+def test_convolution_backward(dtype: torch.dtype, kernel: ModuleType, depthwise: bool) -> None:
     p, y = activation(dtype), activation(dtype)
     p = p.sign() * (1 + p.abs() % 1).to(dtype)  # from 1 to 2: all of one unit
     edge = correction(dtype, y)
     inputs = CHANNELS if depthwise else 16
     x = torch.ones_like(activation(dtype, inputs))
     weight = torch.full((CHANNELS, 1, 1, 1), 1.5) if depthwise else torch.randn(CHANNELS, 16, 1, 1).to(dtype).float()
-    found = cuda.conv_backward(
+    found = kernel.conv_backward(
         p, edge, x, Transform(), weight, ConvGeometry((1, 1), (0, 0), (1, 1), CHANNELS if depthwise else 1),
         dtype=dtype, needs=(True, True, False),
     )  # fmt: skip

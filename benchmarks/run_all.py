@@ -43,8 +43,8 @@ GOALS: dict[str, tuple[float, float, float]] = {
 }
 #: Models that do not take 224x224: inception_v3's auxiliary head needs the size that it was made for.
 SIZES = {"inception_v3": "299"}
-#: The model whose ladder is in the README.
-LADDER = "densenet121"
+#: The model and dtype whose ladder is in the README.
+LADDER = ("densenet121", "fp32")
 
 
 def main() -> int:
@@ -95,7 +95,7 @@ def _bench(model: str, dtype: str, arguments: argparse.Namespace) -> dict[str, A
         options = ["--batch", str(arguments.batch), "--input-size", size, "--rounds", str(arguments.rounds)]
         options += ["--dtype", dtype, "--malloc", arguments.malloc, "--backend", arguments.backend]
         options += ["--compile"] if arguments.compile else []
-        options += ["--ladder"] if model == LADDER else []
+        options += ["--ladder"] if (model, dtype) == LADDER else []
         shown = ["bnrestructure", "bench", model, *options]
         print("$", *shown, file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "bnrestructure.cli.main", *shown[1:], "--json", str(figures)]

@@ -53,9 +53,11 @@ def _put_together(graph: fx.Graph, match: LonelyBatchNorm) -> None:
     whole.meta["bnr_kept"] = match.normalise.meta["bnr_normalises"]
     whole.meta["bnr_module"] = match.normalise.meta.get("bnr_module", whole.name)
     whole.meta["nn_module_stack"] = match.normalise.meta.get("nn_module_stack", {})
-    z = outputs_of(match.normalise)["z"]
-    z.replace_all_uses_with(whole)
+    results = outputs_of(match.normalise)
+    results["z"].replace_all_uses_with(whole)
+    if "x" in results:  # further readers had it through the thread
+        results["x"].replace_all_uses_with(x)
     erase_dead(
         graph, match.statistics, *outputs_of(match.statistics).values(), match.finalize,
-        *outputs_of(match.finalize).values(), match.normalise, z,
+        *outputs_of(match.finalize).values(), match.normalise, *results.values(),
     )  # fmt: skip

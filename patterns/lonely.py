@@ -14,7 +14,10 @@ __all__ = ["LonelyBatchNorm", "find_lonely"]
 
 @dataclass(frozen=True)
 class LonelyBatchNorm:
-    """statistics -> finalize -> normalise, each read by the next alone, none of them part of another node."""
+    """statistics -> finalize -> normalise, each read by the next alone, none of them part of another node.
+
+    The tensor itself may have other readers, handed on to them by a thread through normalise.
+    """
 
     statistics: fx.Node
     finalize: fx.Node
@@ -25,7 +28,7 @@ def find_lonely(gm: fx.GraphModule) -> list[LonelyBatchNorm]:
     """Every batch norm that fission split for nothing."""
     found = []
     for normalise in gm.graph.nodes:
-        if not is_fused(normalise, ops.normalise) or set(outputs_of(normalise)) != {"z"}:
+        if not is_fused(normalise, ops.normalise) or set(outputs_of(normalise)) not in ({"z"}, {"z", "x"}):
             continue
         finalize = produced_by(normalise.kwargs["scale"], ops.finalize, "scale")
         statistics = produced_by(normalise.kwargs["mean"], ops.statistics, "mean")

@@ -14,8 +14,8 @@ from torch import nn
 
 import bnrestructure
 from bnrestructure.kernels import registry, tuning
+from bnrestructure.kernels.choice import BACKWARD
 from bnrestructure.kernels.cpu import convolution, convolution_choice
-from bnrestructure.kernels.cpu.convolution_choice import BACKWARD
 
 # Without a compiler there are no kernels to choose from; tests/kernels/test_cpu_build.py fails if one is there.
 pytestmark = pytest.mark.skipif(registry.unavailable_reason("cpu") is not None, reason="no compiled CPU kernels")

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bnrestructure.kernels import tuning
+from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cpu import convolution, depthwise, finalize, library, sweeps
-from bnrestructure.kernels.cpu.convolution_choice import Choice, choose, identify_machine
+from bnrestructure.kernels.cpu.convolution_choice import choose, identify_machine
 from bnrestructure.kernels.cpu.finalize import finalize_backward, finalize_forward
 from bnrestructure.kernels.cpu.library import unavailable_reason
 from bnrestructure.kernels.cpu.sweeps import (

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from bnrestructure.kernels import tuning
+from bnrestructure.kernels.choice import BACKWARD, Choice
 from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, layout, library
-from bnrestructure.kernels.cpu.convolution_choice import BACKWARD, Choice, Node, call_of, choose, identify_machine
+from bnrestructure.kernels.cpu.convolution_choice import Node, call_of, choose, identify_machine
 from bnrestructure.ops.activation import unsupported_activation
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 

@@ -17,19 +17,11 @@ from typing import NamedTuple
 import torch
 
 from bnrestructure.kernels import tuning
+from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cpu import library, processor
 from bnrestructure.ops.edges import ConvGeometry
 
-__all__ = ["BACKWARD", "Choice", "Node", "call_of", "choose", "identify_machine"]
-
-#: The candidates for a backward pass: the implementation of the input gradient and of the weight gradient. Where only one of
-#: them is needed, or both are the same, the name has one word.
-BACKWARD = {
-    "fused": ("fused", "fused"),
-    "hybrid": ("hybrid", "hybrid"),
-    "fused dgrad, hybrid wgrad": ("fused", "hybrid"),
-    "hybrid dgrad, fused wgrad": ("hybrid", "fused"),
-}
+__all__ = ["Node", "call_of", "choose", "identify_machine"]
 
 
 class Node(NamedTuple):
@@ -43,13 +35,6 @@ class Node(NamedTuple):
     kernel: tuple[int, ...]
     geometry: ConvGeometry
     transformed: bool
-
-
-class Choice(NamedTuple):
-    """``implementation`` is "fused" or "hybrid", for a backward pass one of ``BACKWARD``."""
-
-    implementation: str
-    reason: str
 
 
 #: How many multiply-adds the machine does while it sweeps one byte of an activation.

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bnrestructure.kernels import tuning
-from bnrestructure.kernels.cuda.convolution_choice import Choice, choose, node_of
+from bnrestructure.kernels.choice import Choice
+from bnrestructure.kernels.cuda.convolution_choice import choose, node_of
 from bnrestructure.kernels.cuda.device import gpu_here, identify_machine
 from bnrestructure.kernels.cuda.limits import supports, unavailable_reason
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform

@@ -22,15 +22,15 @@ from typing import NamedTuple
 import torch
 
 from bnrestructure.kernels import tuning
-from bnrestructure.kernels.cpu.convolution_choice import BACKWARD as SPLIT_BACKWARD
-from bnrestructure.kernels.cpu.convolution_choice import Choice
+from bnrestructure.kernels.choice import BACKWARD as DENSE_BACKWARD
+from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cuda.device import identify_machine
 from bnrestructure.ops.edges import ConvGeometry
 
-__all__ = ["BACKWARD", "Choice", "Node", "call_of", "candidates", "choose", "is_depthwise", "node_of"]
+__all__ = ["BACKWARD", "Node", "call_of", "candidates", "choose", "is_depthwise", "node_of"]
 
 #: Backward candidates: the implementations of the input gradient and of the weight gradient.
-BACKWARD = {**SPLIT_BACKWARD, "depthwise": ("depthwise", "depthwise"), "reference": ("reference", "reference")}
+BACKWARD = {**DENSE_BACKWARD, "depthwise": ("depthwise", "depthwise"), "reference": ("reference", "reference")}
 
 #: Bytes that memory moves in one cycle of a multiprocessor's tensor cores (4096 operations) with all of them at work.
 _BYTES_PER_CYCLE = 4096 * 3.0 / 800
@@ -78,7 +78,7 @@ def candidates(node: Node, direction: str) -> list[str]:
         return [own, "reference"]
     if direction == "forward" or own == "depthwise":
         return [own, "hybrid", "reference"]
-    return [*SPLIT_BACKWARD, "reference"]
+    return [*DENSE_BACKWARD, "reference"]
 
 
 @lru_cache(maxsize=4096)
@@ -167,5 +167,5 @@ def _backward_costs(node: Node) -> dict[str, float]:
     if gathered and not node.transformed:  # a model's first convolution: its input takes no gradient
         of_dgrad = dict.fromkeys(of_dgrad, 0)
     of_wgrad = {"fused": max(2 * y + x, wgrad), "hybrid": max(x + y, product) + (2 * x if node.transformed else 0)}
-    edge = {name: 3 * y if "hybrid" in pair else 0 for name, pair in SPLIT_BACKWARD.items()}  # dY is formed once
-    return {name: of_dgrad[d] + of_wgrad[w] + edge[name] for name, (d, w) in SPLIT_BACKWARD.items()}
+    edge = {name: 3 * y if "hybrid" in pair else 0 for name, pair in DENSE_BACKWARD.items()}  # dY is formed once
+    return {name: of_dgrad[d] + of_wgrad[w] + edge[name] for name, (d, w) in DENSE_BACKWARD.items()}

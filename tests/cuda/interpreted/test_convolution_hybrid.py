@@ -12,8 +12,9 @@ from kernels.cpu_checks import LAYOUTS, assert_as_good, in_layout, to_double
 from test_convolution import CASES, Case, doubled, draw, draw_edge, run_backward, run_forward
 
 from bnrestructure.kernels import cuda, reference, tuning
+from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cuda import convolution, convolution_choice, convolution_hybrid
-from bnrestructure.kernels.cuda.convolution_choice import BACKWARD, Choice
+from bnrestructure.kernels.cuda.convolution_choice import BACKWARD
 from bnrestructure.ops.edges import BackwardEdge
 
 

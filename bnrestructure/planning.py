@@ -214,6 +214,8 @@ def layer_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Shapes, str
     swap_out(double)
     layers = (nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd)
     for name, module in double.named_modules():
+        if isinstance(module, layers[0]) and module.momentum is None:
+            module.momentum = 0.1  # a cumulative average reads a counter's value, which a meta tensor has not
         if isinstance(module, layers):
             module.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]) if args else None)
     try:

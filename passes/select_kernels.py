@@ -56,6 +56,7 @@ def _put_together(graph: fx.Graph, match: LonelyBatchNorm) -> None:
     results = outputs_of(match.normalise)
     results["z"].replace_all_uses_with(whole)
     if "x" in results:  # further readers had it through the thread
+        assert isinstance(x, fx.Node)
         results["x"].replace_all_uses_with(x)
     erase_dead(
         graph, match.statistics, *outputs_of(match.statistics).values(), match.finalize,

@@ -27,6 +27,8 @@ __all__ = [
 FP64_TOLERANCE = 1e-9
 #: Where eager itself moves by more than 1e-9 / this when parameters and inputs move by one rounding, that times this is the limit.
 NOISE_FACTOR = 16
+#: Where one rounding moves every output of eager's by more than this share of itself, its values say nothing.
+WORTHLESS = 0.1
 #: Tensors smaller than this share of the largest of their kind are compared on that scale: a gradient that is zero in theory (a
 #: convolution's bias before a batch norm) is rounding noise in both models.
 ZERO_SHARE = 1e-3
@@ -157,7 +159,8 @@ def assert_same_training(
     """Train the model and a restructured copy for some SGD steps, comparing everything after each. Returns the copy.
 
     ``between(model, step)`` is applied to both after each step. ``allow_noise``: for models that nobody chose, which may be so badly
-    conditioned that rounding alone moves a tensor by more than the tolerance; see ``rounding_noise``.
+    conditioned that rounding alone moves a tensor by more than the tolerance; see ``rounding_noise``. Where it makes up the whole of
+    eager's outputs (a batch norm behind a dead ReLU, say: about one in five thousand random graphs) there is nothing to compare.
     """
     rewritten = restructured_copy(model, **(options or {}))
     original = copy.deepcopy(model)
@@ -168,6 +171,8 @@ def assert_same_training(
         errors = relative_errors(actual, expected)
         if allow_noise and any(not error <= tolerance for error in errors.values()):
             noise = rounding_noise(before, expected, *args, seed=step, **kwargs)
+            if min((share for name, share in noise.items() if name.startswith("output/")), default=0.0) > WORTHLESS:
+                return rewritten  # decided by eager alone
             assert_same_values(actual, expected, {n: max(tolerance, NOISE_FACTOR * noise[n]) for n in errors})
         else:
             assert_same_values(actual, expected, tolerance)

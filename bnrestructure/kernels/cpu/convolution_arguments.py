@@ -68,7 +68,7 @@ def forward_arguments(
     """``struct ForwardArguments``. ``keep`` gains every tensor that may be a copy made for this call."""
     tensor, pitch = y
     bias = vector(bias)
-    keep += [bias, x[0]]
+    keep += [bias, x[0], tensor]
     problem = _problem(x, transform, weight, geometry, tensor.shape[2:], keep)
     return _pack_forward(*problem, _address(bias), tensor.data_ptr(), pitch, _address(mean), _address(var))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from needs import needs_no_gpu
 from torch import nn
 
 from bnrestructure.cli import inputs as example
@@ -255,7 +256,7 @@ def _installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@needs_no_gpu
 @pytest.mark.parametrize("option", ["--backend", "--device"])
 def test_cuda_without_a_gpu(option: str, models: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "verify", f"{models}:net", option, "cuda")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from needs import needs_no_gpu
 from small_models import build, input_for
 from torch import nn
 
@@ -40,7 +41,7 @@ def test_misspelt_options(call: Callable[..., Any], options: dict[str, Any], mes
     assert _state(model) == before
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@needs_no_gpu
 def test_cuda_without_a_gpu() -> None:
     model = build("chain")
     with pytest.raises(UsageError, match="no CUDA device"):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["GRADIENT_FACTOR", "dithered", "gradient_factor"]
+__all__ = ["GRADIENT_FACTOR", "dithered", "gradient_factor", "restored"]
 
 #: Irrational, so that the multiples of no grid fall on the grid; 1 / sqrt(2) keeps small corrections best among the simple ones: on
 #: average over bfloat16 mantissas a correction of any size is kept to within 0.015 units in the last place (with a factor of 1: 0.43).
@@ -31,6 +31,11 @@ _STEP, _PERIOD = 40503, 65536
 def gradient_factor(corrected: bool, dtype: torch.dtype, exact: torch.dtype) -> float:
     """What to multiply dY, computed in ``exact``, by before it is rounded to ``dtype``: 1 where it has no corrections to lose."""
     return GRADIENT_FACTOR if corrected and dtype != exact else 1.0
+
+
+def restored(product: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """A product of dY times ``factor``, in its true size and in ``dtype``; nothing is computed where the factor is 1."""
+    return product.to(dtype) if factor == 1 else (product.float() / factor).to(dtype)
 
 
 def dithered(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ tensor, float32 for everything else.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,6 +87,11 @@ class ConvGeometry(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+    @property
+    def aten_arguments(self) -> tuple[Any, ...]:
+        """What ATen's convolutions take after the bias."""
+        return list(self.stride), list(self.padding), list(self.dilation), False, [0] * len(self.stride), self.groups
 
     def output_size(self, spatial: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial size of the convolution's output."""

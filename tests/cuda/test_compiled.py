@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from importlib import util
 from typing import Any
 
 import pytest
+from needs import needs_triton
 
-# PyTorch for macOS and Windows comes without Triton.
-pytestmark = pytest.mark.skipif(util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = needs_triton
 
 COMMAND = [sys.executable, "-m", "bnrestructure.kernels.cuda.compile_ahead"]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from needs import needs_no_gpu
 
 import bnrestructure
 from bnrestructure.kernels import tuning
@@ -103,7 +104,7 @@ def test_what_tune_refuses() -> None:
             bnrestructure.tune(model.to("meta"), torch.empty(1, 3, 2, 2, device=where))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@needs_no_gpu
 def test_the_command_line_tunes_for_a_gpu_only_where_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     from bnrestructure.cli.main import main
 

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import util
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from needs import needs_triton
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -180,14 +180,14 @@ def script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
     )  # fmt: skip
 
 
-@pytest.mark.skipif(util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     said = script("--results", str(tmp_path / "gpu.json"), CUDA_VISIBLE_DEVICES="")
     assert said.returncode == 2
     assert "cannot run here: no CUDA device" in said.stderr.splitlines()[-1]
 
 
-@pytest.mark.skipif(util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
     said = script("--dry-run", "--results", str(tmp_path / "gpu.json"))
     assert said.returncode == 0, said.stderr[-3000:] + (tmp_path / "gpu.log").read_text()[-3000:]

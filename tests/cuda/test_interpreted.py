@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib import util
 from pathlib import Path
 
-import pytest
+from needs import needs_triton
 
 FOLDER = Path(__file__).parent / "interpreted"
 
 
-# PyTorch for macOS and Windows comes without Triton.
-@pytest.mark.skipif(util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_the_interpreted_tests_pass() -> None:
     found = subprocess.run(
         [sys.executable, "-m", "pytest", str(FOLDER), "--tb=short", "--durations=5", "-p", "no:cacheprovider"],

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from needs import needs_no_gpu
 from torch import nn
 
 import bnrestructure
@@ -15,8 +16,6 @@ from bnrestructure.kernels.cuda import convolution_choice
 from bnrestructure.kernels.cuda.convolution_choice import candidates, choose, node_of
 from bnrestructure.ops.edges import ConvGeometry
 from bnrestructure.plan import Plan
-
-needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 def model(stride: int = 1, groups: int = 1, channels: int = 256) -> nn.Module:

@@ -7,11 +7,12 @@ from types import ModuleType
 import pytest
 import torch
 from cpu_checks import needs_kernels
+from small_corrections import kept, total
 from torch import Tensor
 
 from bnrestructure.kernels import reference
 from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, depthwise, sweeps
-from bnrestructure.kernels.rounding import dithered
+from bnrestructure.kernels.rounding import GRADIENT_FACTOR, dithered
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
 KERNELS = [
@@ -28,22 +29,12 @@ def activation(channels: int = CHANNELS) -> Tensor:
     return torch.randn(N, channels, SIZE, SIZE).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
 
 
-def total(x: Tensor) -> Tensor:
-    return x.double().sum((0, 2, 3))
-
-
 def corrections(p: Tensor, y: Tensor) -> BackwardEdge:
     """Those of a batch norm: they make the sums of dY zero. Each is a hundredth of P."""
     p = p.double() + 0.01
     mean = y.double().mean((0, 2, 3))
     b = -p.mean((0, 2, 3))
     return BackwardEdge(None, torch.zeros(p.shape[1]), b.float(), y, mean.float())
-
-
-def kept(found: Tensor, before: Tensor, wanted: Tensor) -> float:
-    """How much of the wanted change was made, on average: 1 for all of it."""
-    change = wanted - before
-    return ((found - before) @ change / (change @ change)).item()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -120,3 +111,20 @@ def test_no_value_moves_by_more_than_a_unit(dtype: torch.dtype) -> None:
     limits = torch.finfo(dtype)
     unit = value.abs().clamp(min=limits.tiny) * limits.eps
     assert ((dithered(value, dtype).float() - value).abs() <= unit).all()
+
+
+def test_the_factor_keeps_corrections_as_its_comment_says() -> None:
+    """Of log-uniform bfloat16 mantissas and corrections up to half a unit: the worst share lost on average, in units."""
+
+    def worst(factor: float) -> float:
+        mantissa = torch.arange(128, 256, dtype=torch.float64)
+        weight = (1 / mantissa) / (1 / mantissa).sum()
+        found = []
+        for size in torch.logspace(-3, -0.3010, 40, dtype=torch.float64).tolist():
+            for correction in (size, -size):
+                kept = ((factor * (mantissa + correction)).float().to(torch.bfloat16).double() / factor - mantissa) @ weight
+                found.append(abs(kept.item() - correction))
+        return max(found)
+
+    assert worst(GRADIENT_FACTOR) < 0.016
+    assert worst(1.0) > 0.4

@@ -6,15 +6,13 @@ transformed input and the output gradient live in temporaries, and neither is ke
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from bnrestructure.kernels.cpu import layout, library
 from bnrestructure.kernels.cpu.convolution_arguments import Pixels, backward_arguments, forward_arguments, pixels
 from bnrestructure.kernels.layout import pitch_of
-from bnrestructure.kernels.rounding import gradient_factor
+from bnrestructure.kernels.rounding import gradient_factor, restored
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
@@ -40,7 +38,7 @@ def conv_forward(
     bias = None if bias is None else bias.to(dtype)
     px = pixels(x, dtype)
     z = _transformed(px, transform, weight, geometry)
-    y = torch.convolution(z, _weight(weight, dtype), bias, *_arguments(geometry))
+    y = torch.convolution(z, _weight(weight, dtype), bias, *geometry.aten_arguments)
     if out is not None:
         y = out.copy_(y)
     if not statistics:
@@ -80,9 +78,9 @@ def conv_backward(
         pd = d, d.shape[1]
     z = _transformed(px, transform, weight, geometry) if need_weight else px[0]
     g, dw, _ = torch.ops.aten.convolution_backward(
-        pd[0], z, _weight(weight, dtype), None, *_arguments(geometry), [need_x, need_weight, False]
+        pd[0], z, _weight(weight, dtype), None, *geometry.aten_arguments, [need_x, need_weight, False]
     )
-    dw = (dw.float() / factor).to(weight.dtype) if need_weight else None
+    dw = restored(dw, factor, weight.dtype) if need_weight else None
     db = None if db is None else db.to(dtype)
     if not need_x:
         return ConvGradients(weight=dw, bias=db)
@@ -133,9 +131,3 @@ def _transformed(x: Pixels, transform: Transform, weight: Tensor, geometry: Conv
 def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """In the compute dtype, and channels_last, so that the result is channels_last, too."""
     return weight.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def _arguments(geometry: ConvGeometry) -> tuple[Any, ...]:
-    """What ATen's convolutions take after the bias."""
-    stride, padding, dilation, groups = geometry
-    return list(stride), list(padding), list(dilation), False, [0, 0], groups

@@ -7,8 +7,6 @@ interpreted, the product is ATen's. A gate is not among what these sweeps can do
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +20,7 @@ from bnrestructure.kernels.cuda.merge import partial_sums
 from bnrestructure.kernels.cuda.precision import offset, rounded_gradient
 from bnrestructure.kernels.cuda.statistics import statistics_forward
 from bnrestructure.kernels.cuda.sweeps import normalise_backward, normalise_forward
-from bnrestructure.kernels.rounding import gradient_factor
+from bnrestructure.kernels.rounding import gradient_factor, restored
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
@@ -42,7 +40,7 @@ def conv_forward(
     """(y, mean, var) as kernels/reference says. x [N, C_in, H, W] of any strides; fp32, bf16 or fp16; no gate."""
     z = _transformed(x, transform, dtype)
     bias = None if bias is None else bias.to(dtype)
-    y = pixels(torch.convolution(z, packed_weight(weight, dtype), bias, *_arguments(geometry))).tensor
+    y = pixels(torch.convolution(z, packed_weight(weight, dtype), bias, *geometry.aten_arguments)).tensor
     if out is not None:
         y = out.copy_(y)
     mean, var = statistics_forward(y) if statistics else (None, None)
@@ -73,9 +71,9 @@ def conv_backward(
     if not (need_x or need_weight):
         return ConvGradients(bias=db)
     g, found, _ = torch.ops.aten.convolution_backward(
-        d, z, packed_weight(weight, dtype), None, *_arguments(geometry), [need_x, need_weight, False]
+        d, z, packed_weight(weight, dtype), None, *geometry.aten_arguments, [need_x, need_weight, False]
     )
-    dw = torch.empty_like(weight).copy_(found.float() / factor) if need_weight else None
+    dw = torch.empty_like(weight).copy_(restored(found, factor, weight.dtype)) if need_weight else None
     if not need_x:
         return ConvGradients(weight=dw, bias=db)
     if transform.is_identity and factor == 1:
@@ -90,12 +88,6 @@ def _transformed(x: Tensor, transform: Transform, dtype: torch.dtype) -> Tensor:
     if transform.is_identity:
         return pixels(x).tensor.to(dtype)
     return normalise_forward(x, transform, dtype=dtype)
-
-
-def _arguments(geometry: ConvGeometry) -> tuple[Any, ...]:
-    """What ATen's convolutions take after the bias."""
-    stride, padding, dilation, groups = geometry
-    return list(stride), list(padding), list(dilation), False, [0, 0], groups
 
 
 @triton.jit(do_not_specialize=("rows",))

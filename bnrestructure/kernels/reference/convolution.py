@@ -13,7 +13,7 @@ from bnrestructure.kernels.reference.elementwise import (
     write,
 )
 from bnrestructure.kernels.reference.statistics import statistics_forward
-from bnrestructure.kernels.rounding import gradient_factor
+from bnrestructure.kernels.rounding import gradient_factor, restored
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
@@ -38,17 +38,7 @@ def conv_forward(
     """
     z = apply_transform(x, transform, dtype)
     bias = None if bias is None else bias.to(dtype)
-    y = torch.convolution(
-        z,
-        weight.to(dtype),
-        bias,
-        list(geometry.stride),
-        list(geometry.padding),
-        list(geometry.dilation),
-        False,
-        [0] * len(geometry.stride),
-        geometry.groups,
-    )
+    y = torch.convolution(z, weight.to(dtype), bias, *geometry.aten_arguments)
     if out is not None:
         y = out.copy_(y)
     mean, var = statistics_forward(y) if statistics else (None, None)
@@ -78,25 +68,15 @@ def conv_backward(
     d = (exact if factor == 1 else exact * factor).to(dtype)
     z = apply_transform(x, transform, dtype) if need_weight or need_x else x
     g, dw, _ = torch.ops.aten.convolution_backward(
-        d,
-        z,
-        weight.to(dtype),
-        None,
-        list(geometry.stride),
-        list(geometry.padding),
-        list(geometry.dilation),
-        False,
-        [0] * len(geometry.stride),
-        geometry.groups,
-        [need_x, need_weight, False],
+        d, z, weight.to(dtype), None, *geometry.aten_arguments, [need_x, need_weight, False]
     )
-    dw = (dw.to(exact.dtype) / factor).to(weight.dtype) if need_weight else None
+    dw = restored(dw, factor, weight.dtype) if need_weight else None
     # Before rounding: that of a bias in front of a batch norm is zero, and what is rounded off would be all that is left of it.
     db = channel_sum(exact).to(dtype) if need_bias else None
     if not need_x:
         return ConvGradients(weight=dw, bias=db)
     if factor != 1:
-        g = g.to(exact.dtype) / factor
+        g = restored(g, factor, exact.dtype)
     if transform.gate is not None:
         gate = transform.gate.view(*transform.gate.shape, *([1] * (x.dim() - 2)))
         ungated = apply_transform(x, Transform(transform.mean, transform.scale, transform.beta, transform.act), gate.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import bnrestructure
 from bnrestructure.kernels import cuda, registry, tuning
+from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cuda import convolution, convolution_choice, device
 
 #: Kernels that each model's step must have run.
@@ -93,11 +94,11 @@ def test_small_model_of_hybrids(name: str, used: set[str], monkeypatch: pytest.M
     """Every convolution as PyTorch's own between our sweeps, where that has what the node needs."""
     ran: set[str] = set()
 
-    def hybrid(node: convolution_choice.Node, direction: str, gpu: str | None) -> convolution_choice.Choice:
+    def hybrid(node: convolution_choice.Node, direction: str, gpu: str | None) -> Choice:
         names = convolution_choice.candidates(node, direction)
         name = "hybrid" if "hybrid" in names else names[0]
         ran.add(name)
-        return convolution_choice.Choice(name, "the test says so")
+        return Choice(name, "the test says so")
 
     monkeypatch.setattr(convolution, "choose", hybrid)
     x = input_for(name, torch.float32, batch=2, size=8)

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from small_corrections import kept, total
 from torch import Tensor
 
 from bnrestructure.kernels import cuda, reference
@@ -18,16 +19,6 @@ NARROW = [torch.bfloat16, torch.float16]
 
 def activation(dtype: torch.dtype, channels: int = CHANNELS) -> Tensor:
     return torch.randn(N, channels, SIZE, SIZE).to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-def total(x: Tensor) -> Tensor:
-    return x.double().sum((0, 2, 3))
-
-
-def kept(found: Tensor, before: Tensor, wanted: Tensor) -> float:
-    """How much of the wanted change was made, on average: 1 for all of it."""
-    change = wanted - before
-    return ((found - before) @ change / (change @ change)).item()
 
 
 def correction(dtype: torch.dtype, y: Tensor) -> BackwardEdge:

@@ -1,0 +1,14 @@
+"""What some tests need of the machine; without it they are skipped, for the reason that stands beside each."""
+
+from __future__ import annotations
+
+from importlib import util
+
+import pytest
+import torch
+
+#: PyTorch for macOS and Windows comes without Triton; on Linux it is always there, and these tests run.
+needs_triton = pytest.mark.skipif(util.find_spec("triton") is None, reason="triton is not installed")
+
+#: These are about what is said where there is no GPU, as in CI. On a machine with one the same call works instead.
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -33,12 +33,13 @@ _REWRITES = (
 PASSES = (*(p.name for p in _REWRITES), SelectKernels.name)
 
 #: The rungs of the paper's ablation: RCF fuses ReLU into CONV, MVF computes mean and variance in one sweep, BNFF fuses both halves
-#: of BN onto convolutions, ICF crosses concats and residual joins.
+#: of BN onto convolutions, ICF crosses concats and residual joins. Fission gives a tensor two readers, whose gradients are added
+#: where they arise (thread-forks) and not in memory: in bf16 a sum that was stored before it is complete loses the smaller part.
 LADDER: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "rcf": ("fuse-normalise",),
-    "mvf": ("fuse-normalise", "fission"),
-    "bnff": ("fission", "fuse-statistics", "fuse-normalise"),
+    "mvf": ("fuse-normalise", "fission", "thread-forks"),
+    "bnff": ("fission", "fuse-statistics", "fuse-normalise", "thread-forks"),
     "icf": PASSES[:-1],
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bnrestructure.ops.activation import activate
-from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative
+from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative, in_format_of
 from bnrestructure.ops.edges import Transform, per_channel, values_per_channel
 from bnrestructure.ops.statistics import statistics as compute_statistics
 from bnrestructure.ops.sweeps import normalise
@@ -134,6 +134,7 @@ class _Residual(torch.autograd.Function):
         if r_mean is not None:
             dr, dr_gain = (g, r_scale) if ctx.has_r_gain else (_scaled(g, r_scale), None)
             r_vectors = (-r_scale * sum_g, sum_gr, sum_g)
+        dy, dr = in_format_of(y, dy), in_format_of(r, dr)
         gradients = (dy, -scale * sum_g, sum_gy, sum_g, dr, *r_vectors, dgain, dr_gain, None, None, None)
         return guard_second_derivative(gradients)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from bnrestructure.ops import library
 from bnrestructure.ops.activation import activate
 from bnrestructure.ops.aliases import alias
-from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative
+from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative, in_format_of
 from bnrestructure.ops.edges import values_per_channel
 
 __all__ = ["StatisticsOutputs", "batch_norm", "finalize", "statistics"]
@@ -53,7 +53,7 @@ class _Statistics(torch.autograd.Function):
         a = torch.zeros_like(mean) if dvar is None else dvar * (2.0 / count)
         b = torch.zeros_like(mean) if dmean is None else dmean / count
         dx = call_kernel(ctx.backend, "statistics_backward", x, mean, a, b, dpassed)
-        return guard_second_derivative((dx, None, None))
+        return guard_second_derivative((in_format_of(x, dx), None, None))
 
 
 def finalize(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bnrestructure.ops import library
 from bnrestructure.ops.aliases import alias
-from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative
+from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative, in_format_of
 from bnrestructure.ops.edges import PoolGeometry, Transform
 
 __all__ = ["max_pool", "normalise", "squeeze"]
@@ -55,7 +55,7 @@ class _Normalise(torch.autograd.Function):
         dx, sum_p, sum_px = call_kernel(
             ctx.backend, "normalise_backward", dz, x, Transform(mean, scale, beta, ctx.act), accumulate=dpassed
         )
-        return guard_second_derivative((dx, *_vector_gradients(scale, sum_p, sum_px), None, None, None))
+        return guard_second_derivative((in_format_of(x, dx), *_vector_gradients(scale, sum_p, sum_px), None, None, None))
 
 
 def max_pool(
@@ -99,7 +99,7 @@ class _MaxPool(torch.autograd.Function):
             ctx.backend, "max_pool_backward", dy, index, x, Transform(mean, scale, beta, ctx.act), ctx.geometry,
             accumulate=dpassed,
         )  # fmt: skip
-        return guard_second_derivative((dx, *_vector_gradients(scale, sum_p, sum_px), None, None, None, None))
+        return guard_second_derivative((in_format_of(x, dx), *_vector_gradients(scale, sum_p, sum_px), None, None, None, None))
 
 
 def squeeze(
@@ -142,4 +142,4 @@ class _Squeeze(torch.autograd.Function):
             dx, sum_p, sum_px = call_kernel(
                 ctx.backend, "squeeze_backward", dpooled, dz, x, transform, accumulate=dz
             )
-        return guard_second_derivative((dx, *_vector_gradients(scale, sum_p, sum_px), None, None, None))
+        return guard_second_derivative((in_format_of(x, dx), *_vector_gradients(scale, sum_p, sum_px), None, None, None))

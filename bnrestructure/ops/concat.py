@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bnrestructure.ops.aliases import channel_slice, channels_last_buffer
 from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative
+from bnrestructure.ops.kept import kept_activation
 
 __all__ = ["concat_buffer", "own_gradient"]
 
@@ -34,7 +35,7 @@ class _ConcatBuffer(torch.autograd.Function):
         ctx.into_channels = None if into is None else into.shape[1]
         if into is None:
             size = (x.shape[0], own + extra if extra else channels, *x.shape[2:])
-            into = channels_last_buffer(size, compute_dtype(x), x.device)  # what the convolutions will write
+            into = kept_activation(size, compute_dtype(x), x.device)  # what the convolutions will write
             if extra and visible is None:
                 visible = own
         channel_slice(into, offset, own).copy_(x)

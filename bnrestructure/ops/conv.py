@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from bnrestructure.ops import library
-from bnrestructure.ops.aliases import alias, channel_slice, channels_last_buffer
-from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative
+from bnrestructure.ops.aliases import alias, channel_slice
+from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative, in_format_of
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform, accumulation_dtype, values_per_channel
+from bnrestructure.ops.kept import kept_activation
 
 __all__ = ["ConvOutputs", "conv"]
 
@@ -173,7 +174,7 @@ class _Conv(torch.autograd.Function):
             options.backend, "conv_backward", dy, edge, x, Transform(mean, scale, beta, options.act, gate), weight,
             options.geometry, dtype=options.dtype, needs=(needs_x, needs[5], ctx.has_bias and needs[6]), accumulate=own,
         )  # fmt: skip
-        dx = gradients.dx if needs_x else dpassed
+        dx = in_format_of(x, gradients.dx) if needs_x else dpassed
         dmu = dscale = dbeta = None
         if gradients.sum_p is not None and mean is not None:
             dmu, dscale, dbeta = -scale * gradients.sum_p, gradients.sum_px, gradients.sum_p
@@ -190,7 +191,7 @@ def _destination(
     out_channels = weight.shape[0]
     if into is None:
         size = options.geometry.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
-        into = channels_last_buffer((x.shape[0], options.channels or 0, *size), options.dtype, x.device)
+        into = kept_activation((x.shape[0], options.channels or 0, *size), options.dtype, x.device)
     if options.offset is None:
         offset, visible = into.shape[1], into.shape[1] + out_channels
     else:

@@ -11,6 +11,7 @@ from bnrestructure.kernels.cpu.convolution_arguments import backward_arguments, 
 from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.kernels.rounding import gradient_factor
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
+from bnrestructure.ops.kept import kept_activation
 
 __all__ = ["conv_backward", "conv_forward"]
 
@@ -35,7 +36,7 @@ def conv_forward(
         pitch = pitch_of(out)
     if y is None or not pitch:
         size = geometry.output_size(x.shape[2:], weight.shape[2:])
-        y, pitch = layout.empty_pixels((x.shape[0], weight.shape[0], *size), dtype), weight.shape[0]
+        y, pitch = kept_activation((x.shape[0], weight.shape[0], *size), dtype, x.device), weight.shape[0]
     mean, var = torch.empty(2, weight.shape[0]) if statistics else (None, None)
     keep: list[Tensor | None] = []
     bias = None if bias is None else bias.to(dtype)

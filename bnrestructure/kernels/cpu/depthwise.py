@@ -14,11 +14,11 @@ from bnrestructure.kernels.cpu.layout import (
     activation_code,
     addressable,
     destination,
-    empty_pixels,
     pointer,
 )
 from bnrestructure.kernels.layout import pitch_of, vector
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
+from bnrestructure.ops.kept import kept_activation
 
 __all__ = ["conv_backward", "conv_forward", "is_depthwise", "supports"]
 
@@ -80,7 +80,7 @@ def conv_forward(
     size = geometry.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
     y = out
     if y is None or y.dtype is not dtype or not pitch_of(y):
-        y = empty_pixels((x.shape[0], x.shape[1], *size), dtype)
+        y = kept_activation((x.shape[0], x.shape[1], *size), dtype, x.device)
     mean = var = None
     if statistics:
         mean, var = torch.empty((2, x.shape[1]), dtype=torch.float32).unbind()

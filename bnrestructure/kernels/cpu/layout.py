@@ -19,7 +19,6 @@ __all__ = [
     "addressable",
     "destination",
     "empty_like",
-    "empty_pixels",
     "pointer",
     "unsupported_tensor",
 ]
@@ -38,11 +37,6 @@ def addressable(x: Tensor) -> tuple[Tensor, int]:
         return x, pitch
     x = x.contiguous(memory_format=torch.channels_last)
     return x, pitch_of(x)
-
-
-def empty_pixels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised channels_last activation of pitch C."""
-    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

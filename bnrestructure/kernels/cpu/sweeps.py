@@ -17,7 +17,6 @@ from bnrestructure.kernels.cpu.layout import (
     addressable,
     destination,
     empty_like,
-    empty_pixels,
     pointer,
     unsupported_tensor,
 )
@@ -25,6 +24,7 @@ from bnrestructure.kernels.cpu.library import declare, threads
 from bnrestructure.kernels.layout import pitch_of, vector
 from bnrestructure.ops.activation import unsupported_activation
 from bnrestructure.ops.edges import PoolGeometry, Transform
+from bnrestructure.ops.kept import kept_activation
 
 __all__ = [
     "max_pool_backward",
@@ -86,7 +86,7 @@ def normalise_forward(x: Tensor, transform: Transform, *, dtype: torch.dtype, ou
     x, pitch = addressable(x)
     channels = x.shape[1]
     edge = _Edge(transform)
-    z = out if out is not None and out.dtype == x.dtype and pitch_of(out) else empty_like(x)
+    z = out if out is not None and out.dtype == x.dtype and pitch_of(out) else kept_activation(x.shape, x.dtype, x.device)
     _normalise_forward(
         ELEMENT_CODES[x.dtype], *edge.activation, x.data_ptr(), pitch, x.numel() // channels, channels, *edge.pointers,
         z.data_ptr(), pitch_of(z), threads(),
@@ -157,7 +157,7 @@ def residual_forward(
     r, r_pitch = addressable(r)
     channels = y.shape[1]
     y_edge, r_edge = _Edge(ty), _Edge(tr)
-    out = empty_like(y)
+    out = kept_activation(y.shape, y.dtype, y.device)
     mean, var = torch.empty(2, channels).unbind() if statistics else (None, None)
     _residual_forward(
         ELEMENT_CODES[y.dtype], *activation_code(act), y.data_ptr(), y_pitch, *y_edge.pointers,
@@ -205,7 +205,8 @@ def max_pool_forward(
     n, channels, height, width = x.shape
     size = _pooled_size(x, geometry)
     edge = _Edge(transform)
-    y, index = empty_pixels((n, channels, *size), x.dtype), empty_pixels((n, channels, *size), torch.uint8)
+    y = kept_activation((n, channels, *size), x.dtype, x.device)
+    index = kept_activation((n, channels, *size), torch.uint8, x.device)
     _max_pool_forward(
         ELEMENT_CODES[x.dtype], *edge.activation, x.data_ptr(), pitch, n, height, width, channels, *edge.pointers,
         *geometry.kernel, *geometry.stride, *geometry.padding, *size, y.data_ptr(), index.data_ptr(), threads(),

@@ -11,6 +11,7 @@ from torch import fx
 from bnrestructure import ops
 from bnrestructure.graph.fused import output, set_kwargs
 from bnrestructure.graph.layers import module_path
+from bnrestructure.graph.operations import GlobalAverage
 from bnrestructure.passes.base import Fuel, PassResult, erase_dead, finish
 from bnrestructure.passes.to_fused import to_fused_conv
 from bnrestructure.patterns.normalise import (
@@ -94,17 +95,19 @@ def _into_conv(graph: fx.Graph, reader: ConvReader) -> None:
         erase_dead(graph, reader.activation)
 
 
-def _into_pool(graph: fx.Graph, normalise: fx.Node, pool: fx.Node, window: dict[str, Any] | None) -> None:
+def _into_pool(graph: fx.Graph, normalise: fx.Node, pool: fx.Node, window: dict[str, Any] | GlobalAverage) -> None:
     arguments = {k: normalise.kwargs[k] for k in ("x", *_VECTORS, "act")}
     with graph.inserting_before(pool):
-        if window is None:
+        if isinstance(window, GlobalAverage):
             fused = graph.call_function(ops.squeeze, (), {**arguments, "excite": False})
         else:
             window = {k: v for k, v in window.items() if k != "input"}
             fused = graph.call_function(ops.max_pool, (), {**arguments, **window, "thread": False})
     fused.meta["bnr_module"] = module_path(pool)
     fused.meta["nn_module_stack"] = pool.meta.get("nn_module_stack", {})
-    result = _spread(graph, output(fused, "pooled"), pool) if window is None else output(fused, "z")
+    result = output(fused, "pooled" if isinstance(window, GlobalAverage) else "z")
+    if isinstance(window, GlobalAverage) and window.keepdim:
+        result = _spread(graph, result, pool)
     pool.replace_all_uses_with(result)
     graph.erase_node(pool)
     _carry(fused, normalise)

@@ -12,7 +12,7 @@ from torch import fx
 from bnrestructure import ops
 from bnrestructure.graph.fused import is_fused, produced_by, tensor_readers
 from bnrestructure.graph.layers import ConvLayer, conv_of, modules_of
-from bnrestructure.graph.operations import activation_of, concat_of, global_average_of, max_pool_of
+from bnrestructure.graph.operations import GlobalAverage, activation_of, concat_of, global_average_of, max_pool_of
 
 __all__ = [
     "ConcatOfNormalised",
@@ -87,17 +87,39 @@ def _is_conv(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
     return is_fused(node, ops.conv) or isinstance(conv_of(node, modules), ConvLayer)
 
 
-def find_pool_readers(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node, dict[str, Any] | None]]:
-    """conv-bn-act-pool: (normalise, pool node, window); the window is None for a global average."""
+def _averages(reader: fx.Node, normalise: fx.Node, z: fx.Node, modules: dict[str, torch.nn.Module]) -> GlobalAverage | None:
+    """The global average of z that ``reader`` is, if it is one for as many dimensions as z has."""
+    average = global_average_of(reader, modules)
+    if average is None or average.input is not z:
+        return None
+    return average if _is_4d(normalise, modules) or not average.only_4d else None
+
+
+def _is_4d(normalise: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
+    """Whether a normalise is of [N, C, H, W] for certain: its batch norm is a BatchNorm2d or a 2-D convolution made its input."""
+    finalize = produced_by(normalise.kwargs["scale"], ops.finalize, "scale")
+    if finalize is not None and finalize.kwargs.get("dimensions") == (4,):
+        return True
+    x = normalise.kwargs["x"]
+    layer = conv_of(x, modules)
+    fused = produced_by(x, ops.conv, "y")
+    stride = layer.stride if isinstance(layer, ConvLayer) else () if fused is None else fused.kwargs["stride"]
+    return len(stride) == 2
+
+
+def find_pool_readers(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node, dict[str, Any] | GlobalAverage]]:
+    """conv-bn-act-pool: (normalise, pool node, window of a max pool or global average)."""
     modules = modules_of(gm)
-    found: list[tuple[fx.Node, fx.Node, dict[str, Any] | None]] = []
+    found: list[tuple[fx.Node, fx.Node, dict[str, Any] | GlobalAverage]] = []
     for normalise, z in _normalised(gm):
         for reader in tensor_readers(z):
             window = max_pool_of(reader, modules)
             if window is not None and window["input"] is z:
                 found.append((normalise, reader, window))
-            elif global_average_of(reader, modules) is z and len(z.users) == 1:
-                found.append((normalise, reader, None))
+                continue
+            average = _averages(reader, normalise, z, modules)
+            if average is not None and len(z.users) == 1:
+                found.append((normalise, reader, average))
     return found
 
 
@@ -121,7 +143,7 @@ def find_excitations(gm: fx.GraphModule) -> list[Excitation]:
         readers = tensor_readers(z)
         if len(readers) != 2:
             continue
-        average = next((r for r in readers if global_average_of(r, modules) is z), None)
+        average = next((r for r in readers if _keeps_dimensions(_averages(r, normalise, z, modules))), None)
         product = next((r for r in readers if _product_with(r, z) is not None), None)
         if average is None or product is None:
             continue
@@ -138,6 +160,10 @@ def find_excitations(gm: fx.GraphModule) -> list[Excitation]:
     return found
 
 
+def _keeps_dimensions(average: GlobalAverage | None) -> bool:
+    return average is not None and average.keepdim
+
+
 def _product_with(node: fx.Node, z: fx.Node) -> fx.Node | None:
     """The other factor when ``node`` multiplies z by a tensor."""
     is_product = node.target in (operator.mul, torch.mul) or (node.op == "call_method" and node.target == "mul")
@@ -148,6 +174,9 @@ def _product_with(node: fx.Node, z: fx.Node) -> fx.Node | None:
     return other if isinstance(other, fx.Node) and other is not z else None
 
 
+_POINTWISE_METHODS = {"sigmoid", "relu", "tanh", "clamp", "mul", "add", "sub", "div"}
+
+
 def _derives_from(gate: fx.Node, average: fx.Node) -> bool:
     """Whether the gate has the shape [N, C, 1, 1] for certain: a chain of pointwise operations and convolutions on the average."""
     current = gate
@@ -155,7 +184,8 @@ def _derives_from(gate: fx.Node, average: fx.Node) -> bool:
         if current is average:
             return True
         inputs = [n for n in current.all_input_nodes if n.op != "get_attr"]
-        if len(inputs) != 1 or current.op not in ("call_module", "call_function"):
+        known = current.op in ("call_module", "call_function") or current.target in _POINTWISE_METHODS
+        if len(inputs) != 1 or not known:
             return False
         current = inputs[0]
     return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from bnrestructure.capture.boundaries import boundary_reason
 from bnrestructure.graph.layers import arguments_of, per_dimension
 from bnrestructure.ops.activation import leaky_relu_name
 
-__all__ = ["activation_of", "add_of", "concat_of", "global_average_of", "max_pool_of"]
+__all__ = ["GlobalAverage", "activation_of", "add_of", "concat_of", "global_average_of", "max_pool_of"]
 
 _PLAIN_ACTIVATIONS: dict[Any, str] = {
     nn.ReLU: "relu", F.relu: "relu", torch.relu: "relu", "relu": "relu",
@@ -105,20 +106,43 @@ def max_pool_of(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, Any] 
     }  # fmt: skip
 
 
-def global_average_of(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
-    """The input of an average pool over all spatial positions of a 2-D map that leaves [N, C, 1, 1], else None."""
+@dataclass(frozen=True)
+class GlobalAverage:
+    """An average over all spatial positions of ``input`` [N, C, H, W]; its result is [N, C, 1, 1] or, without ``keepdim``, [N, C].
+
+    ``only_4d``: it is one for 4-D tensors alone; whoever matches it must know that the input is.
+    """
+
+    input: fx.Node
+    keepdim: bool = True
+    only_4d: bool = False
+
+
+def global_average_of(node: fx.Node, modules: dict[str, nn.Module]) -> GlobalAverage | None:
+    """``AdaptiveAvgPool2d(1)`` in its two spellings, or ``mean`` over dimensions 2 and 3."""
     if node.op == "call_module":
         module = modules.get(str(node.target))
         if type(module) is not nn.AdaptiveAvgPool2d or boundary_reason(module) is not None:
             return None
-        if module.output_size not in (1, (1, 1), [1, 1]):
-            return None
-        source = node.args[0] if node.args else None
+        found = {"output_size": module.output_size, "input": node.args[0] if node.args else None}
     elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
-        values = arguments_of(node, ("input", "output_size"), {"output_size": None})
-        if values["output_size"] not in (1, (1, 1), [1, 1]):
-            return None
-        source = values["input"]
+        found = arguments_of(node, ("input", "output_size"), {"output_size": None})
     else:
+        return _mean_of(node)
+    whole = found["output_size"] in (1, (1, 1), [1, 1])
+    return GlobalAverage(found["input"]) if whole and isinstance(found["input"], fx.Node) else None
+
+
+def _mean_of(node: fx.Node) -> GlobalAverage | None:
+    is_mean = node.target is torch.mean if node.op == "call_function" else node.op == "call_method" and node.target == "mean"
+    if not is_mean:
         return None
-    return source if isinstance(source, fx.Node) else None
+    values = arguments_of(node, ("input", "dim", "keepdim"), {"dim": None, "keepdim": False})
+    dims = values.get("axis", values["dim"])
+    over = {d % 4 for d in dims} if isinstance(dims, list | tuple) and all(isinstance(d, int) for d in dims) else set()
+    source = values.get("self", values.get("input"))
+    if over != {2, 3} or len(dims) != 2 or not isinstance(source, fx.Node) or not isinstance(values["keepdim"], bool):
+        return None
+    if set(values) - {"input", "self", "dim", "axis", "keepdim"}:
+        return None  # a dtype of its own, or memory of the caller's to write to
+    return GlobalAverage(source, values["keepdim"], only_4d=True)

@@ -24,6 +24,7 @@ class _Parts(nn.Module):
         self.reflecting = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
         self.uneven = nn.Conv2d(4, 4, 2, padding="same")
         self.norm = parametrizations.weight_norm(nn.Conv2d(4, 4, 1))
+        self.bn3d = nn.BatchNorm3d(4)
         self.frozen = nn.BatchNorm2d(4).eval()
         self.group = nn.GroupNorm(2, 4)
         self.instance = nn.InstanceNorm2d(4, affine=True)
@@ -71,6 +72,10 @@ CASES: list[tuple[str, str, Body]] = [
     ("fuse-statistics", "the input's own", lambda m, x: m.bn1(x)),
     ("fuse-statistics", "a pool between", lambda m, x: m.bn1(F.avg_pool2d(m.conv1(x), 2))),
     ("fuse-normalise", "no convolution reads it", lambda m, x: torch.tanh(m.bn1(m.conv1(x)))),
+    ("fuse-normalise", "a mean over rows alone", lambda m, x: m.bn1(m.conv1(x)).mean((2,))),
+    ("fuse-normalise", "a mean over channels", lambda m, x: m.bn1(m.conv1(x)).mean((1, 2))),
+    ("fuse-normalise", "a mean in a dtype of its own", lambda m, x: m.bn1(m.conv1(x)).mean((2, 3), dtype=torch.float64)),
+    ("fuse-normalise", "a mean that leaves a dimension", lambda m, x: m.bn3d(x.unsqueeze(2)).mean((2, 3))),
     ("fuse-normalise", "the output", lambda m, x: m.bn1(m.conv1(x))),
     ("fuse-normalise", "a convolution that pads by reflection", lambda m, x: m.reflecting(m.bn1(x))),
     ("fuse-normalise", "a transposed convolution", lambda m, x: m.up(m.bn1(x))),

@@ -1,0 +1,75 @@
+"""A global average is one however it is spelt: as the end of a network, and as the squeeze of squeeze-excite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from equivalence import assert_same_training
+from pass_tools import after
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bnrestructure import ops
+from bnrestructure.graph.fused import is_fused
+from bnrestructure.passes.pipeline import PASSES
+
+KEEPING: dict[str, Callable[[Tensor], Tensor]] = {
+    "adaptive pool": lambda x: F.adaptive_avg_pool2d(x, 1),
+    "method": lambda x: x.mean((2, 3), keepdim=True),
+    "method, a list": lambda x: x.mean(dim=[2, 3], keepdim=True),
+    "function": lambda x: torch.mean(x, (-1, -2), keepdim=True),
+    "function, by name": lambda x: torch.mean(input=x, dim=(3, -2), keepdim=True),
+}
+DROPPING: dict[str, Callable[[Tensor], Tensor]] = {
+    "method": lambda x: x.mean((2, 3)),
+    "method, a list": lambda x: x.mean([-2, -1], False),
+    "function": lambda x: torch.mean(x, dim=(2, 3)),
+}
+
+
+class _Gated(nn.Module):
+    def __init__(self, average: Callable[[Tensor], Tensor], functional: bool = False) -> None:
+        super().__init__()
+        self.conv1, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.fc1, self.fc2, self.conv2 = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1), nn.Conv2d(8, 4, 1)
+        self.average, self.functional = average, functional
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        x = F.batch_norm(x, None, None, self.bn.weight, self.bn.bias, training=True) if self.functional else self.bn(x)
+        x = F.silu(x)
+        gate = self.fc2(F.relu(self.fc1(self.average(x)))).sigmoid()
+        return self.conv2(x * gate)
+
+
+class _Head(nn.Module):
+    def __init__(self, average: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)
+        self.average = average
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.average(F.relu(self.bn(self.conv(x)))))
+
+
+def _squeezes(model: nn.Module) -> int:
+    graph = after(model, *PASSES).graph
+    assert not any(is_fused(node, ops.normalise) for node in graph.nodes)
+    return sum(is_fused(node, ops.squeeze) for node in graph.nodes)
+
+
+@pytest.mark.parametrize("functional", [False, True], ids=["module", "F.batch_norm"])
+@pytest.mark.parametrize("spelling", KEEPING)
+def test_squeeze_excite(spelling: str, functional: bool) -> None:
+    model = _Gated(KEEPING[spelling], functional).double()
+    assert _squeezes(model) == 1
+    assert_same_training(model, torch.randn(4, 3, 9, 7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("spelling", DROPPING)
+def test_head(spelling: str) -> None:
+    model = _Head(DROPPING[spelling]).double()
+    assert _squeezes(model) == 1
+    assert_same_training(model, torch.randn(4, 3, 9, 7, dtype=torch.float64))

@@ -100,11 +100,12 @@ def _is_4d(normalise: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
     finalize = produced_by(normalise.kwargs["scale"], ops.finalize, "scale")
     if finalize is not None and finalize.kwargs.get("dimensions") == (4,):
         return True
-    x = normalise.kwargs["x"]
-    layer = conv_of(x, modules)
-    fused = produced_by(x, ops.conv, "y")
-    stride = layer.stride if isinstance(layer, ConvLayer) else () if fused is None else fused.kwargs["stride"]
-    return len(stride) == 2
+    source = normalise.kwargs["x"]
+    layer = conv_of(source, modules) if isinstance(source, fx.Node) else None
+    if isinstance(layer, ConvLayer):
+        return len(layer.stride) == 2
+    fused = produced_by(source, ops.conv, "y")
+    return fused is not None and len(tuple(fused.kwargs["stride"])) == 2  # type: ignore[arg-type]
 
 
 def find_pool_readers(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node, dict[str, Any] | GlobalAverage]]:

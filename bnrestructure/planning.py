@@ -220,9 +220,8 @@ def layer_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Shapes, str
             module.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]) if args else None)
     try:
         double(*pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), inputs))
-    # What a forward raises that reads values, which meta tensors have not, or refuses the shape. Shapes found so far still serve the
-    # plan, which then says how far they go.
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:  # it reads values, or refuses the shape
+        # Meta tensors have no values. Shapes found so far still serve the plan, which then says how far they go.
         names = {name for name, module in double.named_modules() if isinstance(module, layers[0])}
         return found, f"shapes are known for {len(names & found.keys())} batch norms only: {first_line(error)}"
     return found, None

@@ -97,17 +97,18 @@ def _into_conv(graph: fx.Graph, reader: ConvReader) -> None:
 
 def _into_pool(graph: fx.Graph, normalise: fx.Node, pool: fx.Node, window: dict[str, Any] | GlobalAverage) -> None:
     arguments = {k: normalise.kwargs[k] for k in ("x", *_VECTORS, "act")}
-    with graph.inserting_before(pool):
-        if isinstance(window, GlobalAverage):
+    if isinstance(window, GlobalAverage):
+        with graph.inserting_before(pool):
             fused = graph.call_function(ops.squeeze, (), {**arguments, "excite": False})
-        else:
-            window = {k: v for k, v in window.items() if k != "input"}
+        pooled = output(fused, "pooled")
+        result = _spread(graph, pooled, pool) if window.keepdim else pooled
+    else:
+        window = {k: v for k, v in window.items() if k != "input"}
+        with graph.inserting_before(pool):
             fused = graph.call_function(ops.max_pool, (), {**arguments, **window, "thread": False})
+        result = output(fused, "z")
     fused.meta["bnr_module"] = module_path(pool)
     fused.meta["nn_module_stack"] = pool.meta.get("nn_module_stack", {})
-    result = output(fused, "pooled" if isinstance(window, GlobalAverage) else "z")
-    if isinstance(window, GlobalAverage) and window.keepdim:
-        result = _spread(graph, result, pool)
     pool.replace_all_uses_with(result)
     graph.erase_node(pool)
     _carry(fused, normalise)

@@ -144,7 +144,8 @@ def find_excitations(gm: fx.GraphModule) -> list[Excitation]:
         readers = tensor_readers(z)
         if len(readers) != 2:
             continue
-        average = next((r for r in readers if _keeps_dimensions(_averages(r, normalise, z, modules))), None)
+        averages = [(r, _averages(r, normalise, z, modules)) for r in readers]
+        average = next((r for r, found_average in averages if found_average is not None and found_average.keepdim), None)
         product = next((r for r in readers if _product_with(r, z) is not None), None)
         if average is None or product is None:
             continue
@@ -161,10 +162,6 @@ def find_excitations(gm: fx.GraphModule) -> list[Excitation]:
     return found
 
 
-def _keeps_dimensions(average: GlobalAverage | None) -> bool:
-    return average is not None and average.keepdim
-
-
 def _product_with(node: fx.Node, z: fx.Node) -> fx.Node | None:
     """The other factor when ``node`` multiplies z by a tensor."""
     is_product = node.target in (operator.mul, torch.mul) or (node.op == "call_method" and node.target == "mul")
@@ -175,6 +172,7 @@ def _product_with(node: fx.Node, z: fx.Node) -> fx.Node | None:
     return other if isinstance(other, fx.Node) and other is not z else None
 
 
+#: Methods that leave a tensor's shape alone when everything else they take is a number.
 _POINTWISE_METHODS = {"sigmoid", "relu", "tanh", "clamp", "mul", "add", "sub", "div"}
 
 
@@ -185,7 +183,8 @@ def _derives_from(gate: fx.Node, average: fx.Node) -> bool:
         if current is average:
             return True
         inputs = [n for n in current.all_input_nodes if n.op != "get_attr"]
-        known = current.op in ("call_module", "call_function") or current.target in _POINTWISE_METHODS
+        pointwise = current.op == "call_method" and current.target in _POINTWISE_METHODS
+        known = pointwise or current.op in ("call_module", "call_function")
         if len(inputs) != 1 or not known:
             return False
         current = inputs[0]

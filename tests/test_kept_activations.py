@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ print(max(x.data_ptr() for x in gradients) < between[-1].data_ptr())  # malloc d
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="about glibc's malloc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="about glibc's malloc, which Linux has")
 def test_gradients_go_where_kept_activations_were() -> None:
     run = subprocess.run(
         [sys.executable, "-c", _REUSE], env=os.environ | MALLOC["tuned"], capture_output=True, text=True, check=True
@@ -47,7 +48,7 @@ def test_it_is_a_channels_last_tensor_of_its_own(shape: tuple[int, ...], dtype: 
     assert not x._is_view(), "autograd forbids writing into views that a node made"
 
 
-def test_an_output_can_be_copied_saved_and_written_to(tmp_path) -> None:
+def test_an_output_can_be_copied_saved_and_written_to(tmp_path: Path) -> None:
     model = bnrestructure.restructure(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3)))
     y = model(torch.randn(2, 3, 64, 64))
     torch.save(y.detach(), tmp_path / "y.pt")

@@ -43,7 +43,7 @@ def _check(seed: int) -> None:
     options = rng.choice([{"fuel": rng.randint(1, 25)}, *_OTHER_OPTIONS]) if rng.random() < 0.3 else {}
     try:
         assert_same_training(build_from_source(written), x, steps=2, options=options, allow_noise=True)
-    except Exception as error:
+    except Exception as error:  # whatever went wrong, the graph that it went wrong with belongs to the message
         raise AssertionError(
             f"random graph {seed} (BNR_RANDOM_SEED={seed} BNR_RANDOM_GRAPHS=1), options {options}: {error}\n\n{written.reproducer}"
         ) from error

@@ -13,6 +13,7 @@ from two_processes import WORLD, batch_for, loss_of, train_half
 import bnrestructure
 from bnrestructure.ops.synchronise import synchronise
 
+# PyTorch can be built without gloo; its wheels for Linux have it, so in CI these run.
 pytestmark = pytest.mark.skipif(
     not distributed.is_available() or not distributed.is_gloo_available(), reason="this PyTorch has no gloo"
 )

@@ -133,16 +133,20 @@ def global_average_of(node: fx.Node, modules: dict[str, nn.Module]) -> GlobalAve
     return GlobalAverage(found["input"]) if whole and isinstance(found["input"], fx.Node) else None
 
 
+#: Dimensions 2 and 3 of a 4-D tensor, in every way to write them.
+_LAST_TWO_OF_FOUR = [pair for a in (2, -2) for b in (3, -1) for pair in ((a, b), (b, a))]
+
+
 def _mean_of(node: fx.Node) -> GlobalAverage | None:
     is_mean = node.target is torch.mean if node.op == "call_function" else node.op == "call_method" and node.target == "mean"
     if not is_mean:
         return None
-    values = arguments_of(node, ("input", "dim", "keepdim"), {"dim": None, "keepdim": False})
-    dims = values.get("axis", values["dim"])
-    over = {d % 4 for d in dims} if isinstance(dims, list | tuple) and all(isinstance(d, int) for d in dims) else set()
-    source = values.get("self", values.get("input"))
-    if over != {2, 3} or len(dims) != 2 or not isinstance(source, fx.Node) or not isinstance(values["keepdim"], bool):
-        return None
-    if set(values) - {"input", "self", "dim", "axis", "keepdim"}:
+    values = arguments_of(node, ("input", "dim", "keepdim"), {"input": None, "dim": None, "keepdim": False})
+    if "axis" in values:
+        values["dim"] = values.pop("axis")
+    if set(values) != {"input", "dim", "keepdim"}:
         return None  # a dtype of its own, or memory of the caller's to write to
-    return GlobalAverage(source, values["keepdim"], only_4d=True)
+    source, dims, keepdim = values["input"], values["dim"], values["keepdim"]
+    if not isinstance(dims, list | tuple) or tuple(dims) not in _LAST_TWO_OF_FOUR:
+        return None
+    return GlobalAverage(source, keepdim, only_4d=True) if isinstance(source, fx.Node) and isinstance(keepdim, bool) else None

@@ -40,8 +40,8 @@ def call_kernel(backend: str, name: str, *args: Any, **kwargs: Any) -> Any:
 def in_format_of(x: Tensor, gradient: Tensor | None) -> Tensor | None:
     """The gradient of x laid out as x is, where x is contiguous: kernels answer in channels_last.
 
-    A batch norm that was left alone may have made x. PyTorch's backward of one, given the two formats, is four times slower and in bf16
-    gets dbeta wrong in the third digit, where eager gives it one format and gets seven right.
+    A batch norm that was left alone may have made x. PyTorch's backward of one, given x in one format and the gradient in another,
+    is slower, and in bf16 less exact, than with the single format that eager gives it.
     """
     return gradient.contiguous() if gradient is not None and x.is_contiguous() else gradient
 

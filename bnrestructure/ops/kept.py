@@ -2,8 +2,8 @@
 
 PyTorch takes CPU memory from ``posix_memalign``, and glibc's looks for the bytes asked for *plus the alignment*: the hole that
 a freed tensor leaves does not fit the next tensor of the same size. Backward frees one activation after another and asks for gradients
-of just their sizes, so that with exact sizes none fits and the process grows through the whole backward pass (densenet121, batch 16:
-by 300 MB, which is more than half of what it keeps). With a page to spare the gradient goes where the activation was.
+of just their sizes, so that with exact sizes none fits and the process grows through the whole backward pass. With a page to spare the
+gradient goes where the activation was.
 """
 
 from __future__ import annotations

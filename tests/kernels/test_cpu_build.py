@@ -101,7 +101,7 @@ class TestLoading:
         code = "from bnrestructure.kernels import cpu; print(cpu.unavailable_reason())"
         assert "unknown instruction set 'sse'" in python(code, BNRESTRUCTURE_CPU_ISA="sse").stdout
 
-    @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+    @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc to read loaded libraries from")
     def test_one_openmp_runtime_is_shared_with_torch(self) -> None:
         code = (
             "import torch\nfrom bnrestructure.kernels import cpu\n"

@@ -19,6 +19,7 @@ KEEPING: dict[str, Callable[[Tensor], Tensor]] = {
     "adaptive pool": lambda x: F.adaptive_avg_pool2d(x, 1),
     "method": lambda x: x.mean((2, 3), keepdim=True),
     "method, a list": lambda x: x.mean(dim=[2, 3], keepdim=True),
+    "method, by NumPy's name": lambda x: x.mean(axis=(2, 3), keepdim=True),
     "function": lambda x: torch.mean(x, (-1, -2), keepdim=True),
     "function, by name": lambda x: torch.mean(input=x, dim=(3, -2), keepdim=True),
 }

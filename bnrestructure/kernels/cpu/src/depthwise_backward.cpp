@@ -128,10 +128,15 @@ BNR_FLATTEN void input_row(const Backward& f, const RowTaps& taps, int64_t pixel
     });
 }
 
+// What depends on the activation and the element types; all the rest is compiled once.
+struct RowKernels {
+    GradientRow gradient;
+    decltype(&input_row<Act::any, float>) input;
+};
+
 // A band of rows of x of one image, and one block of channels.
-template <Act A, class TX, class TY>
-void backward_band(const Backward& f, const RowRing& ring, RowTaps& taps, int64_t image, Range rows, int64_t block,
-                   BlockSums& sums) {
+void backward_band(const Backward& f, const RowKernels& kernels, const RowRing& ring, RowTaps& taps, int64_t image,
+                   Range rows, int64_t block, BlockSums& sums) {
     const Problem& p = f.p;
     const int64_t c0 = f.blocks.begin(block), channels = f.blocks.width(block);
     const float* gate = f.gates ? f.gates + image * padded(p.channels) + c0 : nullptr;
@@ -141,10 +146,10 @@ void backward_band(const Backward& f, const RowRing& ring, RowTaps& taps, int64_
         const int64_t first = ceil_div(std::max<int64_t>(0, reach - (p.kernel_h - 1) * p.dilation_h), p.stride_h);
         const int64_t last = std::min(p.out_height - 1, reach / p.stride_h);
         for (ready = std::max(ready, first); ready <= last; ready++)
-            gradient_row<TY>(f, (image * p.out_height + ready) * p.out_width, c0, channels,
+            kernels.gradient(f, (image * p.out_height + ready) * p.out_width, c0, channels,
                              ring.row(ready) + f.columns.left * W);
         taps.build(f, ring, i);
-        input_row<A, TX>(f, taps, (image * p.in_height + i) * p.in_width, c0, channels, gate, sums.sums);
+        kernels.input(f, taps, (image * p.in_height + i) * p.in_width, c0, channels, gate, sums.sums);
         sums.add(p.in_width);
     }
 }
@@ -159,8 +164,7 @@ void write_weight_gradient(const Backward& f, const Sums& sums, int64_t c0, T* t
     }
 }
 
-template <Act A, class TX, class TY>
-void backward(const Backward& f, int64_t threads) {
+void backward(const Backward& f, const RowKernels& kernels, int64_t threads) {
     Scratch scratch;
     const Problem& p = f.p;
     const BackwardArguments& arguments = f.arguments;
@@ -178,7 +182,7 @@ void backward(const Backward& f, int64_t threads) {
         const Range work = share(bands.count(), 1, t, threads);
         for (int64_t band = work.begin; band < work.end; band++)
             for (int64_t block = 0; block < f.blocks.count; block++) {
-                backward_band<A, TX, TY>(f, ring, taps, bands.image(band), bands.range(band), block, mine[block]);
+                backward_band(f, kernels, ring, taps, bands.image(band), bands.range(band), block, mine[block]);
                 if (gate_bands) mine[block].take_gate(gate_bands + band * p.channels + f.blocks.begin(block));
             }
         for (int64_t block = 0; block < f.blocks.count; block++) mine[block].flush();
@@ -214,14 +218,14 @@ BNR_EXPORT void bnr_depthwise_backward(const depthwise::BackwardArguments* argum
     const depthwise::Backward f(scratch, *arguments);
     const int64_t work = f.p.batch * f.p.channels * f.p.in_height * f.p.in_width;
     const int64_t threads = useful_threads(work, f.p.threads);
-    with_element(f.p.y_element, [&](auto* y) {
-        using TY = std::remove_pointer_t<decltype(y)>;
-        if (arguments->dx || arguments->weight_gradient)
-            with_element(f.p.x_element, [&](auto* x) {
-                with_activation(f.act.kind, [&](auto act) {
-                    depthwise::backward<act.value, std::remove_pointer_t<decltype(x)>, TY>(f, threads);
-                });
-            });
-        if (arguments->bias_gradient) depthwise::bias_gradient<TY>(f, threads);
+    depthwise::RowKernels kernels;
+    with_element(f.p.x_element, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        with_activation(f.act.kind, [&](auto act) { kernels.input = depthwise::input_row<act.value, T>; });
     });
+    with_element(f.p.y_element, [&](auto* type) {
+        kernels.gradient = depthwise::gradient_row<std::remove_pointer_t<decltype(type)>>;
+    });
+    if (arguments->dx || arguments->weight_gradient) depthwise::backward(f, kernels, threads);
+    if (arguments->bias_gradient) depthwise::bias_gradient(f, kernels.gradient, threads);
 }

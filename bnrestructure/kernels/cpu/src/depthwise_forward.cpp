@@ -46,11 +46,12 @@ struct Forward {
           act{Act(p.activation), float(p.slope)} {}
 };
 
-// One image's row of x, channels from `c0` on: transformed into `row`.
+// The row of x that begins with `pixel`, channels from `c0` on: transformed into `row`.
 template <Act A, class T>
-BNR_FLATTEN void transform_row(const Forward& f, const T* x, int64_t c0, int64_t channels, const float* gate,
+BNR_FLATTEN void transform_row(const Forward& f, int64_t pixel, int64_t c0, int64_t channels, const float* gate,
                                float* row) {
     const int64_t vector_pitch = f.columns.columns * W, pitch = f.p.x_pitch, ahead = prefetch_distance<T>(pitch);
+    const T* x = static_cast<const T*>(f.p.x) + pixel * pitch + c0;
     const Activation act = f.act;
     for_each_piece(f.p.in_width, [&](int64_t begin, int64_t n) {
         const int64_t* position = f.columns.position + begin;
@@ -68,12 +69,13 @@ BNR_FLATTEN void transform_row(const Forward& f, const T* x, int64_t c0, int64_t
     });
 }
 
-// One row of y, and with `moments` the sums of its statistics.
+// The row of y that begins with `pixel`, and with `moments` the sums of its statistics.
 template <class T>
-BNR_FLATTEN void convolve_row(const Forward& f, const Tap* taps, int64_t tap_count, int64_t c0, int64_t channels, T* y,
-                              Moments* moments) {
+BNR_FLATTEN void convolve_row(const Forward& f, const Tap* taps, int64_t tap_count, int64_t c0, int64_t channels,
+                              int64_t pixel, Moments* moments) {
     const int64_t vector_pitch = f.columns.columns * W, weight_pitch = padded(f.p.channels);
     const int64_t pitch = f.arguments.y_pitch, ahead = prefetch_distance<T>(pitch);
+    T* y = static_cast<T*>(f.arguments.y) + pixel * pitch + c0;
     for_each_piece(f.p.out_width, [&](int64_t begin, int64_t columns) {
         with_columns(columns, [&](auto n) {
             for_each_vector(channels, [&](int64_t c, auto lanes) {
@@ -103,6 +105,22 @@ BNR_FLATTEN void convolve_row(const Forward& f, const Tap* taps, int64_t tap_cou
     });
 }
 
+// A thread's first row, once it is in memory: its mean becomes the shift.
+template <class T>
+void start_moments(const Forward& f, int64_t pixel, int64_t c0, int64_t channels, Moments& moments) {
+    const int64_t pitch = f.arguments.y_pitch;
+    const T* y = static_cast<const T*>(f.arguments.y) + pixel * pitch + c0;
+    moments.start(y, pitch, f.p.out_width);
+    add_moments(y, pitch, f.p.out_width, channels, moments.shift, moments.sum, moments.square);
+}
+
+// What depends on the activation and the element types; all the rest is compiled once.
+struct RowKernels {
+    decltype(&transform_row<Act::any, float>) transform;
+    decltype(&convolve_row<float>) convolve;
+    decltype(&start_moments<float>) start;
+};
+
 // One thread's statistics of one block of channels.
 struct Statistics {
     Moments moments;
@@ -117,19 +135,16 @@ struct Statistics {
 };
 
 // A band of rows of one image and one block of channels.
-template <Act A, class TX, class TY>
-void convolve_band(const Forward& f, const RowRing& ring, Tap* taps, int64_t image, Range rows, int64_t block,
-                   Statistics* statistics) {
+void convolve_band(const Forward& f, const RowKernels& kernels, const RowRing& ring, Tap* taps, int64_t image, Range rows,
+                   int64_t block, Statistics* statistics) {
     const Problem& p = f.p;
     const int64_t c0 = f.blocks.begin(block), channels = f.blocks.width(block);
-    const TX* x = static_cast<const TX*>(p.x) + image * p.in_height * p.in_width * p.x_pitch + c0;
-    TY* y = static_cast<TY*>(f.arguments.y) + image * p.out_height * p.out_width * f.arguments.y_pitch + c0;
     const float* gate = f.gates ? f.gates + image * padded(p.channels) + c0 : nullptr;
     int64_t ready = 0;  // the first row of x that has not been transformed yet
     for (int64_t i = rows.begin; i < rows.end; i++) {
         const int64_t first = i * p.stride_h - p.padding_h, last = first + (p.kernel_h - 1) * p.dilation_h;
         for (ready = std::max(ready, first); ready <= std::min(last, p.in_height - 1); ready++)
-            transform_row<A>(f, x + ready * p.in_width * p.x_pitch, c0, channels, gate, ring.row(ready));
+            kernels.transform(f, (image * p.in_height + ready) * p.in_width, c0, channels, gate, ring.row(ready));
         int64_t tap_count = 0;
         for (int64_t ky = 0; ky < p.kernel_h; ky++) {
             const int64_t source = first + ky * p.dilation_h;
@@ -137,22 +152,18 @@ void convolve_band(const Forward& f, const RowRing& ring, Tap* taps, int64_t ima
             for (int64_t kx = 0; kx < p.kernel_w; kx++)
                 taps[tap_count++] = {ring.row(source) + f.columns.at(kx * p.dilation_w) * W, ky * p.kernel_w + kx};
         }
-        TY* target = y + i * p.out_width * f.arguments.y_pitch;
+        const int64_t pixel = (image * p.out_height + i) * p.out_width;
         if (statistics && statistics->moments.is_empty() && statistics->pending == 0) {
-            // The thread's first row: its mean becomes the shift, so its statistics are taken from memory.
-            convolve_row<TY>(f, taps, tap_count, c0, channels, target, nullptr);
-            Moments& m = statistics->moments;
-            m.start(target, f.arguments.y_pitch, p.out_width);
-            add_moments(target, f.arguments.y_pitch, p.out_width, channels, m.shift, m.sum, m.square);
+            kernels.convolve(f, taps, tap_count, c0, channels, pixel, nullptr);
+            kernels.start(f, pixel, c0, channels, statistics->moments);
         } else {
-            convolve_row<TY>(f, taps, tap_count, c0, channels, target, statistics ? &statistics->moments : nullptr);
+            kernels.convolve(f, taps, tap_count, c0, channels, pixel, statistics ? &statistics->moments : nullptr);
         }
         if (statistics && (statistics->pending += p.out_width) >= TILE_PIXELS) statistics->flush();
     }
 }
 
-template <Act A, class TX, class TY>
-void convolve(const Forward& f, Scratch& scratch) {
+void convolve(const Forward& f, const RowKernels& kernels, Scratch& scratch) {
     const Problem& p = f.p;
     const int64_t work = p.batch * p.channels * p.in_height * p.in_width;
     const int64_t threads = useful_threads(work, p.threads);
@@ -171,8 +182,8 @@ void convolve(const Forward& f, Scratch& scratch) {
         const Range work = share(bands.count(), 1, t, threads);
         for (int64_t band = work.begin; band < work.end; band++)
             for (int64_t block = 0; block < f.blocks.count; block++)
-                convolve_band<A, TX, TY>(f, ring, taps, bands.image(band), bands.range(band), block,
-                                         mine ? mine + block : nullptr);
+                convolve_band(f, kernels, ring, taps, bands.image(band), bands.range(band), block,
+                              mine ? mine + block : nullptr);
         if (mine)
             for (int64_t block = 0; block < f.blocks.count; block++) mine[block].flush();
     });
@@ -191,12 +202,15 @@ using namespace bnr;
 BNR_EXPORT void bnr_depthwise_forward(const depthwise::ForwardArguments* arguments) {
     Scratch scratch;
     const depthwise::Forward f(scratch, *arguments);
-    with_element(f.p.x_element, [&](auto* x) {
-        with_element(f.p.y_element, [&](auto* y) {
-            with_activation(f.act.kind, [&](auto act) {
-                depthwise::convolve<act.value, std::remove_pointer_t<decltype(x)>, std::remove_pointer_t<decltype(y)>>(
-                    f, scratch);
-            });
-        });
+    depthwise::RowKernels kernels;
+    with_element(f.p.x_element, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        with_activation(f.act.kind, [&](auto act) { kernels.transform = depthwise::transform_row<act.value, T>; });
     });
+    with_element(f.p.y_element, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        kernels.convolve = depthwise::convolve_row<T>;
+        kernels.start = depthwise::start_moments<T>;
+    });
+    depthwise::convolve(f, kernels, scratch);
 }

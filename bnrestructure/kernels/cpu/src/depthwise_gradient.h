@@ -109,10 +109,11 @@ BNR_FLATTEN void gradient_row(const Backward& f, int64_t pixel, int64_t c0, int6
     });
 }
 
+using GradientRow = decltype(&gradient_row<float>);   // of any element type
+
 // db = sum of dY, a sweep of its own: a bias in front of a batch norm is rare, and its rows are not those of the sweep
 // above, which overlap between bands and may leave out rows that meet nothing but padding.
-template <class T>
-void bias_gradient(const Backward& f, int64_t threads) {
+inline void bias_gradient(const Backward& f, GradientRow fill_row, int64_t threads) {
     Scratch scratch;
     const Problem& p = f.p;
     std::vector<BlockSums> sums;
@@ -128,7 +129,7 @@ void bias_gradient(const Backward& f, int64_t threads) {
         for (int64_t block = 0; block < f.blocks.count; block++) {
             BlockSums& mine = sums[size_t(t * f.blocks.count + block)];
             for (int64_t i = rows.begin; i < rows.end; i++) {
-                gradient_row<T>(f, i * p.out_width, f.blocks.begin(block), f.blocks.width(block), row);
+                fill_row(f, i * p.out_width, f.blocks.begin(block), f.blocks.width(block), row);
                 for (int64_t c = 0; c < f.blocks.width(block); c += W)
                     add_rows(row + c / W * vector_pitch, W, p.out_width, W, mine.sums[SUM_P] + c);
                 mine.add(p.out_width);

@@ -27,10 +27,8 @@ constexpr int kVectors = 2;                          // vectors of C side by sid
 constexpr int64_t kPanel = kVectors * W;    // columns of B in one panel
 #if defined(__AVX512F__)
 constexpr int kRows = 14;                            // rows of C in one register tile: 28 of 32 registers accumulate
-#elif defined(__AVX2__)
-constexpr int kRows = 6;
 #else
-constexpr int kRows = 3;
+constexpr int kRows = 6;                             // 12 of 16 registers
 #endif
 
 struct Taps {

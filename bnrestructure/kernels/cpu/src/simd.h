@@ -1,5 +1,5 @@
-// The vector type every kernel is written in: `vf`, W floats. W is 16 with AVX-512 and 8 elsewhere; which it is follows
-// from the flags the file is compiled with, and each instruction set's library is compiled from the same sources.
+// The vector type every kernel is written in: `vf`, W floats. W is 16 with AVX-512, 8 with AVX2 and 4 elsewhere; which it is
+// follows from the flags the file is compiled with, and each instruction set's library is compiled from the same sources.
 //
 //   W                                   floats in a vector
 //   zero()  set1(s)                     constants

@@ -6,11 +6,12 @@
 
 namespace bnr {
 
-constexpr int W = 8;
+constexpr int W = 4;  // what SSE2 and NEON have
 
-typedef float float_lanes __attribute__((vector_size(32)));
-typedef int32_t int_lanes __attribute__((vector_size(32)));
-typedef uint32_t uint_lanes __attribute__((vector_size(32)));
+typedef float float_lanes __attribute__((vector_size(16)));
+typedef int32_t int_lanes __attribute__((vector_size(16)));
+typedef uint32_t uint_lanes __attribute__((vector_size(16)));
+typedef uint16_t half_lanes __attribute__((vector_size(8)));
 
 struct vf {
     float_lanes v;
@@ -24,7 +25,7 @@ struct tail_lanes {
 };
 
 BNR_INLINE vf zero() { return {float_lanes{}}; }
-BNR_INLINE vf set1(float s) { return {float_lanes{s, s, s, s, s, s, s, s}}; }
+BNR_INLINE vf set1(float s) { return {float_lanes{s, s, s, s}}; }
 
 BNR_INLINE vf load(const float* p) {
     vf a;
@@ -42,21 +43,30 @@ BNR_INLINE void store(float* p, vf a, tail_lanes l) {
     store(lanes, a);
     for (int i = 0; i < l.n; i++) p[i] = lanes[i];
 }
+// The upper halves of the lanes, rounded to nearest even; a NaN stays one.
+BNR_INLINE half_lanes to_halves(vf a) {
+    const uint_lanes bits = (uint_lanes)a.v, rounded = bits + 0x7fff + (bits >> 16 & 1), is_nan = (uint_lanes)(a.v != a.v);
+    return __builtin_convertvector(((~is_nan & rounded) | (is_nan & (bits | 0x400000))) >> 16, half_lanes);
+}
+BNR_INLINE vf from_halves(half_lanes halves) { return {(float_lanes)(__builtin_convertvector(halves, uint_lanes) << 16)}; }
+
 BNR_INLINE vf load(const bf16* p) {
-    float lanes[W];
-    for (int i = 0; i < W; i++) lanes[i] = to_float(p[i]);
-    return load(lanes);
+    half_lanes halves;
+    std::memcpy(&halves, p, sizeof halves);
+    return from_halves(halves);
 }
 BNR_INLINE vf load(const bf16* p, tail_lanes l) {
-    float lanes[W] = {};
-    for (int i = 0; i < l.n; i++) lanes[i] = to_float(p[i]);
-    return load(lanes);
+    half_lanes halves{};
+    for (int i = 0; i < l.n; i++) halves[i] = p[i].bits;
+    return from_halves(halves);
 }
 BNR_INLINE void store(bf16* p, vf a) {
-    for (int i = 0; i < W; i++) p[i] = to_bf16(a.v[i]);
+    const half_lanes halves = to_halves(a);
+    std::memcpy(static_cast<void*>(p), &halves, sizeof halves);
 }
 BNR_INLINE void store(bf16* p, vf a, tail_lanes l) {
-    for (int i = 0; i < l.n; i++) p[i] = to_bf16(a.v[i]);
+    const half_lanes halves = to_halves(a);
+    for (int i = 0; i < l.n; i++) p[i].bits = halves[i];
 }
 BNR_INLINE vf load(const uint8_t* p, tail_lanes l) {
     float lanes[W] = {};
@@ -68,11 +78,7 @@ BNR_INLINE void store_index(uint8_t* p, vf a, tail_lanes l) {
     for (int i = 0; i < l.n; i++) p[i] = uint8_t(a.v[i]);
 }
 BNR_INLINE void store_index(uint8_t* p, vf a) { store_index(p, a, tail_lanes(W)); }
-BNR_INLINE vf round_bf16(vf a) {
-    bf16 lanes[W];
-    store(lanes, a);
-    return load(lanes);
-}
+BNR_INLINE vf round_bf16(vf a) { return from_halves(to_halves(a)); }
 BNR_INLINE vf keep(vf a, tail_lanes l) {
     for (int i = l.n; i < W; i++) a.v[i] = 0;
     return a;
@@ -105,7 +111,7 @@ BNR_INLINE vf sqrt(vf a) {
     return a;
 }
 BNR_INLINE float sum(vf a) {
-    return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
+    return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
 }
 
 // Adding and taking away 1.5 * 2^23 rounds to whole numbers, for |a| < 2^22: all that exp() asks for.

@@ -16,14 +16,16 @@ constexpr int BLOCK_ROWS = 8;
 constexpr int64_t TILE_ROWS = 128;    // summed in fp32 before the sums are flushed to double
 constexpr int64_t SHIFT_ROWS = 16;    // enough for a first estimate of the mean (see statistics.h)
 
-// A tensor of pixels: channel c of pixel r is at data[r * ld + c]. No data: the tensor is absent.
+// A tensor of pixels: channel c of pixel r is at data[r * ld + c]. No data: the tensor is absent. Pixels of void are what
+// kernels are given, who know the type.
 template <class T>
 struct Pixels {
     T* data;
     int64_t ld;
 
+    Pixels(T* data, int64_t ld) : data(data), ld(ld) {}
     template <class V>
-    Pixels(V* data, int64_t ld) : data(static_cast<T*>(data)), ld(ld) {}
+    Pixels(const Pixels<V>& p) : data(static_cast<T*>(p.data)), ld(p.ld) {}
     explicit operator bool() const { return data != nullptr; }
     T* at(int64_t row, int64_t channel) const { return data + row * ld + channel; }
 };
@@ -90,15 +92,36 @@ inline S& merged(std::vector<S>& all) {
     return all[0];
 }
 
-// The tail of every backward sweep, from g, the gradient at z = act(affine(x)): P = g * act'(u), its sums SP and
-// SPX = sum P * (x - mean), and dx = scale * P, stored or added to what is there. dx may be the tensor g was read from.
+// The instance of a kernel for an element type and an activation, of f(type*, act_constant), which names them all. They have
+// one signature: what is around a kernel (threads, tiles, scratch) is compiled once.
+template <class F>
+inline auto kernel_for(int64_t element, Act kind, F&& f) {
+    decltype(f(static_cast<float*>(nullptr), act_constant<Act::any>{})) kernel = nullptr;
+    with_element(element, [&](auto* type) { with_activation(kind, [&](auto act) { kernel = f(type, act); }); });
+    return kernel;
+}
+
+// z = act(affine(x)), and where the gradient at x goes: stored, or added to what is there.
+struct Input {
+    Pixels<const void> x;
+    const Affine& transform;
+    Activation act;
+    Pixels<void> dx;
+    bool accumulate;
+};
+
+// The tail of every backward sweep, from g, the gradient at z: P = g * act'(u), its sums SP and SPX = sum P * (x - mean), and
+// dx = scale * P. dx may be the tensor g was read from.
 template <Act A, class T>
 struct InputGradient {
     Pixels<const T> x;
-    Affine transform;
+    const Affine& transform;
     Activation act;
     Pixels<T> dx;
     bool accumulate;
+
+    explicit InputGradient(const Input& i)
+        : x(i.x), transform(i.transform), act(i.act), dx(i.dx), accumulate(i.accumulate) {}
 
     // gradient(i) is g of row + i.
     template <class L, class G>

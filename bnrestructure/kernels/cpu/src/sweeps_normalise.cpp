@@ -5,8 +5,10 @@ namespace bnr::sweep {
 namespace {
 
 template <Act A, class T>
-BNR_FLATTEN void normalise(Pixels<const T> x, Range rows, int64_t channels, const Affine& transform, Activation act,
-                           Pixels<T> z) {
+BNR_FLATTEN void normalise(Pixels<const void> from, Range rows, int64_t channels, const Affine& transform, Activation act,
+                           Pixels<void> to) {
+    const Pixels<const T> x(from);
+    const Pixels<T> z(to);
     for_each_block(rows, channels, [&](int64_t r, int64_t c, auto lanes, int n) {
         const auto t = transform.at(c, lanes);
         for (int i = 0; i < n; i++) {
@@ -17,8 +19,9 @@ BNR_FLATTEN void normalise(Pixels<const T> x, Range rows, int64_t channels, cons
 }
 
 template <Act A, class T>
-BNR_FLATTEN void normalise_gradient(Pixels<const T> dz, const InputGradient<A, T>& input, Range tile, int64_t channels,
-                                    Sums& sums) {
+BNR_FLATTEN void normalise_gradient(Pixels<const void> from, const Input& to, Range tile, int64_t channels, Sums& sums) {
+    const Pixels<const T> dz(from);
+    const InputGradient<A, T> input(to);
     for_each_block(tile, channels, [&](int64_t r, int64_t c, auto lanes, int n) {
         input.block(r, c, lanes, n, sums, [&](int i) {
             request(dz, r + i, c);
@@ -40,15 +43,10 @@ BNR_EXPORT void bnr_normalise_forward(int64_t element, int64_t kind, float slope
     threads = useful_threads(rows * channels, threads);
     const Activation act{Act(kind), slope};
     const Affine transform(scratch, channels, mean, scale, beta);
-    with_element(element, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        with_activation(act.kind, [&](auto a) {
-            parallel(threads, [&](int64_t t) {
-                normalise<a.value, T>({static_cast<const T*>(x), ldx}, share(rows, 1, t, threads), channels, transform,
-                                      act, {static_cast<T*>(z), ldz});
-            });
-        });
+    const auto kernel = kernel_for(element, act.kind, [](auto* type, auto a) {
+        return normalise<a.value, std::remove_pointer_t<decltype(type)>>;
     });
+    parallel(threads, [&](int64_t t) { kernel({x, ldx}, share(rows, 1, t, threads), channels, transform, act, {z, ldz}); });
 }
 
 BNR_EXPORT void bnr_normalise_backward(int64_t element, int64_t kind, float slope, const void* dz, int64_t lddz,
@@ -60,18 +58,15 @@ BNR_EXPORT void bnr_normalise_backward(int64_t element, int64_t kind, float slop
     const Activation act{Act(kind), slope};
     const Affine transform(scratch, channels, mean, scale, beta);
     auto sums = per_thread<Sums>(scratch, threads, channels, int64_t(2));
-    with_element(element, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        with_activation(act.kind, [&](auto a) {
-            const InputGradient<a.value, T> input{
-                {static_cast<const T*>(x), ldx}, transform, act, {static_cast<T*>(dx), lddx}, accumulate != 0};
-            parallel(threads, [&](int64_t t) {
-                Sums& own = sums[size_t(t)];
-                for_each_tile(share(rows, 1, t, threads), [&](Range tile) {
-                    normalise_gradient<a.value, T>({static_cast<const T*>(dz), lddz}, input, tile, channels, own);
-                    own.flush();
-                });
-            });
+    const Input input{{x, ldx}, transform, act, {dx, lddx}, accumulate != 0};
+    const auto kernel = kernel_for(element, act.kind, [](auto* type, auto a) {
+        return normalise_gradient<a.value, std::remove_pointer_t<decltype(type)>>;
+    });
+    parallel(threads, [&](int64_t t) {
+        Sums& own = sums[size_t(t)];
+        for_each_tile(share(rows, 1, t, threads), [&](Range tile) {
+            kernel({dz, lddz}, input, tile, channels, own);
+            own.flush();
         });
     });
     write_sums(sums, sum_p, sum_px);

@@ -17,8 +17,10 @@ struct Extent {
 
 // One row of outputs. On a tie the first position wins, and a NaN beats everything before it, as in PyTorch.
 template <Act A, class T>
-BNR_FLATTEN void pool_row(Pixels<const T> x, const Extent& e, const Window& k, int64_t out_row, int64_t channels,
-                          const Affine& transform, Activation act, T* y, uint8_t* index) {
+BNR_FLATTEN void pool_row(Pixels<const void> from, const Extent& e, const Window& k, int64_t out_row, int64_t channels,
+                          const Affine& transform, Activation act, void* to, uint8_t* index) {
+    const Pixels<const T> x(from);
+    T* const y = static_cast<T*>(to);
     const int64_t image = out_row / e.out_h, top = out_row % e.out_h * k.stride_h - k.pad_h;
     const int64_t h0 = std::max<int64_t>(top, 0), h1 = std::min(top + k.kernel_h, e.h);
     for (int64_t ow = 0; ow < e.out_w; ow++) {
@@ -47,8 +49,10 @@ BNR_FLATTEN void pool_row(Pixels<const T> x, const Extent& e, const Window& k, i
 
 // One row of inputs: each gathers from the windows it lies in, so no two threads write to one place.
 template <Act A, class T>
-BNR_FLATTEN void pool_row_gradient(Pixels<const T> dy, Pixels<const uint8_t> index, const InputGradient<A, T>& input,
-                                   const Extent& e, const Window& k, int64_t row, int64_t channels, Sums& sums) {
+BNR_FLATTEN void pool_row_gradient(Pixels<const void> from, Pixels<const uint8_t> index, const Input& to, const Extent& e,
+                                   const Window& k, int64_t row, int64_t channels, Sums& sums) {
+    const Pixels<const T> dy(from);
+    const InputGradient<A, T> input(to);
     const int64_t image = row / e.h, h = row % e.h + k.pad_h;
     const int64_t oh0 = std::max<int64_t>(0, (h - k.kernel_h + k.stride_h) / k.stride_h);
     const int64_t oh1 = std::min(e.out_h, h / k.stride_h + 1);
@@ -90,16 +94,13 @@ BNR_EXPORT void bnr_max_pool_forward(int64_t element, int64_t kind, float slope,
     threads = useful_threads(rows * out_w * channels, threads);
     const Activation act{Act(kind), slope};
     const Affine transform(scratch, channels, mean, scale, beta);
-    with_element(element, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        with_activation(act.kind, [&](auto a) {
-            parallel(threads, [&](int64_t t) {
-                const Range own = share(rows, 1, t, threads);
-                for (int64_t row = own.begin; row < own.end; row++)
-                    pool_row<a.value, T>({static_cast<const T*>(x), ldx}, extent, window, row, channels, transform, act,
-                                         static_cast<T*>(y), index);
-            });
-        });
+    const auto kernel = kernel_for(element, act.kind, [](auto* type, auto a) {
+        return pool_row<a.value, std::remove_pointer_t<decltype(type)>>;
+    });
+    parallel(threads, [&](int64_t t) {
+        const Range own = share(rows, 1, t, threads);
+        for (int64_t row = own.begin; row < own.end; row++)
+            kernel({x, ldx}, extent, window, row, channels, transform, act, y, index);
     });
 }
 
@@ -118,22 +119,18 @@ BNR_EXPORT void bnr_max_pool_backward(int64_t element, int64_t kind, float slope
     const Activation act{Act(kind), slope};
     const Affine transform(scratch, channels, mean, scale, beta);
     auto sums = per_thread<Sums>(scratch, threads, channels, int64_t(2));
-    with_element(element, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        with_activation(act.kind, [&](auto a) {
-            const InputGradient<a.value, T> input{
-                {static_cast<const T*>(x), ldx}, transform, act, {static_cast<T*>(dx), lddx}, accumulate != 0};
-            const int64_t tile_rows = std::max<int64_t>(1, TILE_ROWS / w);
-            parallel(threads, [&](int64_t t) {
-                Sums& own = sums[size_t(t)];
-                const Range all = share(rows, 1, t, threads);
-                for (int64_t row = all.begin; row < all.end; row++) {
-                    pool_row_gradient<a.value, T>({static_cast<const T*>(dy), lddy}, {index, ldindex}, input, extent,
-                                                  window, row, channels, own);
-                    if ((row - all.begin + 1) % tile_rows == 0 || row + 1 == all.end) own.flush();
-                }
-            });
-        });
+    const Input input{{x, ldx}, transform, act, {dx, lddx}, accumulate != 0};
+    const auto kernel = kernel_for(element, act.kind, [](auto* type, auto a) {
+        return pool_row_gradient<a.value, std::remove_pointer_t<decltype(type)>>;
+    });
+    const int64_t tile_rows = std::max<int64_t>(1, TILE_ROWS / w);
+    parallel(threads, [&](int64_t t) {
+        Sums& own = sums[size_t(t)];
+        const Range all = share(rows, 1, t, threads);
+        for (int64_t row = all.begin; row < all.end; row++) {
+            kernel({dy, lddy}, {index, ldindex}, input, extent, window, row, channels, own);
+            if ((row - all.begin + 1) % tile_rows == 0 || row + 1 == all.end) own.flush();
+        }
     });
     write_sums(sums, sum_p, sum_px);
 }

@@ -6,22 +6,23 @@
 namespace bnr::sweep {
 namespace {
 
-template <class T>
 struct Operand {
-    Pixels<const T> x;
-    Affine transform;
+    Pixels<const void> x;
+    const Affine& transform;
 };
 
 template <Act A, class T>
-BNR_FLATTEN void join(const Operand<T>& y, const Operand<T>& r, Range tile, int64_t channels, Activation act,
-                      Pixels<T> out, Moments* moments) {
+BNR_FLATTEN void join(const Operand& left, const Operand& right, Range tile, int64_t channels, Activation act,
+                      Pixels<void> to, Moments* moments) {
+    const Pixels<const T> y(left.x), r(right.x);
+    const Pixels<T> out(to);
     for_each_block(tile, channels, [&](int64_t row, int64_t c, auto lanes, int n) {
-        const auto ty = y.transform.at(c, lanes), tr = r.transform.at(c, lanes);
+        const auto ty = left.transform.at(c, lanes), tr = right.transform.at(c, lanes);
         const vf shift = moments ? load(moments->shift + c) : zero();
         vf sum = zero(), square = zero();
         for (int i = 0; i < n; i++) {
-            request(y.x, row + i, c), request(r.x, row + i, c), request(out, row + i, c);
-            const vf u = ty(load(y.x.at(row + i, c), lanes)) + tr(load(r.x.at(row + i, c), lanes));
+            request(y, row + i, c), request(r, row + i, c), request(out, row + i, c);
+            const vf u = ty(load(y.at(row + i, c), lanes)) + tr(load(r.at(row + i, c), lanes));
             const vf result = activate<A>(u, act);
             store(out.at(row + i, c), result, lanes);
             const vf d = stored<T>(result) - shift;
@@ -34,27 +35,36 @@ BNR_FLATTEN void join(const Operand<T>& y, const Operand<T>& r, Range tile, int6
     });
 }
 
-// What dout gains where statistics of out were taken: a * (out - mean) + b.
+// A thread's first look at the result, for the shift: these few rows are computed twice.
 template <class T>
+void start_moments(Pixels<const void> result, Range rows, Moments& moments) {
+    const Pixels<const T> out(result);
+    moments.start(out.at(rows.begin, 0), out.ld, rows.size());
+}
+
+// What dout gains where statistics of out were taken: a * (out - mean) + b.
 struct StatisticsEdge {
     const float *a, *b, *mean;
-    Pixels<const T> out;
+    Pixels<const void> out;
 };
 
 template <Act A, class T>
-BNR_FLATTEN void join_gradient(Pixels<const T> dout, const StatisticsEdge<T>& edge, const Operand<T>& y,
-                               const Operand<T>& r, Range tile, int64_t channels, Activation act, Pixels<T> g, Sums& sums) {
+BNR_FLATTEN void join_gradient(Pixels<const void> from, const StatisticsEdge& edge, const Operand& left,
+                               const Operand& right, Range tile, int64_t channels, Activation act, Pixels<void> to,
+                               Sums& sums) {
+    const Pixels<const T> dout(from), out(edge.out), y(left.x), r(right.x);
+    const Pixels<T> g(to);
     for_each_block(tile, channels, [&](int64_t row, int64_t c, auto lanes, int n) {
-        const auto ty = y.transform.at(c, lanes), tr = r.transform.at(c, lanes);
+        const auto ty = left.transform.at(c, lanes), tr = right.transform.at(c, lanes);
         const bool has_edge = edge.a != nullptr;
         const vf a = has_edge ? load(edge.a + c, lanes) : zero(), b = has_edge ? load(edge.b + c, lanes) : zero();
         const vf mean = has_edge ? load(edge.mean + c, lanes) : zero();
         vf sp = zero(), spy = zero(), spr = zero();
         for (int i = 0; i < n; i++) {
-            request(y.x, row + i, c), request(r.x, row + i, c), request(dout, row + i, c), request(g, row + i, c);
-            const vf vy = load(y.x.at(row + i, c), lanes), vr = load(r.x.at(row + i, c), lanes);
+            request(y, row + i, c), request(r, row + i, c), request(dout, row + i, c), request(g, row + i, c);
+            const vf vy = load(y.at(row + i, c), lanes), vr = load(r.at(row + i, c), lanes);
             vf gradient = load(dout.at(row + i, c), lanes);
-            if (has_edge) gradient = gradient + fma(a, load(edge.out.at(row + i, c), lanes) - mean, b);
+            if (has_edge) gradient = gradient + fma(a, load(out.at(row + i, c), lanes) - mean, b);
             vf state;
             activate<A>(ty(vy) + tr(vr), act, state);
             const vf p = pull_back<A>(gradient, state, act);
@@ -85,24 +95,23 @@ BNR_EXPORT void bnr_residual_forward(int64_t element, int64_t kind, float slope,
     const Activation act{Act(kind), slope};
     const Affine ty(scratch, channels, y_mean, y_scale, y_beta), tr(scratch, channels, r_mean, r_scale, r_beta);
     auto moments = per_thread<Moments>(scratch, mean ? threads : 0, channels);
-    with_element(element, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        const Operand<T> oy{{static_cast<const T*>(y), ldy}, ty}, orr{{static_cast<const T*>(r), ldr}, tr};
-        const Pixels<T> result(static_cast<T*>(out), channels);
-        with_activation(act.kind, [&](auto a) {
-            parallel(threads, [&](int64_t t) {
-                Moments* const own = mean ? &moments[size_t(t)] : nullptr;
-                for_each_tile(share(rows, 1, t, threads), [&](Range tile) {
-                    if (own && own->is_empty()) {
-                        // A first look at the result, for the shift: these few rows are computed twice.
-                        const Range first{tile.begin, std::min(tile.end, tile.begin + SHIFT_ROWS)};
-                        join<a.value, T>(oy, orr, first, channels, act, result, nullptr);
-                        own->start(result.at(first.begin, 0), result.ld, first.size());
-                    }
-                    join<a.value, T>(oy, orr, tile, channels, act, result, own);
-                    if (own) own->flush(tile.size());
-                });
-            });
+    const Operand left{{y, ldy}, ty}, right{{r, ldr}, tr};
+    const auto kernel = kernel_for(element, act.kind, [](auto* type, auto a) {
+        return join<a.value, std::remove_pointer_t<decltype(type)>>;
+    });
+    const auto start = kernel_for(element, act.kind, [](auto* type, auto) {
+        return start_moments<std::remove_pointer_t<decltype(type)>>;
+    });
+    parallel(threads, [&](int64_t t) {
+        Moments* const own = mean ? &moments[size_t(t)] : nullptr;
+        for_each_tile(share(rows, 1, t, threads), [&](Range tile) {
+            if (own && own->is_empty()) {
+                const Range first{tile.begin, std::min(tile.end, tile.begin + SHIFT_ROWS)};
+                kernel(left, right, first, channels, act, {out, channels}, nullptr);
+                start({out, channels}, first, *own);
+            }
+            kernel(left, right, tile, channels, act, {out, channels}, own);
+            if (own) own->flush(tile.size());
         });
     });
     if (mean) merged(moments).write(mean, var);
@@ -120,19 +129,16 @@ BNR_EXPORT void bnr_residual_backward(int64_t element, int64_t kind, float slope
     const Activation activation{Act(kind), slope};
     const Affine ty(scratch, channels, y_mean, y_scale, y_beta), tr(scratch, channels, r_mean, r_scale, r_beta);
     auto sums = per_thread<Sums>(scratch, threads, channels, int64_t(3));
-    with_element(element, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        const Operand<T> oy{{static_cast<const T*>(y), ldy}, ty}, orr{{static_cast<const T*>(r), ldr}, tr};
-        const StatisticsEdge<T> edge{a, b, mean, {static_cast<const T*>(out), ldout}};
-        with_activation(activation.kind, [&](auto act) {
-            parallel(threads, [&](int64_t t) {
-                Sums& own = sums[size_t(t)];
-                for_each_tile(share(rows, 1, t, threads), [&](Range tile) {
-                    join_gradient<act.value, T>({static_cast<const T*>(dout), lddout}, edge, oy, orr, tile, channels,
-                                                activation, {static_cast<T*>(g), channels}, own);
-                    own.flush();
-                });
-            });
+    const Operand left{{y, ldy}, ty}, right{{r, ldr}, tr};
+    const StatisticsEdge edge{a, b, mean, {out, ldout}};
+    const auto kernel = kernel_for(element, activation.kind, [](auto* type, auto act) {
+        return join_gradient<act.value, std::remove_pointer_t<decltype(type)>>;
+    });
+    parallel(threads, [&](int64_t t) {
+        Sums& own = sums[size_t(t)];
+        for_each_tile(share(rows, 1, t, threads), [&](Range tile) {
+            kernel({dout, lddout}, edge, left, right, tile, channels, activation, {g, channels}, own);
+            own.flush();
         });
     });
     const Sums& total = merged(sums);

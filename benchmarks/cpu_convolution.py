@@ -3,7 +3,6 @@ batch norm, activation, convolution sequence of an eager training step.
 
     python benchmarks/cpu_convolution.py                      every node below, float32
     python benchmarks/cpu_convolution.py densenet --bf16      those whose name matches
-    python benchmarks/cpu_convolution.py --grid               a grid of shapes, for kernels/cpu/convolution_choice.py
 
 A node's versions are timed in turns and the medians are printed, in milliseconds. A node whose numbers are wrong is not
 timed: the program stops.
@@ -15,7 +14,7 @@ import argparse
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -73,18 +72,6 @@ NODES = (
     Node("vgg 3x3 256 56", 256, 256, 56, 3),
     Node("vgg 3x3 512 14", 512, 512, 14, 3),
 )  # fmt: skip
-
-
-def grid() -> Iterator[Node]:
-    """Shapes of no model in particular."""
-    for kernel in (1, 3):
-        for size in (56, 28, 14, 7):
-            for channels in (32, 64, 128, 256, 512, 1024):
-                for channels_out in (32, 128, 512):
-                    operations = size * size * channels * channels_out * kernel * kernel
-                    if 1e6 < operations < 4e8:
-                        name = f"{kernel}x{kernel} {channels}->{channels_out} {size}"
-                        yield Node(name, channels, channels_out, size, kernel)
 
 
 def image(batch: int, channels: int, size: int, dtype: torch.dtype, pitch: int = 0) -> Tensor:
@@ -175,7 +162,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pattern", nargs="?", default="", help="regular expression that a node's name must match")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 activations")
-    parser.add_argument("--grid", action="store_true", help="a grid of shapes in place of the named nodes")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=0.5, help="to spend on each node and direction")
@@ -186,7 +172,7 @@ def main() -> None:
     print(f"{'':34}{'forward, ms':^48}  {'backward, ms':^48}")
     columns = f"{'bare':>8}{'eager':>8}{'fused':>8}{'hybrid':>8}{'/bare':>8}{'/eager':>8}"
     print(f"{'node':34}{columns}  {columns}  chosen")
-    for node in grid() if options.grid else NODES:
+    for node in NODES:
         if not re.search(options.pattern, node.name):
             continue
         line = f"{node.name:34}"

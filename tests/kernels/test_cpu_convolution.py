@@ -66,6 +66,13 @@ SHAPES = {
     "1x3 stride 2x1": Shape(2, 8, 8, (8, 8), kernel=(1, 3), stride=(2, 1), padding=(0, 1)),
     "2x2": Shape(2, 70, 40, (5, 5), kernel=(2, 2), padding=(0, 0)),
     "3x5, everything different": Shape(2, 20, 12, (12, 11), (3, 5), (3, 2), (4, 1), (1, 2)),
+    # Deep enough that a panel's weights are cut up by rows of the kernel, some of which meet nothing but padding.
+    "3x3 deep": Shape(2, 200, 150, (4, 6)),
+    "3x3 deep, stride 2": Shape(2, 160, 200, (7, 5), stride=(2, 2)),
+    "3x3 deep, stride 4, unread rows and columns": Shape(2, 150, 160, (10, 9), stride=(4, 4), padding=(0, 0)),
+    "3x3 deep, dilated into the padding": Shape(2, 180, 170, (2, 3), padding=(2, 2), dilation=(2, 2)),
+    "3x3 deep, rows of padding alone": Shape(2, 170, 160, (3, 2), padding=(4, 4)),
+    "5x5 deep on one pixel": Shape(2, 180, 170, (1, 1), kernel=(5, 5), padding=(2, 2)),
     "stem": Shape(2, 3, 20, (19, 21), kernel=(7, 7), stride=(2, 2), padding=(3, 3)),
 }
 

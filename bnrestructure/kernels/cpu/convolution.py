@@ -87,14 +87,18 @@ def conv_forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, mean, var) as kernels/reference says; x and the weight are float32 or bfloat16."""
-
-    def run(implementation: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        kernel = _IMPLEMENTATIONS[implementation].conv_forward
-        return kernel(x, transform, weight, bias, geometry, dtype=dtype, statistics=statistics, out=out)
-
+    args = (x, transform, weight, bias, geometry)
+    options = {"dtype": dtype, "statistics": statistics, "out": out}
     if tuning.is_measuring():
-        _measure_once(x, transform, weight, geometry, dtype, "forward", {name: partial(run, name) for name in _IMPLEMENTATIONS})
-    return run(choice(x, transform, weight, geometry, dtype, "forward").implementation)
+        candidates = {name: partial(run_forward, name, *args, **options) for name in _IMPLEMENTATIONS}
+        _measure_once(x, transform, weight, geometry, dtype, "forward", candidates)
+    return run_forward(choice(x, transform, weight, geometry, dtype, "forward").implementation, *args, **options)
+
+
+def run_forward(implementation: str, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """:func:`conv_forward` by one implementation, "fused" or "hybrid"."""
+    found: tuple[Tensor, Tensor | None, Tensor | None] = _IMPLEMENTATIONS[implementation].conv_forward(*args, **options)
+    return found
 
 
 def conv_backward(
@@ -110,23 +114,30 @@ def conv_backward(
     accumulate: Tensor | None = None,
 ) -> ConvGradients:
     """The gradients as kernels/reference says; dy, x and the weight are float32 or bfloat16."""
-
-    def run(implementation: str, into: Tensor | None) -> ConvGradients:
-        dgrad, wgrad = BACKWARD[implementation]
-        parts = [(dgrad, needs, into)]
-        if dgrad != wgrad:
-            parts = [(wgrad, (False, needs[1], needs[2]), None), (dgrad, (needs[0], False, False), into)]
-        merged = ConvGradients()
-        for name, part, to in parts:
-            kernel = _IMPLEMENTATIONS[name].conv_backward
-            found = kernel(dy, edge, x, transform, weight, geometry, dtype=dtype, needs=part, accumulate=to)
-            merged = merged._replace(**{field: value for field, value in found._asdict().items() if value is not None})
-        return merged
-
+    args = (dy, edge, x, transform, weight, geometry)
     if tuning.is_measuring() and needs[0] and needs[1]:
         into = None if accumulate is None else _like(accumulate)
-        _measure_once(x, transform, weight, geometry, dtype, "backward", {name: partial(run, name, into) for name in BACKWARD})
-    return run(choice(x, transform, weight, geometry, dtype, "backward").implementation, accumulate)
+        candidates = {
+            name: partial(run_backward, name, *args, dtype=dtype, needs=needs, accumulate=into)
+            for name in BACKWARD
+        }
+        _measure_once(x, transform, weight, geometry, dtype, "backward", candidates)
+    chosen = choice(x, transform, weight, geometry, dtype, "backward").implementation
+    return run_backward(chosen, *args, dtype=dtype, needs=needs, accumulate=accumulate)
+
+
+def run_backward(
+    implementation: str, *args: Any, needs: tuple[bool, bool, bool], accumulate: Tensor | None, **options: Any
+) -> ConvGradients:
+    """:func:`conv_backward` by one of the implementations in ``choice.BACKWARD``."""
+    dgrad, wgrad = BACKWARD[implementation]
+    if dgrad == wgrad:
+        found: ConvGradients = _IMPLEMENTATIONS[dgrad].conv_backward(*args, needs=needs, accumulate=accumulate, **options)
+        return found
+    weights = _IMPLEMENTATIONS[wgrad].conv_backward(*args, needs=(False, *needs[1:]), accumulate=None, **options)
+    inputs = _IMPLEMENTATIONS[dgrad].conv_backward(*args, needs=(needs[0], False, False), accumulate=accumulate, **options)
+    merged: ConvGradients = inputs._replace(weight=weights.weight, bias=weights.bias)
+    return merged
 
 
 def _measure_once(

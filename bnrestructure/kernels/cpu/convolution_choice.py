@@ -4,13 +4,14 @@ Where this machine has measured the node (bnrestructure.tune), the measurement d
 products of a backward pass may be measured to be better apart: ``hybrid dgrad, fused wgrad``, say.
 
 The fused kernels pay for the prologue and epilogue with almost nothing, the hybrid with extra passes over memory around
-a product that is, for some shapes, faster. With `lead` the fraction by which ATen's product is faster, the hybrid wins
+a product that is, for some shapes, faster. Forward, with `lead` the fraction by which ATen's product is faster, the hybrid wins
 where lead * multiply-adds > bytes swept * (multiply-adds the machine does in the time it sweeps a byte). Both numbers
-are ratios, not absolute speeds; benchmarks/cpu_convolution.py measures them (--grid: shapes of no particular model).
+are ratios, not absolute speeds; benchmarks/convolution_grid.py measures what comes of them.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cpu import library, processor
 from bnrestructure.ops.edges import ConvGeometry
 
-__all__ = ["Node", "call_of", "choose", "identify_machine"]
+__all__ = ["Node", "call_of", "choose", "identify_machine", "rule"]
 
 
 class Node(NamedTuple):
@@ -41,7 +42,6 @@ class Node(NamedTuple):
 _OPERATIONS_PER_BYTE = {torch.float32: 8.0, torch.bfloat16: 16.0}
 
 
-
 @lru_cache(maxsize=4096)
 def choose(node: Node, dtype: torch.dtype, direction: str, isa: str, threads: int) -> Choice:
     """The choice for ``direction`` "forward" or "backward" on the instruction set ``isa`` (library.isa_name()).
@@ -50,26 +50,31 @@ def choose(node: Node, dtype: torch.dtype, direction: str, isa: str, threads: in
     """
     identify_machine()
     found = tuning.measured(call_of(node, dtype, direction, isa, threads))
-    if found is not None:
-        return Choice(found.choice, found.reason)
-    lead = _lead_of_aten(node, dtype, direction, isa)
+    return rule(node, dtype, direction, isa) if found is None else Choice(found.choice, found.reason)
+
+
+def rule(node: Node, dtype: torch.dtype, direction: str, isa: str) -> Choice:
+    """The choice where nothing was measured; benchmarks/convolution_grid.py holds it against measurements."""
+    if direction == "backward":
+        return _backward_rule(node, dtype, isa)
+    lead = _lead_of_aten(node, dtype, isa)
     if lead <= 0:
         return Choice("fused", "the fused product is as fast as ATen's")
-    taps = node.kernel[0] * node.kernel[1]
     positions = node.batch * node.size_out[0] * node.size_out[1]
-    operations = positions * node.channels_out * (node.channels // node.geometry.groups) * taps
-    item = 2 if dtype is torch.bfloat16 else 4
-    x = node.batch * node.channels * node.size[0] * node.size[1] * item
-    y = positions * node.channels_out * item
-    if direction == "forward":
-        swept = (2 * x if node.transformed else 0) + y
-    else:
-        operations *= 2
-        swept = 3 * y + (5 * x if node.transformed else 0)
+    operations = positions * node.channels_out * (node.channels // node.geometry.groups) * math.prod(node.kernel)
+    x = node.batch * node.channels * math.prod(node.size)
+    swept = ((2 * x if node.transformed else 0) + positions * node.channels_out) * dtype.itemsize
     gained, lost = lead * operations, swept * _OPERATIONS_PER_BYTE[dtype]
     if gained > lost:
         return Choice("hybrid", f"ATen's product saves {gained / lost:.1f} times what the extra sweeps cost")
     return Choice("fused", f"the extra sweeps cost {lost / gained:.1f} times what ATen's product saves")
+
+
+def _backward_rule(node: Node, dtype: torch.dtype, isa: str) -> Choice:
+    """The fused products share a tile's output gradient, which is worth more than anything that ATen's are ahead by."""
+    if _is_measured(dtype, isa) and math.prod(node.kernel) > 1 and _weight_bytes(node, dtype) > 12 << 20:
+        return Choice("hybrid dgrad, fused wgrad", "every tile of the fused dgrad would read all weights from memory")
+    return Choice("fused", "the fused products share a tile's output gradient")
 
 
 def identify_machine() -> None:
@@ -97,19 +102,30 @@ def _kernels_digest() -> str:
     return library.sources_digest()
 
 
-def _lead_of_aten(node: Node, dtype: torch.dtype, direction: str, isa: str) -> float:
-    """How much less time ATen's product takes than the fused kernels', as a fraction of the latter; 0 where not less.
+def _is_measured(dtype: torch.dtype, isa: str) -> bool:
+    """Whether the rules' numbers were measured with these instructions. (Where not, nothing is known against the fused kernels.)"""
+    return isa.startswith("avx512") and (dtype is not torch.bfloat16 or isa == "avx512bf16")
 
-    Measured on Zen 5 with two threads. For 1 x 1 kernels, for groups and for narrow tensors the lead, where there is
-    any, is below what a single sweep costs. It grows where a row of the output is too short for a register tile, and
-    where the weight does not fit into the second-level cache.
+
+def _weight_bytes(node: Node, dtype: torch.dtype) -> int:
+    return dtype.itemsize * math.prod(node.kernel) * node.channels * node.channels_out // node.geometry.groups
+
+
+def _lead_of_aten(node: Node, dtype: torch.dtype, isa: str) -> float:
+    """How much less time ATen's forward product takes than the fused kernels', as a fraction of the latter; 0 where not less.
+
+    Measured on Zen 5 with two threads, benchmarks/results/amd-epyc-2-cores-convolution-grid.txt. For 1 x 1 kernels, for groups and
+    for narrow tensors the lead, where there is any, is below what a single sweep costs. It grows where a row of the output is too
+    short for a register tile, with the size of the kernel, and where the weight fits into the second-level cache or the third no more.
     """
-    if not isa.startswith("avx512") or (dtype is torch.bfloat16 and isa != "avx512bf16"):
-        return 0.0  # not measured
-    taps = node.kernel[0] * node.kernel[1]
-    if taps == 1 or node.geometry.groups > 1 or min(node.channels, node.channels_out) < 128:
+    taps = math.prod(node.kernel)
+    narrow = min(node.channels, node.channels_out) < (40 if taps >= 25 else 128)
+    if not _is_measured(dtype, isa) or taps == 1 or node.geometry.groups > 1 or narrow:
         return 0.0
-    large = 4 * taps * node.channels * node.channels_out > 4 << 20
-    if direction == "backward":
-        return 0.08 if large else 0.0
-    return 0.05 + (0.10 if node.size_out[1] <= 8 else 0.0) + (0.05 if large else 0.0)
+    lead = 0.06 if dtype is torch.float32 else 0.04
+    if node.size_out[1] <= 8 and node.geometry.stride[1] == 1:
+        lead += 0.05
+    if taps >= 25:
+        lead += 0.05
+    size = _weight_bytes(node, dtype)
+    return lead + (0.03 if size > 4 << 20 else 0.0) + (0.2 if size > 16 << 20 else 0.0)

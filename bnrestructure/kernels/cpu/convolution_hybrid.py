@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bnrestructure.kernels.aten_convolution import convolution_backward
 from bnrestructure.kernels.cpu import layout, library
 from bnrestructure.kernels.cpu.convolution_arguments import Pixels, backward_arguments, forward_arguments, pixels
 from bnrestructure.kernels.layout import pitch_of
@@ -77,12 +78,12 @@ def conv_backward(
         )
         pd = d, d.shape[1]
     z = _transformed(px, transform, weight, geometry) if need_weight else px[0]
-    g, dw, _ = torch.ops.aten.convolution_backward(
-        pd[0], z, _weight(weight, dtype), None, *geometry.aten_arguments, [need_x, need_weight, False]
+    g, dw = convolution_backward(
+        pd[0], z, _weight(weight, dtype), geometry, need_input=need_x, need_weight=need_weight
     )
-    dw = restored(dw, factor, weight.dtype) if need_weight else None
+    dw = None if dw is None else restored(dw, factor, weight.dtype)
     db = None if db is None else db.to(dtype)
-    if not need_x:
+    if g is None:
         return ConvGradients(weight=dw, bias=db)
     pg = pixels(g, dtype)
     dx = accumulate if accumulate is not None and layout.destination(px[0], accumulate) is accumulate else pg[0]

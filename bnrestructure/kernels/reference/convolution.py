@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bnrestructure.kernels.aten_convolution import convolution_backward
 from bnrestructure.kernels.reference.elementwise import (
     apply_transform,
     channel_sum,
@@ -67,13 +68,11 @@ def conv_backward(
     factor = gradient_factor(edge.a is not None, dtype, exact.dtype)
     d = (exact if factor == 1 else exact * factor).to(dtype)
     z = apply_transform(x, transform, dtype) if need_weight or need_x else x
-    g, dw, _ = torch.ops.aten.convolution_backward(
-        d, z, weight.to(dtype), None, *geometry.aten_arguments, [need_x, need_weight, False]
-    )
-    dw = restored(dw, factor, weight.dtype) if need_weight else None
+    g, dw = convolution_backward(d, z, weight.to(dtype), geometry, need_input=need_x, need_weight=need_weight)
+    dw = None if dw is None else restored(dw, factor, weight.dtype)
     # Before rounding: that of a bias in front of a batch norm is zero, and what is rounded off would be all that is left of it.
     db = channel_sum(exact).to(dtype) if need_bias else None
-    if not need_x:
+    if g is None:
         return ConvGradients(weight=dw, bias=db)
     if factor != 1:
         g = restored(g, factor, exact.dtype)

@@ -166,10 +166,10 @@ class Backward {
         void multiply_flat_input(const Tile& tile, const Part& part) {
             const int64_t pixels = tile.rows * p_.in_width;
             const word* d = gradient_.data() + words_of(part.group * b_.grouping_.out, b_.words_);
-            for_each_slice(part.channels, b_.weight_.depth, 1, [&](int64_t n, int64_t k, int64_t width, int64_t length) {
-                const gemm::Product product{gemm::single_tap(), pixels, width, length, d + k, gradient_.pitch(),
-                                            panel_of(part, n, k), gemm::kPanel, b_.weight_.panel_pitch(), g_ + n, kChunk,
-                                            k > 0};
+            for_each_slice(part.channels, b_.weight_.depth, 1, 1, [&](const Slice& slice) {
+                const gemm::Product product{gemm::single_tap(), pixels, slice.width, slice.length, d + slice.k,
+                                            gradient_.pitch(), panel_of(part, slice), gemm::kPanel, b_.weight_.panel_pitch(),
+                                            g_ + slice.n, kChunk, slice.adds(0)};
                 gemm::multiply(product, Order::kRows, b_.words_, prefetch_);
             });
             const int64_t begin = tile.row * p_.in_width;
@@ -193,23 +193,26 @@ class Backward {
             }
         }
 
-        const word* panel_of(const Part& part, int64_t n, int64_t k) const {
-            return b_.weight_.panel(part.group, (part.in_begin + n) / gemm::kPanel) + k * gemm::kPanel;
+        const word* panel_of(const Part& part, const Slice& slice) const {
+            return b_.weight_.panel(part.group, (part.in_begin + slice.n) / gemm::kPanel) + slice.k * gemm::kPanel;
         }
 
         // dx rows of one image. Output row r is staged as row r - first_staged of the tile's image i.
         void multiply_rows(int64_t i, int64_t image, Range rows, const Part& part, int64_t first_staged) {
             const word* d = gradient_.data() + i * gradient_.image_pitch() - first_staged * gradient_.row_pitch() +
                             words_of(part.group * b_.grouping_.out, b_.words_);
-            for_each_slice(part.channels, b_.weight_.depth, b_.taps_, [&](int64_t n, int64_t k, int64_t width, int64_t length) {
+            for_each_slice(part.channels, b_.weight_.depth, p_.kernel_h, p_.kernel_w, [&](const Slice& slice) {
                 for (int64_t row = rows.begin; row < rows.end; row++) {
-                    float* g = g_ + (row - rows.begin) * p_.in_width * kChunk + n;
+                    const int64_t first = first_kernel_row(row);
+                    if (slice.ends_before(first)) continue;
+                    float* g = g_ + (row - rows.begin) * p_.in_width * kChunk + slice.n;
                     for (int64_t phase = 0; phase < std::min(p_.stride_w, p_.in_width); phase++) {
-                        taps_of(row, phase);
+                        taps_of(row, phase, slice.rows);
+                        if (slice.adds(first) && list_.is_empty()) continue;
                         const gemm::Product product{
-                            list_.taps(), ceil_div(p_.in_width - phase, p_.stride_w), width, length, d + k,
-                            gradient_.pitch(), panel_of(part, n, k), gemm::kPanel, b_.weight_.panel_pitch(),
-                            g + phase * kChunk, p_.stride_w * kChunk, k > 0};
+                            list_.taps(), ceil_div(p_.in_width - phase, p_.stride_w), slice.width, slice.length, d + slice.k,
+                            gradient_.pitch(), panel_of(part, slice), gemm::kPanel, b_.weight_.panel_pitch(),
+                            g + phase * kChunk, p_.stride_w * kChunk, slice.adds(first)};
                         gemm::multiply(product, Order::kRows, b_.words_, prefetch_);
                     }
                 }
@@ -230,17 +233,21 @@ class Backward {
             return up >= 0 && up % p_.stride_h == 0 && up / p_.stride_h < p_.out_height ? up / p_.stride_h : -1;
         }
 
-        bool has_readers(int64_t row) const {
+        bool has_readers(int64_t row) const { return reader(row, first_kernel_row(row)) >= 0; }
+
+        // The first kernel row through which an output row reads this input row; 0 where none does, so that the first slice
+        // writes zeros.
+        int64_t first_kernel_row(int64_t row) const {
             for (int64_t i = 0; i < p_.kernel_h; i++) {
-                if (reader(row, i) >= 0) return true;
+                if (reader(row, i) >= 0) return i;
             }
-            return false;
+            return 0;
         }
 
         // The taps of every stride_w-th pixel of an input row, from column `phase` on.
-        void taps_of(int64_t row, int64_t phase) {
+        void taps_of(int64_t row, int64_t phase, Range kernel_rows) {
             list_.clear();
-            for (int64_t i = 0; i < p_.kernel_h; i++) {
+            for (int64_t i = kernel_rows.begin; i < kernel_rows.end; i++) {
                 const int64_t out_row = reader(row, i);
                 if (out_row < 0) continue;
                 for (int64_t j = 0; j < p_.kernel_w; j++) {

@@ -105,14 +105,17 @@ class Forward {
         const int64_t row_pitch = window_.row_stride * stage->row_pitch();
         for (int64_t g = 0; g < grouping_.groups; g++) {
             const word* a = staged + words_of(g * grouping_.in, words_);
-            for_each_slice(grouping_.out, depth, weight_.taps, [&](int64_t n, int64_t k, int64_t width, int64_t length) {
+            for_each_slice(grouping_.out, depth, p_.kernel_h, window_.joined ? 1 : p_.kernel_w, [&](const Slice& slice) {
                 for (int64_t r = 0; r < tile.rows; r++) {
-                    taps_of(tile.row + r, stage, list);
+                    const int64_t first = first_kernel_row(tile.row + r);
+                    if (slice.ends_before(first)) continue;
+                    taps_of(tile.row + r, slice.rows, stage, list);
+                    if (slice.adds(first) && list.is_empty()) continue;
                     const gemm::Product product{
-                        list.taps(), p_.out_width, width, length,
-                        a + r * row_pitch + k, window_.column_stride * stage->pitch(),
-                        weight_.panel(g, n / gemm::kPanel) + k * gemm::kPanel, gemm::kPanel, weight_.panel_pitch(),
-                        c + r * p_.out_width * ldc + g * grouping_.out + n, ldc, k > 0};
+                        list.taps(), p_.out_width, slice.width, slice.length,
+                        a + r * row_pitch + slice.k, window_.column_stride * stage->pitch(),
+                        weight_.panel(g, slice.n / gemm::kPanel) + slice.k * gemm::kPanel, gemm::kPanel, weight_.panel_pitch(),
+                        c + r * p_.out_width * ldc + g * grouping_.out + slice.n, ldc, slice.adds(first)};
                     gemm::multiply(product, Order::kRows, words_, prefetch);
                 }
             });
@@ -122,19 +125,27 @@ class Forward {
     void multiply_flat(const word* a, int64_t lda, int64_t pixels, float* c, int64_t ldc, gemm::Prefetch& prefetch) {
         for (int64_t g = 0; g < grouping_.groups; g++) {
             const word* group = a + words_of(g * grouping_.in, words_);
-            for_each_slice(grouping_.out, weight_.depth, 1, [&](int64_t n, int64_t k, int64_t width, int64_t length) {
-                const gemm::Product product{gemm::single_tap(), pixels, width, length, group + k, lda,
-                                            weight_.panel(g, n / gemm::kPanel) + k * gemm::kPanel, gemm::kPanel,
-                                            weight_.panel_pitch(), c + g * grouping_.out + n, ldc, k > 0};
+            for_each_slice(grouping_.out, weight_.depth, 1, 1, [&](const Slice& slice) {
+                const gemm::Product product{gemm::single_tap(), pixels, slice.width, slice.length, group + slice.k, lda,
+                                            weight_.panel(g, slice.n / gemm::kPanel) + slice.k * gemm::kPanel, gemm::kPanel,
+                                            weight_.panel_pitch(), c + g * grouping_.out + slice.n, ldc, slice.adds(0)};
                 gemm::multiply(product, Order::kRows, words_, prefetch);
             });
         }
     }
 
-    // The taps of an output row, leaving out kernel rows that fall into the padding.
-    void taps_of(int64_t row, const InputStage* stage, TapList& list) const {
-        list.clear();
+    // The first kernel row that does not fall into the padding; 0 where all do, so that the first slice writes zeros.
+    int64_t first_kernel_row(int64_t row) const {
         for (int64_t i = 0; i < p_.kernel_h; i++) {
+            if (reads_input(p_, window_, row, i)) return i;
+        }
+        return 0;
+    }
+
+    // The taps of an output row, leaving out kernel rows that fall into the padding.
+    void taps_of(int64_t row, Range kernel_rows, const InputStage* stage, TapList& list) const {
+        list.clear();
+        for (int64_t i = kernel_rows.begin; i < kernel_rows.end; i++) {
             if (!reads_input(p_, window_, row, i)) continue;
             const int64_t offset = i * p_.dilation_h * stage->row_pitch();
             for (int64_t j = 0; j < (window_.joined ? 1 : p_.kernel_w); j++) {

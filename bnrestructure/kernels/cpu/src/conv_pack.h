@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "conv_geometry.h"
+#include "parallel.h"
 
 namespace bnr::conv {
 
@@ -23,18 +24,37 @@ struct PackedWeight {
     }
 };
 
-// Words of each tap's depth that keep a panel's slice in the first-level cache while the rows of a tile go by.
-constexpr int64_t slice_depth(int64_t taps) { return std::max<int64_t>(16, (24 << 10) / (4 * gemm::kPanel * taps) / 8 * 8); }
+// How a panel is cut into slices that stay in the first-level cache while the rows of a tile go by: so many rows of the kernel
+// at a time, and the words of each tap in so many parts.
+struct Slicing {
+    Slicing(int64_t depth, int64_t kernel_rows, int64_t kernel_columns);
 
-// f(n, k, width, length) for every slice of every panel: columns [n, n + width), words [k, k + length) of each tap. The
-// slices of a panel follow each other, so that the result's columns are in cache when they are added to.
+    int64_t rows, parts;
+};
+
+// A part of a panel: columns [n, n + width), words [k, k + length) of each tap in `rows`, rows of the kernel.
+struct Slice {
+    int64_t n, width, k, length;
+    Range rows;
+
+    // Of a row of the result whose first tap is in row `first` of the kernel: whether the slice has nothing for it yet, and
+    // whether it adds to what other slices have left (or is the first, and overwrites).
+    bool ends_before(int64_t first) const { return rows.end <= first; }
+    bool adds(int64_t first) const { return k > 0 || rows.begin > first; }
+};
+
+// f(slice) for every slice of every panel. The slices of a panel follow each other, so that the result's columns are in cache
+// when they are added to.
 template <class F>
-void for_each_slice(int64_t columns, int64_t depth, int64_t taps, F&& f) {
-    const int64_t most = std::min(depth, slice_depth(taps)), slices = ceil_div(depth, most);
+void for_each_slice(int64_t columns, int64_t depth, int64_t kernel_rows, int64_t kernel_columns, F&& f) {
+    const Slicing slicing(depth, kernel_rows, kernel_columns);
     for (int64_t n = 0; n < columns; n += gemm::kPanel) {
-        for (int64_t i = 0; i < slices; i++) {
-            const int64_t begin = depth * i / slices, end = depth * (i + 1) / slices;
-            f(n, begin, std::min(gemm::kPanel, columns - n), end - begin);
+        for (int64_t row = 0; row < kernel_rows; row += slicing.rows) {
+            for (int64_t i = 0; i < slicing.parts; i++) {
+                const int64_t begin = depth * i / slicing.parts, end = depth * (i + 1) / slicing.parts;
+                f(Slice{n, std::min(gemm::kPanel, columns - n), begin, end - begin,
+                        {row, std::min(kernel_rows, row + slicing.rows)}});
+            }
         }
     }
 }

@@ -117,6 +117,7 @@ struct TapList {
     std::vector<int64_t> a, b;
 
     void clear() { a.clear(), b.clear(); }
+    bool is_empty() const { return a.empty(); }
     void add(int64_t offset_a, int64_t offset_b) { a.push_back(offset_a), b.push_back(offset_b); }
     gemm::Taps taps() const { return {static_cast<int64_t>(a.size()), a.data(), b.data()}; }
     gemm::Taps swapped_taps() const { return {static_cast<int64_t>(a.size()), b.data(), a.data()}; }

@@ -1,0 +1,114 @@
+"""Checks the rule of kernels/cpu/convolution_choice.py: every candidate for convolution nodes of no model in particular.
+
+    python benchmarks/convolution_grid.py [--bf16] [--batch 16] [--turns 9]
+
+A node's candidates run in turns, each on data that has left the cache, as a training step's has. The last lines add up what the
+rule's choices take, what the best would, and what the fused kernels alone would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnrestructure.kernels.choice import BACKWARD
+from bnrestructure.kernels.cpu import convolution, library, processor
+from bnrestructure.kernels.cpu.convolution_choice import Node, rule
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
+
+
+def grid(batch: int) -> Iterator[Node]:
+    """Kernels, strides, sizes and channels crossed; those of 0.3 to 12 GFLOP."""
+    for kernel, stride in ((1, 1), (1, 2), (3, 1), (3, 2), (5, 1)):
+        geometry = ConvGeometry((stride,) * 2, (kernel // 2,) * 2, (1, 1), 1)
+        for size in (40, 20, 9, 6):
+            for channels in (48, 160, 320, 640, 1280):
+                for channels_out in (channels // 4, channels, 4 * channels if kernel == 1 else channels // 2):
+                    out = geometry.output_size((size, size), (kernel, kernel))
+                    operations = 2 * batch * out[0] * out[1] * channels * channels_out * kernel**2
+                    if 0.3e9 < operations < 12e9:
+                        yield Node(batch, channels, (size, size), channels_out, out, (kernel, kernel), geometry, True)
+
+
+def candidates(node: Node, dtype: torch.dtype) -> dict[str, dict[str, Callable[[], Any]]]:
+    """What each direction could run, on random tensors, as tune() would measure it."""
+    c, out = node.channels, node.channels_out
+    x = _image(node.batch, c, node.size, dtype)
+    weight = torch.randn(out, c, *node.kernel).contiguous(memory_format=torch.channels_last)
+    transform = Transform(torch.randn(c) / 10, torch.rand(c) + 0.5, torch.randn(c) / 10, "relu")
+    dy, y = (_image(node.batch, out, node.size_out, dtype) for _ in range(2))
+    edge = BackwardEdge(*torch.rand(3, out), y, torch.rand(out))
+
+    def forward(name: str) -> Callable[[], Any]:
+        return lambda: convolution.run_forward(
+            name, x, transform, weight, None, node.geometry, dtype=dtype, statistics=True, out=None
+        )
+
+    def backward(name: str) -> Callable[[], Any]:
+        return lambda: convolution.run_backward(
+            name, dy, edge, x, transform, weight, node.geometry, dtype=dtype, needs=(True, True, False), accumulate=None
+        )
+
+    return {"forward": {n: forward(n) for n in ("fused", "hybrid")}, "backward": {n: backward(n) for n in BACKWARD}}
+
+
+def _image(batch: int, channels: int, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(batch, channels, *size).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def medians(runs: dict[str, Callable[[], Any]], turns: int, evict: Tensor) -> dict[str, float]:
+    """Median milliseconds of each over ``turns``, after one that warms up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(turns + 1):
+        for name, run in runs.items():
+            evict.sum()
+            begin = time.perf_counter()
+            run()
+            if turn:
+                times[name].append((time.perf_counter() - begin) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 activations")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--turns", type=int, default=9)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    isa, threads = library.isa_name(), library.threads()
+    print(f"python {' '.join(sys.argv)}: {processor.name()}, {isa}, {threads} threads, {dtype}, PyTorch {torch.__version__}, "
+          f"Python {platform.python_version()}")  # fmt: skip
+    print("milliseconds; backward: fused, hybrid, fused dgrad with hybrid wgrad, hybrid dgrad with fused wgrad; * is the rule's choice")
+    evict = torch.ones(32 << 20)  # 128 MB
+    totals: dict[str, list[float]] = {"forward": [0.0] * 3, "backward": [0.0] * 3}
+    worst: list[tuple[float, str]] = []
+    for node in grid(options.batch):
+        shape = f"{node.kernel[0]}x{node.kernel[0]}/{node.geometry.stride[0]} {node.channels}->{node.channels_out} at {node.size[0]}"
+        line = f"{shape:26}"
+        for direction, runs in candidates(node, dtype).items():
+            choice = rule(node, dtype, direction, isa).implementation
+            times = medians(runs, options.turns, evict)
+            line += "   " + "".join(f"{ms:8.2f}{'*' if name == choice else ' '}" for name, ms in times.items())
+            best = min(times.values())
+            for i, ms in enumerate((times[choice], best, times["fused"])):
+                totals[direction][i] += ms
+            worst.append((times[choice] / best, f"{shape} {direction}: {choice} takes {times[choice]:.2f} ms, the best {best:.2f}"))
+        print(line, flush=True)
+    for direction, (rule_ms, best_ms, fused_ms) in totals.items():
+        print(f"{direction}: rule {rule_ms:.1f} ms, best {best_ms:.1f} ({rule_ms / best_ms:.3f}), fused alone {fused_ms:.1f}")
+    print("furthest from the best:", *(text for _, text in sorted(worst, reverse=True)[:5]), sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()

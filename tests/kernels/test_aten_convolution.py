@@ -1,0 +1,46 @@
+"""ATen's convolution backward in 16-bit dtypes, where positions of the kernel meet nothing but padding."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from bnrestructure.kernels.aten_convolution import _has_idle_positions, convolution_backward
+from bnrestructure.ops.edges import ConvGeometry
+
+
+def test_idle_positions_are_those_that_no_output_reads() -> None:
+    seen = set()
+    for n, k, stride, padding, dilation in product(range(1, 7), range(1, 6), (1, 2, 3), range(5), (1, 2, 3)):
+        geometry = ConvGeometry((1, stride), (0, padding), (1, dilation), 1)
+        outputs = geometry.output_size((1, n), (1, k))[1]
+        if outputs < 1:
+            continue
+        read = [any(0 <= o * stride - padding + i * dilation < n for o in range(outputs)) for i in range(k)]
+        found = _has_idle_positions(geometry, torch.empty(1, 1, 1, n), torch.empty(1, 1, 1, k))
+        assert found is not all(read), (n, k, geometry)
+        seen.add(found)
+    assert seen == {False, True}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("size", "kernel", "channels"), [(1, 5, 180), (2, 7, 180), (1, 3, 16)])
+def test_idle_positions_have_a_zero_gradient(dtype: torch.dtype, size: int, kernel: int, channels: int) -> None:
+    geometry = ConvGeometry((1, 1), (kernel // 2,) * 2, (1, 1), 1)
+    x, dy = torch.randn(2, channels, size, size), torch.randn(2, channels - 6, size, size)
+    weight = torch.randn(channels - 6, channels, kernel, kernel) / (channels * kernel)
+    truth = convolution_backward(dy.double(), x.double(), weight.double(), geometry, need_input=True, need_weight=True)
+    torch.full_like(weight, 1e30)  # what freed memory may hold
+    found = convolution_backward(dy.to(dtype), x.to(dtype), weight.to(dtype), geometry, need_input=True, need_weight=True)
+    for value, exact in zip(found, truth, strict=True):
+        assert value is not None
+        assert exact is not None
+        assert value.dtype is dtype
+        assert (value.double() - exact).abs().max() < 0.02 * exact.abs().max()
+    weights, exact = found[1], truth[1]
+    assert weights is not None
+    idle = exact == 0
+    assert idle.any() == (kernel > 2 * size - 1)
+    assert not weights[idle].any()

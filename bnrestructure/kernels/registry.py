@@ -66,15 +66,22 @@ def reason_for_device(backend: str, device: str) -> str | None:
 def reason_unsupported(backend: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why the device's own implementation cannot run this call (then the reference does), or None."""
     device = args[0].device.type
-    if (reason := reason_for_device(backend, device)) is not None:
-        return reason
+    reason: str | None = reason_for_device(backend, device) or unavailable_reason(device)
     module = implementation(device)
-    reason = unavailable_reason(device)
     return reason if reason is not None or module is None else module.supports(name, args, kwargs)
 
 
 def select(backend: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
     """The function to call for kernel ``name`` on these arguments; ``args[0]`` is a tensor."""
-    if backend != "reference" and reason_unsupported(backend, name, args, kwargs) is None:
-        return getattr(implementation(args[0].device.type), name)
-    return getattr(reference, name)
+    module = _usable(backend, args[0].device.type)
+    if module is None or module.supports(name, args, kwargs) is not None:
+        module = reference
+    kernel: Callable[..., Any] = getattr(module, name)
+    return kernel
+
+
+@cache
+def _usable(backend: str, device: str) -> ModuleType | None:
+    """The implementation whose kernels ``backend`` may use of tensors on this type of device, or None."""
+    usable = reason_for_device(backend, device) is None and unavailable_reason(device) is None
+    return implementation(device) if usable else None

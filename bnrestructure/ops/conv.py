@@ -204,7 +204,6 @@ def _edge(dgain: Any, dmean: Any, dvar: Any, y: Any, ymean: Any) -> BackwardEdge
     if dmean is None and dvar is None:
         return BackwardEdge(s=dgain)
     count = values_per_channel(y)
-    zeros = torch.zeros_like(ymean)
-    a = zeros if dvar is None else dvar * (2.0 / count)
-    b = zeros if dmean is None else dmean / count
+    a = torch.zeros_like(ymean) if dvar is None else dvar * (2.0 / count)
+    b = torch.zeros_like(ymean) if dmean is None else dmean / count
     return BackwardEdge(s=dgain, a=a, b=b, y=y, mean=ymean)

@@ -51,12 +51,16 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     monkeypatch.setitem(registry._DEVICE_MODULES, "cpu", "bnrestructure.kernels.cuda")
     monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
     monkeypatch.setattr(registry, "select", noted)
-    registry.implementation.cache_clear()
-    registry.unavailable_reason.cache_clear()
+    forget_answers()
     yield names
     monkeypatch.undo()
-    registry.implementation.cache_clear()
-    registry.unavailable_reason.cache_clear()
+    forget_answers()
+
+
+def forget_answers() -> None:
+    """Let the registry ask again which kernels there are."""
+    for answers in (registry.implementation, registry.unavailable_reason, registry._usable):
+        answers.cache_clear()
 
 
 def step(model: nn.Module, x: Tensor, backend: str | None = None) -> dict[str, Tensor]:

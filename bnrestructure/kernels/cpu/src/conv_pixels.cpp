@@ -1,5 +1,6 @@
 #include "conv_pixels.h"
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
@@ -217,6 +218,28 @@ void finish_output_pixels(const float* c, int64_t ldc, int64_t pixels, int64_t c
     }
 }
 
+template <class T>
+void finish_output_pixels(const float* c, int64_t ldc, int64_t pixels, int64_t channels, const float* bias, T* y, int64_t ldy,
+                          const float* shift, float* sum, float* square) {
+    constexpr int64_t few = 16;   // their sums join the others as in add_moments()
+    for (int64_t begin = 0; begin < pixels; begin += few) {
+        const int64_t end = std::min(pixels, begin + few);
+        for_each_vector(channels, [&](int64_t j, auto lanes) {
+            const vf b = bias ? load(bias + j, lanes) : zero(), k = load(shift + j);
+            vf s = zero(), q = zero();
+            for (int64_t i = begin; i < end; i++) {
+                const vf v = load(c + i * ldc + j, lanes) + b;
+                store(y + i * ldy + j, v, lanes);
+                const vf d = stored<T>(v) - k;
+                s = s + d;
+                q = fma(d, d, q);
+            }
+            store(sum + j, load(sum + j) + s);
+            store(square + j, load(square + j) + q);
+        });
+    }
+}
+
 void pair_pixels(const bf16* first, const bf16* second, int64_t ld, int64_t pixels, int64_t channels, gemm::word* out,
                  int64_t ldo) {
     for (int64_t i = 0; i < pixels; i++) {
@@ -240,12 +263,15 @@ BNR_FOR(bf16, float)
 BNR_FOR(bf16, bf16)
 #undef BNR_FOR
 #define BNR_FOR(T)                                                                                                    \
-    template void add_output_gradient(const T*, int64_t, const T*, int64_t, int64_t, int64_t, const OutputEdge&, float*); \
+    template void add_output_gradient(const T*, int64_t, const T*, int64_t, int64_t, int64_t, const OutputEdge&,      \
+                                      float*);                                                                        \
     template void input_gradient_pixels(const float*, int64_t, const T*, int64_t, int64_t, int64_t,                   \
-                                        const InputTransform&, float, T*, int64_t, bool, float*, float*);                    \
+                                        const InputTransform&, float, T*, int64_t, bool, float*, float*);             \
     template void gated_gradient_pixels(const float*, int64_t, const T*, int64_t, int64_t, int64_t,                   \
-                                        const InputTransform&, float, T*, int64_t, bool, float*);                            \
-    template void finish_output_pixels(const float*, int64_t, int64_t, int64_t, const float*, T*, int64_t);
+                                        const InputTransform&, float, T*, int64_t, bool, float*);                     \
+    template void finish_output_pixels(const float*, int64_t, int64_t, int64_t, const float*, T*, int64_t);            \
+    template void finish_output_pixels(const float*, int64_t, int64_t, int64_t, const float*, T*, int64_t,            \
+                                       const float*, float*, float*);
 BNR_FOR(float)
 BNR_FOR(bf16)
 #undef BNR_FOR

@@ -229,6 +229,23 @@ def test_only_what_is_needed(module: ModuleType, needs: tuple[bool, bool, bool])
             torch.testing.assert_close(value, getattr(everything, name), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_weight_gradient_of_more_than_is_staged_at_once(dtype: torch.dtype, threads: int) -> None:
+    # 26 MB of output gradient, and sums beyond any second-level cache: see prefers_whole_batch() and kMostStaged in
+    # src/conv_weight_gradient.cpp.
+    case = make_case(Shape(3, 576, 512, (65, 65), **POINT), dtype)
+    needs = (False, True, True)
+    truth, expected = case.double().backward(reference, needs), case.backward(reference, needs)
+    previous = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = case.backward(convolution_fused, needs)
+    finally:
+        torch.set_num_threads(previous)
+    assert_as_good("gradients", tuple(found), tuple(expected), tuple(truth))
+
+
 @pytest.mark.parametrize("isa", library.available_isas())
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_threads_and_instruction_sets(isa: str, threads: int) -> None:

@@ -1,6 +1,6 @@
 """Checks the rule of kernels/cpu/convolution_choice.py: every candidate for convolution nodes of no model in particular.
 
-    python benchmarks/convolution_grid.py [--bf16] [--batch 16] [--turns 9]
+    python benchmarks/convolution_grid.py [PATTERN] [--bf16] [--batch 16] [--turns 9]
 
 A node's candidates run in turns, each on data that has left the cache, as a training step's has. The last lines add up what the
 rule's choices take, what the best would, and what the fused kernels alone would.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
+import shlex
 import statistics
 import sys
 import time
@@ -26,7 +28,7 @@ from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
 
 def grid(batch: int) -> Iterator[Node]:
-    """Kernels, strides, sizes and channels crossed; those of 0.3 to 12 GFLOP."""
+    """Kernels, strides, sizes and channels crossed, those of 0.3 to 12 GFLOP; and a few whose outputs outgrow any cache."""
     for kernel, stride in ((1, 1), (1, 2), (3, 1), (3, 2), (5, 1)):
         geometry = ConvGeometry((stride,) * 2, (kernel // 2,) * 2, (1, 1), 1)
         for size in (40, 20, 9, 6):
@@ -36,6 +38,9 @@ def grid(batch: int) -> Iterator[Node]:
                     operations = 2 * batch * out[0] * out[1] * channels * channels_out * kernel**2
                     if 0.3e9 < operations < 12e9:
                         yield Node(batch, channels, (size, size), channels_out, out, (kernel, kernel), geometry, True)
+    for kernel, size, channels, channels_out in ((3, 150, 32, 64), (3, 120, 48, 96), (3, 110, 96, 96), (3, 60, 160, 240), (5, 110, 32, 80)):
+        geometry = ConvGeometry((1, 1), (kernel // 2,) * 2, (1, 1), 1)
+        yield Node(batch, channels, (size, size), channels_out, (size, size), (kernel, kernel), geometry, True)
 
 
 def candidates(node: Node, dtype: torch.dtype) -> dict[str, dict[str, Callable[[], Any]]]:
@@ -80,6 +85,7 @@ def medians(runs: dict[str, Callable[[], Any]], turns: int, evict: Tensor) -> di
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pattern", nargs="?", default="", help='regular expression, for lines like "3x3/2 160->80 at 40"')
     parser.add_argument("--bf16", action="store_true", help="bfloat16 activations")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--turns", type=int, default=9)
@@ -87,7 +93,7 @@ def main() -> None:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     isa, threads = library.isa_name(), library.threads()
-    print(f"python {' '.join(sys.argv)}: {processor.name()}, {isa}, {threads} threads, {dtype}, PyTorch {torch.__version__}, "
+    print(f"python {shlex.join(sys.argv)}: {processor.name()}, {isa}, {threads} threads, {dtype}, PyTorch {torch.__version__}, "
           f"Python {platform.python_version()}")  # fmt: skip
     print("milliseconds; backward: fused, hybrid, fused dgrad with hybrid wgrad, hybrid dgrad with fused wgrad; * is the rule's choice")
     evict = torch.ones(32 << 20)  # 128 MB
@@ -95,6 +101,8 @@ def main() -> None:
     worst: list[tuple[float, str]] = []
     for node in grid(options.batch):
         shape = f"{node.kernel[0]}x{node.kernel[0]}/{node.geometry.stride[0]} {node.channels}->{node.channels_out} at {node.size[0]}"
+        if not re.search(options.pattern, shape):
+            continue
         line = f"{shape:26}"
         for direction, runs in candidates(node, dtype).items():
             choice = rule(node, dtype, direction, isa).implementation

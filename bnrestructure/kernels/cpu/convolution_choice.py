@@ -71,9 +71,13 @@ def rule(node: Node, dtype: torch.dtype, direction: str, isa: str) -> Choice:
 
 
 def _backward_rule(node: Node, dtype: torch.dtype, isa: str) -> Choice:
-    """The fused products share a tile's output gradient, which is worth more than anything that ATen's are ahead by."""
-    if _is_measured(dtype, isa) and math.prod(node.kernel) > 1 and _weight_bytes(node, dtype) > 12 << 20:
-        return Choice("hybrid dgrad, fused wgrad", "every tile of the fused dgrad would read all weights from memory")
+    """The fused products share a tile's output gradient, which is mostly worth more than anything that ATen's are ahead by."""
+    if _is_measured(dtype, isa) and math.prod(node.kernel) > 1 and node.geometry.groups == 1:
+        if _weight_bytes(node, dtype) > 12 << 20:
+            return Choice("hybrid dgrad, fused wgrad", "every tile of the fused dgrad would read all weights from memory")
+        output_bytes = dtype.itemsize * node.batch * node.channels_out * math.prod(node.size_out)
+        if dtype is torch.bfloat16 and output_bytes > 24 << 20:
+            return Choice("hybrid", "ATen's wgrad of a tensor beyond the last-level cache saves more than the extra sweeps cost")
     return Choice("fused", "the fused products share a tile's output gradient")
 
 

@@ -33,6 +33,28 @@ def test_first_derivative_under_create_graph_is_right() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
 
 
+class UnreadConcat(nn.Module):
+    """A concat that nobody reads, which alone reads a branch of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)
+        self.bn2, self.conv2 = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)
+        self.lonely = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.bn1(x).relu()
+        torch.cat([self.lonely(x), self.conv1(z)], 1)
+        return self.conv2(self.bn2(x).relu()) + self.conv1(z)
+
+
+def test_parameters_that_nothing_depends_on_have_no_gradient() -> None:
+    model = UnreadConcat().double()
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    assert_same_values(training_step(restructured_copy(model), x), training_step(model, x))
+    assert model.lonely.weight.grad is None
+
+
 def test_gradient_penalty_after_unrestructure() -> None:
     model, x = bnrestructure.unrestructure(restructured_copy(build("chain"))), input_for("chain").requires_grad_()
     (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)

@@ -33,6 +33,7 @@ class _ConcatBuffer(torch.autograd.Function):
         own = x.shape[1]
         ctx.offset, ctx.channels, ctx.dtype = offset, own, x.dtype
         ctx.into_channels = None if into is None else into.shape[1]
+        ctx.set_materialize_grads(False)  # nobody reads the concat: no zeros for whom eager gives nothing
         if into is None:
             size = (x.shape[0], own + extra if extra else channels, *x.shape[2:])
             into = kept_activation(size, compute_dtype(x), x.device)  # what the convolutions will write
@@ -42,7 +43,9 @@ class _ConcatBuffer(torch.autograd.Function):
         return channel_slice(into, 0, into.shape[1] if visible is None else visible)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
+        if gradient is None:
+            return (None,) * 6
         # A copy, as forward made one: the thread behind x will write to it, and the gradient may be the caller's.
         dx = gradient.narrow(1, ctx.offset, ctx.channels).to(ctx.dtype, copy=True)
         dinto = None if ctx.into_channels is None else gradient.narrow(1, 0, ctx.into_channels)
@@ -58,10 +61,13 @@ class _OwnGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.dtype = x.dtype
+        ctx.set_materialize_grads(False)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
+        if gradient is None:
+            return None
         n, c, *spatial = gradient.shape
         owned = channels_last_buffer((n, c, *spatial), ctx.dtype, gradient.device)
         return guard_second_derivative((owned.copy_(gradient),))[0]

@@ -90,7 +90,7 @@ def conv_forward(
     args = (x, transform, weight, bias, geometry)
     options = {"dtype": dtype, "statistics": statistics, "out": out}
     if tuning.is_measuring():
-        candidates = {name: partial(run_forward, name, *args, **options) for name in _IMPLEMENTATIONS}
+        candidates: dict[str, Callable[[], Any]] = {name: partial(run_forward, name, *args, **options) for name in _IMPLEMENTATIONS}
         _measure_once(x, transform, weight, geometry, dtype, "forward", candidates)
     return run_forward(choice(x, transform, weight, geometry, dtype, "forward").implementation, *args, **options)
 
@@ -117,7 +117,7 @@ def conv_backward(
     args = (dy, edge, x, transform, weight, geometry)
     if tuning.is_measuring() and needs[0] and needs[1]:
         into = None if accumulate is None else _like(accumulate)
-        candidates = {
+        candidates: dict[str, Callable[[], Any]] = {
             name: partial(run_backward, name, *args, dtype=dtype, needs=needs, accumulate=into)
             for name in BACKWARD
         }

@@ -2,8 +2,8 @@
 
     python benchmarks/convolution_grid.py [PATTERN] [--bf16] [--batch 16] [--turns 9]
 
-A node's candidates run in turns, each on data that has left the cache, as a training step's has. The last lines add up what the
-rule's choices take, what the best would, and what the fused kernels alone would.
+A node's candidates run in turns, after their numbers were checked, each on data that has left the cache, as a training step's
+has. The last lines add up what the rule's choices take, what the best would, and what the fused kernels alone would.
 """
 
 from __future__ import annotations
@@ -16,57 +16,42 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from convolution_case import Case, Node
 from torch import Tensor
 
 from bnrestructure.kernels.choice import BACKWARD
 from bnrestructure.kernels.cpu import convolution, library, processor
-from bnrestructure.kernels.cpu.convolution_choice import Node, rule
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
+from bnrestructure.kernels.cpu.convolution_choice import rule
 
 
 def grid(batch: int) -> Iterator[Node]:
     """Kernels, strides, sizes and channels crossed, those of 0.3 to 12 GFLOP; and a few whose outputs outgrow any cache."""
     for kernel, stride in ((1, 1), (1, 2), (3, 1), (3, 2), (5, 1)):
-        geometry = ConvGeometry((stride,) * 2, (kernel // 2,) * 2, (1, 1), 1)
         for size in (40, 20, 9, 6):
             for channels in (48, 160, 320, 640, 1280):
                 for channels_out in (channels // 4, channels, 4 * channels if kernel == 1 else channels // 2):
-                    out = geometry.output_size((size, size), (kernel, kernel))
-                    operations = 2 * batch * out[0] * out[1] * channels * channels_out * kernel**2
-                    if 0.3e9 < operations < 12e9:
-                        yield Node(batch, channels, (size, size), channels_out, out, (kernel, kernel), geometry, True)
+                    out = (size - 1) // stride + 1
+                    if 0.3e9 < 2 * batch * out**2 * channels * channels_out * kernel**2 < 12e9:
+                        yield _node(kernel, stride, size, channels, channels_out)
     for kernel, size, channels, channels_out in ((3, 150, 32, 64), (3, 120, 48, 96), (3, 110, 96, 96), (3, 60, 160, 240), (5, 110, 32, 80)):
-        geometry = ConvGeometry((1, 1), (kernel // 2,) * 2, (1, 1), 1)
-        yield Node(batch, channels, (size, size), channels_out, (size, size), (kernel, kernel), geometry, True)
+        yield _node(kernel, 1, size, channels, channels_out)
 
 
-def candidates(node: Node, dtype: torch.dtype) -> dict[str, dict[str, Callable[[], Any]]]:
-    """What each direction could run, on random tensors, as tune() would measure it."""
-    c, out = node.channels, node.channels_out
-    x = _image(node.batch, c, node.size, dtype)
-    weight = torch.randn(out, c, *node.kernel).contiguous(memory_format=torch.channels_last)
-    transform = Transform(torch.randn(c) / 10, torch.rand(c) + 0.5, torch.randn(c) / 10, "relu")
-    dy, y = (_image(node.batch, out, node.size_out, dtype) for _ in range(2))
-    edge = BackwardEdge(*torch.rand(3, out), y, torch.rand(out))
-
-    def forward(name: str) -> Callable[[], Any]:
-        return lambda: convolution.run_forward(
-            name, x, transform, weight, None, node.geometry, dtype=dtype, statistics=True, out=None
-        )
-
-    def backward(name: str) -> Callable[[], Any]:
-        return lambda: convolution.run_backward(
-            name, dy, edge, x, transform, weight, node.geometry, dtype=dtype, needs=(True, True, False), accumulate=None
-        )
-
-    return {"forward": {n: forward(n) for n in ("fused", "hybrid")}, "backward": {n: backward(n) for n in BACKWARD}}
+def _node(kernel: int, stride: int, size: int, channels: int, channels_out: int) -> Node:
+    name = f"{kernel}x{kernel}/{stride} {channels}->{channels_out} at {size}"
+    return Node(name, channels, channels_out, size, kernel, stride)
 
 
-def _image(batch: int, channels: int, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.randn(batch, channels, *size).to(dtype).contiguous(memory_format=torch.channels_last)
+def candidates(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
+    """What each direction could run. Raises AssertionError where a candidate's numbers are wrong."""
+    forward = {name: case.forward(partial(convolution.run_forward, name)) for name in ("fused", "hybrid")}
+    backward = {name: case.backward(partial(convolution.run_backward, name)) for name in BACKWARD}
+    case.check([*forward.values()], [*backward.values()])
+    return {"forward": forward, "backward": backward}
 
 
 def medians(runs: dict[str, Callable[[], Any]], turns: int, evict: Tensor) -> dict[str, float]:
@@ -100,18 +85,19 @@ def main() -> None:
     totals: dict[str, list[float]] = {"forward": [0.0] * 3, "backward": [0.0] * 3}
     worst: list[tuple[float, str]] = []
     for node in grid(options.batch):
-        shape = f"{node.kernel[0]}x{node.kernel[0]}/{node.geometry.stride[0]} {node.channels}->{node.channels_out} at {node.size[0]}"
-        if not re.search(options.pattern, shape):
+        if not re.search(options.pattern, node.name):
             continue
-        line = f"{shape:26}"
-        for direction, runs in candidates(node, dtype).items():
-            choice = rule(node, dtype, direction, isa).implementation
+        line = f"{node.name:26}"
+        case = Case(node, options.batch, dtype)
+        sizes = convolution.node_of(case.x.shape, case.weight.shape, case.geometry, True)
+        for direction, runs in candidates(case).items():
+            choice = rule(sizes, dtype, direction, isa).implementation
             times = medians(runs, options.turns, evict)
             line += "   " + "".join(f"{ms:8.2f}{'*' if name == choice else ' '}" for name, ms in times.items())
             best = min(times.values())
             for i, ms in enumerate((times[choice], best, times["fused"])):
                 totals[direction][i] += ms
-            worst.append((times[choice] / best, f"{shape} {direction}: {choice} takes {times[choice]:.2f} ms, the best {best:.2f}"))
+            worst.append((times[choice] / best, f"{node.name} {direction}: {choice} takes {times[choice]:.2f} ms, the best {best:.2f}"))
         print(line, flush=True)
     for direction, (rule_ms, best_ms, fused_ms) in totals.items():
         print(f"{direction}: rule {rule_ms:.1f} ms, best {best_ms:.1f} ({rule_ms / best_ms:.3f}), fused alone {fused_ms:.1f}")

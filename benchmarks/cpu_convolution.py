@@ -15,33 +15,14 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
+from convolution_case import Case, Node
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnrestructure.kernels import reference
 from bnrestructure.kernels.cpu import convolution, convolution_fused, convolution_hybrid
 from bnrestructure.ops.activation import activate
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
-
-
-@dataclass(frozen=True)
-class Node:
-    """A convolution in its network; ``pitch``: channels of the concat buffers that hold x and that dx is added to."""
-
-    name: str
-    channels: int
-    channels_out: int
-    size: int
-    kernel: int = 1
-    stride: int = 1
-    groups: int = 1
-    act: str = "relu"
-    pitch: int = 0
-    affine: bool = True
-
 
 NODES = (
     *(Node(f"densenet 1x1 {c}->128 {s}", c, 128, s, pitch=p)
@@ -74,12 +55,6 @@ NODES = (
 )  # fmt: skip
 
 
-def image(batch: int, channels: int, size: int, dtype: torch.dtype, pitch: int = 0) -> Tensor:
-    """A random channels_last activation, or the first channels of a wider one."""
-    x = torch.randn(batch, max(channels, pitch), size, size, dtype=dtype)
-    return x.contiguous(memory_format=torch.channels_last)[:, :channels]
-
-
 def paired_medians(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Median milliseconds of each, run in turns for about ``seconds`` altogether (at least five turns)."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -94,37 +69,16 @@ def paired_medians(runs: dict[str, Callable[[], object]], seconds: float) -> dic
 
 def measure(node: Node, batch: int, dtype: torch.dtype, seconds: float) -> dict[str, dict[str, float]]:
     """Milliseconds by direction and version. Raises AssertionError where a kernel's result is wrong."""
-    c, pad = node.channels, node.kernel // 2
-    geometry = ConvGeometry((node.stride,) * 2, (pad,) * 2, (1, 1), node.groups)
-    x = image(batch, c, node.size, dtype, node.pitch)
-    weight = torch.randn(node.channels_out, c // node.groups, node.kernel, node.kernel)
-    weight = (weight / weight[0].numel() ** 0.5).contiguous(memory_format=torch.channels_last)
-    mean, scale, beta = torch.randn(c) / 10, torch.rand(c) + 0.5, torch.randn(c) / 10
-    transform = Transform(mean, scale, beta, node.act) if node.affine else Transform()
-    size_out = (node.size + 2 * pad - node.kernel) // node.stride + 1
-    p, y = (image(batch, node.channels_out, size_out, dtype) for _ in range(2))
-    edge = BackwardEdge(*torch.rand(3, node.channels_out), y, torch.rand(node.channels_out))
-    into = image(batch, c, node.size, dtype, node.pitch) if node.pitch else None
-    needs = (c != 3, True, False)
+    case = Case(node, batch, dtype)
+    modules = {"fused": convolution_fused, "hybrid": convolution_hybrid, "chosen": convolution}
+    forward = {name: case.forward(module.conv_forward) for name, module in modules.items()}
+    backward = {name: case.backward(module.conv_backward) for name, module in modules.items()}
+    case.check([*forward.values()], [case.backward(module.conv_backward, accumulate=False) for module in modules.values()])
 
-    def forward(module) -> Callable[[], object]:
-        return lambda: module.conv_forward(x, transform, weight, None, geometry, dtype=dtype, statistics=True)
-
-    def backward(module, accumulate: Tensor | None = into) -> Callable[[], object]:
-        return lambda: module.conv_backward(
-            p, edge, x, transform, weight, geometry, dtype=dtype, needs=needs, accumulate=accumulate
-        )
-
-    for module in (convolution_fused, convolution_hybrid):
-        expected = (*forward(reference)(), *backward(reference, None)())
-        for found, right in zip((*forward(module)(), *backward(module, None)()), expected, strict=True):
-            if right is not None:
-                error = ((found.double() - right.double()).norm() / right.double().norm()).item()
-                assert error < (1e-4 if dtype is torch.float32 else 2e-2), f"{node.name}: relative error {error:.1e}"
-
+    x, weight, p, needs = case.x, case.weight, case.p, case.needs
     z, w = x.contiguous(memory_format=torch.channels_last), weight.to(dtype)
-    rest = ([node.stride] * 2, [pad] * 2, [1, 1], False, [0, 0], node.groups)
-    leaf, gamma = z.detach().clone().requires_grad_(needs[0]), torch.ones(c, requires_grad=True)
+    rest = case.geometry.aten_arguments
+    leaf, gamma = z.detach().clone().requires_grad_(needs[0]), torch.ones(node.channels, requires_grad=True)
     leaf_weight = weight.detach().clone().requires_grad_()
 
     def eager() -> Tensor:
@@ -133,28 +87,13 @@ def measure(node: Node, batch: int, dtype: torch.dtype, seconds: float) -> dict[
 
     graph = eager()
     wanted = [leaf_weight, *([gamma] if node.affine else []), *([leaf] if needs[0] else [])]
-    return {
-        "forward": paired_medians(
-            {
-                "bare": lambda: torch.convolution(z, w, None, *rest),
-                "eager": eager,
-                "fused": forward(convolution_fused),
-                "hybrid": forward(convolution_hybrid),
-                "chosen": forward(convolution),
-            },
-            seconds,
-        ),
-        "backward": paired_medians(
-            {
-                "bare": lambda: torch.ops.aten.convolution_backward(p, z, w, None, *rest, [needs[0], True, False]),
-                "eager": lambda: torch.autograd.grad(graph, wanted, p, retain_graph=True),
-                "fused": backward(convolution_fused),
-                "hybrid": backward(convolution_hybrid),
-                "chosen": backward(convolution),
-            },
-            seconds,
-        ),
+    bare = {
+        "forward": lambda: torch.convolution(z, w, None, *rest),
+        "backward": lambda: torch.ops.aten.convolution_backward(p, z, w, None, *rest, [needs[0], True, False]),
     }
+    eagerly = {"forward": eager, "backward": lambda: torch.autograd.grad(graph, wanted, p, retain_graph=True)}
+    ours = {"forward": forward, "backward": backward}
+    return {d: paired_medians({"bare": bare[d], "eager": eagerly[d], **ours[d]}, seconds) for d in ours}
 
 
 def main() -> None:

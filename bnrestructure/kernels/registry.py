@@ -16,7 +16,7 @@ from typing import Any
 
 from bnrestructure.kernels import reference
 
-__all__ = ["BACKENDS", "implementation", "reason_for_device", "reason_unsupported", "select", "unavailable_reason"]
+__all__ = ["BACKENDS", "implementation", "reason_for_device", "select", "unavailable_reason"]
 
 #: What ``restructure(backend=...)`` accepts.
 BACKENDS = ("auto", "reference", "cpu", "cuda")
@@ -61,14 +61,6 @@ def reason_for_device(backend: str, device: str) -> str | None:
     if backend not in ("auto", device):
         return f"backend {backend!r} was asked for, the tensor is on {device}"
     return _ON_REQUEST.get(device) if backend == "auto" else None
-
-
-def reason_unsupported(backend: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why the device's own implementation cannot run this call (then the reference does), or None."""
-    device = args[0].device.type
-    reason: str | None = reason_for_device(backend, device) or unavailable_reason(device)
-    module = implementation(device)
-    return reason if reason is not None or module is None else module.supports(name, args, kwargs)
 
 
 def select(backend: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:

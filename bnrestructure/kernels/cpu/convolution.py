@@ -118,8 +118,7 @@ def conv_backward(
     if tuning.is_measuring() and needs[0] and needs[1]:
         into = None if accumulate is None else _like(accumulate)
         candidates: dict[str, Callable[[], Any]] = {
-            name: partial(run_backward, name, *args, dtype=dtype, needs=needs, accumulate=into)
-            for name in BACKWARD
+            name: partial(run_backward, name, *args, dtype=dtype, needs=needs, accumulate=into) for name in BACKWARD
         }
         _measure_once(x, transform, weight, geometry, dtype, "backward", candidates)
     chosen = choice(x, transform, weight, geometry, dtype, "backward").implementation
@@ -131,6 +130,10 @@ def run_backward(
 ) -> ConvGradients:
     """:func:`conv_backward` by one of the implementations in ``choice.BACKWARD``."""
     dgrad, wgrad = BACKWARD[implementation]
+    if not needs[0]:
+        dgrad = wgrad
+    elif not any(needs[1:]):
+        wgrad = dgrad
     if dgrad == wgrad:
         found: ConvGradients = _IMPLEMENTATIONS[dgrad].conv_backward(*args, needs=needs, accumulate=accumulate, **options)
         return found

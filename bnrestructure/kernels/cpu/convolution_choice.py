@@ -55,11 +55,13 @@ def choose(node: Node, dtype: torch.dtype, direction: str, isa: str, threads: in
 
 def rule(node: Node, dtype: torch.dtype, direction: str, isa: str) -> Choice:
     """The choice where nothing was measured; benchmarks/convolution_grid.py holds it against measurements."""
+    if not isa.startswith("avx512") or (dtype is torch.bfloat16 and isa != "avx512bf16"):
+        return Choice("fused", f"the rule's numbers were not measured with {isa}: tune() measures here")
     if direction == "backward":
-        return _backward_rule(node, dtype, isa)
-    lead = _lead_of_aten(node, dtype, isa)
+        return _backward_rule(node, dtype)
+    lead = _lead_of_aten(node, dtype)
     if lead <= 0:
-        return Choice("fused", "the fused product is as fast as ATen's")
+        return Choice("fused", "ATen's product is ahead by less than a sweep costs")
     positions = node.batch * node.size_out[0] * node.size_out[1]
     operations = positions * node.channels_out * (node.channels // node.geometry.groups) * math.prod(node.kernel)
     x = node.batch * node.channels * math.prod(node.size)
@@ -70,9 +72,9 @@ def rule(node: Node, dtype: torch.dtype, direction: str, isa: str) -> Choice:
     return Choice("fused", f"the extra sweeps cost {lost / gained:.1f} times what ATen's product saves")
 
 
-def _backward_rule(node: Node, dtype: torch.dtype, isa: str) -> Choice:
+def _backward_rule(node: Node, dtype: torch.dtype) -> Choice:
     """The fused products share a tile's output gradient, which is mostly worth more than anything that ATen's are ahead by."""
-    if _is_measured(dtype, isa) and math.prod(node.kernel) > 1 and node.geometry.groups == 1:
+    if math.prod(node.kernel) > 1 and node.geometry.groups == 1:
         if _weight_bytes(node, dtype) > 12 << 20:
             return Choice("hybrid dgrad, fused wgrad", "every tile of the fused dgrad would read all weights from memory")
         output_bytes = dtype.itemsize * node.batch * node.channels_out * math.prod(node.size_out)
@@ -106,25 +108,20 @@ def _kernels_digest() -> str:
     return library.sources_digest()
 
 
-def _is_measured(dtype: torch.dtype, isa: str) -> bool:
-    """Whether the rules' numbers were measured with these instructions. (Where not, nothing is known against the fused kernels.)"""
-    return isa.startswith("avx512") and (dtype is not torch.bfloat16 or isa == "avx512bf16")
-
-
 def _weight_bytes(node: Node, dtype: torch.dtype) -> int:
     return dtype.itemsize * math.prod(node.kernel) * node.channels * node.channels_out // node.geometry.groups
 
 
-def _lead_of_aten(node: Node, dtype: torch.dtype, isa: str) -> float:
+def _lead_of_aten(node: Node, dtype: torch.dtype) -> float:
     """How much less time ATen's forward product takes than the fused kernels', as a fraction of the latter; 0 where not less.
 
     Measured on Zen 5 with two threads, benchmarks/results/amd-epyc-2-cores-convolution-grid.txt. For 1 x 1 kernels, for groups and
     for narrow tensors the lead, where there is any, is below what a single sweep costs. It grows where a row of the output is too
-    short for a register tile, with the size of the kernel, and where the weight fits into the second-level cache or the third no more.
+    short for a register tile, with the size of the kernel, and with weights beyond the second- and the third-level cache.
     """
     taps = math.prod(node.kernel)
     narrow = min(node.channels, node.channels_out) < (40 if taps >= 25 else 128)
-    if not _is_measured(dtype, isa) or taps == 1 or node.geometry.groups > 1 or narrow:
+    if taps == 1 or node.geometry.groups > 1 or narrow:
         return 0.0
     lead = 0.06 if dtype is torch.float32 else 0.04
     if node.size_out[1] <= 8 and node.geometry.stride[1] == 1:

@@ -78,9 +78,7 @@ def conv_backward(
         )
         pd = d, d.shape[1]
     z = _transformed(px, transform, weight, geometry) if need_weight else px[0]
-    g, dw = convolution_backward(
-        pd[0], z, _weight(weight, dtype), geometry, need_input=need_x, need_weight=need_weight
-    )
+    g, dw = convolution_backward(pd[0], z, _weight(weight, dtype), geometry, need_input=need_x, need_weight=need_weight)
     dw = None if dw is None else restored(dw, factor, weight.dtype)
     db = None if db is None else db.to(dtype)
     if g is None:

@@ -159,4 +159,13 @@ inline void with_element(int64_t code, F&& f) {
     else f((bf16*)nullptr);
 }
 
+// The instance of a kernel for an element type and an activation, of f(type*, act_constant), which names them all. They have
+// one signature: what is around a kernel (threads, tiles, scratch) is compiled once.
+template <class F>
+inline auto kernel_for(int64_t element, Act kind, F&& f) {
+    decltype(f(static_cast<float*>(nullptr), act_constant<Act::any>{})) kernel = nullptr;
+    with_element(element, [&](auto* type) { with_activation(kind, [&](auto act) { kernel = f(type, act); }); });
+    return kernel;
+}
+
 }  // namespace bnr

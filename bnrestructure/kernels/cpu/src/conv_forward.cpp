@@ -91,17 +91,18 @@ class Forward {
 
     // Sums in `c`, which may be y itself, to y; and its statistics.
     void finish(const float* c, int64_t ldc, int64_t count, T* y, Moments* moments) {
-        const bool stores = reinterpret_cast<const void*>(c) != y || a_.bias;
+        const bool stores = static_cast<const void*>(c) != y || a_.bias;
         const int64_t channels = p_.out_channels;
         if (stores && moments && !moments->is_empty()) {
             finish_output_pixels(c, ldc, count, channels, a_.bias, y, a_.y_pitch, moments->shift, moments->sum, moments->square);
-        } else {
-            if (stores) finish_output_pixels(c, ldc, count, channels, a_.bias, y, a_.y_pitch);
-            if (!moments) return;
-            if (moments->is_empty()) moments->start(y, a_.y_pitch, count);   // their mean is the shift
-            add_moments(y, a_.y_pitch, count, channels, moments->shift, moments->sum, moments->square);
+            moments->flush(count);
+            return;
         }
-        if (moments) moments->flush(count);
+        if (stores) finish_output_pixels(c, ldc, count, channels, a_.bias, y, a_.y_pitch);
+        if (!moments) return;
+        if (moments->is_empty()) moments->start(y, a_.y_pitch, count);   // their mean is the shift
+        add_moments(y, a_.y_pitch, count, channels, moments->shift, moments->sum, moments->square);
+        moments->flush(count);
     }
 
     // One image's (or the joined images') rows of the tile.

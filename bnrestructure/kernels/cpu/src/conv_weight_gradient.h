@@ -5,7 +5,8 @@
 
 namespace bnr::conv {
 
-// Whether the weight gradient is better computed from the whole batch, a block of input channels after the other.
+// Whether the weight gradient is better computed from the whole batch, or large parts of it, a block of input channels after the
+// other.
 bool prefers_whole_batch(const BackwardArguments& arguments);
 
 // weight_gradient and bias_gradient of these arguments; dx must be null.

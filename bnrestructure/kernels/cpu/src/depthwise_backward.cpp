@@ -219,9 +219,8 @@ BNR_EXPORT void bnr_depthwise_backward(const depthwise::BackwardArguments* argum
     const int64_t work = f.p.batch * f.p.channels * f.p.in_height * f.p.in_width;
     const int64_t threads = useful_threads(work, f.p.threads);
     depthwise::RowKernels kernels;
-    with_element(f.p.x_element, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        with_activation(f.act.kind, [&](auto act) { kernels.input = depthwise::input_row<act.value, T>; });
+    kernels.input = kernel_for(f.p.x_element, f.act.kind, [](auto* type, auto act) {
+        return depthwise::input_row<act.value, std::remove_pointer_t<decltype(type)>>;
     });
     with_element(f.p.y_element, [&](auto* type) {
         kernels.gradient = depthwise::gradient_row<std::remove_pointer_t<decltype(type)>>;

@@ -203,9 +203,8 @@ BNR_EXPORT void bnr_depthwise_forward(const depthwise::ForwardArguments* argumen
     Scratch scratch;
     const depthwise::Forward f(scratch, *arguments);
     depthwise::RowKernels kernels;
-    with_element(f.p.x_element, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        with_activation(f.act.kind, [&](auto act) { kernels.transform = depthwise::transform_row<act.value, T>; });
+    kernels.transform = kernel_for(f.p.x_element, f.act.kind, [](auto* type, auto act) {
+        return depthwise::transform_row<act.value, std::remove_pointer_t<decltype(type)>>;
     });
     with_element(f.p.y_element, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;

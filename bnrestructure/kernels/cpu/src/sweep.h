@@ -92,15 +92,6 @@ inline S& merged(std::vector<S>& all) {
     return all[0];
 }
 
-// The instance of a kernel for an element type and an activation, of f(type*, act_constant), which names them all. They have
-// one signature: what is around a kernel (threads, tiles, scratch) is compiled once.
-template <class F>
-inline auto kernel_for(int64_t element, Act kind, F&& f) {
-    decltype(f(static_cast<float*>(nullptr), act_constant<Act::any>{})) kernel = nullptr;
-    with_element(element, [&](auto* type) { with_activation(kind, [&](auto act) { kernel = f(type, act); }); });
-    return kernel;
-}
-
 // z = act(affine(x)), and where the gradient at x goes: stored, or added to what is there.
 struct Input {
     Pixels<const void> x;

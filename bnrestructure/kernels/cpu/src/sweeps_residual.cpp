@@ -99,9 +99,8 @@ BNR_EXPORT void bnr_residual_forward(int64_t element, int64_t kind, float slope,
     const auto kernel = kernel_for(element, act.kind, [](auto* type, auto a) {
         return join<a.value, std::remove_pointer_t<decltype(type)>>;
     });
-    const auto start = kernel_for(element, act.kind, [](auto* type, auto) {
-        return start_moments<std::remove_pointer_t<decltype(type)>>;
-    });
+    auto* start = start_moments<float>;
+    with_element(element, [&](auto* type) { start = start_moments<std::remove_pointer_t<decltype(type)>>; });
     parallel(threads, [&](int64_t t) {
         Moments* const own = mean ? &moments[size_t(t)] : nullptr;
         for_each_tile(share(rows, 1, t, threads), [&](Range tile) {

@@ -23,9 +23,8 @@ import torch
 from convolution_case import Case, Node
 from torch import Tensor
 
-from bnrestructure.kernels.choice import BACKWARD
 from bnrestructure.kernels.cpu import convolution, library, processor
-from bnrestructure.kernels.cpu.convolution_choice import rule
+from bnrestructure.kernels.cpu.convolution_choice import candidates, rule
 
 
 def grid(batch: int) -> Iterator[Node]:
@@ -46,10 +45,11 @@ def _node(kernel: int, stride: int, size: int, channels: int, channels_out: int)
     return Node(name, channels, channels_out, size, kernel, stride)
 
 
-def candidates(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
+def runs_of(case: Case, sizes: convolution.Node) -> dict[str, dict[str, Callable[[], Any]]]:
     """What each direction could run. Raises AssertionError where a candidate's numbers are wrong."""
-    forward = {name: case.forward(partial(convolution.run_forward, name)) for name in ("fused", "hybrid")}
-    backward = {name: case.backward(partial(convolution.run_backward, name)) for name in BACKWARD}
+    names = {direction: candidates(sizes, case.dtype, direction) for direction in ("forward", "backward")}
+    forward = {name: case.forward(partial(convolution.run_forward, name)) for name in names["forward"]}
+    backward = {name: case.backward(partial(convolution.run_backward, name)) for name in names["backward"]}
     case.check([*forward.values()], [*backward.values()])
     return {"forward": forward, "backward": backward}
 
@@ -80,7 +80,8 @@ def main() -> None:
     isa, threads = library.isa_name(), library.threads()
     print(f"python {shlex.join(sys.argv)}: {processor.name()}, {isa}, {threads} threads, {dtype}, PyTorch {torch.__version__}, "
           f"Python {platform.python_version()}")  # fmt: skip
-    print("milliseconds; backward: fused, hybrid, fused dgrad with hybrid wgrad, hybrid dgrad with fused wgrad; * is the rule's choice")
+    print("milliseconds; backward: fused, hybrid, fused dgrad with hybrid wgrad, hybrid dgrad with fused wgrad; "
+          "last, of 3x3/1 in float32, winograd; * is the rule's choice")  # fmt: skip
     evict = torch.ones(32 << 20)  # 128 MB
     totals: dict[str, list[float]] = {"forward": [0.0] * 3, "backward": [0.0] * 3}
     worst: list[tuple[float, str]] = []
@@ -90,7 +91,7 @@ def main() -> None:
         line = f"{node.name:26}"
         case = Case(node, options.batch, dtype)
         sizes = convolution.node_of(case.x.shape, case.weight.shape, case.geometry, True)
-        for direction, runs in candidates(case).items():
+        for direction, runs in runs_of(case, sizes).items():
             choice = rule(sizes, dtype, direction, isa).implementation
             times = medians(runs, options.turns, evict)
             line += "   " + "".join(f"{ms:8.2f}{'*' if name == choice else ' '}" for name, ms in times.items())

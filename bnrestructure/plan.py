@@ -43,7 +43,8 @@ class Kernel:
     name         the path of the convolution
     shape        of its input, [N, C, *spatial]
     forward, backward    ``fused`` (prologue, product and epilogue in one kernel), ``hybrid`` (PyTorch's convolution, on a GPU
-                 cuDNN's, between sweeps of ours), ``depthwise``, ``reference``; for a backward pass also one for each of its two products
+                 cuDNN's, between sweeps of ours), ``winograd`` (as fused, by Winograd's algorithm), ``depthwise``, ``reference``; for a
+                 backward pass also one for each of its two products
     forward_reason, backward_reason    why this one: a measurement (``tune``), the rule, or what the kernels lack
     """
 

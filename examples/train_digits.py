@@ -159,7 +159,7 @@ def _apart(run: Run, reference: Run) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--net", choices=NETS, default="resnet")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--picture", type=Path, default=Path("digits_loss.png"))
     options = parser.parse_args()
     comparison = compare(options.net, options.epochs)

@@ -121,8 +121,8 @@ def _ceilings(result: dict[str, Any]) -> RenderableType:
         f"ceilings here: fp32 {found['fp32_flops_per_second'] / 1e9:.0f} GF/s, "
         f"bf16 {found['bf16_flops_per_second'] / 1e9:.0f} GF/s, "
         f"copy {bandwidth / 1e9:.1f} GB/s",
-        f"a step's convolutions and matrix products: {found['step_flops'] / 1e9:.1f} GF, "
-        f"at least {multiply * 1e3:.0f} ms in {dtype}",
+        f"a step's convolutions and matrix products, as direct sums: {found['step_flops'] / 1e9:.1f} GF, "
+        f"{multiply * 1e3:.0f} ms at the {dtype} ceiling",
         f"sweeps of {plan['sites']} batch norms "
         f"({plan['fused']} fused, {plan['partial']} partial, {plan['kept']} kept): "
         f"{plan['bytes_before'] / 1e6:.0f} MB ({plan['bytes_before'] / bandwidth * 1e3:.0f} ms) before, "

@@ -1,4 +1,4 @@
-"""The C++ dense convolution, fused and hybrid, against the reference kernel in float64."""
+"""The C++ dense convolution, fused, hybrid and by Winograd's algorithm, against the reference kernel in float64."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cpu_checks import LAYOUTS, assert_as_good, in_layout, needs_kernels, to_dou
 from torch import Tensor
 
 from bnrestructure.kernels import reference
-from bnrestructure.kernels.cpu import convolution, convolution_fused, convolution_hybrid, library
-from bnrestructure.kernels.cpu.convolution_choice import Node, choose
+from bnrestructure.kernels.cpu import convolution, convolution_fused, convolution_hybrid, convolution_winograd, library
+from bnrestructure.kernels.cpu.convolution_choice import Node, candidates, choose
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 pytestmark = needs_kernels
 
-IMPLEMENTATIONS = {"fused": convolution_fused, "hybrid": convolution_hybrid}
+IMPLEMENTATIONS = {"fused": convolution_fused, "hybrid": convolution_hybrid, "winograd": convolution_winograd}
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu(0.1)")
 EVERYTHING = (True, True, True)
 
@@ -56,6 +56,9 @@ SHAPES = {
     "3x3 stride 2": Shape(2, 24, 40, (11, 13), stride=(2, 2)),
     "3x3 stride 3, no padding": Shape(2, 16, 16, (8, 8), stride=(3, 3), padding=(0, 0)),
     "3x3 on 3x3": Shape(4, 70, 33, (3, 3)),
+    "3x3 on one pixel": Shape(3, 18, 35, (1, 1)),
+    "3x3 without padding": Shape(2, 20, 24, (9, 8), padding=(0, 0)),
+    "3x3 padded by 2 and by 0": Shape(2, 17, 50, (6, 7), padding=(2, 0)),
     "3x3 dilated": Shape(2, 20, 12, (12, 11), padding=(2, 2), dilation=(2, 2)),
     "3x3 many strips": Shape(1, 5, 4, (90, 90)),
     "3x3 narrow groups": Shape(2, 32, 32, (9, 9), stride=(2, 2), groups=8),
@@ -157,24 +160,31 @@ def check_backward(case: Case, module: ModuleType) -> None:
         assert_as_good(name, *parts, factor=8.0 if name in ("sum_p", "sum_px", "gate", "bias") else 4.0)
 
 
-@pytest.fixture(params=list(IMPLEMENTATIONS))
-def module(request: pytest.FixtureRequest) -> ModuleType:
-    return IMPLEMENTATIONS[request.param]
+def everywhere(*names: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> pytest.MarkDecorator:
+    """``module``, ``name`` and ``dtype``: the shapes of these names with every implementation that is for them."""
+    cases = []
+    for name in names:
+        shape = SHAPES[name]
+        weight = (shape.channels_out, shape.channels // shape.groups, *shape.kernel)
+        node = convolution.node_of((shape.batch, shape.channels, *shape.size), weight, shape.geometry, True)
+        for dtype in dtypes:
+            for implementation in candidates(node, dtype, "forward"):
+                label = f"{implementation}-{name}-{dtype}".replace("torch.", "")
+                cases.append(pytest.param(IMPLEMENTATIONS[implementation], name, dtype, id=label))
+    return pytest.mark.parametrize(("module", "name", "dtype"), cases)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", SHAPES)
+@everywhere(*SHAPES)
 def test_shapes(module: ModuleType, name: str, dtype: torch.dtype) -> None:
     case = make_case(SHAPES[name], dtype)
     check_forward(case, module)
     check_backward(case, module)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["1x1 odd", "3x3 stride 2", "3x3 odd groups", "1x1 stride 2"])
+@everywhere("1x1 odd", "3x3 odd", "3x3 stride 2", "3x3 odd groups", "1x1 stride 2")
 @pytest.mark.parametrize("gate", [False, True])
-def test_accumulates_in_place(module: ModuleType, kind: str, gate: bool, dtype: torch.dtype) -> None:
-    case = make_case(SHAPES[kind], dtype, "silu", gate=gate, accumulate=True, layout="slice")
+def test_accumulates_in_place(module: ModuleType, name: str, gate: bool, dtype: torch.dtype) -> None:
+    case = make_case(SHAPES[name], dtype, "silu", gate=gate, accumulate=True, layout="slice")
     check_backward(case, module)
     into = in_layout(case.into, "slice")
     dx = module.conv_backward(
@@ -190,37 +200,37 @@ def test_accumulates_in_place(module: ModuleType, kind: str, gate: bool, dtype: 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("affine", [False, True])
-def test_activations(module: ModuleType, act: str, affine: bool) -> None:
-    for name in ("1x1 odd", "3x3 odd"):
-        case = make_case(SHAPES[name], act=act, affine=affine)
-        check_forward(case, module)
-        check_backward(case, module)
+@everywhere("1x1 odd", "3x3 odd", dtypes=(torch.float32,))
+def test_activations(module: ModuleType, name: str, dtype: torch.dtype, act: str, affine: bool) -> None:
+    case = make_case(SHAPES[name], dtype, act, affine=affine)
+    check_forward(case, module)
+    check_backward(case, module)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("edge", [False, True])
-def test_layouts(module: ModuleType, layout: str, edge: bool, dtype: torch.dtype) -> None:
-    for name in ("1x1", "3x3 odd"):
-        case = make_case(SHAPES[name], dtype, layout=layout, edge=edge, act="identity", affine=edge)
-        out = in_layout(torch.full_like(case.forward(reference)[0], torch.nan), layout)
-        y, *_ = case.forward(module, out)
-        assert y is out
-        assert_as_good("y", y, case.forward(reference)[0], case.double().forward(reference)[0])
-        check_backward(case, module)
+@everywhere("1x1", "3x3 odd")
+def test_layouts(module: ModuleType, name: str, dtype: torch.dtype, layout: str, edge: bool) -> None:
+    case = make_case(SHAPES[name], dtype, layout=layout, edge=edge, act="identity", affine=edge)
+    out = in_layout(torch.full_like(case.forward(reference)[0], torch.nan), layout)
+    y, *_ = case.forward(module, out)
+    assert y is out
+    assert_as_good("y", y, case.forward(reference)[0], case.double().forward(reference)[0])
+    check_backward(case, module)
 
 
 @pytest.mark.parametrize("offset", [1e2, 1e4])
-def test_large_means(module: ModuleType, offset: float) -> None:
-    for name in ("1x1", "3x3"):
-        case = make_case(SHAPES[name], offset=offset)
-        check_forward(case, module)
-        check_backward(case, module)
+@everywhere("1x1", "3x3", dtypes=(torch.float32,))
+def test_large_means(module: ModuleType, name: str, dtype: torch.dtype, offset: float) -> None:
+    case = make_case(SHAPES[name], dtype, offset=offset)
+    check_forward(case, module)
+    check_backward(case, module)
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
-def test_only_what_is_needed(module: ModuleType, needs: tuple[bool, bool, bool]) -> None:
-    case = make_case(SHAPES["3x3 stride 2"])
+@everywhere("3x3 stride 2", "3x3 odd", dtypes=(torch.float32,))
+def test_only_what_is_needed(module: ModuleType, name: str, dtype: torch.dtype, needs: tuple[bool, bool, bool]) -> None:
+    case = make_case(SHAPES[name], dtype)
     everything, some = case.backward(module), case.backward(module, needs)
     needed = dict.fromkeys(("dx", "sum_p", "sum_px"), needs[0]) | {"gate": False, "weight": needs[1], "bias": needs[2]}
     for name, value in some._asdict().items():
@@ -246,6 +256,15 @@ def test_weight_gradient_of_more_than_is_staged_at_once(dtype: torch.dtype, thre
     assert_as_good("gradients", tuple(found), tuple(expected), tuple(truth))
 
 
+def check_twice(case: Case, module: ModuleType) -> None:
+    """Right, and the same bits each time."""
+    check_forward(case, module)
+    check_backward(case, module)
+    first, second = case.backward(module), case.backward(module)
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.sum_px, second.sum_px)
+
+
 @pytest.mark.parametrize("isa", library.available_isas())
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_threads_and_instruction_sets(isa: str, threads: int) -> None:
@@ -255,24 +274,26 @@ def test_threads_and_instruction_sets(isa: str, threads: int) -> None:
         with library.use(isa):
             for name in ("1x1 odd", "3x3 odd", "3x3 stride 2", "3x3 narrow groups", "stem"):
                 for dtype in (torch.float32, torch.bfloat16):
-                    case = make_case(SHAPES[name], dtype)
-                    check_forward(case, convolution_fused)
-                    check_backward(case, convolution_fused)
-                    first, second = case.backward(convolution_fused), case.backward(convolution_fused)
-                    assert torch.equal(first.weight, second.weight)
-                    assert torch.equal(first.sum_px, second.sum_px)
+                    check_twice(make_case(SHAPES[name], dtype), convolution_fused)
+            for name in ("3x3 odd", "3x3 many strips", "3x3 padded by 2 and by 0"):
+                check_twice(make_case(SHAPES[name]), convolution_winograd)
     finally:
         torch.set_num_threads(before)
 
 
-def test_concurrent_calls() -> None:
-    cases = [make_case(SHAPES[name]) for name in ("1x1", "3x3", "3x3 stride 2", "stem")]
-    expected = [case.backward(convolution_fused).weight for case in cases]
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [(convolution_fused, ("1x1", "3x3", "3x3 stride 2", "stem")), (convolution_winograd, ("3x3", "3x3 odd", "3x3 many strips"))],
+    ids=["fused", "winograd"],
+)
+def test_concurrent_calls(module: ModuleType, names: tuple[str, ...]) -> None:
+    cases = [make_case(SHAPES[name]) for name in names]
+    expected = [case.backward(module).weight for case in cases]
     failures: list[int] = []
 
     def work(i: int) -> None:
         for _ in range(20):
-            if not torch.equal(cases[i].backward(convolution_fused).weight, expected[i]):
+            if not torch.equal(cases[i].backward(module).weight, expected[i]):
                 failures.append(i)
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]
@@ -283,8 +304,9 @@ def test_concurrent_calls() -> None:
     assert not failures
 
 
-def test_nan_propagates(module: ModuleType) -> None:
-    case = make_case(SHAPES["3x3"])
+@everywhere("3x3", dtypes=(torch.float32,))
+def test_nan_propagates(module: ModuleType, name: str, dtype: torch.dtype) -> None:
+    case = make_case(SHAPES[name], dtype)
     case.x[0, 5, 4, 4] = torch.nan
     y, mean, _ = case.forward(module)
     assert torch.equal(y.isnan(), case.forward(reference)[0].isnan())
@@ -305,7 +327,10 @@ def test_supports() -> None:
 def test_choice() -> None:
     same = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
     deep = Node(16, 512, (7, 7), 512, (7, 7), (3, 3), same, True)
+    image = deep._replace(channels=3)
     point = Node(16, 256, (28, 28), 128, (28, 28), (1, 1), ConvGeometry((1, 1), (0, 0), (1, 1), 1), True)
-    assert choose(deep, torch.float32, "forward", "avx512", 2).implementation == "hybrid"
+    assert choose(deep, torch.bfloat16, "forward", "avx512bf16", 2).implementation == "hybrid"
     for direction in ("forward", "backward"):
+        assert choose(deep, torch.float32, direction, "avx512", 2).implementation == "winograd"
+        assert choose(image, torch.float32, direction, "avx512", 2).implementation == "fused"
         assert choose(point, torch.float32, direction, "avx512", 2).implementation == "fused"

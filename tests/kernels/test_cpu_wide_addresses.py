@@ -1,7 +1,7 @@
 """Tensors that reach beyond 2^31 elements: every kernel gives what it gives on a compact copy.
 
-The tensors are channel slices of one buffer of 2.4e9 bfloat16 values, whose pixels lie eight million elements apart. The buffer is a
-sparse file: only the pages that the slices touch exist.
+The tensors are channel slices of one buffer of 2.4e9 values, bfloat16 or float32, whose pixels lie eight million elements apart. The
+buffer is a sparse file: only the pages that the slices touch exist.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cpu_checks import needs_kernels
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, depthwise, sweeps
+from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, convolution_winograd, depthwise, sweeps
 from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, PoolGeometry, Transform
 
@@ -30,10 +30,11 @@ DTYPE = torch.bfloat16
 class Buffer:
     """Channel slices of the buffer, each used once."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype) -> None:
         elements = N * SIZE * SIZE * PITCH
         path.touch()
-        flat = torch.from_file(str(path), shared=True, size=elements, dtype=DTYPE)
+        flat = torch.from_file(str(path), shared=True, size=elements, dtype=dtype)
+        self.dtype = dtype
         self._pixels = flat.view(N, SIZE, SIZE, PITCH).permute(0, 3, 1, 2)
         self._used = 0
 
@@ -46,14 +47,19 @@ class Buffer:
 
 
 @pytest.fixture
-def buffer(tmp_path: Path) -> Iterator[Buffer]:
+def buffer(tmp_path: Path, dtype: torch.dtype) -> Iterator[Buffer]:
     path = tmp_path / "values"
-    yield Buffer(path)
+    yield Buffer(path, dtype)
     path.unlink()
 
 
-def values() -> Tensor:
-    return torch.randn(N, CHANNELS, SIZE, SIZE).to(DTYPE).contiguous(memory_format=torch.channels_last)
+@pytest.fixture
+def dtype() -> torch.dtype:
+    return DTYPE
+
+
+def values(dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(N, CHANNELS, SIZE, SIZE).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def transform() -> Transform:
@@ -66,7 +72,7 @@ def edge(y: Tensor) -> BackwardEdge:
 
 def check(buffer: Buffer, call: Callable[[list[Tensor]], Any], count: int) -> None:
     """``call`` of ``count`` activations gives the same, bit for bit, for slices of the buffer and for compact copies."""
-    compact = [values() for _ in range(count)]
+    compact = [values(buffer.dtype) for _ in range(count)]
     wide = [buffer.holding(x) for x in compact]
     assert all(pitch_of(x) == PITCH and (x.numel() // CHANNELS - 1) * PITCH > 2**31 for x in wide)
     results = []
@@ -81,24 +87,27 @@ def check(buffer: Buffer, call: Callable[[list[Tensor]], Any], count: int) -> No
 DENSE = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
 POINTWISE = ConvGeometry((1, 1), (0, 0), (1, 1), 1)
 KERNELS = [
-    pytest.param(convolution_fused, POINTWISE, (CHANNELS, CHANNELS, 1, 1), id="fused-1x1"),
-    pytest.param(convolution_fused, DENSE, (CHANNELS, CHANNELS, 3, 3), id="fused-3x3"),
-    pytest.param(convolution_hybrid, DENSE, (CHANNELS, CHANNELS, 3, 3), id="hybrid-3x3"),
-    pytest.param(depthwise, DENSE._replace(groups=CHANNELS), (CHANNELS, 1, 3, 3), id="depthwise-3x3"),
+    pytest.param(convolution_fused, POINTWISE, (CHANNELS, CHANNELS, 1, 1), DTYPE, id="fused-1x1"),
+    pytest.param(convolution_fused, DENSE, (CHANNELS, CHANNELS, 3, 3), DTYPE, id="fused-3x3"),
+    pytest.param(convolution_hybrid, DENSE, (CHANNELS, CHANNELS, 3, 3), DTYPE, id="hybrid-3x3"),
+    pytest.param(convolution_winograd, DENSE, (CHANNELS, CHANNELS, 3, 3), torch.float32, id="winograd-3x3"),
+    pytest.param(depthwise, DENSE._replace(groups=CHANNELS), (CHANNELS, 1, 3, 3), DTYPE, id="depthwise-3x3"),
 ]
 
 
-@pytest.mark.parametrize(("kernel", "geometry", "shape"), KERNELS)
-def test_convolution(kernel: ModuleType, geometry: ConvGeometry, shape: tuple[int, ...], buffer: Buffer) -> None:
+@pytest.mark.parametrize(("kernel", "geometry", "shape", "dtype"), KERNELS)
+def test_convolution(
+    kernel: ModuleType, geometry: ConvGeometry, shape: tuple[int, ...], dtype: torch.dtype, buffer: Buffer
+) -> None:
     def forward(tensors: list[Tensor]) -> Any:
         x, out = tensors
         weight = torch.randn(shape)
-        return kernel.conv_forward(x, transform(), weight, None, geometry, dtype=DTYPE, statistics=True, out=out), out
+        return kernel.conv_forward(x, transform(), weight, None, geometry, dtype=dtype, statistics=True, out=out), out
 
     def backward(tensors: list[Tensor]) -> Any:
         dy, y, x, dx = tensors
         weight = torch.randn(shape)
-        options: dict[str, Any] = {"dtype": DTYPE, "needs": (True, True, True), "accumulate": dx}
+        options: dict[str, Any] = {"dtype": dtype, "needs": (True, True, True), "accumulate": dx}
         return tuple(kernel.conv_backward(dy, edge(y), x, transform(), weight, geometry, **options)), dx
 
     check(buffer, forward, 2)

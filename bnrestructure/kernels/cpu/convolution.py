@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from bnrestructure.kernels import tuning
-from bnrestructure.kernels.choice import BACKWARD, Choice
-from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, layout, library
-from bnrestructure.kernels.cpu.convolution_choice import Node, call_of, choose, identify_machine
+from bnrestructure.kernels.choice import Choice
+from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, convolution_winograd, layout, library
+from bnrestructure.kernels.cpu.convolution_choice import IMPLEMENTATIONS, Node, call_of, candidates, choose, identify_machine
 from bnrestructure.ops.activation import unsupported_activation
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = ["choice", "conv_backward", "conv_forward", "forget_choices", "node_of", "supports"]
 
-_IMPLEMENTATIONS = {"fused": convolution_fused, "hybrid": convolution_hybrid}
+_MODULES: dict[str, Any] = {"fused": convolution_fused, "hybrid": convolution_hybrid, "winograd": convolution_winograd}
 
 
 def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -90,14 +90,13 @@ def conv_forward(
     args = (x, transform, weight, bias, geometry)
     options = {"dtype": dtype, "statistics": statistics, "out": out}
     if tuning.is_measuring():
-        candidates: dict[str, Callable[[], Any]] = {name: partial(run_forward, name, *args, **options) for name in _IMPLEMENTATIONS}
-        _measure_once(x, transform, weight, geometry, dtype, "forward", candidates)
+        _measure_once(x, transform, weight, geometry, dtype, "forward", lambda name: partial(run_forward, name, *args, **options))
     return run_forward(choice(x, transform, weight, geometry, dtype, "forward").implementation, *args, **options)
 
 
 def run_forward(implementation: str, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """:func:`conv_forward` by one implementation, "fused" or "hybrid"."""
-    found: tuple[Tensor, Tensor | None, Tensor | None] = _IMPLEMENTATIONS[implementation].conv_forward(*args, **options)
+    """:func:`conv_forward` by one implementation, "fused", "hybrid" or "winograd"."""
+    found: tuple[Tensor, Tensor | None, Tensor | None] = _MODULES[implementation].conv_forward(*args, **options)
     return found
 
 
@@ -117,10 +116,8 @@ def conv_backward(
     args = (dy, edge, x, transform, weight, geometry)
     if tuning.is_measuring() and needs[0] and needs[1]:
         into = None if accumulate is None else _like(accumulate)
-        candidates: dict[str, Callable[[], Any]] = {
-            name: partial(run_backward, name, *args, dtype=dtype, needs=needs, accumulate=into) for name in BACKWARD
-        }
-        _measure_once(x, transform, weight, geometry, dtype, "backward", candidates)
+        options: dict[str, Any] = {"dtype": dtype, "needs": needs, "accumulate": into}
+        _measure_once(x, transform, weight, geometry, dtype, "backward", lambda name: partial(run_backward, name, *args, **options))
     chosen = choice(x, transform, weight, geometry, dtype, "backward").implementation
     return run_backward(chosen, *args, dtype=dtype, needs=needs, accumulate=accumulate)
 
@@ -128,17 +125,17 @@ def conv_backward(
 def run_backward(
     implementation: str, *args: Any, needs: tuple[bool, bool, bool], accumulate: Tensor | None, **options: Any
 ) -> ConvGradients:
-    """:func:`conv_backward` by one of the implementations in ``choice.BACKWARD``."""
-    dgrad, wgrad = BACKWARD[implementation]
+    """:func:`conv_backward` by one of the implementations in convolution_choice.py."""
+    dgrad, wgrad = IMPLEMENTATIONS[implementation]
     if not needs[0]:
         dgrad = wgrad
     elif not any(needs[1:]):
         wgrad = dgrad
     if dgrad == wgrad:
-        found: ConvGradients = _IMPLEMENTATIONS[dgrad].conv_backward(*args, needs=needs, accumulate=accumulate, **options)
+        found: ConvGradients = _MODULES[dgrad].conv_backward(*args, needs=needs, accumulate=accumulate, **options)
         return found
-    weights = _IMPLEMENTATIONS[wgrad].conv_backward(*args, needs=(False, *needs[1:]), accumulate=None, **options)
-    inputs = _IMPLEMENTATIONS[dgrad].conv_backward(*args, needs=(needs[0], False, False), accumulate=accumulate, **options)
+    weights = _MODULES[wgrad].conv_backward(*args, needs=(False, *needs[1:]), accumulate=None, **options)
+    inputs = _MODULES[dgrad].conv_backward(*args, needs=(needs[0], False, False), accumulate=accumulate, **options)
     merged: ConvGradients = inputs._replace(weight=weights.weight, bias=weights.bias)
     return merged
 
@@ -150,14 +147,14 @@ def _measure_once(
     geometry: ConvGeometry,
     dtype: torch.dtype,
     direction: str,
-    candidates: dict[str, Callable[[], Any]],
+    run_of: Callable[[str], Callable[[], Any]],
 ) -> None:
-    """Time the candidates on these very arguments, unless nodes of this size were timed before."""
+    """Time the node's candidates on these very arguments, unless nodes of this size were timed before."""
     node = node_of(tuple(x.shape), tuple(weight.shape), geometry, not transform.is_identity)
     call = call_of(node, dtype, direction, library.isa_name(), library.threads())
     identify_machine()
     if tuning.measured(call) is None:
-        tuning.measure(call, candidates)
+        tuning.measure(call, {name: run_of(name) for name in candidates(node, dtype, direction)})
         forget_choices()
 
 

@@ -1,4 +1,4 @@
-"""Which implementation of a dense convolution node is the faster one: ``fused`` or ``hybrid``, and why.
+"""Which implementation of a dense convolution node is the faster one: ``fused``, ``hybrid`` or ``winograd``, and why.
 
 Where this machine has measured the node (bnrestructure.tune), the measurement decides; elsewhere the rule below does. The two
 products of a backward pass may be measured to be better apart: ``hybrid dgrad, fused wgrad``, say.
@@ -7,6 +7,8 @@ The fused kernels pay for the prologue and epilogue with almost nothing, the hyb
 a product that is, for some shapes, faster. Forward, with `lead` the fraction by which ATen's product is faster, the hybrid wins
 where lead * multiply-adds > bytes swept * (multiply-adds the machine does in the time it sweeps a byte). Both numbers
 are ratios, not absolute speeds; benchmarks/convolution_grid.py measures what comes of them.
+
+Where Winograd's algorithm applies it is faster than both but for a few channels or pixels, on every instruction set alike.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ from typing import NamedTuple
 import torch
 
 from bnrestructure.kernels import tuning
-from bnrestructure.kernels.choice import Choice
+from bnrestructure.kernels.choice import BACKWARD, Choice
 from bnrestructure.kernels.cpu import library, processor
 from bnrestructure.ops.edges import ConvGeometry
 
-__all__ = ["Node", "call_of", "choose", "identify_machine", "rule"]
+__all__ = ["IMPLEMENTATIONS", "Node", "call_of", "candidates", "choose", "identify_machine", "rule"]
+
+#: Which implementation makes the input gradient and which the weight gradient (choice.BACKWARD), with Winograd's algorithm.
+IMPLEMENTATIONS = BACKWARD | {"winograd": ("winograd", "winograd")}
 
 
 class Node(NamedTuple):
@@ -42,6 +47,12 @@ class Node(NamedTuple):
 _OPERATIONS_PER_BYTE = {torch.float32: 8.0, torch.bfloat16: 16.0}
 
 
+def candidates(node: Node, dtype: torch.dtype, direction: str) -> list[str]:
+    """The implementations that can run the node, the one that needs the least memory first."""
+    names = ["fused", "hybrid"] if direction == "forward" else list(BACKWARD)
+    return [*names, "winograd"] if _suits_winograd(node, dtype) else names
+
+
 @lru_cache(maxsize=4096)
 def choose(node: Node, dtype: torch.dtype, direction: str, isa: str, threads: int) -> Choice:
     """The choice for ``direction`` "forward" or "backward" on the instruction set ``isa`` (library.isa_name()).
@@ -55,6 +66,8 @@ def choose(node: Node, dtype: torch.dtype, direction: str, isa: str, threads: in
 
 def rule(node: Node, dtype: torch.dtype, direction: str, isa: str) -> Choice:
     """The choice where nothing was measured; benchmarks/convolution_grid.py holds it against measurements."""
+    if _suits_winograd(node, dtype) and _gains_by_winograd(node):
+        return Choice("winograd", "16 multiplications do the work of 36")
     if not isa.startswith("avx512") or (dtype is torch.bfloat16 and isa != "avx512bf16"):
         return Choice("fused", f"the rule's numbers were not measured with {isa}: tune() measures here")
     if direction == "backward":
@@ -106,6 +119,18 @@ def _by(pair: tuple[int, ...]) -> str:
 @cache
 def _kernels_digest() -> str:
     return library.sources_digest()
+
+
+def _suits_winograd(node: Node, dtype: torch.dtype) -> bool:
+    """Whether F(2x2, 3x3) can run the node; bfloat16 would round its transformed operands a second time."""
+    stride, padding, dilation, groups = node.geometry
+    dense = (node.kernel, stride, dilation, groups) == ((3, 3), (1, 1), (1, 1), 1)
+    return dense and max(padding) <= 2 and dtype is torch.float32
+
+
+def _gains_by_winograd(node: Node) -> bool:
+    """Where the transforms cost less than they save: enough channels for a pixel's, and enough pixels for the weight's."""
+    return min(node.channels, node.channels_out) >= 16 and node.batch * math.prod(node.size_out) >= 256
 
 
 def _weight_bytes(node: Node, dtype: torch.dtype) -> int:

@@ -1,5 +1,5 @@
 """The dense convolution with everything inside it: prologue, product and epilogue tile by tile (src/conv_forward.cpp,
-src/conv_backward.cpp)."""
+src/conv_backward.cpp). ``kernel`` is another C function with the same arguments (convolution_winograd.py)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def conv_forward(
     dtype: torch.dtype,
     statistics: bool,
     out: Tensor | None = None,
+    kernel: library.Kernel = _forward,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, mean, var) as kernels/reference says; x and the weight are float32 or bfloat16."""
     y, pitch = out, 0
@@ -40,7 +41,7 @@ def conv_forward(
     mean, var = torch.empty(2, weight.shape[0]) if statistics else (None, None)
     keep: list[Tensor | None] = []
     bias = None if bias is None else bias.to(dtype)
-    _forward(forward_arguments(pixels(x, dtype), transform, weight, bias, geometry, (y, pitch), mean, var, keep))
+    kernel(forward_arguments(pixels(x, dtype), transform, weight, bias, geometry, (y, pitch), mean, var, keep))
     if out is not None and y is not out:
         y = out.copy_(y)
     return y, mean, var
@@ -57,6 +58,7 @@ def conv_backward(
     dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
     accumulate: Tensor | None = None,
+    kernel: library.Kernel = _backward,
 ) -> ConvGradients:
     """The gradients as kernels/reference says; dy, x and the weight are float32 or bfloat16."""
     need_x, need_weight, need_bias = needs
@@ -71,7 +73,7 @@ def conv_backward(
     dw = torch.empty_like(weight) if need_weight else None
     db = torch.empty(weight.shape[0]) if need_bias else None
     keep: list[Tensor | None] = []
-    _backward(
+    kernel(
         backward_arguments(
             pixels(dy, dtype),
             edge,

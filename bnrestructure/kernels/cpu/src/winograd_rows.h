@@ -99,8 +99,10 @@ class Convolution {
 
   private:
     static int64_t chunk(const Plane& in, const Plane& out, const TileRows& rows) {
-        return rows_together(rows, kComponents * rows.tiles * (conv::scratch_pitch(in.channels) + conv::scratch_pitch(out.channels)),
-                             28, conv::cache_size() / 2);
+        const int64_t floats = kComponents * rows.tiles * (conv::scratch_pitch(in.channels) + conv::scratch_pitch(out.channels));
+        // Weights far beyond the cache are read again for every chunk; measured, with those of 512 x 512 channels and more.
+        const bool reads_far = kComponents * in.channels * out.channels * 4 > 8 * conv::cache_size();
+        return rows_together(rows, floats, reads_far ? 128 : 28, conv::cache_size() / 2);
     }
 
     void multiply(int64_t pixels) {

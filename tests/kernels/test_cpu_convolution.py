@@ -275,7 +275,7 @@ def test_threads_and_instruction_sets(isa: str, threads: int) -> None:
             for name in ("1x1 odd", "3x3 odd", "3x3 stride 2", "3x3 narrow groups", "stem"):
                 for dtype in (torch.float32, torch.bfloat16):
                     check_twice(make_case(SHAPES[name], dtype), convolution_fused)
-            for name in ("3x3 odd", "3x3 many strips", "3x3 padded by 2 and by 0"):
+            for name in ("3x3 odd", "3x3 many strips", "3x3 padded by 2 and by 0", "3x3 odd groups"):
                 check_twice(make_case(SHAPES[name]), convolution_winograd)
     finally:
         torch.set_num_threads(before)
@@ -328,9 +328,11 @@ def test_choice() -> None:
     same = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
     deep = Node(16, 512, (7, 7), 512, (7, 7), (3, 3), same, True)
     image = deep._replace(channels=3)
+    in_groups = deep._replace(geometry=same._replace(groups=32))
     point = Node(16, 256, (28, 28), 128, (28, 28), (1, 1), ConvGeometry((1, 1), (0, 0), (1, 1), 1), True)
     assert choose(deep, torch.bfloat16, "forward", "avx512bf16", 2).implementation == "hybrid"
     for direction in ("forward", "backward"):
         assert choose(deep, torch.float32, direction, "avx512", 2).implementation == "winograd"
         assert choose(image, torch.float32, direction, "avx512", 2).implementation == "fused"
+        assert choose(in_groups, torch.float32, direction, "avx512", 2).implementation == "fused"
         assert choose(point, torch.float32, direction, "avx512", 2).implementation == "fused"

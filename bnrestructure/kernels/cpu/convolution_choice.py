@@ -127,14 +127,18 @@ def _suits_winograd(node: Node, dtype: torch.dtype) -> bool:
     bfloat16 would round its transformed operands a second time. On a few pixels most of the kernel meets padding, which the direct sum
     leaves out, while here its weights cancel but for their rounding.
     """
-    stride, padding, dilation, groups = node.geometry
-    dense = (node.kernel, stride, dilation, groups) == ((3, 3), (1, 1), (1, 1), 1)
-    return dense and max(padding) <= 2 and min(*node.size, *node.size_out) >= 4 and dtype is torch.float32
+    stride, padding, dilation, _ = node.geometry
+    plain = (node.kernel, stride, dilation) == ((3, 3), (1, 1), (1, 1))
+    return plain and max(padding) <= 2 and min(*node.size, *node.size_out) >= 4 and dtype is torch.float32
 
 
 def _gains_by_winograd(node: Node) -> bool:
-    """Where the transforms cost less than they save: enough channels for a pixel's, and enough pixels for the weight's."""
-    return min(node.channels, node.channels_out) >= 16 and node.batch * math.prod(node.size_out) >= 256
+    """Where the transforms cost less than they save: enough channels for a pixel's, enough pixels for the weight's. Measured."""
+    groups = node.geometry.groups
+    each = min(node.channels, node.channels_out) // groups
+    if groups > 1 and each * min(node.size_out) < 640:  # many small products
+        return False
+    return each >= 16 and node.batch * math.prod(node.size_out) >= 256
 
 
 def _weight_bytes(node: Node, dtype: torch.dtype) -> int:

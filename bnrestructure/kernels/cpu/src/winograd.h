@@ -42,7 +42,7 @@ void transform_output(const Components& from, int64_t pixel, int64_t tiles, int6
 // The panels are in `scratch`.
 conv::PackedWeight transform_weight(const conv::Problem& p, const conv::Grouping& g, bool transposed, Scratch& scratch);
 
-// G' s G: component i of output n and input c is, summed over the parts, at part[(i * outputs + n) * row_pitch + c]; tap t goes to
+// G' s G: component i of output n and input c (of its group) is, summed over the parts, at part[(i * outputs + n) * row_pitch + c]; tap t goes to
 // to[n * to_pitch + t * inputs + c].
 void transform_weight_gradient(const std::vector<float*>& parts, int64_t outputs, int64_t inputs, int64_t row_pitch, float* to,
                                int64_t to_pitch, int64_t threads);

@@ -82,14 +82,15 @@ void input_gradient(const BackwardArguments& a) {
     const Plane in{p.in_height, p.in_width, p.in_channels}, out{p.out_height, p.out_width, p.out_channels};
     const TileRows rows(in, p.batch);
     Scratch scratch;
-    const conv::PackedWeight weight = transform_weight(p, conv::Grouping(p, INT64_MAX), true, scratch);
+    const conv::Grouping grouping(p, INT64_MAX);
+    const conv::PackedWeight weight = transform_weight(p, grouping, true, scratch);
     const int64_t threads = std::min(p.threads, rows.count);
     std::vector<InputSums> sums;
     for (int64_t t = 0; t < threads; t++) sums.emplace_back(scratch, a);
     parallel(threads, [&](int64_t t) {
         Scratch own;
         InputSums& mine = sums[size_t(t)];
-        Convolution(own, out, in, rows, 2 - p.padding_h, 2 - p.padding_w, weight).run(
+        Convolution(own, out, in, rows, 2 - p.padding_h, 2 - p.padding_w, weight, grouping.groups).run(
             share(rows.count, 1, t, threads),
             [&](int64_t image, int64_t row, float* to, int64_t pitch) { stage_gradient(a, out, image, row, to, pitch); },
             [&](int64_t image, int64_t row, const float* from, int64_t pitch) { finish_input_row(a, image, row, from, pitch, mine); },
@@ -102,42 +103,49 @@ void input_gradient(const BackwardArguments& a) {
     sums[0].write(a);
 }
 
-// A thread's part of the weight gradient, some rows of tiles and some channels of the input: adds to
-// sums[(component * C_out + n) * row_pitch + c].
+// A thread's part of the weight gradient, some rows of tiles and some blocks of input channels: adds to
+// sums[(component * C_out + n) * row_pitch + c], c within the group.
 class WeightGradient {
   public:
-    WeightGradient(Scratch& scratch, const BackwardArguments& a, const TileRows& rows, float* sums, int64_t row_pitch, float* bias)
+    WeightGradient(Scratch& scratch, const BackwardArguments& a, const conv::Grouping& grouping, const TileRows& rows, float* sums,
+                   int64_t row_pitch, float* bias)
         : a_(a), p_(a.problem), in_{p_.in_height, p_.in_width, p_.in_channels}, out_{p_.out_height, p_.out_width, p_.out_channels},
-          rows_(rows), block_(std::min(p_.in_channels, kBlockChannels)), together_(chunk()),
-          staged_(scratch, in_, p_.padding_h, p_.padding_w, rows.tiles, block_),
-          input_(scratch, together_ * rows.tiles, block_), gradient_(scratch, together_ * rows.tiles, out_.channels),
+          grouping_(grouping), rows_(rows), together_(chunk()),
+          staged_(scratch, in_, p_.padding_h, p_.padding_w, rows.tiles, widest()),
+          input_(scratch, together_ * rows.tiles, widest()), gradient_(scratch, together_ * rows.tiles, out_.channels),
           pitch_(conv::scratch_pitch(out_.channels)), dy_(scratch.zeros<float>(4 * rows.tiles * pitch_)), sums_(sums),
           row_pitch_(row_pitch), bias_(bias) {}
 
     template <class Flush>
-    void run(Range mine, Range channels, Flush&& flush) {
+    void run(Range mine, Range blocks, Flush&& flush) {
         for (int64_t begin = mine.begin; begin < mine.end; begin += together_) {
             const Range chunk{begin, std::min(mine.end, begin + together_)};
             for (int64_t i = chunk.begin; i < chunk.end; i++) stage_gradient_of(i, (i - begin) * rows_.tiles);
             flush();
             if (!a_.weight_gradient) continue;
             prefetch_.clear();
-            for (int64_t channel = channels.begin; channel < channels.end; channel += block_) {
-                const int64_t count = std::min(block_, channels.end - channel);
-                stage_input(chunk, channel, count);
-                if (channel + block_ >= channels.end && chunk.end < mine.end) {
+            for (int64_t b = blocks.begin; b < blocks.end; b++) {
+                const conv::Block& block = grouping_.blocks[size_t(b)];
+                stage_input(chunk, block);
+                if (b + 1 == blocks.end && chunk.end < mine.end) {
                     const Range next{chunk.end, std::min(mine.end, chunk.end + together_)};
                     request(p_, a_.dy, a_.dy_pitch, out_, rows_, next, prefetch_);
                     if (a_.a) request(p_, a_.y, a_.y_pitch, out_, rows_, next, prefetch_);
                 }
-                multiply(chunk.size() * rows_.tiles, channel, count, begin != mine.begin);
+                multiply(chunk.size() * rows_.tiles, block, begin != mine.begin);
             }
         }
     }
 
   private:
+    int64_t widest() const {
+        int64_t most = 0;
+        for (const conv::Block& block : grouping_.blocks) most = std::max(most, block.channels);
+        return most;
+    }
+
     int64_t chunk() const {
-        const int64_t floats = kComponents * rows_.tiles * (conv::scratch_pitch(block_) + conv::scratch_pitch(out_.channels));
+        const int64_t floats = kComponents * rows_.tiles * (conv::scratch_pitch(widest()) + conv::scratch_pitch(out_.channels));
         return rows_together(rows_, floats, 56, conv::cache_size() * 2 / 3);
     }
 
@@ -157,24 +165,26 @@ class WeightGradient {
         transform_gradient(rows, pitch_, rows_.tiles, out_.channels, gradient_, pixel);
     }
 
-    void stage_input(Range chunk, int64_t channel, int64_t channels) {
+    void stage_input(Range chunk, const conv::Block& block) {
         staged_.forget();
         for (int64_t i = chunk.begin; i < chunk.end; i++) {
             const int64_t image = i / rows_.per_image;
             staged_.move_to(image, i % rows_.per_image, [&](int64_t row, float* to) {
-                const float* x = static_cast<const float*>(p_.x) + (image * in_.height + row) * in_.width * p_.x_pitch + channel;
-                conv::transform_pixels(x, p_.x_pitch, in_.width, channels, conv::transform_at(p_, image, channel), to, staged_.pitch());
+                const int64_t pixel = (image * in_.height + row) * in_.width;
+                conv::transform_pixels(static_cast<const float*>(p_.x) + pixel * p_.x_pitch + block.channel, p_.x_pitch, in_.width,
+                                       block.channels, conv::transform_at(p_, image, block.channel), to, staged_.pitch());
             });
-            transform_input(staged_.rows(), staged_.pitch(), rows_.tiles, channels, input_, (i - chunk.begin) * rows_.tiles);
+            transform_input(staged_.rows(), staged_.pitch(), rows_.tiles, block.channels, input_, (i - chunk.begin) * rows_.tiles);
         }
     }
 
-    void multiply(int64_t pixels, int64_t channel, int64_t channels, bool accumulate) {
-        for (int64_t i = 0; i < kComponents; i++) {
+    void multiply(int64_t pixels, const conv::Block& block, bool accumulate) {
+        for (int64_t index = 0; index < kComponents * block.groups; index++) {
+            const int64_t i = index / block.groups, g = index % block.groups, n = (block.group + g) * grouping_.out;
             const gemm::Product product{
-                gemm::single_tap(), out_.channels, channels, pixels, reinterpret_cast<const gemm::word*>(gradient_.of(i)),
-                gradient_.pitch, reinterpret_cast<const gemm::word*>(input_.of(i)), input_.pitch, gemm::kPanel,
-                sums_ + i * out_.channels * row_pitch_ + channel, row_pitch_, accumulate};
+                gemm::single_tap(), grouping_.out, block.in, pixels, reinterpret_cast<const gemm::word*>(gradient_.of(i) + n),
+                gradient_.pitch, reinterpret_cast<const gemm::word*>(input_.of(i) + g * block.in), input_.pitch, gemm::kPanel,
+                sums_ + (i * out_.channels + n) * row_pitch_ + block.in_begin, row_pitch_, accumulate};
             gemm::multiply(product, gemm::Order::kColumns, gemm::Words::kFloat, prefetch_);
         }
     }
@@ -182,8 +192,9 @@ class WeightGradient {
     const BackwardArguments& a_;
     const Problem& p_;
     const Plane in_, out_;
+    const conv::Grouping& grouping_;
     const TileRows rows_;
-    int64_t block_, together_;
+    int64_t together_;
     StagedRows staged_;
     Components input_, gradient_;
     int64_t pitch_;
@@ -197,10 +208,12 @@ class WeightGradient {
 void weight_gradient(const BackwardArguments& a) {
     const Problem& p = a.problem;
     const TileRows rows({p.out_height, p.out_width, p.out_channels}, p.batch);
-    const int64_t row_pitch = conv::scratch_pitch(p.in_channels), size = kComponents * p.out_channels * row_pitch;
+    const conv::Grouping grouping(p, kBlockChannels);
+    const int64_t row_pitch = conv::scratch_pitch(grouping.in), size = kComponents * p.out_channels * row_pitch;
+    const auto blocks = int64_t(grouping.blocks.size());
     // Each part of the rows has sums of its own; where they would be too much memory, several threads share a part's channels.
     const int64_t parts = std::clamp<int64_t>(kMostSums / (size * 4), 1, std::min(p.threads, rows.count));
-    const int64_t sharers = std::min(p.threads / parts, conv::ceil_div(p.in_channels, gemm::kPanel));
+    const int64_t sharers = std::min(p.threads / parts, blocks);
     Scratch scratch;
     std::vector<float*> sums;
     std::vector<std::unique_ptr<Sums>> bias;
@@ -212,18 +225,18 @@ void weight_gradient(const BackwardArguments& a) {
         const size_t part = size_t(t / sharers);
         Scratch own;
         Sums* b = a.bias_gradient && t % sharers == 0 ? bias[part].get() : nullptr;
-        WeightGradient(own, a, rows, sums[part], row_pitch, b ? (*b)[0] : nullptr)
-            .run(share(rows.count, 1, t / sharers, parts), share(p.in_channels, gemm::kPanel, t % sharers, sharers), [&] {
+        WeightGradient(own, a, grouping, rows, sums[part], row_pitch, b ? (*b)[0] : nullptr)
+            .run(share(rows.count, 1, t / sharers, parts), share(blocks, 1, t % sharers, sharers), [&] {
                 if (b) b->flush();
             });
     });
     for (size_t t = 1; t < bias.size(); t++) bias[0]->merge(*bias[t]);
     if (a.bias_gradient) bias[0]->write(0, a.bias_gradient);
     if (!a.weight_gradient) return;
-    const int64_t pitch = conv::scratch_pitch(9 * p.in_channels);
+    const int64_t pitch = conv::scratch_pitch(9 * grouping.in);
     float* taps = scratch.take<float>(p.out_channels * pitch);
-    transform_weight_gradient(sums, p.out_channels, p.in_channels, row_pitch, taps, pitch, p.threads);
-    conv::write_weight_gradient(a, conv::Grouping(p, INT64_MAX), {taps}, pitch, false);
+    transform_weight_gradient(sums, p.out_channels, grouping.in, row_pitch, taps, pitch, p.threads);
+    conv::write_weight_gradient(a, grouping, {taps}, pitch, false);
 }
 
 }  // namespace

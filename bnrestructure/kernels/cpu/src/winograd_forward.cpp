@@ -15,7 +15,8 @@ void forward(const conv::ForwardArguments& a) {
     const Plane in{p.in_height, p.in_width, p.in_channels}, out{p.out_height, p.out_width, p.out_channels};
     const TileRows rows(out, p.batch);
     Scratch scratch;
-    const conv::PackedWeight weight = transform_weight(p, conv::Grouping(p, INT64_MAX), false, scratch);
+    const conv::Grouping grouping(p, INT64_MAX);
+    const conv::PackedWeight weight = transform_weight(p, grouping, false, scratch);
     const int64_t threads = std::min(p.threads, rows.count);
     std::vector<std::unique_ptr<Moments>> moments;
     for (int64_t t = 0; a.y_mean && t < threads; t++) moments.push_back(std::make_unique<Moments>(scratch, p.out_channels));
@@ -24,7 +25,7 @@ void forward(const conv::ForwardArguments& a) {
         Scratch own;
         Moments* m = a.y_mean ? moments[size_t(t)].get() : nullptr;
         bool started = false;
-        Convolution convolution(own, in, out, rows, p.padding_h, p.padding_w, weight);
+        Convolution convolution(own, in, out, rows, p.padding_h, p.padding_w, weight, grouping.groups);
         convolution.run(
             share(rows.count, 1, t, threads),
             [&](int64_t image, int64_t row, float* to, int64_t pitch) {

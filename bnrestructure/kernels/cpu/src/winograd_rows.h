@@ -62,12 +62,12 @@ inline int64_t rows_together(const TileRows& rows, int64_t floats_each, int64_t 
     return std::max<int64_t>(1, std::min(rows.count, std::max(least, fit)));
 }
 
-// One thread's rows of tiles of a convolution of `in` with the transformed weight.
+// One thread's rows of tiles of a convolution, in groups, of `in` with the transformed weight.
 class Convolution {
   public:
     Convolution(Scratch& scratch, const Plane& in, const Plane& out, const TileRows& rows, int64_t padding_h, int64_t padding_w,
-                const conv::PackedWeight& weight)
-        : out_(out), rows_(rows), weight_(weight), together_(chunk(in, out, rows)),
+                const conv::PackedWeight& weight, int64_t groups)
+        : in_(in), out_(out), rows_(rows), weight_(weight), groups_(groups), together_(chunk(in, out, rows)),
           staged_(scratch, in, padding_h, padding_w, rows.tiles, in.channels),
           input_(scratch, together_ * rows.tiles, in.channels), product_(scratch, together_ * rows.tiles, out.channels),
           pitch_(conv::scratch_pitch(out.channels)), made_(scratch.take<float>(4 * rows.tiles * pitch_)) {}
@@ -82,7 +82,7 @@ class Convolution {
             for (int64_t i = begin; i < end; i++) {
                 const int64_t image = i / rows_.per_image;
                 staged_.move_to(image, i % rows_.per_image, [&](int64_t row, float* to) { fill(image, row, to, staged_.pitch()); });
-                transform_input(staged_.rows(), staged_.pitch(), rows_.tiles, weight_.depth, input_, (i - begin) * rows_.tiles);
+                transform_input(staged_.rows(), staged_.pitch(), rows_.tiles, in_.channels, input_, (i - begin) * rows_.tiles);
             }
             prefetch_.clear();
             if (end < mine.end) request(Range{end, std::min(mine.end, end + together_)}, prefetch_);
@@ -106,22 +106,24 @@ class Convolution {
     }
 
     void multiply(int64_t pixels) {
-        for (int64_t i = 0; i < kComponents; i++) {
-            conv::for_each_slice(out_.channels, weight_.depth, 1, 1, [&](const conv::Slice& slice) {
+        const int64_t width = out_.channels / groups_;
+        for (int64_t index = 0; index < kComponents * groups_; index++) {
+            const int64_t i = index / groups_, g = index % groups_;
+            conv::for_each_slice(width, weight_.depth, 1, 1, [&](const conv::Slice& slice) {
                 const gemm::Product product{
                     gemm::single_tap(), pixels, slice.width, slice.length,
-                    reinterpret_cast<const gemm::word*>(input_.of(i) + slice.k), input_.pitch,
-                    weight_.panel(0, slice.n / gemm::kPanel) + i * weight_.tap_pitch() + slice.k * gemm::kPanel, gemm::kPanel,
-                    weight_.panel_pitch(), product_.of(i) + slice.n, product_.pitch, slice.adds(0)};
+                    reinterpret_cast<const gemm::word*>(input_.of(i) + g * weight_.depth + slice.k), input_.pitch,
+                    weight_.panel(g, slice.n / gemm::kPanel) + i * weight_.tap_pitch() + slice.k * gemm::kPanel, gemm::kPanel,
+                    weight_.panel_pitch(), product_.of(i) + g * width + slice.n, product_.pitch, slice.adds(0)};
                 gemm::multiply(product, gemm::Order::kRows, gemm::Words::kFloat, prefetch_);
             });
         }
     }
 
-    const Plane out_;
+    const Plane in_, out_;
     const TileRows rows_;
     const conv::PackedWeight weight_;
-    int64_t together_;
+    int64_t groups_, together_;
     StagedRows staged_;
     Components input_, product_;
     int64_t pitch_;

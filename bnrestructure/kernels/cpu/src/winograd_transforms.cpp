@@ -92,14 +92,14 @@ void transform_output(const Components& from, int64_t pixel, int64_t tiles, int6
 }
 
 conv::PackedWeight transform_weight(const conv::Problem& p, const conv::Grouping& g, bool transposed, Scratch& scratch) {
-    const int64_t depth = transposed ? p.out_channels : p.in_channels, columns = transposed ? p.in_channels : p.out_channels;
+    const int64_t depth = transposed ? g.out : g.in, columns = transposed ? g.in : g.out;
     const int64_t panels = conv::ceil_div(columns, gemm::kPanel);
-    const conv::PackedWeight made{scratch.take<gemm::word>(conv::PackedWeight::size(1, kComponents, depth, columns)),
+    const conv::PackedWeight made{scratch.take<gemm::word>(conv::PackedWeight::size(g.groups, kComponents, depth, columns)),
                                   kComponents, depth, panels};
     Scratch inner;
     const conv::PackedWeight taps = conv::pack_weight(
-        p, g, transposed, gemm::Words::kFloat, inner.take<gemm::word>(conv::PackedWeight::size(1, 9, depth, columns)));
-    const int64_t rows = panels * depth, threads = useful_threads(rows * gemm::kPanel * 9, p.threads);
+        p, g, transposed, gemm::Words::kFloat, inner.take<gemm::word>(conv::PackedWeight::size(g.groups, 9, depth, columns)));
+    const int64_t rows = g.groups * panels * depth, threads = useful_threads(rows * gemm::kPanel * 9, p.threads);
     parallel(threads, [&](int64_t thread) {
         const Range mine = share(rows, 1, thread, threads);
         for (int64_t row = mine.begin; row < mine.end; row++) {

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -248,3 +250,26 @@ def test_torch_export_of_the_eval_model() -> None:
     rewritten(x)
     rewritten.eval()
     torch.testing.assert_close(torch.export.export(rewritten, (x,)).module()(x), rewritten(x))
+
+
+def test_two_models_step_in_two_threads_at_once() -> None:
+    """The first step of each captures, while the other thread may be running its model."""
+    names = ("dense", "residual")
+    models = [bnrestructure.restructure(small(name)[0]) for name in names]
+    inputs = [small(name)[1].to(memory_format=torch.channels_last) for name in names]
+
+    def steps(model: nn.Module, x: Tensor, start: threading.Barrier) -> list[Tensor]:
+        torch.set_num_threads(2)  # of this Python thread
+        start.wait()
+        gradients = []
+        for _ in range(10):
+            model.zero_grad()
+            model(x).square().sum().backward()
+            gradients += [p.grad for p in model.parameters()]
+        return gradients
+
+    alone = [steps(copy.deepcopy(model), x, threading.Barrier(1)) for model, x in zip(models, inputs, strict=True)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(steps, models, inputs, [threading.Barrier(2)] * 2))
+    for expected, found in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

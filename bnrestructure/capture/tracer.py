@@ -113,6 +113,7 @@ class _Tracer(fx.Tracer):
         self.random_before = _random_state() if watch_random else ()
         self.constants: list[_Constant] = []
         self.stack: list[nn.Module] = []
+        self.thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_library_leaf(m) or m in self.opaque or boundary_reason(m) is not None
@@ -148,6 +149,8 @@ class _Tracer(fx.Tracer):
             raise CaptureError("its forward turns gradients or autocast on or off for a part of itself")
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:  # torch.fx patches nn.Module for every thread of the process
+            return forward(*args, **kwargs)
         self._check_modes()  # here, while the module that turned them is still the innermost on the stack
         if self.is_leaf_module(m, "") and self.attributes.changed_on(m):
             raise CaptureError(f"its forward writes to attributes of a {type(m).__name__} before calling it")
@@ -157,6 +160,11 @@ class _Tracer(fx.Tracer):
             raise CaptureError(_RANDOM)
         self.stack.pop()  # not reached on an error: the innermost module being traced is then the one at fault
         return result
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if not _stands_for_tensor(node, self.root):
@@ -207,8 +215,15 @@ def _known_tensor(argument: Any) -> bool:
     return isinstance(argument, fx.Node) and argument.meta.get("bnr_tensor", False)
 
 
-def _refuse_checkpoint(*_: Any, **__: Any) -> Any:
-    raise CaptureError("it uses activation checkpointing (torch.utils.checkpoint)")
+def _refusing(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """``checkpoint``, but a CaptureError in the thread that captures; others may train meanwhile."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if is_capturing():
+            raise CaptureError("it uses activation checkpointing (torch.utils.checkpoint)")
+        return checkpoint(*args, **kwargs)
+
+    return refuse
 
 
 @contextmanager
@@ -222,10 +237,10 @@ def _no_checkpoints() -> Iterator[None]:
     saved = {name: getattr(checkpoint_module, name) for name in names if hasattr(checkpoint_module, name)}
 
     class Refusing:
-        apply = staticmethod(_refuse_checkpoint)
+        apply = staticmethod(_refusing(checkpoint_module.CheckpointFunction.apply))
 
-    for name in saved:
-        setattr(checkpoint_module, name, Refusing if name == "CheckpointFunction" else _refuse_checkpoint)
+    for name, original in saved.items():
+        setattr(checkpoint_module, name, Refusing if name == "CheckpointFunction" else _refusing(original))
     try:
         yield
     finally:

@@ -116,7 +116,7 @@ def _check_shapes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> None:
             f"Given groups={geometry.groups}, weight of size {list(weight.shape)}, expected input{list(x.shape)} "
             f"to have {expected} channels, but got {x.shape[1]} channels instead"
         )
-    if any(n < 1 for n in geometry.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))):
+    if min(geometry.output_size(x.shape[2:], weight.shape[2:])) < 1:
         raise RuntimeError(
             f"Calculated output size is too small for input {list(x.shape)} and kernel {list(weight.shape[2:])}: "
             "kernel size can't be greater than actual input size"

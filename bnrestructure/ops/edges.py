@@ -95,10 +95,8 @@ class ConvGeometry(NamedTuple):
 
     def output_size(self, spatial: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial size of the convolution's output."""
-        return tuple(
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, d in zip(spatial, kernel, self.stride, self.padding, self.dilation, strict=True)
-        )
+        sizes = zip(spatial, kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple([(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes])
 
 
 class PoolGeometry(NamedTuple):

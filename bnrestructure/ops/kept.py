@@ -13,8 +13,6 @@ import math
 import torch
 from torch import Tensor
 
-from bnrestructure.ops.aliases import alias
-
 __all__ = ["kept_activation"]
 
 #: More than the alignment and a chunk's header, and large enough for what is left over to be joined to its neighbours when they are freed.
@@ -29,9 +27,12 @@ def kept_activation(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
 
     Its storage is longer than it where that lets the CPU's memory be used again. What backward itself allocates must have exact sizes.
     """
-    n, c, *spatial = shape
     elements = math.prod(shape)
     large = device.type == "cpu" and elements * dtype.itemsize >= _LARGE_BYTES
     slack = _SLACK_BYTES // dtype.itemsize if large else 0
-    storage = torch.empty(elements + slack, dtype=dtype, device=device).resize_((n, *spatial, c))
-    return alias(storage.movedim(-1, 1))
+    strides = [1] * len(shape)
+    pitch = shape[1]
+    for dim in (*range(len(shape) - 1, 1, -1), 0):
+        strides[dim] = pitch
+        pitch *= shape[dim]
+    return torch.empty(elements + slack, dtype=dtype, device=device).as_strided_(shape, strides)

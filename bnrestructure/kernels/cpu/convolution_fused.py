@@ -92,12 +92,13 @@ def conv_backward(
             factor=gradient_factor(edge.a is not None, dtype, torch.float32),
         )
     )
+    sum_p, sum_px = (None, None) if sums is None else sums.unbind()
     if dx is not None and dx is not accumulate:
         dx = dx.to(x.dtype) if accumulate is None else accumulate.add_(dx.to(accumulate.dtype))
     return ConvGradients(
         dx,
-        sum_p=None if sums is None else sums[0],
-        sum_px=None if sums is None else sums[1],
+        sum_p=sum_p,
+        sum_px=sum_px,
         gate=None if gate is None or transform.gate is None else gate.to(transform.gate.dtype),
         weight=dw,
         bias=None if db is None else db.to(dtype),

@@ -89,6 +89,17 @@ def test_residual_backward(kernel: ModuleType) -> None:
     assert 0.9 < kept(total(found), total(p), total(p) + edge.b.double() * (N * SIZE * SIZE)) < 1.1
 
 
+@pytest.mark.parametrize("kernel", SWEEPS)
+def test_squeeze_backward(kernel: ModuleType) -> None:
+    """All pixels of an image get the same gradient: rounded alike, the whole sum would be off by up to half a unit."""
+    share = torch.rand(N, CHANNELS) + 1
+    identity = Transform(torch.zeros(CHANNELS), torch.ones(CHANNELS), torch.zeros(CHANNELS))
+    for into in (None, torch.zeros(N, CHANNELS, SIZE, SIZE, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)):
+        dx, sum_p, _ = kernel.squeeze_backward(share, None, activation(), identity, accumulate=into)
+        assert dx.dtype is torch.bfloat16
+        torch.testing.assert_close(total(dx), sum_p.double(), rtol=1e-4, atol=0)
+
+
 @needs_kernels
 def test_the_cpu_kernels_dither_as_the_reference_does() -> None:
     p, y = activation(), activation()

@@ -129,6 +129,8 @@ def squeeze_backward(
     if dz is not None:
         g = g + dz.to(acc)
     dx, sum_p, sum_px = input_gradient(g, x, transform)
-    if dz is not None and accumulate is dz:
-        return accumulate.copy_(dx), sum_p, sum_px
-    return write(dx, x.dtype, accumulate), sum_p, sum_px
+    # All pixels of an image have the same share of the average's gradient, and would be rounded alike.
+    if accumulate is None:
+        return dithered(dx, x.dtype), sum_p, sum_px
+    total = dx if accumulate is dz else dx + accumulate.to(acc)
+    return accumulate.copy_(dithered(total, accumulate.dtype)), sum_p, sum_px

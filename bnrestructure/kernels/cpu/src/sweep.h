@@ -8,6 +8,7 @@
 
 #include "activation.h"
 #include "library.h"
+#include "rounding.h"
 #include "statistics.h"
 
 namespace bnr::sweep {
@@ -114,8 +115,8 @@ struct InputGradient {
     explicit InputGradient(const Input& i)
         : x(i.x), transform(i.transform), act(i.act), dx(i.dx), accumulate(i.accumulate) {}
 
-    // gradient(i) is g of row + i.
-    template <class L, class G>
+    // gradient(i) is g of row + i. With kDither dx keeps, on average, what rounding to bfloat16 would take from every pixel alike.
+    template <bool kDither = false, class L, class G>
     BNR_INLINE void block(int64_t row, int64_t c, L lanes, int n, Sums& sums, G gradient) const {
         const auto t = transform.at(c, lanes);
         vf sp = zero(), spx = zero();
@@ -130,7 +131,7 @@ struct InputGradient {
             T* const target = dx.at(row + i, c);
             vf d = p * t.scale;
             if (accumulate) d = d + load(target, lanes);
-            store(target, d, lanes);
+            store(target, kDither ? dithered<T>(d, row + i) : d, lanes);
         }
         store(sums[0] + c, load(sums[0] + c) + sp);
         store(sums[1] + c, load(sums[1] + c) + spx);

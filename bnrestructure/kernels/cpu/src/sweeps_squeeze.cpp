@@ -21,7 +21,7 @@ BNR_FLATTEN void add_tile(Pixels<const void> from, Range tile, Range part, const
     });
 }
 
-// Rows `tile` lie in one image, whose share of the average's gradient is `pooled`.
+// Rows `tile` lie in one image, whose share of the average's gradient is `pooled`: the same for all its pixels, and so is its rounding.
 template <Act A, class T>
 BNR_FLATTEN void squeeze_gradient(const float* pooled, Pixels<const void> from, const Input& to, Range tile,
                                   int64_t channels, Sums& sums) {
@@ -30,12 +30,12 @@ BNR_FLATTEN void squeeze_gradient(const float* pooled, Pixels<const void> from, 
     for_each_block(tile, channels, [&](int64_t r, int64_t c, auto lanes, int n) {
         const vf average = load(pooled + c, lanes);
         if (dz)
-            input.block(r, c, lanes, n, sums, [&](int i) {
+            input.template block<true>(r, c, lanes, n, sums, [&](int i) {
                 request(dz, r + i, c);
                 return average + load(dz.at(r + i, c), lanes);
             });
         else
-            input.block(r, c, lanes, n, sums, [&](int) { return average; });
+            input.template block<true>(r, c, lanes, n, sums, [&](int) { return average; });
     });
 }
 

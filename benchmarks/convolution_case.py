@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bnrestructure.kernels import reference
+from bnrestructure.kernels.reference.elementwise import affine
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
 
@@ -35,10 +36,6 @@ def image(batch: int, channels: int, size: int, dtype: torch.dtype, pitch: int =
     return x.contiguous(memory_format=torch.channels_last)[:, :channels]
 
 
-def _before_activation(x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
-    return (x - mean) * scale + beta
-
-
 class Case:
     """A node's tensors at a batch size, in float32 or bfloat16 (the weight in float32)."""
 
@@ -52,8 +49,7 @@ class Case:
         mean, scale, beta = torch.randn(c) / 10, torch.rand(c) + 0.5, torch.randn(c) / 10
         self.transform = Transform(mean, scale, beta, node.act) if node.affine else Transform()
         if node.affine:  # none within rounding of the activation's kink: there the mask may fall either way
-            vectors = (v.view(1, -1, 1, 1) for v in (mean, scale, beta))
-            self.x[_before_activation(self.x, *vectors).abs() < 1e-4] += 0.1
+            self.x[affine(self.x, self.transform).abs() < 1e-4] += 0.1
         size_out = (node.size + 2 * pad - node.kernel) // node.stride + 1
         self.p, y = (image(batch, node.channels_out, size_out, dtype) for _ in range(2))
         self.edge = BackwardEdge(*torch.rand(3, node.channels_out), y, torch.rand(node.channels_out))

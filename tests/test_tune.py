@@ -14,6 +14,7 @@ from torch import nn
 
 import bnrestructure
 from bnrestructure.kernels import registry, tuning
+from bnrestructure.kernels.choice import BACKWARD
 from bnrestructure.kernels.cpu import convolution, convolution_choice
 
 # Without a compiler there are no kernels to choose from; tests/kernels/test_cpu_build.py fails if one is there.
@@ -75,7 +76,7 @@ def test_every_convolution_is_measured_once_and_never_again() -> None:
     assert type(model) is nn.Sequential
 
 
-@pytest.mark.parametrize("backward", list(convolution_choice.BACKWARD))
+@pytest.mark.parametrize("backward", list(BACKWARD))
 def test_what_was_measured_is_what_runs_and_its_numbers_are_right(monkeypatch: pytest.MonkeyPatch, backward: str) -> None:
     model, x = _model(), _inputs()
     _pretend_fastest(monkeypatch, "hybrid", backward)

@@ -113,7 +113,6 @@ class _Tracer(fx.Tracer):
         self.random_before = _random_state() if watch_random else ()
         self.constants: list[_Constant] = []
         self.stack: list[nn.Module] = []
-        self.thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_library_leaf(m) or m in self.opaque or boundary_reason(m) is not None
@@ -149,7 +148,7 @@ class _Tracer(fx.Tracer):
             raise CaptureError("its forward turns gradients or autocast on or off for a part of itself")
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != self.thread:  # torch.fx patches nn.Module for every thread of the process
+        if not is_capturing():  # another thread: torch.fx patches nn.Module for the whole process
             return forward(*args, **kwargs)
         self._check_modes()  # here, while the module that turned them is still the innermost on the stack
         if self.is_leaf_module(m, "") and self.attributes.changed_on(m):
@@ -162,7 +161,7 @@ class _Tracer(fx.Tracer):
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self.thread:
+        if not is_capturing():
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 

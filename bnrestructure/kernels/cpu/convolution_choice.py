@@ -8,7 +8,8 @@ a product that is, for some shapes, faster. Forward, with `lead` the fraction by
 where lead * multiply-adds > bytes swept * (multiply-adds the machine does in the time it sweeps a byte). Both numbers
 are ratios, not absolute speeds; benchmarks/convolution_grid.py measures what comes of them.
 
-Where Winograd's algorithm applies it is faster than both but for a few channels or pixels, on every instruction set alike.
+Where Winograd's algorithm applies it is faster than both but for a few channels or pixels; what it saves are multiplications, on any
+instruction set.
 """
 
 from __future__ import annotations
@@ -133,7 +134,10 @@ def _suits_winograd(node: Node, dtype: torch.dtype) -> bool:
 
 
 def _gains_by_winograd(node: Node) -> bool:
-    """Where the transforms cost less than they save: enough channels for a pixel's, enough pixels for the weight's. Measured."""
+    """Where the transforms cost less than they save: enough channels for a pixel's, enough pixels for the weight's.
+
+    Measured: without groups benchmarks/convolution_grid.py; in groups two dozen shapes of 4 to 112 channels each, at 7x7 to 56x56.
+    """
     groups = node.geometry.groups
     each = min(node.channels, node.channels_out) // groups
     if groups > 1 and each * min(node.size_out) < 640:  # many small products

@@ -4,8 +4,8 @@
 //   y = A' (G g . B' d)         B' d = (d0 - d2, d1 + d2, d2 - d1, d1 - d3)        G g = (g0, (g0 + g1 + g2)/2, (g0 - g1 + g2)/2, g2)
 //   dg = G' (A e . B' d)        A' m = (m0 + m1 + m2, m1 - m2 - m3)                A e = (e0, e0 + e1, e0 - e1, -e1)
 //
-// and in two dimensions the same along rows and columns. All entries but G's are 0 and 1, so that in float32 it is about as exact
-// as the direct sum; bfloat16 would round the transformed values a second time, and is not offered.
+// and in two dimensions the same along rows and columns. All entries but G's are 0, 1 and -1, so that in float32 it is about as
+// exact as the direct sum; bfloat16 would round the transformed values a second time, and is not offered.
 #pragma once
 
 #include <cstring>
@@ -42,8 +42,8 @@ void transform_output(const Components& from, int64_t pixel, int64_t tiles, int6
 // The panels are in `scratch`.
 conv::PackedWeight transform_weight(const conv::Problem& p, const conv::Grouping& g, bool transposed, Scratch& scratch);
 
-// G' s G: component i of output n and input c (of its group) is, summed over the parts, at part[(i * outputs + n) * row_pitch + c]; tap t goes to
-// to[n * to_pitch + t * inputs + c].
+// G' s G: component i of output n and input c of its group is at part[(i * outputs + n) * row_pitch + c], summed over the parts; tap
+// t goes to to[n * to_pitch + t * inputs + c].
 void transform_weight_gradient(const std::vector<float*>& parts, int64_t outputs, int64_t inputs, int64_t row_pitch, float* to,
                                int64_t to_pitch, int64_t threads);
 

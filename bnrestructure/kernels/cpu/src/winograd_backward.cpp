@@ -25,15 +25,6 @@ void stage_gradient(const BackwardArguments& a, const Plane& out, int64_t image,
                                  {a.s, a.a, a.b, a.y_mean}, 1.0f, to, pitch);
 }
 
-// Pixels of x, dy and y that the next rows of tiles begin with.
-void request(const Problem& p, const void* data, int64_t pitch, const Plane& plane, const TileRows& rows, Range next,
-             gemm::Prefetch& prefetch) {
-    const int64_t pixel = (next.begin / rows.per_image * plane.height + 2 * (next.begin % rows.per_image)) * plane.width;
-    const int64_t most = p.batch * plane.height * plane.width - pixel;
-    prefetch.add(static_cast<const float*>(data) + pixel * pitch, pitch * 4, std::min(most, next.size() * 2 * plane.width),
-                 plane.channels * 4);
-}
-
 // What a thread adds up over the input gradient.
 struct InputSums {
     InputSums(Scratch& scratch, const BackwardArguments& a) {
@@ -97,7 +88,7 @@ void input_gradient(const BackwardArguments& a) {
             [&](int64_t) {
                 if (mine.sums) mine.sums->flush();
             },
-            [&](Range next, gemm::Prefetch& prefetch) { request(p, p.x, p.x_pitch, in, rows, next, prefetch); });
+            [&](Range next, gemm::Prefetch& prefetch) { request(p.x, p.x_pitch, p.batch, in, rows, next, prefetch); });
     });
     for (int64_t t = 1; t < threads; t++) sums[0].merge(sums[size_t(t)], p);
     sums[0].write(a);
@@ -129,8 +120,8 @@ class WeightGradient {
                 stage_input(chunk, block);
                 if (b + 1 == blocks.end && chunk.end < mine.end) {
                     const Range next{chunk.end, std::min(mine.end, chunk.end + together_)};
-                    request(p_, a_.dy, a_.dy_pitch, out_, rows_, next, prefetch_);
-                    if (a_.a) request(p_, a_.y, a_.y_pitch, out_, rows_, next, prefetch_);
+                    request(a_.dy, a_.dy_pitch, p_.batch, out_, rows_, next, prefetch_);
+                    if (a_.a) request(a_.y, a_.y_pitch, p_.batch, out_, rows_, next, prefetch_);
                 }
                 multiply(chunk.size() * rows_.tiles, block, begin != mine.begin);
             }
@@ -204,7 +195,7 @@ class WeightGradient {
     gemm::Prefetch prefetch_;
 };
 
-// And the bias's.
+// The weight's gradient and the bias's, those that are wanted.
 void weight_gradient(const BackwardArguments& a) {
     const Problem& p = a.problem;
     const TileRows rows({p.out_height, p.out_width, p.out_channels}, p.batch);

@@ -25,8 +25,7 @@ void forward(const conv::ForwardArguments& a) {
         Scratch own;
         Moments* m = a.y_mean ? moments[size_t(t)].get() : nullptr;
         bool started = false;
-        Convolution convolution(own, in, out, rows, p.padding_h, p.padding_w, weight, grouping.groups);
-        convolution.run(
+        Convolution(own, in, out, rows, p.padding_h, p.padding_w, weight, grouping.groups).run(
             share(rows.count, 1, t, threads),
             [&](int64_t image, int64_t row, float* to, int64_t pitch) {
                 const int64_t pixel = (image * in.height + row) * in.width;
@@ -49,12 +48,7 @@ void forward(const conv::ForwardArguments& a) {
             [&](int64_t pixels) {
                 if (m) m->flush(pixels);
             },
-            [&](Range next, gemm::Prefetch& prefetch) {
-                const int64_t begin = 2 * (next.begin % rows.per_image) - p.padding_h + 2, image = next.begin / rows.per_image;
-                const int64_t pixel = (image * in.height + std::max<int64_t>(0, begin)) * in.width;
-                const int64_t most = p.batch * in.height * in.width - pixel;
-                prefetch.add(x + pixel * p.x_pitch, p.x_pitch * 4, std::min(most, next.size() * 2 * in.width), in.channels * 4);
-            });
+            [&](Range next, gemm::Prefetch& prefetch) { request(p.x, p.x_pitch, p.batch, in, rows, next, prefetch); });
     });
     if (!a.y_mean) return;
     for (int64_t t = 1; t < threads; t++) moments[0]->merge(*moments[size_t(t)]);

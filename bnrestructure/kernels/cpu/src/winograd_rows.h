@@ -13,7 +13,7 @@ struct Plane {
 
 // A batch of images cut into rows of 2x2 tiles; the rows of all images count through.
 struct TileRows {
-    explicit TileRows(const Plane& out, int64_t batch)
+    TileRows(const Plane& out, int64_t batch)
         : tiles(conv::ceil_div(out.width, 2)), per_image(conv::ceil_div(out.height, 2)), count(batch * per_image) {}
 
     int64_t tiles, per_image, count;
@@ -55,6 +55,15 @@ class StagedRows {
     const float* rows_[4] = {};
     int64_t image_ = -1, tile_row_ = -1;
 };
+
+// Asks for the pixels of a [batch, *plane] tensor that the next rows of tiles read or write, as far as they are there.
+inline void request(const void* data, int64_t pitch, int64_t batch, const Plane& plane, const TileRows& rows, Range next,
+                    gemm::Prefetch& prefetch) {
+    const int64_t pixel = (next.begin / rows.per_image * plane.height + 2 * (next.begin % rows.per_image)) * plane.width;
+    const int64_t most = batch * plane.height * plane.width - pixel;
+    prefetch.add(static_cast<const float*>(data) + pixel * pitch, pitch * 4, std::min(most, next.size() * 2 * plane.width),
+                 plane.channels * 4);
+}
 
 // How many rows of tiles go through the products together, where each takes so many floats of scratch.
 inline int64_t rows_together(const TileRows& rows, int64_t floats_each, int64_t least_pixels, int64_t budget) {

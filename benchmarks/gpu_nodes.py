@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnrestructure.kernels import cuda, reference, tuning
-from bnrestructure.kernels.cuda import convolution_fused, convolution_hybrid
+from bnrestructure.kernels import cuda, join, reference, tuning
+from bnrestructure.kernels.choice import Choice
+from bnrestructure.kernels.cuda import convolution, convolution_fused, convolution_hybrid
 from bnrestructure.kernels.cuda.convolution_choice import choose, node_of
 from bnrestructure.ops.activation import activate
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, PoolGeometry, Transform
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
-__all__ = ["NODES", "RAGGED", "Node", "check_node", "check_sweeps", "distance", "time_node"]
+__all__ = ["NODES", "RAGGED", "Node", "check_node", "compared", "distance", "poisoned", "time_node"]
 
 #: How much further from fp64 than PyTorch's own kernels of the same dtype a result may be.
 FACTOR = 4.0
@@ -25,7 +28,8 @@ FACTOR = 4.0
 
 @dataclass(frozen=True)
 class Node:
-    """A fused convolution in its network: kernel x kernel, same padding, square images."""
+    """A fused convolution in its network: kernel x kernel, same padding, square images. ``joined``: its input is a residual join's
+    sum, which it forms itself."""
 
     name: str
     channels: int
@@ -36,6 +40,7 @@ class Node:
     groups: int = 1
     act: str = "relu"
     gated: bool = False
+    joined: bool = False
 
     @property
     def geometry(self) -> ConvGeometry:
@@ -55,6 +60,10 @@ NODES = (
     Node("densenet transition 512->256 28", 512, 256, 28),
     Node("resnet 1x1 64->256 56", 64, 256, 56),
     Node("resnet 1x1 1024->256 14", 1024, 256, 14),
+    Node("resnet join 1x1 256->64 56", 256, 64, 56, joined=True),
+    Node("resnet join 1x1 1024->256 14", 1024, 256, 14, joined=True),
+    Node("resnet join 3x3 64->64 56", 64, 64, 56, 3, joined=True),
+    Node("mobilenet join 1x1 32->192 28", 32, 192, 28, act="identity", joined=True),
     Node("resnet 1x1 256->512 56 stride 2", 256, 512, 56, stride=2, act="identity"),
     Node("resnet 3x3 64->64 56", 64, 64, 56, 3),
     Node("resnet 3x3 256->256 28 stride 2", 256, 256, 28, 3, 2),
@@ -74,6 +83,8 @@ RAGGED = (
     Node("7x7 3->64 stride 2", 3, 64, 37, 7, 2, act="leaky_relu(0.1)"),
     Node("3x3 groups 30->20", 30, 20, 9, 3, groups=10, act="hardswish"),
     Node("1x1 130->5 stride 3 gelu_tanh", 130, 5, 14, 1, 3, act="gelu_tanh"),
+    Node("join 1x1 37->19 gelu", 37, 19, 13, act="gelu", joined=True),
+    Node("join 3x3 17->70 stride 2", 17, 70, 15, 3, 2, joined=True),
     Node("depthwise 7x7 21", 21, 21, 10, 7, groups=21, act="silu"),
 )
 
@@ -88,27 +99,55 @@ class Inputs:
     dy: Tensor
     edge: BackwardEdge
     before: Tensor
+    r: Tensor
+    _sum: Tensor | None = None
+
+    @property
+    def join(self) -> Join:
+        """For a node that is joined: x is the branch, r the shortcut as it is."""
+        return Join(self.x, replace(self.transform, act="identity"), self.r, Transform(), self.transform.act)
 
     def forward(self, kernels: Any, node: Node, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """(y, mean, var)."""
+        """(y, mean, var); of a joined node the sum before them."""
+        if node.joined:
+            join, options = self.join, {"dtype": dtype, "statistics": True}
+            return kernels.join_forward(*_operands(join), self.weight, None, node.geometry, **options)
         return kernels.conv_forward(
             self.x, self.transform, self.weight, None, node.geometry, dtype=dtype, statistics=True
         )
 
     def backward(self, kernels: Any, node: Node, dtype: torch.dtype, accumulate: Tensor) -> ConvGradients:
         """All gradients, dx added to ``accumulate``."""
+        if node.joined:
+            z = self.sum(dtype)
+            found = kernels.join_backward(
+                self.dy, self.edge, z, *_operands(self.join), self.weight, node.geometry,
+                dtype=dtype, needs=(True, False), accumulate=accumulate,
+            )  # fmt: skip
+            g, sum_p, sum_py, _, weight, _ = found
+            return ConvGradients(g, sum_p, sum_py, None, weight)
         return kernels.conv_backward(
             self.dy, self.edge, self.x, self.transform, self.weight, node.geometry,
             dtype=dtype, needs=(True, True, False), accumulate=accumulate,
         )  # fmt: skip
+
+    def sum(self, dtype: torch.dtype) -> Tensor:
+        """The join's sum, which backward is given."""
+        if self._sum is None:
+            self._sum, _, _ = reference.residual_forward(*_operands(self.join), dtype=dtype, statistics=False)
+        return self._sum
 
     def double(self) -> Inputs:
         t, e = self.transform, self.edge
         return Inputs(
             self.x.double(), Transform(*map(_double, (t.mean, t.scale, t.beta)), t.act, _double(t.gate)),
             self.weight.double(), self.dy.double(), BackwardEdge(*map(_double, (e.s, e.a, e.b, e.y, e.mean))),
-            self.before.double(),
+            self.before.double(), self.r.double(),
         )  # fmt: skip
+
+
+def _operands(join: Join) -> tuple[Any, ...]:
+    return join.y, join.ty, join.r, join.tr, join.act
 
 
 def _double(x: Tensor | None) -> Tensor | None:
@@ -134,14 +173,8 @@ def draw(node: Node, batch: int, dtype: torch.dtype, device: str) -> Inputs:
     edge = BackwardEdge(
         1 + vector(node.out, 0.2), vector(node.out, 0.1), vector(node.out, 0.1), y, y.float().mean((0, 2, 3))
     )
-    return Inputs(
-        x,
-        transform,
-        weight.contiguous(memory_format=torch.channels_last),
-        torch.randn_like(y),
-        edge,
-        torch.randn_like(x),
-    )
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return Inputs(x, transform, weight, torch.randn_like(y), edge, torch.randn_like(x), torch.randn_like(x))
 
 
 def distance(value: Tensor, truth: Tensor) -> float:
@@ -172,8 +205,32 @@ def check_node(node: Node, dtype: torch.dtype, device: str = "cuda", batch: int 
 
 
 def implementations(node: Node) -> dict[str, Any]:
-    """What can run the node, by name: the fused kernels, and the hybrid unless there is a gate."""
+    """What can run the node, by name: the fused kernels, and the hybrid unless there is a gate.
+
+    Behind a join each of them finishes it, and "in turn" is the join's own sweep beside the convolution that the rule picks.
+    """
+    if node.joined:
+        in_turn = SimpleNamespace(join_forward=partial(join.join_forward, cuda), join_backward=partial(join.join_backward, cuda))
+        return {"fused": _Joined("fused"), "hybrid": _Joined("hybrid"), "in turn": in_turn}
     return {"fused": convolution_fused} | ({} if node.gated else {"hybrid": convolution_hybrid})
+
+
+class _Joined:
+    """The kernels of a join and its convolution, with one implementation chosen for the convolution both ways."""
+
+    def __init__(self, implementation: str) -> None:
+        self.implementation = implementation
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            original = convolution.choose
+            convolution.choose = lambda *_: Choice(self.implementation, "asked for")
+            try:
+                return getattr(cuda, name)(*args, **options)
+            finally:
+                convolution.choose = original
+
+        return run
 
 
 @contextmanager
@@ -194,43 +251,6 @@ def compared(ours: list[Tensor], theirs: list[Tensor], truth: list[Tensor], unit
     return {"ok": fine, "errors": own, "reference_errors": other}
 
 
-def check_sweeps(
-    act: str, dtype: torch.dtype, device: str = "cuda", shape: tuple[int, ...] = (3, 70, 13, 9)
-) -> dict[str, Any]:
-    """Every kernel that is no convolution, on a ragged shape, as :func:`check_node` checks those."""
-    c = shape[1]
-    drawn = [(torch.randn(shape, device=device) + 2).to(dtype, memory_format=torch.channels_last) for _ in range(4)]
-    pooled = torch.randn(shape[:2], device=device).to(dtype)
-    vectors = [torch.rand(c, device=device) + 0.5 for _ in range(4)]
-    window = PoolGeometry((3, 3), (2, 2), (1, 1), False)
-
-    def results(kernels: Any, compute: torch.dtype) -> list[Tensor]:
-        wide = compute == torch.float64
-        x, y, dz, dout = (t.double() if wide else t for t in drawn)
-        mean, scale, beta, a = (v.double() if wide else v for v in vectors)
-        t, own = Transform(mean, scale, beta, act), Transform(mean, scale, beta)
-        joined = kernels.residual_forward(x, own, y, Transform(), act, dtype=compute, statistics=True)
-        found = [
-            kernels.statistics_forward(x),
-            (kernels.statistics_backward(x, mean, scale, beta, y.clone()),),
-            (kernels.normalise_forward(x, t, dtype=compute),),
-            kernels.normalise_backward(dz, x, t, accumulate=y.clone()),
-            joined,
-            kernels.residual_backward(dout, (a, beta, mean), x, own, y, own, joined[0], act),
-            (kernels.max_pool_forward(x, t, window, dtype=compute)[0],),
-            (kernels.squeeze_forward(x, t, dtype=compute),),
-            kernels.squeeze_backward(pooled.double() if wide else pooled, dz, x, t),
-            kernels.finalize_forward(mean, scale, 100, beta, a, None, None, 0.1, 1e-5),
-            kernels.finalize_backward(mean, scale, beta),
-        ]
-        return [tensor for group in found for tensor in group if tensor is not None]
-
-    truth, theirs = results(reference, torch.float64), results(reference, dtype)
-    with poisoned():
-        ours = results(cuda, dtype)
-    return compared(ours, theirs, truth, torch.finfo(dtype).eps)
-
-
 def time_node(node: Node, ceilings: dict[str, float], batch: int = 256, device: str = "cuda") -> dict[str, Any]:
     """Milliseconds of each implementation forward and backward, of the unfused sequence with cuDNN, and of their roofline; bf16.
 
@@ -241,7 +261,8 @@ def time_node(node: Node, ceilings: dict[str, float], batch: int = 256, device: 
     zeros, ones = torch.zeros(c, device=device), torch.ones(c, device=device)
 
     def unfused(x: Tensor, weight: Tensor) -> Tensor:
-        z = activate(F.batch_norm(x, None, None, ones, zeros, training=True), node.act)
+        z = F.batch_norm(x, None, None, ones, zeros, training=True)
+        z = activate(z + a.r if node.joined else z, node.act)
         z = z if a.transform.gate is None else z * a.transform.gate.to(z.dtype).view(batch, c, 1, 1)
         return F.conv2d(z, weight, None, geometry.stride, geometry.padding, geometry.dilation, node.groups)
 
@@ -249,9 +270,11 @@ def time_node(node: Node, ceilings: dict[str, float], batch: int = 256, device: 
     y = unfused(x, weight)
     pixels_in, pixels_out = 2 * a.x.numel(), 2 * y.numel()
     flops = 2 * y.numel() * weight[0].numel()
-    # Forward reads x and writes y. Backward reads P, y and x for dgrad and again for wgrad, and reads and writes dx.
-    forward_bound = max((pixels_in + pixels_out) / ceilings["bytes"], flops / ceilings["flops"]) * 1e3
-    backward_bytes = 2 * (2 * pixels_out + pixels_in) + 2 * pixels_in
+    # Forward reads x and writes y. Backward reads P, y and x for dgrad and again for wgrad, and reads and writes dx. A join forward
+    # reads r and writes the sum, too, and backward reads r.
+    forward_bytes = (3 if node.joined else 1) * pixels_in + pixels_out
+    forward_bound = max(forward_bytes / ceilings["bytes"], flops / ceilings["flops"]) * 1e3
+    backward_bytes = 2 * (2 * pixels_out + pixels_in) + (3 if node.joined else 2) * pixels_in
     backward_bound = max(backward_bytes / ceilings["bytes"], 2 * flops / ceilings["flops"]) * 1e3
     found: dict[str, Any] = {"ok": True, "forward_bound": forward_bound, "backward_bound": backward_bound}
     for name, kernels in implementations(node).items():
@@ -260,7 +283,7 @@ def time_node(node: Node, ceilings: dict[str, float], batch: int = 256, device: 
     found["unfused_forward"] = milliseconds(lambda: unfused(x, weight), device)
     found["unfused_backward"] = milliseconds(lambda: torch.autograd.grad(y, (x, weight), a.dy, retain_graph=True), device)
     found["cudnn_forward"] = milliseconds(lambda: F.conv2d(a.x, a.weight, None, *geometry), device)
-    of = node_of(tuple(a.x.shape), tuple(a.weight.shape), geometry, True, node.gated, torch.bfloat16, True)
+    of = node_of(tuple(a.x.shape), tuple(a.weight.shape), geometry, not node.joined, node.gated, torch.bfloat16, True, node.joined)
     for way in ("forward", "backward"):
         found[f"{way}_rule"] = choose(of, way, None).implementation
         found[f"{way}_share"] = found[f"{way}_bound"] / found[f"fused_{way}"]

@@ -7,6 +7,7 @@ from typing import Any
 __all__ = ["summarise"]
 
 _OURS = "restructured"
+_KINDS = ("fused", "hybrid", "in turn", "unfused")
 
 
 def summarise(found: dict[str, Any], parts: set[str]) -> list[str]:
@@ -37,7 +38,7 @@ def _kernels(timed: dict[str, Any]) -> None:
     for name, r in right.items():
         ways = []
         for way in ("forward", "backward"):
-            times = ", ".join(f"{kind} {r[f'{kind}_{way}']:.3f}" for kind in ("fused", "hybrid", "unfused") if r.get(f"{kind}_{way}"))
+            times = ", ".join(f"{kind} {r[f'{kind}_{way}']:.3f}" for kind in _KINDS if r.get(f"{kind}_{way}"))
             ways.append(f"{way} {times} (rule: {r[f'{way}_rule']}; bound {r[f'{way}_bound']:.3f})")
         print(f"{name:34} ms: {'; '.join(ways)}")
     shares = sorted((r[f"{way}_share"], f"{name} {way}") for name, r in right.items() for way in ("forward", "backward"))

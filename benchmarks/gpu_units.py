@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from gpu_models import VARIANTS, check_step, largest_batch, time_model
-from gpu_nodes import NODES, RAGGED, Node, check_node, check_sweeps, time_node
+from gpu_nodes import NODES, RAGGED, Node, check_node, time_node
+from gpu_sweeps import check_sweeps
 
 import bnrestructure
 from bnrestructure.bench.ceilings import copy_bandwidth, fma_ceiling
@@ -22,6 +23,7 @@ __all__ = ["PARTS", "Part", "release_memory", "run_unit", "units"]
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu(0.1)")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MODELS = ("densenet121", "resnet50", "mobilenet_v2", "efficientnet_b0")
+_JOIN = next(node for node in NODES if node.joined)
 #: Where a node is checked at the tile it is timed with: the tile's size depends on the number of pixels.
 _CHECKED_BATCH = 128
 
@@ -76,7 +78,7 @@ def units(part: str, dry: bool) -> list[str]:
 def _nodes(dry: bool) -> dict[str, Node]:
     if not dry:
         return {node.name: node for node in (*NODES, *RAGGED)}
-    small = [replace(node, name=f"small {node.name}", channels=4, out=4, size=5) for node in (NODES[0], NODES[3])]
+    small = [replace(node, name=f"small {node.name}", channels=4, out=4, size=5) for node in (NODES[0], NODES[3], _JOIN)]
     return {node.name: node for node in small}
 
 

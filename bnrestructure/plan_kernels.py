@@ -77,8 +77,9 @@ def _kernel(
         return Kernel(name, x, "reference", reason, "reference", reason)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    rides = torch.empty(0) if of["mean"] is not None else None
+    joins = of.get("r") is not None  # then the product reads the sum as it is
+    rides = torch.empty(0) if of["mean"] is not None and not joins else None
     gate = torch.empty(x[:2], device="meta") if of["gate"] is not None else None
-    transform = Transform(rides, rides, rides, str(of["act"]), gate)
-    forward, backward = module.convolution_choices(x, weight, transform, geometry, dtype)
+    transform = Transform(rides, rides, rides, "identity" if joins else str(of["act"]), gate)
+    forward, backward = module.convolution_choices(x, weight, transform, geometry, dtype, joins)
     return Kernel(name, x, *forward, *backward)

@@ -175,7 +175,7 @@ def _pattern(statistics: list[fx.Node], shared: bool, act: str, normalises: list
     start = "concat" if shared and len(statistics) > 1 else "conv" if kinds == {ops.conv} else "add" if ops.residual in kinds else "any"
     ends = []
     for node in normalises:
-        if node.target is ops.residual:
+        if node.target is ops.residual or node.kwargs.get("r") is not None:
             own = node.kwargs["act"]
             end = "add" if own == "identity" else f"add-{str(own).split('(')[0]}"
         elif node.target is ops.conv:

@@ -61,6 +61,8 @@ def _join(graph: fx.Graph, match: ResidualMatch) -> None:
     join.meta["nn_module_stack"] = match.add.meta.get("nn_module_stack", {})
     join.meta["bnr_normalises"] = [s for n in (main, other) if n is not None for s in n.meta["bnr_normalises"]]
     last.replace_all_uses_with(out)
+    for conv in match.activating:
+        set_kwargs(conv, act="identity")
     dead = [match.add] if match.activation is None else [match.add, match.activation]
     for normalise in (main, other):
         if normalise is not None:

@@ -11,6 +11,7 @@ from bnrestructure.errors import UsageError
 from bnrestructure.passes.base import Fuel, Pass, PassResult
 from bnrestructure.passes.eliminate_concat import EliminateConcat
 from bnrestructure.passes.fission import Fission
+from bnrestructure.passes.fuse_join import FuseJoin
 from bnrestructure.passes.fuse_normalise import FuseNormalise
 from bnrestructure.passes.fuse_residual import FuseResidual
 from bnrestructure.passes.fuse_statistics import FuseStatistics
@@ -28,6 +29,7 @@ _REWRITES = (
     FuseResidual,
     ThreadForks,
     EliminateConcat,
+    FuseJoin,
 )
 #: Every pass by name, in the order of the full pipeline.
 PASSES = (*(p.name for p in _REWRITES), SelectKernels.name)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from bnrestructure import ops
-from bnrestructure.graph.fused import produced_by, tensor_readers
+from bnrestructure.graph.fused import is_fused, produced_by, tensor_readers
 from bnrestructure.graph.layers import modules_of
 from bnrestructure.graph.operations import activation_of, add_of
 
@@ -16,12 +16,16 @@ __all__ = ["ResidualMatch", "find_residuals"]
 
 @dataclass(frozen=True)
 class ResidualMatch:
-    """``act(normalise(y) + shortcut)``; the shortcut is the add's other operand, ``other_normalise`` its normalise if it has one."""
+    """``act(normalise(y) + shortcut)``; the shortcut is the add's other operand, ``other_normalise`` its normalise if it has one.
+
+    The activation is a node of its own, or what all readers, ``activating`` convolutions, apply in their prologues.
+    """
 
     add: fx.Node
     normalise: fx.Node
     other_normalise: fx.Node | None
     activation: fx.Node | None
+    activating: list[fx.Node]
     act: str
 
 
@@ -42,16 +46,32 @@ def find_residuals(gm: fx.GraphModule) -> list[ResidualMatch]:
         other = next((n for n in present if n is not normalise), None)
         readers = tensor_readers(node)
         act = activation_of(readers[0], modules) if len(readers) == 1 else None
+        moved = None if act is not None else _common_activation(node, readers)
         found.append(
             ResidualMatch(
                 add=node,
                 normalise=normalise,
                 other_normalise=other,
                 activation=None if act is None else readers[0],
-                act="identity" if act is None else act[0],
+                activating=[] if moved is None else readers,
+                act=act[0] if act is not None else moved or "identity",
             )
         )
     return found
+
+
+def _common_activation(add: fx.Node, readers: list[fx.Node]) -> str | None:
+    """The activation that every reader of the sum applies to it, nothing else before it; None where they differ or it is none."""
+    found = {_bare_activation(reader, add) for reader in readers}
+    act = found.pop() if len(found) == 1 else None
+    return None if act == "identity" else act
+
+
+def _bare_activation(reader: fx.Node, tensor: fx.Node) -> str | None:
+    of = reader.kwargs
+    if not is_fused(reader, ops.conv) or of["x"] is not tensor or of["mean"] is not None or of["gate"] is not None:
+        return None
+    return None if of["into"] is tensor else str(of["act"])
 
 
 def _plain_normalise(operand: fx.Node) -> fx.Node | None:

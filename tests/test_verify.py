@@ -18,6 +18,7 @@ import bnrestructure
 from bnrestructure import UsageError, VerificationReport, verify
 from bnrestructure.kernels import reference
 from bnrestructure.kernels.reference import elementwise
+from bnrestructure.ops import conv_options, join
 from bnrestructure.ops.edges import BackwardEdge
 from bnrestructure.verify import distance, verifier
 
@@ -45,6 +46,24 @@ class Net(nn.Module):
         x = torch.cat([self.left(x), self.right(x)], 1)
         x = self.last(F.relu(self.bn3(x)))
         return self.head(self.drop(x).mean((2, 3)))
+
+
+class Joins(nn.Module):
+    """Two residual joins in a row: the first is formed by the second branch's convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.convs = nn.ModuleList([nn.Conv2d(8, 8, k, padding=k // 2, bias=False) for k in (3, 1, 1, 3)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8) for _ in range(5)])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norms[4](self.stem(x)))
+        for i in (0, 2):
+            branch = F.relu(self.norms[i](self.convs[i](x)))
+            x = F.relu(x + self.norms[i + 1](self.convs[i + 1](branch)))
+        return self.head(x.mean((2, 3)))
 
 
 class Dense(nn.Module):
@@ -133,8 +152,9 @@ def stale_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def edge(change: Callable[[BackwardEdge], BackwardEdge]) -> Patch:
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        original = conv_ops._edge
-        monkeypatch.setattr(conv_ops, "_edge", lambda *args: change(original(*args)))
+        original = conv_options.backward_edge
+        for module in (conv_ops, join):
+            monkeypatch.setattr(module, "backward_edge", lambda *args: change(original(*args)))
 
     return patch
 
@@ -152,14 +172,14 @@ def without_s(e: BackwardEdge) -> BackwardEdge:
 
 
 def wrong_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = conv_ops.values_per_channel
-    monkeypatch.setattr(conv_ops, "values_per_channel", lambda x: original(x) + 1)
+    original = conv_options.values_per_channel
+    monkeypatch.setattr(conv_options, "values_per_channel", lambda x: original(x) + 1)
 
 
 def wrong_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second segment of a concat is written one channel too far to the left."""
-    original = conv_ops.channel_slice
-    monkeypatch.setattr(conv_ops, "channel_slice", lambda x, start, n: original(x, max(start - 1, 0), n))
+    original = conv_options.channel_slice
+    monkeypatch.setattr(conv_options, "channel_slice", lambda x, start, n: original(x, max(start - 1, 0), n))
 
 
 def wrong_axis(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +222,12 @@ def uncentred(original: Any, *args: Any, **kwargs: Any) -> Any:
     return gradients if gradients.sum_px is None else gradients._replace(sum_px=gradients.sum_px + gradients.sum_p)
 
 
+def no_mask(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """The sum's gradient is handed to both operands as it arrives."""
+    *rest, _, weight, geometry = args
+    return original(*rest, "identity", weight, geometry, **kwargs)
+
+
 def no_shortcut_statistics(original: Any, *args: Any) -> Any:
     g, sum_g, sum_gy, sum_gr = original(*args)
     return g, torch.zeros_like(sum_g), sum_gy, sum_gr
@@ -226,6 +252,8 @@ MUTATIONS: dict[str, tuple[type[nn.Module], Patch, set[str]]] = {
         {"gradient", "input gradient"},
     ),
     "second sum not centred": (Net, kernel("conv_backward", uncentred), {"gradient", "input gradient"}),
+    "mask missing at a residual join": (Joins, kernel("join_backward", no_mask), {"gradient", "input gradient"}),
+    "gradient of a join's other readers missing": (Joins, kernel("join_backward", no_accumulation), {"gradient", "input gradient"}),
     "bias gradient missing at a residual join": (
         Net,
         kernel("residual_backward", no_shortcut_statistics),

@@ -21,7 +21,7 @@ KINDS = (
 # The first pattern that matches an event's whole name gives the kind of everything under it. Autograd functions carry
 # their class's name, their backward that name and "Backward"; ATen's backward nodes end in "Backward0".
 _PATTERNS: tuple[tuple[str, str], ...] = (
-    ("fused conv", r"_Conv"),
+    ("fused conv", r"_Conv|JoinConv"),
     ("statistics", r"_Statistics"),
     ("finalize", r"_Finalize"),
     ("normalise", r"_Normalise"),

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from bnrestructure.ops import library
-from bnrestructure.ops.aliases import alias, channel_slice
+from bnrestructure.ops.aliases import alias
+from bnrestructure.ops.conv_options import ConvOptions, backward_edge, destination, incoming_gradient
 from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative, in_format_of
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform, accumulation_dtype, values_per_channel
-from bnrestructure.ops.kept import kept_activation
+from bnrestructure.ops.edges import ConvGeometry, Transform, accumulation_dtype
+from bnrestructure.ops.join import JoinConv, join_is_fusible
+from bnrestructure.ops.residual import residual
 
 __all__ = ["ConvOutputs", "conv"]
 
@@ -36,19 +38,6 @@ class ConvOutputs(NamedTuple):
     size: torch.Size | None
     x: Tensor | None
     gain: Tensor | None
-
-
-class _Options(NamedTuple):
-    act: str
-    geometry: ConvGeometry
-    statistics: bool
-    thread: bool
-    gain: bool
-    offset: int | None
-    channels: int | None
-    visible: int | None
-    dtype: torch.dtype
-    backend: str
 
 
 def conv(
@@ -72,6 +61,12 @@ def conv(
     offset: int | None = 0,
     channels: int | None = None,
     visible: int | None = None,
+    r: Tensor | None = None,
+    r_mean: Tensor | None = None,
+    r_scale: Tensor | None = None,
+    r_beta: Tensor | None = None,
+    x_gain: Tensor | None = None,
+    r_gain: Tensor | None = None,
     backend: str = "auto",
 ) -> ConvOutputs:
     """``y = conv(act((x - mean) * scale + beta) * gate, weight) + bias``; the transformed input never reaches memory.
@@ -82,8 +77,17 @@ def conv(
     concat buffer: of ``into``, or of a new one of ``channels`` channels, returned as its first ``visible`` channels. ``offset`` None
     appends: y comes right behind the channels of ``into`` and becomes visible with them.
 
+    With a shortcut ``r`` (x's shape; its own vectors [C_in] or none) the prologue is a residual join, ``z = act((x - mean) * scale + beta +
+    shortcut)``. z is kept, for it has other readers: ``thread`` returns it in place of x. ``x_gain`` and ``r_gain`` are what
+    ``ops.residual`` calls gain and r_gain.
+
     Raises RuntimeError, in the words of PyTorch's convolution, on shapes or dtypes that do not fit.
     """
+    if r is not None and not join_is_fusible(x, r, weight):
+        joined = residual(
+            x, mean, scale, beta, r, r_mean, r_scale, r_beta, act=act, gain=x_gain, r_gain=r_gain, backend=backend
+        )  # fmt: skip
+        x, mean, scale, beta, act, r = joined.out, None, None, None, "identity", None
     dtype = compute_dtype(x)
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
@@ -98,8 +102,13 @@ def conv(
         if not statistics:
             return ConvOutputs(y, None, None, None, None, None)
         return ConvOutputs(y, ymean, yvar, y.shape, None, None)
-    options = _Options(act, geometry, statistics, thread, gain, offset, channels, visible, dtype, backend)
-    y, ymean, yvar, passed, ones = _Conv.apply(x, mean, scale, beta, gate, weight, bias, into, options)
+    options = ConvOptions(act, geometry, statistics, thread, gain, offset, channels, visible, dtype, backend)
+    if r is None:
+        y, ymean, yvar, passed, ones = _Conv.apply(x, mean, scale, beta, gate, weight, bias, into, options)
+    else:
+        y, ymean, yvar, passed, ones = JoinConv.apply(
+            x, mean, scale, beta, r, r_mean, r_scale, r_beta, x_gain, r_gain, weight, bias, into, options
+        )
     size = torch.Size((y.shape[0], weight.shape[0], *y.shape[2:])) if statistics else None
     return ConvOutputs(y, ymean, yvar, size, passed, ones)
 
@@ -135,10 +144,10 @@ class _Conv(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         into: Tensor | None,
-        options: _Options,
+        options: ConvOptions,
     ) -> tuple[Tensor | None, ...]:
         transform = Transform(mean, scale, beta, options.act, gate)
-        buffer, out, offset = _destination(x, weight, into, options)
+        buffer, out, offset = destination(x, weight, into, options)
         y, ymean, yvar = call_kernel(
             options.backend, "conv_forward", x, transform, weight, bias, options.geometry,
             dtype=options.dtype, statistics=options.statistics, out=out,
@@ -156,17 +165,14 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dresult: Any, dmean: Any, dvar: Any, dpassed: Any, dgain: Any) -> Any:
-        options: _Options = ctx.options
+        options: ConvOptions = ctx.options
         x, mean, scale, beta, gate, weight, y, ymean = ctx.saved_tensors
         needs = ctx.needs_input_grad
         needs_x = needs[0] or any(needs[1:5])
         if dresult is None and dmean is None and dvar is None:
             return guard_second_derivative((dpassed, *[None] * 8))
-        dy, dinto = dresult, None
-        if dresult is not None and (options.channels is not None or ctx.into_channels is not None):
-            dy = dresult.narrow(1, ctx.offset, ctx.out_channels)
-            dinto = None if ctx.into_channels is None else dresult.narrow(1, 0, ctx.into_channels)
-        edge = _edge(dgain, dmean, dvar, y, ymean)
+        dy, dinto = incoming_gradient(ctx, dresult)
+        edge = backward_edge(dgain, dmean, dvar, y, ymean)
         if dy is None:
             dy = torch.zeros_like(y)
         own = None if dpassed is None or dpassed.dtype != x.dtype else dpassed
@@ -180,30 +186,3 @@ class _Conv(torch.autograd.Function):
             dmu, dscale, dbeta = -scale * gradients.sum_p, gradients.sum_px, gradients.sum_p
         dbias = gradients.bias
         return guard_second_derivative((dx, dmu, dscale, dbeta, gradients.gate, gradients.weight, dbias, dinto, None))
-
-
-def _destination(
-    x: Tensor, weight: Tensor, into: Tensor | None, options: _Options
-) -> tuple[Tensor | None, Tensor | None, int]:
-    """(the buffer to return, the slice of it to write, its first channel); (None, None, 0) when y is a tensor of its own."""
-    if into is None and options.channels is None:
-        return None, None, 0
-    out_channels = weight.shape[0]
-    if into is None:
-        size = options.geometry.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
-        into = kept_activation((x.shape[0], options.channels or 0, *size), options.dtype, x.device)
-    if options.offset is None:
-        offset, visible = into.shape[1], into.shape[1] + out_channels
-    else:
-        offset, visible = options.offset, into.shape[1] if options.visible is None else options.visible
-    return channel_slice(into, 0, visible), channel_slice(into, offset, out_channels), offset
-
-
-def _edge(dgain: Any, dmean: Any, dvar: Any, y: Any, ymean: Any) -> BackwardEdge:
-    """The backward edge of y. From the statistics' gradients: a = 2 dvar / M, b = dmean / M."""
-    if dmean is None and dvar is None:
-        return BackwardEdge(s=dgain)
-    count = values_per_channel(y)
-    a = torch.zeros_like(ymean) if dvar is None else dvar * (2.0 / count)
-    b = torch.zeros_like(ymean) if dmean is None else dmean / count
-    return BackwardEdge(s=dgain, a=a, b=b, y=y, mean=ymean)

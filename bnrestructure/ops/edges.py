@@ -21,6 +21,7 @@ __all__ = [
     "BackwardEdge",
     "ConvGeometry",
     "ConvGradients",
+    "Join",
     "PoolGeometry",
     "Transform",
     "accumulation_dtype",
@@ -80,6 +81,20 @@ class BackwardEdge:
     mean: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Join:
+    """A residual join: ``z = act((y - ty.mean) * ty.scale + ty.beta + (r - tr.mean) * tr.scale + tr.beta)``.
+
+    ``ty`` and ``tr`` are affine or the identity; the activation is the join's.
+    """
+
+    y: Tensor
+    ty: Transform
+    r: Tensor
+    tr: Transform
+    act: str
+
+
 class ConvGeometry(NamedTuple):
     """A convolution's shape parameters, one int per spatial dimension. Padding is zeros, put *after* the activation."""
 
@@ -113,7 +128,10 @@ class ConvGradients(NamedTuple):
 
     dx        gradient of the raw input x, [N, C, *spatial] in x's dtype: ``scale * P`` (P itself without a scale);
               with a gate, the gradient at the gate's input, ``G * gate``, mask *not* applied (see ops/squeeze.py).
+              Behind a residual join, G of that join: the gradient at the sum, mask applied, no scale.
     sum_p     SP = sum P, [C].                 sum_px    SPX = sum P * (x - mean), [C].
+              Behind a join sum G and sum G * (y - ty.mean), None without such a mean.
+    sum_pr    behind a join sum G * (r - tr.mean), [C], None without such a mean.
     gate      [N, C]: sum over the spatial positions of G * act(...).
     weight    the weight's shape, dtype and memory format.      bias      [C_out].
     """
@@ -124,3 +142,4 @@ class ConvGradients(NamedTuple):
     gate: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    sum_pr: Tensor | None = None

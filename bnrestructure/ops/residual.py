@@ -13,7 +13,7 @@ from bnrestructure.ops.edges import Transform, per_channel, values_per_channel
 from bnrestructure.ops.statistics import statistics as compute_statistics
 from bnrestructure.ops.sweeps import normalise
 
-__all__ = ["ResidualOutputs", "residual"]
+__all__ = ["ResidualOutputs", "operand_gradients", "residual"]
 
 
 class ResidualOutputs(NamedTuple):
@@ -129,14 +129,30 @@ class _Residual(torch.autograd.Function):
         )  # fmt: skip
         if g.data_ptr() == dout.data_ptr():
             g = g.clone()  # a join without an activation: the threads behind r will write to g, and dout may be the caller's
-        dy, dgain = (g, scale) if ctx.has_gain else (_scaled(g, scale), None)
-        dr, dr_gain, r_vectors = g, None, (None, None, None)
-        if r_mean is not None:
-            dr, dr_gain = (g, r_scale) if ctx.has_r_gain else (_scaled(g, r_scale), None)
-            r_vectors = (-r_scale * sum_g, sum_gr, sum_g)
-        dy, dr = in_format_of(y, dy), in_format_of(r, dr)
-        gradients = (dy, -scale * sum_g, sum_gy, sum_g, dr, *r_vectors, dgain, dr_gain, None, None, None)
-        return guard_second_derivative(gradients)
+        operands = (y, scale, ctx.has_gain), (r, r_scale, ctx.has_r_gain)
+        return guard_second_derivative((*operand_gradients(*operands, g, sum_g, sum_gy, sum_gr), None, None, None))
+
+
+def operand_gradients(
+    left: tuple[Tensor, Tensor, bool],
+    right: tuple[Tensor, Tensor | None, bool],
+    g: Tensor,
+    sum_g: Tensor,
+    sum_gy: Tensor | None,
+    sum_gr: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of y, its mean, scale and beta, the same four of r, gain and r_gain, from the gradient g at the sum.
+
+    An operand is (its tensor, its scale, whether its producer applies the scale).
+    """
+    (y, scale, has_gain), (r, r_scale, has_r_gain) = left, right
+    dy, dgain = (g, scale) if has_gain else (_scaled(g, scale), None)
+    dr, dr_gain, r_vectors = g, None, (None, None, None)
+    if r_scale is not None:
+        dr, dr_gain = (g, r_scale) if has_r_gain else (_scaled(g, r_scale), None)
+        r_vectors = (-r_scale * sum_g, sum_gr, sum_g)
+    dy, dr = in_format_of(y, dy), in_format_of(r, dr)
+    return dy, -scale * sum_g, sum_gy, sum_g, dr, *r_vectors, dgain, dr_gain
 
 
 def _scaled(g: Tensor, scale: Tensor) -> Tensor:

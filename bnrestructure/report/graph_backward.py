@@ -44,6 +44,8 @@ def _conv(node: fx.Node, read: str, made: str) -> Words:
         edge = f"dY = {'s*P' if node.kwargs['gain'] else 'P'} + a*(y - mean) + b of {made}"
     elif node.kwargs["gain"]:
         edge = "dY = s*P"
+    if node.kwargs.get("r") is not None:
+        return _words(edge, "wgrad, dgrad", _join_epilogue(node, read))
     first = isinstance(node.kwargs["x"], fx.Node) and node.kwargs["x"].op == "placeholder"
     return _words(edge, "wgrad, dgrad if the input needs one" if first else "wgrad, dgrad", _mask_and_sums(node, read))
 
@@ -68,8 +70,16 @@ def _adds(node: fx.Node) -> str | None:
 def _residual(node: fx.Node, read: str, made: str) -> Words:
     """One sweep: both operands share the gradient G where the convolutions apply their own s."""
     edge = f"dY = P + a*(y - mean) + b of {made}" if made else None
+    return _words(edge, _operands(node, "gain"), f"SP, SPY of {read}")
+
+
+def _join_epilogue(node: fx.Node, read: str) -> str:
+    """The dgrad of a convolution that forms a join: its gradient completed, masked and summed where it arises."""
+    added = "the other readers' gradient added, " if node.kwargs["thread"] else ""
+    return f"{added}{_operands(node, 'x_gain')}, SP, SPY of {read}"
+
+
+def _operands(node: fx.Node, gain: str) -> str:
     act = str(node.kwargs["act"])
     mask = "" if act == "identity" else f"{act}' mask, "
-    shared = node.kwargs["gain"] is not None
-    given = "one G for both operands" if shared else "s*G and G"
-    return _words(edge, f"{mask}{given}", f"SP, SPY of {read}")
+    return f"{mask}one G for both operands" if node.kwargs[gain] is not None else f"{mask}s*G and G"

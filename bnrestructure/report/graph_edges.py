@@ -55,7 +55,8 @@ def source_of(node: fx.Node) -> fx.Node:
             node = node.args[0]  # type: ignore[assignment]
         elif node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].target in OUTPUTS:
             fused = node.args[0]
-            passed = produced_by(node, fused.target, "x") is not None
+            # a convolution that forms a residual join passes on the sum, which it made
+            passed = produced_by(node, fused.target, "x") is not None and fused.kwargs.get("r") is None
             node = fused.kwargs["x"] if passed else fused  # type: ignore[assignment]
             if not passed:
                 return node

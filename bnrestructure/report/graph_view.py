@@ -171,10 +171,13 @@ class _Builder:
         entry.prologue_sites = normalised_sites(node)
         entry.epilogue_sites = list(node.meta.get("bnr_statistics_of", []))
         act = str(kwargs.get("act", "identity"))
-        if node.target is ops.residual:
+        joins = kwargs.get("r") is not None
+        if joins:
             entry.shortcut = source_of(kwargs["r"]).name  # type: ignore[arg-type]
         if entry.prologue_sites:
             entry.prologue = f"{shortened(entry.prologue_sites, entry.group)} norm"
+        if joins and node.target is ops.conv:
+            entry.prologue = f"{entry.prologue} + shortcut"
         if act != "identity" and node.target is not ops.residual:
             entry.prologue = act if entry.prologue is None else f"{entry.prologue} + {act}"
         if kwargs.get("gate") is not None:

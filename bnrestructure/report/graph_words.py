@@ -86,7 +86,7 @@ def notes_of(node: fx.Node, group: str) -> list[str]:
     """Threads, shared buffers and gains."""
     kwargs, notes = node.kwargs, []
     if kwargs.get("thread"):
-        notes.append("passes its input on")
+        notes.append("passes its input on" if kwargs.get("r") is None else "passes the sum on")
     if node.target is ops.conv and isinstance(kwargs["into"], fx.Node):
         place = "appended" if appends(node) else f"channels {kwargs['offset']}.."
         notes.append(f"written into {_buffer_name(kwargs['into'], group)}, {place}")

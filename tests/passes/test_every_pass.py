@@ -1,4 +1,4 @@
-"""What holds for each of the eight passes: it means the same, says truly what it did, stops when out of fuel, and prints as recorded.
+"""What holds for each of the nine passes: it means the same, says truly what it did, stops when out of fuel, and prints as recorded.
 
 ``pytest tests/passes --regenerate-golden`` writes tests/golden/passes/ anew; read the difference before committing it.
 """
@@ -20,7 +20,8 @@ _GOLDEN = Path(__file__).parent.parent / "golden" / "passes"
 #: The model whose graph is printed for each pass: the smallest one on which it fires.
 _PRINTED = {
     "fission": "chain", "share-statistics": "dense", "fuse-statistics": "chain", "fuse-normalise": "chain",
-    "fuse-residual": "residual", "thread-forks": "inception", "eliminate-concat": "dense", "select-kernels": "chain",
+    "fuse-residual": "residual", "thread-forks": "inception", "eliminate-concat": "dense", "fuse-join": "residual",
+    "select-kernels": "chain",
 }  # fmt: skip
 
 each_pass = pytest.mark.parametrize("name", PASSES)

@@ -97,6 +97,12 @@ CASES: list[tuple[str, str, Body]] = [
     ("eliminate-concat", "nothing of it is written by a convolution", lambda m, x: m.bn1(torch.cat([x.exp(), x.tanh()], 1)[:, :4])),
     ("eliminate-concat", "twice the same", lambda m, x: (lambda y: torch.cat([y, y], 1))(m.conv2(m.bn1(x)))),
     ("eliminate-concat", "read elsewhere", lambda m, x: (lambda y: torch.cat([x, y], 1).sum() + y.exp())(m.conv2(m.bn1(x)))),
+    ("fuse-join", "nothing reads the sum but the output", lambda m, x: F.relu(x + m.bn1(m.conv1(x)))),
+    ("fuse-join", "a batch norm reads the sum", lambda m, x: m.conv2(m.bn2(x + m.bn1(m.conv1(x))))),
+    ("fuse-join", "a plain convolution reads the sum", lambda m, x: m.conv2(x + m.bn1(m.conv1(x)))),
+    ("fuse-join", "a pool reads the sum", lambda m, x: m.bn2(m.conv2(F.max_pool2d(F.relu(x + m.bn1(m.conv1(x))), 2)))),
+    ("fuse-join", "added to itself", lambda m, x: (lambda y: m.bn2(m.conv2(F.relu(y + m.bn1(y)))))(m.conv1(x))),
+    ("fuse-join", "an activation for one reader alone", lambda m, x: (lambda s: m.bn2(m.conv2(s.relu())) + s)(x + m.bn1(m.conv1(x)))),
     ("select-kernels", "nothing is fused", lambda m, x: m.frozen(m.conv1(x))),
 ]  # fmt: skip
 

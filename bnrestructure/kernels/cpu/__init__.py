@@ -17,6 +17,7 @@ from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cpu import convolution, depthwise, finalize, library, sweeps
 from bnrestructure.kernels.cpu.convolution_choice import choose, identify_machine
 from bnrestructure.kernels.cpu.finalize import finalize_backward, finalize_forward
+from bnrestructure.kernels.cpu.join import join_backward, join_forward
 from bnrestructure.kernels.cpu.library import unavailable_reason
 from bnrestructure.kernels.cpu.sweeps import (
     max_pool_backward,
@@ -30,6 +31,7 @@ from bnrestructure.kernels.cpu.sweeps import (
     statistics_backward,
     statistics_forward,
 )
+from bnrestructure.kernels.join import unsupported_part
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "description",
     "finalize_backward",
     "finalize_forward",
+    "join_backward",
+    "join_forward",
     "max_pool_backward",
     "max_pool_forward",
     "normalise_backward",
@@ -82,17 +86,25 @@ def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
         return _convolutions(args[2], args[4]).supports(name, args, kwargs)
     if name == "conv_backward":
         return _convolutions(args[4], args[5]).supports(name, args, kwargs)
+    if name in ("join_forward", "join_backward"):
+        return unsupported_part(supports, name, args, kwargs)
     if name in finalize.__all__:
         return finalize.supports(name, args, kwargs)
     return sweeps.supports(name, args, kwargs)
 
 
 def convolution_choices(
-    x: tuple[int, ...], weight: tuple[int, ...], transform: Transform, geometry: ConvGeometry, dtype: torch.dtype
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    transform: Transform,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+    joined: bool = False,
 ) -> tuple[Choice, Choice]:
     """(forward, backward): what a convolution node will run on tensors of these shapes, computing in ``dtype``, and why.
 
-    ``reference`` where no kernel here can. Backward is meant with both the input's and the weight's gradient wanted.
+    ``reference`` where no kernel here can. Backward is meant with both the input's and the weight's gradient wanted. A residual join
+    in front, ``joined``, changes nothing here.
     """
     tensors = torch.empty(x, dtype=dtype, device="meta"), torch.empty(weight, dtype=dtype, device="meta")
     reason = supports("conv_forward", (tensors[0], transform, tensors[1], None, geometry), {"dtype": dtype})
@@ -113,7 +125,11 @@ def description() -> str:
     return f"{library.isa_name()}; measured choices in {file}" if file is not None else library.isa_name()
 
 
+def is_depthwise(weight: Tensor, geometry: ConvGeometry) -> bool:
+    """Every channel is a group of its own, with one output."""
+    return geometry.groups > 1 and geometry.groups == weight.shape[0] and weight.shape[1] == 1
+
+
 def _convolutions(weight: Tensor, geometry: ConvGeometry) -> ModuleType:
-    """The module for this convolution: depthwise where every channel is a group of its own."""
-    is_depthwise = geometry.groups > 1 and geometry.groups == weight.shape[0] and weight.shape[1] == 1
-    return depthwise if is_depthwise else convolution
+    """The module for this convolution."""
+    return depthwise if is_depthwise(weight, geometry) else convolution

@@ -19,7 +19,7 @@ from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, convolution_winograd, layout, library
 from bnrestructure.kernels.cpu.convolution_choice import IMPLEMENTATIONS, Node, call_of, candidates, choose, identify_machine
 from bnrestructure.ops.activation import unsupported_activation
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
 __all__ = ["choice", "conv_backward", "conv_forward", "forget_choices", "node_of", "supports"]
 
@@ -111,19 +111,25 @@ def conv_backward(
     dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
     accumulate: Tensor | None = None,
+    join: Join | None = None,
 ) -> ConvGradients:
-    """The gradients as kernels/reference says; dy, x and the weight are float32 or bfloat16."""
+    """The gradients as kernels/reference says; dy, x and the weight are float32 or bfloat16. x is ``join``'s sum where there is one."""
     args = (dy, edge, x, transform, weight, geometry)
     if tuning.is_measuring() and needs[0] and needs[1]:
         into = None if accumulate is None else _like(accumulate)
-        options: dict[str, Any] = {"dtype": dtype, "needs": needs, "accumulate": into}
+        options: dict[str, Any] = {"dtype": dtype, "needs": needs, "accumulate": into, "join": join}
         _measure_once(x, transform, weight, geometry, dtype, "backward", lambda name: partial(run_backward, name, *args, **options))
     chosen = choice(x, transform, weight, geometry, dtype, "backward").implementation
-    return run_backward(chosen, *args, dtype=dtype, needs=needs, accumulate=accumulate)
+    return run_backward(chosen, *args, dtype=dtype, needs=needs, accumulate=accumulate, join=join)
 
 
 def run_backward(
-    implementation: str, *args: Any, needs: tuple[bool, bool, bool], accumulate: Tensor | None, **options: Any
+    implementation: str,
+    *args: Any,
+    needs: tuple[bool, bool, bool],
+    accumulate: Tensor | None,
+    join: Join | None = None,
+    **options: Any,
 ) -> ConvGradients:
     """:func:`conv_backward` by one of the implementations in convolution_choice.py."""
     dgrad, wgrad = IMPLEMENTATIONS[implementation]
@@ -132,10 +138,10 @@ def run_backward(
     elif not any(needs[1:]):
         wgrad = dgrad
     if dgrad == wgrad:
-        found: ConvGradients = _MODULES[dgrad].conv_backward(*args, needs=needs, accumulate=accumulate, **options)
+        found: ConvGradients = _MODULES[dgrad].conv_backward(*args, needs=needs, accumulate=accumulate, join=join, **options)
         return found
     weights = _MODULES[wgrad].conv_backward(*args, needs=(False, *needs[1:]), accumulate=None, **options)
-    inputs = _MODULES[dgrad].conv_backward(*args, needs=(needs[0], False, False), accumulate=accumulate, **options)
+    inputs = _MODULES[dgrad].conv_backward(*args, needs=(needs[0], False, False), accumulate=accumulate, join=join, **options)
     merged: ConvGradients = inputs._replace(weight=weights.weight, bias=weights.bias)
     return merged
 

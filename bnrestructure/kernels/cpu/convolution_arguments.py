@@ -13,14 +13,14 @@ from torch import Tensor
 
 from bnrestructure.kernels.cpu import layout, library
 from bnrestructure.kernels.layout import vector
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, Transform
 
 __all__ = ["Pixels", "backward_arguments", "forward_arguments", "pixels"]
 
 # Every field is eight bytes wide; all but the slope and the gradient factor are integers or pointers.
 _PROBLEM = "26qd5q"
-_pack_forward = struct.Struct(_PROBLEM + "5q").pack
-_pack_backward = struct.Struct(_PROBLEM + "20qd").pack
+_pack_forward = struct.Struct(_PROBLEM + "5q11qd").pack
+_pack_backward = struct.Struct(_PROBLEM + "20qd11qdq").pack
 
 #: An activation tensor that a kernel can address, and its pixel pitch in elements.
 Pixels = tuple[Tensor, int]
@@ -64,13 +64,15 @@ def forward_arguments(
     mean: Tensor | None,
     var: Tensor | None,
     keep: list[Tensor | None],
+    join: Join | None = None,
 ) -> bytes:
-    """``struct ForwardArguments``. ``keep`` gains every tensor that may be a copy made for this call."""
+    """``struct ForwardArguments``. ``keep`` gains every tensor that may be a copy made for this call. With ``join`` x is written."""
     tensor, pitch = y
     bias = vector(bias)
     keep += [bias, x[0], tensor]
     problem = _problem(x, transform, weight, geometry, tensor.shape[2:], keep)
-    return _pack_forward(*problem, _address(bias), tensor.data_ptr(), pitch, _address(mean), _address(var))
+    join_fields = _join(join, x[0].dtype, keep)
+    return _pack_forward(*problem, _address(bias), tensor.data_ptr(), pitch, _address(mean), _address(var), *join_fields)
 
 
 def backward_arguments(
@@ -90,8 +92,10 @@ def backward_arguments(
     weight_gradient: Tensor | None = None,
     bias_gradient: Tensor | None = None,
     factor: float = 1.0,
+    join: Join | None = None,
 ) -> bytes:
-    """``struct BackwardArguments``. ``y`` is the edge's y; ``sums`` [2, C_in] takes SP and SPX; ``factor`` is the gradient factor.
+    """``struct BackwardArguments``. ``y`` is the edge's y; ``sums`` [2, C_in], or [3, C_in] with a join, takes SP, SPX and SPR;
+    ``factor`` is the gradient factor.
 
     ``keep`` gains every tensor that may be a copy made for this call. The rest is as the C names say.
     """
@@ -108,7 +112,21 @@ def backward_arguments(
         gradient.data_ptr(), pitch, *map(_address, vectors[:3]), _address(y_tensor), y_pitch, _address(vectors[3]),
         _address(dx_tensor), dx_pitch, accumulate, sum_p, sum_px, _address(gate),
         _address(weight_gradient), *strides, _address(bias_gradient), factor,
+        *_join(join, gradient.dtype, keep), sum_px + 4 * sums.shape[1] if join is not None and sums is not None else 0,
     )  # fmt: skip
+
+
+def _join(join: Join | None, dtype: torch.dtype, keep: list[Tensor | None]) -> tuple[int | float, ...]:
+    """The fields of ``struct Join``."""
+    if join is None:
+        return (*[0] * 11, 0.0)
+    fields: list[int] = []
+    for x, transform in ((join.y, join.ty), (join.r, join.tr)):
+        tensor, pitch = pixels(x, dtype)
+        vectors = [vector(v) for v in (transform.mean, transform.scale, transform.beta)]
+        keep += [tensor, *vectors]
+        fields += [tensor.data_ptr(), pitch, *map(_address, vectors)]
+    return *fields, *layout.activation_code(join.act)
 
 
 def _address(x: Tensor | None) -> int:

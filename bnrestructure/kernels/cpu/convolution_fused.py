@@ -10,13 +10,23 @@ from bnrestructure.kernels.cpu import layout, library
 from bnrestructure.kernels.cpu.convolution_arguments import backward_arguments, forward_arguments, pixels
 from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.kernels.rounding import gradient_factor
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 from bnrestructure.ops.kept import kept_activation
 
-__all__ = ["conv_backward", "conv_forward"]
+__all__ = ["conv_backward", "conv_forward", "named_sums"]
 
 _forward = library.declare("bnr_conv_forward", "p")
 _backward = library.declare("bnr_conv_backward", "p")
+
+
+def named_sums(sums: Tensor | None, join: Join | None) -> dict[str, Tensor | None]:
+    """SP, SPX and SPR as :class:`ConvGradients` calls them, without those that do not apply."""
+    if sums is None:
+        return {}
+    if join is None:
+        return {"sum_p": sums[0], "sum_px": sums[1]}
+    sum_px, sum_pr = (None if t.mean is None else sums[i] for i, t in ((1, join.ty), (2, join.tr)))
+    return {"sum_p": sums[0], "sum_px": sum_px, "sum_pr": sum_pr}
 
 
 def conv_forward(
@@ -29,9 +39,13 @@ def conv_forward(
     dtype: torch.dtype,
     statistics: bool,
     out: Tensor | None = None,
+    join: Join | None = None,
     kernel: library.Kernel = _forward,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y, mean, var) as kernels/reference says; x and the weight are float32 or bfloat16."""
+    """(y, mean, var) as kernels/reference says; x and the weight are float32 or bfloat16.
+
+    With ``join`` x, channels_last in ``dtype``, is written first: the join's sum. Only for 1x1 kernels without stride and padding.
+    """
     y, pitch = out, 0
     if out is not None and out.dtype is dtype:
         pitch = pitch_of(out)
@@ -41,7 +55,7 @@ def conv_forward(
     mean, var = torch.empty(2, weight.shape[0]) if statistics else (None, None)
     keep: list[Tensor | None] = []
     bias = None if bias is None else bias.to(dtype)
-    kernel(forward_arguments(pixels(x, dtype), transform, weight, bias, geometry, (y, pitch), mean, var, keep))
+    kernel(forward_arguments(pixels(x, dtype), transform, weight, bias, geometry, (y, pitch), mean, var, keep, join))
     if out is not None and y is not out:
         y = out.copy_(y)
     return y, mean, var
@@ -58,15 +72,22 @@ def conv_backward(
     dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
     accumulate: Tensor | None = None,
+    join: Join | None = None,
     kernel: library.Kernel = _backward,
 ) -> ConvGradients:
-    """The gradients as kernels/reference says; dy, x and the weight are float32 or bfloat16."""
+    """The gradients as kernels/reference says; dy, x and the weight are float32 or bfloat16. x is ``join``'s sum where there is one."""
     need_x, need_weight, need_bias = needs
     dx = sums = gate = None
     px = pixels(x, dtype)
+    adds = False
     if need_x:
         dx = layout.destination(px[0], accumulate)
-        if transform.gate is not None:
+        adds = dx is accumulate
+        if join is not None:
+            sums = torch.empty(3, x.shape[1])
+            if accumulate is not None and not adds:  # the mask comes after the sum
+                accumulate, adds = dx.copy_(accumulate), True
+        elif transform.gate is not None:
             gate = torch.empty(transform.gate.shape)
         elif transform.mean is not None:
             sums = torch.empty(2, x.shape[1])
@@ -84,21 +105,20 @@ def conv_backward(
             geometry,
             keep,
             dx=None if dx is None else (dx, pitch_of(dx)),
-            accumulate=dx is not None and dx is accumulate,
+            accumulate=adds,
             sums=sums,
             gate=gate,
             weight_gradient=dw,
             bias_gradient=db,
             factor=gradient_factor(edge.a is not None, dtype, torch.float32),
+            join=join if need_x else None,
         )
     )
-    sum_p, sum_px = (None, None) if sums is None else sums.unbind()
     if dx is not None and dx is not accumulate:
         dx = dx.to(x.dtype) if accumulate is None else accumulate.add_(dx.to(accumulate.dtype))
     return ConvGradients(
         dx,
-        sum_p=sum_p,
-        sum_px=sum_px,
+        **named_sums(sums, join),
         gate=None if gate is None or transform.gate is None else gate.to(transform.gate.dtype),
         weight=dw,
         bias=None if db is None else db.to(dtype),

@@ -12,9 +12,10 @@ from torch import Tensor
 from bnrestructure.kernels.aten_convolution import convolution_backward
 from bnrestructure.kernels.cpu import layout, library
 from bnrestructure.kernels.cpu.convolution_arguments import Pixels, backward_arguments, forward_arguments, pixels
+from bnrestructure.kernels.cpu.convolution_fused import named_sums
 from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.kernels.rounding import gradient_factor, restored
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
 
@@ -61,8 +62,9 @@ def conv_backward(
     dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
     accumulate: Tensor | None = None,
+    join: Join | None = None,
 ) -> ConvGradients:
-    """The gradients as kernels/reference says; dy, x and the weight are float32 or bfloat16."""
+    """The gradients as kernels/reference says; dy, x and the weight are float32 or bfloat16. x is ``join``'s sum where there is one."""
     need_x, need_weight, need_bias = needs
     px, pd = pixels(x, dtype), pixels(dy, dtype)
     keep: list[Tensor | None] = []
@@ -87,7 +89,11 @@ def conv_backward(
     dx = accumulate if accumulate is not None and layout.destination(px[0], accumulate) is accumulate else pg[0]
     gate = None if transform.gate is None else torch.empty(transform.gate.shape)
     sums = torch.empty(2, x.shape[1]) if transform.mean is not None and gate is None else None
-    if not (transform.is_identity and dx is pg[0] and factor == 1):
+    if join is not None:
+        sums = torch.empty(3, x.shape[1])
+        if accumulate is not None and dx is not accumulate:  # the mask comes after the sum
+            dx = accumulate = layout.empty_like(px[0]).copy_(accumulate)
+    if not (transform.is_identity and join is None and dx is pg[0] and factor == 1):
         _input_gradient(
             backward_arguments(
                 pg,
@@ -103,14 +109,14 @@ def conv_backward(
                 sums=sums,
                 gate=gate,
                 factor=factor,
+                join=join,
             )
         )
     if dx is not accumulate:
         dx = dx.to(x.dtype) if accumulate is None else accumulate.add_(dx.to(accumulate.dtype))
     return ConvGradients(
         dx,
-        sum_p=None if sums is None else sums[0],
-        sum_px=None if sums is None else sums[1],
+        **named_sums(sums, join),
         gate=None if gate is None or transform.gate is None else gate.to(transform.gate.dtype),
         weight=dw,
         bias=db,

@@ -22,6 +22,7 @@ from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
 if TYPE_CHECKING:
     from bnrestructure.kernels.cuda.convolution import conv_backward, conv_forward
+    from bnrestructure.kernels.cuda.join import join_backward, join_forward
     from bnrestructure.kernels.cuda.max_pool import max_pool_backward, max_pool_forward
     from bnrestructure.kernels.cuda.residual import residual_backward, residual_forward
     from bnrestructure.kernels.cuda.statistics import (
@@ -44,6 +45,8 @@ __all__ = [
     "description",
     "finalize_backward",
     "finalize_forward",
+    "join_backward",
+    "join_forward",
     "max_pool_backward",
     "max_pool_forward",
     "normalise_backward",
@@ -61,6 +64,7 @@ __all__ = [
 _MODULES = {
     "conv": "convolution",
     "finalize": "statistics",
+    "join": "join",
     "max": "max_pool",
     "normalise": "sweeps",
     "residual": "residual",
@@ -78,12 +82,17 @@ def __getattr__(name: str) -> Any:
 
 
 def convolution_choices(
-    x: tuple[int, ...], weight: tuple[int, ...], transform: Transform, geometry: ConvGeometry, dtype: torch.dtype
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    transform: Transform,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+    joined: bool = False,
 ) -> tuple[Choice, Choice]:
     """(forward, backward): what a convolution node will run on tensors of these shapes, computing in ``dtype``, and why.
 
     ``reference`` where no kernel here can. By rule where there is no GPU, or none that the node was measured on. Backward is
-    meant with both the input's and the weight's gradient wanted.
+    meant with both the input's and the weight's gradient wanted. ``joined``: behind a residual join, formed and finished by the node.
     """
     tensors = torch.empty(x, dtype=dtype, device="meta"), torch.empty(weight, dtype=dtype, device="meta")
     dy = torch.empty(x[0], weight[0], *geometry.output_size(x[2:], weight[2:]), dtype=dtype, device="meta")
@@ -95,7 +104,8 @@ def convolution_choices(
             found.append(Choice("reference", reason))
             continue
         gated, tf32 = transform.gate is not None, torch.backends.cudnn.allow_tf32
-        found.append(choose(node_of(x, weight, geometry, not transform.is_identity, gated, dtype, tf32), direction, gpu_here()))
+        node = node_of(x, weight, geometry, not transform.is_identity, gated, dtype, tf32, joined)
+        found.append(choose(node, direction, gpu_here()))
     return found[0], found[1]
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnrestructure.kernels import reference, tuning
 from bnrestructure.kernels.cuda import convolution_fused, convolution_hybrid, device
-from bnrestructure.kernels.cuda.convolution_choice import BACKWARD, Node, call_of, candidates, choose, node_of
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
+from bnrestructure.kernels.cuda.convolution_choice import BACKWARD, Node, call_of, candidates, choose, forms_sum, node_of
+from bnrestructure.kernels.cuda.residual import residual_backward, residual_forward
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
 
@@ -25,6 +27,8 @@ _IMPLEMENTATIONS: dict[str, ModuleType] = {
     "hybrid": convolution_hybrid,
     "reference": reference,
 }
+#: The dgrads that finish a residual join's gradient themselves.
+_FINISHING = ("fused", "hybrid")
 
 
 def conv_forward(
@@ -37,14 +41,22 @@ def conv_forward(
     dtype: torch.dtype,
     statistics: bool,
     out: Tensor | None = None,
+    join: Join | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y, mean, var): see kernels/reference/convolution.py. x [N, C_in, H, W] of any strides; fp32, bf16 or fp16."""
+    """(y, mean, var): see kernels/reference/convolution.py. x [N, C_in, H, W] of any strides; fp32, bf16 or fp16.
+
+    With ``join`` x, channels_last in ``dtype``, is written first: the join's sum.
+    """
+    node = _node(x, transform, weight, geometry, dtype, join)
 
     def run(implementation: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        kernel = _IMPLEMENTATIONS[implementation].conv_forward
-        return kernel(x, transform, weight, bias, geometry, dtype=dtype, statistics=statistics, out=out)
+        options: dict[str, Any] = {"dtype": dtype, "statistics": statistics, "out": out}
+        if join is not None and implementation == "fused" and forms_sum(node):
+            options["join"] = join
+        elif join is not None:
+            residual_forward(join.y, join.ty, join.r, join.tr, join.act, dtype=dtype, statistics=False, into=x)
+        return _IMPLEMENTATIONS[implementation].conv_forward(x, transform, weight, bias, geometry, **options)
 
-    node = _node(x, transform, weight, geometry, dtype)
     if tuning.is_measuring():
         _measure_once(node, "forward", x, run)
     return run(choose(node, "forward", device.gpu_of(x)).implementation)
@@ -61,11 +73,14 @@ def conv_backward(
     dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
     accumulate: Tensor | None = None,
+    join: Join | None = None,
 ) -> ConvGradients:
-    """Gradients of :func:`conv_forward`: see kernels/reference/convolution.py."""
+    """Gradients of :func:`conv_forward`: see kernels/reference/convolution.py. With ``join``, whose sum x is, dx is G of that join."""
 
     def run(name: str, into: Tensor | None) -> ConvGradients:
         dgrad, wgrad = BACKWARD[name]
+        if join is not None and dgrad not in _FINISHING:
+            return _in_turn(dy, edge, x, weight, geometry, join, implementation=name, dtype=dtype, needs=needs, accumulate=into)
         parts = [(dgrad, needs, into)]
         if dgrad != wgrad:
             parts = [(wgrad, (False, needs[1], needs[2]), None), (dgrad, (needs[0], False, False), into)]
@@ -73,11 +88,12 @@ def conv_backward(
         for implementation, part, to in parts:
             if any(part):
                 kernel = _IMPLEMENTATIONS[implementation].conv_backward
-                found = kernel(dy, edge, x, transform, weight, geometry, dtype=dtype, needs=part, accumulate=to)
+                options: dict[str, Any] = {"join": join} if join is not None and part[0] else {}
+                found = kernel(dy, edge, x, transform, weight, geometry, dtype=dtype, needs=part, accumulate=to, **options)
                 merged = merged._replace(**{key: value for key, value in found._asdict().items() if value is not None})
         return merged
 
-    node = _node(x, transform, weight, geometry, dtype)
+    node = _node(x, transform, weight, geometry, dtype, join)
     if tuning.is_measuring() and needs[0] and needs[1]:
         # A tensor to add to that many times, with the strides of the real one and nobody's gradient.
         into = None if accumulate is None else torch.empty_like(accumulate).copy_(accumulate)
@@ -85,9 +101,29 @@ def conv_backward(
     return run(choose(node, "backward", device.gpu_of(x)).implementation, accumulate)
 
 
-def _node(x: Tensor, transform: Transform, weight: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> Node:
+def _in_turn(
+    dy: Tensor,
+    edge: BackwardEdge,
+    z: Tensor,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    join: Join,
+    *,
+    implementation: str,
+    **options: Any,
+) -> ConvGradients:
+    """The convolution's gradients by an implementation that knows no joins, then the join's."""
+    found = _IMPLEMENTATIONS[BACKWARD[implementation][0]].conv_backward(dy, edge, z, Transform(), weight, geometry, **options)
+    g, *sums = residual_backward(found.dx, None, join.y, join.ty, join.r, join.tr, z, join.act)
+    return found._replace(dx=g, sum_p=sums[0], sum_px=sums[1], sum_pr=sums[2])
+
+
+def _node(
+    x: Tensor, transform: Transform, weight: Tensor, geometry: ConvGeometry, dtype: torch.dtype, join: Join | None
+) -> Node:
     gated, tf32 = transform.gate is not None, torch.backends.cudnn.allow_tf32
-    return node_of(tuple(x.shape), tuple(weight.shape), geometry, not transform.is_identity, gated, dtype, tf32)
+    shapes = tuple(x.shape), tuple(weight.shape)
+    return node_of(*shapes, geometry, not transform.is_identity, gated, dtype, tf32, join is not None)
 
 
 def _measure_once(node: Node, direction: str, x: Tensor, run: Callable[[str], object]) -> None:

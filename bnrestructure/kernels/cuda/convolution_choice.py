@@ -27,7 +27,7 @@ from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cuda.device import identify_machine
 from bnrestructure.ops.edges import ConvGeometry
 
-__all__ = ["BACKWARD", "Node", "call_of", "candidates", "choose", "is_depthwise", "node_of"]
+__all__ = ["BACKWARD", "Node", "call_of", "candidates", "choose", "forms_sum", "is_depthwise", "node_of"]
 
 #: Backward candidates: the implementations of the input gradient and of the weight gradient.
 BACKWARD = {**DENSE_BACKWARD, "depthwise": ("depthwise", "depthwise"), "reference": ("reference", "reference")}
@@ -42,7 +42,8 @@ _MARGIN = 0.9
 
 
 class Node(NamedTuple):
-    """What the choice depends on. ``x`` and ``weight`` are shapes; ``tf32`` matters for fp32 alone."""
+    """What the choice depends on. ``x`` and ``weight`` are shapes; ``tf32`` matters for fp32 alone; ``joined``: x is a residual join's sum,
+    formed and differentiated with the convolution (then ``transformed`` is False)."""
 
     x: tuple[int, ...]
     weight: tuple[int, ...]
@@ -51,6 +52,7 @@ class Node(NamedTuple):
     gated: bool
     dtype: torch.dtype
     tf32: bool
+    joined: bool = False
 
     @property
     def size_out(self) -> tuple[int, ...]:
@@ -65,10 +67,23 @@ def is_depthwise(weight: tuple[int, ...], geometry: ConvGeometry) -> bool:
 
 @lru_cache(maxsize=4096)
 def node_of(
-    x: tuple[int, ...], weight: tuple[int, ...], geometry: ConvGeometry, transformed: bool, gated: bool, dtype: torch.dtype, tf32: bool
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    geometry: ConvGeometry,
+    transformed: bool,
+    gated: bool,
+    dtype: torch.dtype,
+    tf32: bool,
+    joined: bool = False,
 ) -> Node:
     """The node of these shapes, computing in ``dtype``."""
-    return Node(tuple(x), tuple(weight), geometry, transformed, gated, dtype, tf32 and dtype is torch.float32)
+    return Node(tuple(x), tuple(weight), geometry, transformed, gated, dtype, tf32 and dtype is torch.float32, joined)
+
+
+def forms_sum(node: Node) -> bool:
+    """Whether the fused forward kernel can form a residual join's sum: each pixel must be read by one row of tiles alone."""
+    stride, padding, _, groups = node.geometry
+    return (*node.weight[2:], *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
 
 
 def candidates(node: Node, direction: str) -> list[str]:
@@ -114,7 +129,7 @@ def call_of(node: Node, direction: str) -> str:
     stride, padding, dilation, groups = node.geometry
     pairs = {"stride": stride, "padding": padding, "dilation": dilation}
     details = ", ".join(f"{name} {'x'.join(map(str, pair))}" for name, pair in pairs.items())
-    how = ("transformed" if node.transformed else "as it is") + (", gated" if node.gated else "")
+    how = ("transformed" if node.transformed else "as it is") + (", gated" if node.gated else "") + (", joined" if node.joined else "")
     dtype = str(node.dtype).removeprefix("torch.") + (" as tf32" if node.tf32 else "")
     return f"cuda conv {direction} {dtype} {n}x{c}x{h}x{w} {how}, to {out} by {kh}x{kw}, {details}, groups {groups}"
 
@@ -144,10 +159,13 @@ def _tiled(left: int, right: int, depth: int, left_cycles: float, right_cycles: 
 def _forward_costs(node: Node) -> dict[str, float]:
     x, y, product = _sizes(node)
     (n, c, _, _), (out, _, kh, kw), (oh, ow) = node.x, node.weight, node.size_out
-    prologue = (_MASKED if any(node.geometry.padding) else _PROLOGUE) - _PRODUCT if node.transformed else 0.0
+    joins = node.joined and forms_sum(node)
+    prologue = (_MASKED if any(node.geometry.padding) else _PROLOGUE) - _PRODUCT if node.transformed or joins else 0.0
     fused = _tiled(n * oh * ow, out, c * kh * kw, prologue, 0.0, node.tf32)
-    sweeps = y + (2 * x if node.transformed else 0)
-    return {"fused": max(x + y, fused), "hybrid": max(x + y, product) + sweeps}
+    # The sum's operands are read and it is written, in a sweep of its own where the fused kernel does not form it.
+    in_kernel, sweep = (3 * x, 0) if joins else (x, 3 * x if node.joined else 0)
+    sweeps = y + (2 * x if node.transformed else 0) + (3 * x if node.joined else 0)
+    return {"fused": max(in_kernel + y, fused) + sweep, "hybrid": max(x + y, product) + sweeps}
 
 
 def _backward_costs(node: Node) -> dict[str, float]:
@@ -161,10 +179,10 @@ def _backward_costs(node: Node) -> dict[str, float]:
     dgrad = _tiled(n * h * w, c, max(1, out * taps // strides), _DGRAD - _PRODUCT, 0.0, node.tf32)
     wgrad = _tiled(out, columns, depth, one_side, one_side if node.transformed else 0.0, node.tf32)
     of_dgrad = {
-        "fused": max(2 * y + (2 * x if node.transformed else x), dgrad),
-        "hybrid": max(x + y, product) + (3 * x if node.transformed else 0),
+        "fused": max(2 * y + (4 * x if node.joined else 2 * x if node.transformed else x), dgrad),
+        "hybrid": max(x + y, product) + (5 * x if node.joined else 3 * x if node.transformed else 0),
     }
-    if gathered and not node.transformed:  # a model's first convolution: its input takes no gradient
+    if gathered and not node.transformed and not node.joined:  # a model's first convolution: its input takes no gradient
         of_dgrad = dict.fromkeys(of_dgrad, 0)
     of_wgrad = {"fused": max(2 * y + x, wgrad), "hybrid": max(x + y, product) + (2 * x if node.transformed else 0)}
     edge = {name: 3 * y if "hybrid" in pair else 0 for name, pair in DENSE_BACKWARD.items()}  # dY is formed once

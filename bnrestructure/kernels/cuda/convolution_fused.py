@@ -10,7 +10,7 @@ from torch import Tensor
 from bnrestructure.kernels.cuda import dense_dgrad, dense_forward, dense_wgrad, depthwise, depthwise_wgrad
 from bnrestructure.kernels.cuda.convolution_choice import is_depthwise
 from bnrestructure.kernels.cuda.edges import edge_pixels
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
 
@@ -34,8 +34,9 @@ def conv_backward(
     dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
     accumulate: Tensor | None = None,
+    join: Join | None = None,
 ) -> ConvGradients:
-    """Gradients of :func:`conv_forward`: see kernels/reference/convolution.py."""
+    """Gradients of :func:`conv_forward`: see kernels/reference/convolution.py. With ``join`` x is its sum; not for depthwise ones."""
     need_x, need_weight, need_bias = needs
     gradient = edge_pixels(dy, edge)
     own = is_depthwise(tuple(weight.shape), geometry)
@@ -46,7 +47,8 @@ def conv_backward(
         )
     if not need_x:
         return ConvGradients(weight=dw if need_weight else None, bias=db)
+    options = {} if own else {"join": join}
     found = (depthwise if own else dense_dgrad).dgrad(
-        gradient, x, transform, weight, geometry, dtype=dtype, accumulate=accumulate
+        gradient, x, transform, weight, geometry, dtype=dtype, accumulate=accumulate, **options
     )
-    return ConvGradients(found.dx, found.sum_p, found.sum_px, found.gate, dw if need_weight else None, db)
+    return ConvGradients(found.dx, found.sum_p, found.sum_px, found.gate, dw if need_weight else None, db, found.sum_pr)

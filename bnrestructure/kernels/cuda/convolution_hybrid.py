@@ -18,10 +18,11 @@ from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import empty_pixels, packed_weight, pixels
 from bnrestructure.kernels.cuda.merge import partial_sums
 from bnrestructure.kernels.cuda.precision import offset, rounded_gradient
+from bnrestructure.kernels.cuda.residual import residual_backward
 from bnrestructure.kernels.cuda.statistics import statistics_forward
 from bnrestructure.kernels.cuda.sweeps import normalise_backward, normalise_forward
 from bnrestructure.kernels.rounding import gradient_factor, restored
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
 
@@ -58,8 +59,9 @@ def conv_backward(
     dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
     accumulate: Tensor | None = None,
+    join: Join | None = None,
 ) -> ConvGradients:
-    """The gradients as kernels/reference says, for a transform without a gate."""
+    """The gradients as kernels/reference says, for a transform without a gate. With ``join`` x is its sum."""
     need_x, need_weight, need_bias = needs
     gradient = edge_pixels(dy, edge)
     factor = gradient_factor(gradient.a is not None, dtype, torch.float32)
@@ -76,6 +78,11 @@ def conv_backward(
     dw = torch.empty_like(weight).copy_(restored(found, factor, weight.dtype)) if need_weight else None
     if not need_x:
         return ConvGradients(weight=dw, bias=db)
+    if join is not None:
+        dx, sum_p, sum_py, sum_pr = residual_backward(
+            g, None, join.y, join.ty, join.r, join.tr, x, join.act, factor=1 / factor, more=accumulate
+        )
+        return ConvGradients(dx, sum_p, sum_py, None, dw, db, sum_pr)
     if transform.is_identity and factor == 1:
         dx = pixels(g).tensor.to(x.dtype) if accumulate is None else accumulate.add_(g)
         return ConvGradients(dx, weight=dw, bias=db)

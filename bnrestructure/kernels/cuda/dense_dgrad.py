@@ -1,13 +1,14 @@
 """The fused convolution's input gradient: an implicit product, [input pixels, taps * C_out] by [taps * C_out, C_in].
 
 The prologue forms dY = s * P + a * (y - mean) + b; the epilogue applies the activation's mask and the scale, takes
-the sums SP and SPX, and stores or accumulates in place. With strides an input pixel meets only the taps that are
-congruent to it, so each residue class of pixels is a launch of its own over exactly its taps: no product is formed
-only to be thrown away.
+the sums SP and SPX, and stores or accumulates in place; behind a residual join it finishes the gradient of the sum.
+With strides an input pixel meets only the taps that are congruent to it, so each residue class of pixels is a launch
+of its own over exactly its taps: no product is formed only to be thrown away.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import gcd
 from typing import NamedTuple
 
@@ -18,24 +19,25 @@ from torch import Tensor
 
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.activation import activation_constants
-from bnrestructure.kernels.cuda.edges import EdgePixels, output_gradient, store_input_gradient
+from bnrestructure.kernels.cuda.edges import EdgePixels, output_gradient, store_input_gradient, store_join_gradient
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, packed_weight, pixels, vectors
 from bnrestructure.kernels.cuda.merge import partial_sums
 from bnrestructure.kernels.cuda.precision import multiply, restored_gradient, rounded_gradient
 from bnrestructure.kernels.cuda.problem import is_heavy, precision_of
-from bnrestructure.ops.edges import ConvGeometry, Transform
+from bnrestructure.ops.edges import ConvGeometry, Join, Transform
 
 __all__ = ["InputGradient", "dgrad"]
 
 
 class InputGradient(NamedTuple):
-    """dx [N, C, H, W] in x's dtype; SP and SPX [C] fp32 or None; the gate's gradient [N, C] fp32 or None."""
+    """dx [N, C, H, W] in x's dtype; SP, SPX and, behind a join, SPR, [C] fp32 or None; the gate's gradient [N, C] fp32 or None."""
 
     dx: Tensor
     sum_p: Tensor | None
     sum_px: Tensor | None
     gate: Tensor | None
+    sum_pr: Tensor | None = None
 
 
 class _Class(NamedTuple):
@@ -74,8 +76,8 @@ _SIZES = (
 @triton.jit(do_not_specialize=_SIZES)
 def _dense_dgrad_kernel(
     p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, w_ptr, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr,
-    dx_ptr, partial_ptr, gate_partial_ptr,
-    p_pitch, y_pitch, x_pitch, dx_pitch, rows, first_tile, all_tiles, H, W, OH, OW, inputs, group_inputs, group_outputs,
+    r_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, dx_ptr, partial_ptr, gate_partial_ptr,
+    p_pitch, y_pitch, x_pitch, r_pitch, dx_pitch, rows, first_tile, all_tiles, H, W, OH, OW, inputs, group_inputs, group_outputs,
     CH, CW, first_h, first_w, tap_h, tap_w, tap_step_h, tap_step_w, taps_h, taps_w,
     shift_h, shift_w, shift_step_h, shift_step_w,
     ACT: tl.constexpr, SLOPE: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
@@ -142,11 +144,18 @@ def _dense_dgrad_kernel(
 
     pixel = (n * H + ch * SH + first_h) * W + cw * SW + first_w
     total = restored_gradient(total, a_ptr, w_ptr.dtype.element_ty)
-    store_input_gradient(
-        total, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, dx_ptr, partial_ptr, gate_partial_ptr,
-        x_pitch, dx_pitch, pixel, group * group_inputs + column, row_valid, column_valid,
-        tile // image_tiles, first_tile + tile, all_tiles, inputs, ACT, SLOPE, ACCUMULATE, WIDE,
-    )  # fmt: skip
+    if r_ptr is not None:  # x is the join's operand y
+        store_join_gradient(
+            total, x_ptr, mean_ptr, scale_ptr, beta_ptr, r_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, dx_ptr, partial_ptr,
+            x_pitch, r_pitch, dx_pitch, pixel, group * group_inputs + column, row_valid, column_valid,
+            first_tile + tile, all_tiles, inputs, ACT, SLOPE, ACCUMULATE, WIDE,
+        )  # fmt: skip
+    else:
+        store_input_gradient(
+            total, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, dx_ptr, partial_ptr, gate_partial_ptr,
+            x_pitch, dx_pitch, pixel, group * group_inputs + column, row_valid, column_valid,
+            tile // image_tiles, first_tile + tile, all_tiles, inputs, ACT, SLOPE, ACCUMULATE, WIDE,
+        )  # fmt: skip
 
 
 def dgrad(
@@ -158,30 +167,40 @@ def dgrad(
     *,
     dtype: torch.dtype,
     accumulate: Tensor | None = None,
+    join: Join | None = None,
 ) -> InputGradient:
     """The gradient at x and what its epilogue sums. A gate needs stride 1 (see limits.py).
 
-    ``accumulate`` is added to in place and returned as dx; one that cannot be addressed, in a step of its own.
+    ``accumulate`` is added to in place and returned as dx; one that cannot be addressed, in a step of its own. With ``join``, of which x
+    is the sum, dx is what its operands share; the transform is the identity then.
     """
     batch, inputs, h, w = x.shape
     outputs, group_inputs, kh, kw = weight.shape
+    shortcut, r_vectors = None, Transform()
+    if join is not None:
+        x, transform = join.y, replace(join.ty, act=join.act)
+        shortcut, r_vectors = pixels(join.r), join.tr
     source = pixels(x)
     dx = destination(x, x.dtype, accumulate)
+    if join is not None and accumulate is not None and dx.tensor is not accumulate:  # the mask comes after the sum
+        accumulate = dx.tensor.copy_(accumulate)
     in_place = accumulate is not None and dx.tensor is accumulate
     gated = transform.gate is not None
     rows_of = [_classes(h, kh, geometry.stride[0], geometry.padding[0], geometry.dilation[0]),
                _classes(w, kw, geometry.stride[1], geometry.padding[1], geometry.dilation[1])]  # fmt: skip
     group_outputs = outputs // geometry.groups
-    heavy = is_heavy(transform, edge.p.pitch, source.pitch, dx.pitch, group_inputs, group_outputs)
+    r_pitch = 0 if shortcut is None else shortcut.pitch
+    heavy = is_heavy(transform, edge.p.pitch, source.pitch, r_pitch, dx.pitch, group_inputs, group_outputs)
     class_rows = dx.rows // (len(rows_of[0]) * len(rows_of[1]))
-    tile = tiles.dense_dgrad(class_rows, group_inputs, group_outputs, dtype.itemsize, heavy)
+    tile = tiles.dense_dgrad(class_rows, group_inputs, group_outputs, dtype.itemsize, heavy, join is not None)
     row_tiles = [
         batch * triton.cdiv(i.size * j.size, tile.m) if gated else triton.cdiv(batch * i.size * j.size, tile.m)
         for i in rows_of[0] for j in rows_of[1]
     ]  # fmt: skip
     all_tiles = sum(row_tiles)
     has_sums = transform.mean is not None and not gated
-    partial = partial_sums(2, all_tiles, inputs, x.device) if has_sums else None
+    planes = 2 + (r_vectors.mean is not None)
+    partial = partial_sums(planes, all_tiles, inputs, x.device) if has_sums else None
     gate_partial = partial_sums(1, all_tiles, inputs, x.device) if gated else None
     mean, scale, beta, gate = vectors(transform.mean, transform.scale, transform.beta, transform.gate)
     weight = packed_weight(weight, dtype)
@@ -189,21 +208,23 @@ def dgrad(
     for count, (i, j) in zip(row_tiles, ((i, j) for i in rows_of[0] for j in rows_of[1]), strict=True):
         launch(
             _dense_dgrad_kernel, (count * triton.cdiv(group_inputs, tile.n), geometry.groups),
-            *edge.pointers, weight, source.tensor, mean, scale, beta, gate, dx.tensor, partial, gate_partial,
-            *edge.pitches, source.pitch, dx.pitch, batch * i.size * j.size, first_tile, all_tiles,
+            *edge.pointers, weight, source.tensor, mean, scale, beta, gate,
+            None if shortcut is None else shortcut.tensor, *vectors(r_vectors.mean, r_vectors.scale, r_vectors.beta),
+            dx.tensor, partial, gate_partial,
+            *edge.pitches, source.pitch, r_pitch, dx.pitch, batch * i.size * j.size, first_tile, all_tiles,
             h, w, *edge.size, inputs, group_inputs, group_outputs,
             i.size, j.size, i.first, j.first, i.tap, j.tap, i.tap_step, j.tap_step, i.taps, j.taps,
             i.shift, j.shift, i.shift_step, j.shift_step,
             **activation_constants(transform.act), SH=geometry.stride[0], SW=geometry.stride[1], KH=kh, KW=kw,
             ACCUMULATE=in_place, BY_IMAGE=gated, PADDED=_leaves(i, edge.size[0]) or _leaves(j, edge.size[1]),
-            WIDE=edge.wide or source.wide or dx.wide, PRECISION=precision_of(dtype),
+            WIDE=edge.wide or source.wide or dx.wide or (shortcut is not None and shortcut.wide), PRECISION=precision_of(dtype),
             BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
         first_tile += count
-    sum_p, sum_px = (None, None) if partial is None else partial.sum(1).unbind()
+    sum_p, sum_px, *sum_pr = (None, None) if partial is None else partial.sum(1).unbind()
     dgate = None if gate_partial is None else gate_partial.view(batch, -1, inputs).sum(1)
     result = dx.tensor if accumulate is None or in_place else accumulate.add_(dx.tensor)
-    return InputGradient(result, sum_p, sum_px, dgate)
+    return InputGradient(result, sum_p, sum_px, dgate, sum_pr[0] if sum_pr else None)
 
 
 def _leaves(c: _Class, size: int) -> bool:

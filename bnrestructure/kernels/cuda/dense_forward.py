@@ -6,6 +6,8 @@ takes the statistics of what it stored. The groups of a grouped convolution are 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -18,15 +20,16 @@ from bnrestructure.kernels.cuda.layout import destination, empty_pixels, packed_
 from bnrestructure.kernels.cuda.merge import merge_statistics, partial_statistics, store_partial_statistics
 from bnrestructure.kernels.cuda.precision import multiply, offset, rounded
 from bnrestructure.kernels.cuda.problem import geometry_constants, is_gathered, is_heavy, is_padded, precision_of
-from bnrestructure.ops.edges import ConvGeometry, Transform
+from bnrestructure.ops.edges import ConvGeometry, Join, Transform
 
 __all__ = ["conv_forward"]
 
 
 @triton.jit(do_not_specialize=("rows", "row_tiles", "H", "W", "OH", "OW"))
 def _dense_forward_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, partial_ptr,
-    x_pitch, y_pitch, rows, row_tiles, H, W, OH, OW, inputs, outputs, group_inputs, group_outputs,
+    x_ptr, w_ptr, bias_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr,
+    r_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, sum_ptr, partial_ptr,
+    x_pitch, r_pitch, sum_pitch, y_pitch, rows, row_tiles, H, W, OH, OW, inputs, outputs, group_inputs, group_outputs,
     ACT: tl.constexpr, SLOPE: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
@@ -74,12 +77,18 @@ def _dense_forward_kernel(
         x = tl.load(x_ptr + offset(pixel, x_pitch, WIDE) + in_channel, mask=inside, other=0.0)
         if mean_ptr is not None or gate_ptr is not None or ACT != "identity":
             u = pre_activation(x.to(tl.float32), mean_ptr, scale_ptr, beta_ptr, in_channel, k_valid[None, :])
+            if r_ptr is not None:
+                r = tl.load(r_ptr + offset(pixel, r_pitch, WIDE) + in_channel, mask=inside, other=0.0).to(tl.float32)
+                u += pre_activation(r, r_mean_ptr, r_scale_ptr, r_beta_ptr, in_channel, k_valid[None, :])
             z = activate(u, ACT, SLOPE)
             if gate_ptr is not None:
                 z *= tl.load(gate_ptr + n[:, None] * inputs + in_channel, mask=inside, other=0.0)
             if PADDED:  # padding is zero *after* the activation; rows beyond the last are never stored
                 z = tl.where(inside, z, 0.0)
             a = rounded(z, w_ptr.dtype.element_ty)
+            if sum_ptr is not None:  # one tile of columns stores what all of them form
+                first = tl.program_id(0) % column_tiles + tl.zeros((BM, 1), dtype=tl.int32) == 0
+                tl.store(sum_ptr + offset(pixel, sum_pitch, WIDE) + in_channel, a, mask=inside & first)
         else:
             a = rounded(x.to(tl.float32), w_ptr.dtype.element_ty)
         w_offset = (group * group_outputs + column)[None, :] * (KH * KW * group_inputs) + weight_row[:, None]
@@ -109,8 +118,18 @@ def conv_forward(
     dtype: torch.dtype,
     statistics: bool,
     out: Tensor | None = None,
+    join: Join | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y, mean, var) as kernels/reference says, 2-D; x, the weight and ``dtype`` are fp32, bf16 or fp16."""
+    """(y, mean, var) as kernels/reference says, 2-D; x, the weight and ``dtype`` are fp32, bf16 or fp16.
+
+    With ``join`` x, channels_last in ``dtype``, is written: the join's sum. Only where each pixel is read once: 1x1 kernels without
+    stride, padding and groups.
+    """
+    kept = shortcut = None
+    r_vectors = Transform()
+    if join is not None:
+        kept, shortcut, r_vectors = pixels(x), pixels(join.r), join.tr
+        x, transform = join.y, replace(join.ty, act=join.act)
     source = pixels(x)
     batch, inputs, h, w = x.shape
     outputs, group_inputs, *kernel = weight.shape
@@ -119,17 +138,21 @@ def conv_forward(
     group_outputs = outputs // geometry.groups
     gathered = is_gathered(group_inputs, kernel)
     depth = group_inputs * (kernel[0] * kernel[1] if gathered else 1)
-    heavy = is_heavy(transform, source.pitch, y.pitch, group_inputs, group_outputs)
-    tile = tiles.dense_forward(y.rows, group_outputs, depth, dtype.itemsize, gathered, heavy)
+    more = [given for given in (kept, shortcut) if given is not None]
+    heavy = is_heavy(transform, source.pitch, y.pitch, *(given.pitch for given in more), group_inputs, group_outputs)
+    tile = tiles.dense_forward(y.rows, group_outputs, depth, dtype.itemsize, gathered, heavy, join is not None)
     row_tiles = triton.cdiv(y.rows, tile.m)
     partial = partial_statistics(row_tiles, outputs, x.device) if statistics else None
     mean, scale, beta, gate, bias = vectors(transform.mean, transform.scale, transform.beta, transform.gate, bias)
     launch(
         _dense_forward_kernel, (row_tiles * triton.cdiv(group_outputs, tile.n), geometry.groups),
-        source.tensor, packed_weight(weight, dtype), bias, y.tensor, mean, scale, beta, gate, partial,
-        source.pitch, y.pitch, y.rows, row_tiles, h, w, *shape[2:], inputs, outputs, group_inputs, group_outputs,
+        source.tensor, packed_weight(weight, dtype), bias, y.tensor, mean, scale, beta, gate,
+        None if shortcut is None else shortcut.tensor, *vectors(r_vectors.mean, r_vectors.scale, r_vectors.beta),
+        None if kept is None else kept.tensor, partial,
+        source.pitch, 0 if shortcut is None else shortcut.pitch, 0 if kept is None else kept.pitch,
+        y.pitch, y.rows, row_tiles, h, w, *shape[2:], inputs, outputs, group_inputs, group_outputs,
         **activation_constants(transform.act), **geometry_constants(geometry, kernel),
-        GATHERED=gathered, PADDED=is_padded(geometry), WIDE=source.wide or y.wide, PRECISION=precision_of(dtype),
+        GATHERED=gathered, PADDED=is_padded(geometry), WIDE=any(given.wide for given in (source, y, *more)), PRECISION=precision_of(dtype),
         BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     result = y.tensor if out is None or y.tensor is out else out.copy_(y.tensor)

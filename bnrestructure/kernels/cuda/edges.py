@@ -10,10 +10,10 @@ from torch import Tensor
 
 from bnrestructure.kernels.cuda.activation import activate, pre_activation, pull_back
 from bnrestructure.kernels.cuda.layout import Pixels, pixels, vectors
-from bnrestructure.kernels.cuda.precision import offset, rounded
+from bnrestructure.kernels.cuda.precision import dithered, offset, rounded
 from bnrestructure.ops.edges import BackwardEdge
 
-__all__ = ["EdgePixels", "edge_pixels", "output_gradient", "store_input_gradient"]
+__all__ = ["EdgePixels", "edge_pixels", "output_gradient", "store_input_gradient", "store_join_gradient"]
 
 
 class EdgePixels(NamedTuple):
@@ -78,7 +78,7 @@ def output_gradient(
 def store_input_gradient(
     g, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, dx_ptr, partial_ptr, gate_partial_ptr,
     x_pitch, dx_pitch, pixel, channel, row_valid, valid, image, tile, tiles, channels,
-    ACT: tl.constexpr, SLOPE: tl.constexpr, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, DITHER: tl.constexpr = False,
 ):  # fmt: skip
     """From ``g`` [rows, channels] in fp32, the gradient at z, to the gradient of raw x, stored or added to dx.
 
@@ -106,4 +106,39 @@ def store_input_gradient(
     place = dx_ptr + offset(pixel[:, None], dx_pitch, WIDE) + column
     if ACCUMULATE:
         g += tl.load(place, mask=stored, other=0.0).to(tl.float32)
+    if DITHER:  # what all pixels have in common is kept on average
+        tl.store(place, dithered(g, pixel[:, None], dx_ptr.dtype.element_ty), mask=stored)
+    else:
+        tl.store(place, rounded(g, dx_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def store_join_gradient(
+    g, y_ptr, mean_ptr, scale_ptr, beta_ptr, r_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, dx_ptr, partial_ptr,
+    y_pitch, r_pitch, dx_pitch, pixel, channel, row_valid, valid, tile, tiles, channels,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """From ``g`` [rows, channels] in fp32, the gradient at a residual join's sum (what dx holds is added first), to what both of its
+    operands share, stored to dx. Its sums SP, SPY and SPR are tile ``tile``'s in ``partial_ptr`` [planes, tiles, channels].
+    """
+    stored = row_valid[:, None] & valid[None, :]
+    column = channel[None, :]
+    place = dx_ptr + offset(pixel[:, None], dx_pitch, WIDE) + column
+    if ACCUMULATE:
+        g += tl.load(place, mask=stored, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + offset(pixel[:, None], y_pitch, WIDE) + column, mask=stored, other=0.0).to(tl.float32)
+    r = tl.load(r_ptr + offset(pixel[:, None], r_pitch, WIDE) + column, mask=stored, other=0.0).to(tl.float32)
+    u = pre_activation(y, mean_ptr, scale_ptr, beta_ptr, column, valid[None, :])
+    u += pre_activation(r, r_mean_ptr, r_scale_ptr, r_beta_ptr, column, valid[None, :])
+    g = tl.where(stored, pull_back(g, u, ACT, SLOPE), 0.0)
     tl.store(place, rounded(g, dx_ptr.dtype.element_ty), mask=stored)
+    sums = partial_ptr + tile * channels + channel
+    tl.store(sums, tl.sum(g, 0), mask=valid)
+    if mean_ptr is not None:
+        sums += tiles * channels
+        mean = tl.load(mean_ptr + channel, mask=valid, other=0.0)[None, :]
+        tl.store(sums, tl.sum(g * (y - mean), 0), mask=valid)
+    if r_mean_ptr is not None:
+        sums += tiles * channels
+        mean = tl.load(r_mean_ptr + channel, mask=valid, other=0.0)[None, :]
+        tl.store(sums, tl.sum(g * (r - mean), 0), mask=valid)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.kernels import join
 from bnrestructure.ops.activation import unsupported_activation
 
 __all__ = ["ELEMENT_TYPES", "supports", "unavailable_reason"]
@@ -110,6 +111,13 @@ def _residual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     return _first(*reasons, unsupported_activation(act))
 
 
+def _join(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], str | None]:
+    def rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        return join.unsupported_part(supports, name, args, kwargs)
+
+    return rule
+
+
 def _statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     return _activation_tensor("the input", args[0])
 
@@ -169,6 +177,8 @@ _RULES: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], str | None]] = {
     "conv_backward": _conv_backward,
     "normalise_forward": _normalise_forward,
     "normalise_backward": _normalise_backward,
+    "join_forward": _join("join_forward"),
+    "join_backward": _join("join_backward"),
     "residual_forward": _residual,
     "residual_backward": _residual,
     "statistics_forward": _statistics,

@@ -49,11 +49,19 @@ def _residual_kernel(
 
 
 def residual_forward(
-    y: Tensor, ty: Transform, r: Tensor, tr: Transform, act: str, *, dtype: torch.dtype, statistics: bool
+    y: Tensor,
+    ty: Transform,
+    r: Tensor,
+    tr: Transform,
+    act: str,
+    *,
+    dtype: torch.dtype,
+    statistics: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``out = act(ty(y) + tr(r))`` in ``dtype``, and its statistics if asked for."""
+    """``out = act(ty(y) + tr(r))`` in ``dtype``, and its statistics if asked for. ``into`` is channels_last in ``dtype``."""
     left, right = pixels(y), pixels(r)
-    out = empty_pixels(tuple(y.shape), dtype, y.device)
+    out = empty_pixels(tuple(y.shape), dtype, y.device) if into is None else pixels(into)
     channels = y.shape[1]
     tile = tiles.sweep(channels)
     row_tiles = triton.cdiv(out.rows, tile.rows)
@@ -72,10 +80,10 @@ def residual_forward(
 
 @triton.jit(do_not_specialize=("rows", "row_tiles"))
 def _residual_backward_kernel(
-    dout_ptr, a_ptr, b_ptr, mean_ptr, y_ptr, r_ptr, out_ptr,
+    dout_ptr, more_ptr, a_ptr, b_ptr, mean_ptr, y_ptr, r_ptr, out_ptr,
     y_mean_ptr, y_scale_ptr, y_beta_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, g_ptr, partial_ptr,
-    dout_pitch, y_pitch, r_pitch, out_pitch, g_pitch, rows, row_tiles, channels,
-    ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    dout_pitch, more_pitch, y_pitch, r_pitch, out_pitch, g_pitch, rows, row_tiles, channels,
+    FACTOR: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     row = (tile * BR + tl.arange(0, BR))[:, None]
@@ -84,6 +92,10 @@ def _residual_backward_kernel(
     valid = channel < channels
     inside = (row < rows) & valid
     g = tl.load(dout_ptr + offset(row, dout_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
+    if FACTOR != 1.0:
+        g *= FACTOR
+    if more_ptr is not None:
+        g += tl.load(more_ptr + offset(row, more_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
     if a_ptr is not None:
         out = tl.load(out_ptr + offset(row, out_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
         a = tl.load(a_ptr + channel, mask=valid, other=0.0)
@@ -120,20 +132,26 @@ def residual_backward(
     tr: Transform,
     out: Tensor,
     act: str,
+    *,
+    factor: float = 1.0,
+    more: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(G, SP, SPY, SPR): see kernels/reference/sweeps.py. G is always fresh memory."""
+    """(G, SP, SPY, SPR): see kernels/reference/sweeps.py. G is always fresh memory. The gradient is ``factor * dout + more``."""
     gradient, left, right, kept = pixels(dout), pixels(y), pixels(r), pixels(out)
     g = empty_pixels(tuple(out.shape), out.dtype, out.device)
     channels = out.shape[1]
     tile = tiles.sweep(channels)
     row_tiles = triton.cdiv(g.rows, tile.rows)
     partial = partial_sums(1 + (ty.mean is not None) + (tr.mean is not None), row_tiles, channels, out.device)
-    operands = (gradient, left, right, kept, g)
+    added = None if more is None else pixels(more)
+    operands = (gradient, *([] if added is None else [added]), left, right, kept, g)
+    pitches = (gradient.pitch, 0 if added is None else added.pitch, left.pitch, right.pitch, kept.pitch, g.pitch)
     launch(
         _residual_backward_kernel, (row_tiles, triton.cdiv(channels, tile.channels)),
-        gradient.tensor, *vectors(*(statistics or (None, None, None))), left.tensor, right.tensor, kept.tensor,
+        gradient.tensor, None if added is None else added.tensor, *vectors(*(statistics or (None, None, None))),
+        left.tensor, right.tensor, kept.tensor,
         *vectors(ty.mean, ty.scale, ty.beta, tr.mean, tr.scale, tr.beta), g.tensor, partial,
-        *(operand.pitch for operand in operands), g.rows, row_tiles, channels,
+        *pitches, g.rows, row_tiles, channels, FACTOR=factor,
         **activation_constants(act), WIDE=any(operand.wide for operand in operands),
         BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip

@@ -76,6 +76,7 @@ def _normalise_backward_kernel(
     store_input_gradient(
         g, x_ptr, mean_ptr, scale_ptr, beta_ptr, None, dx_ptr, partial_ptr, None,
         x_pitch, dx_pitch, row, channel, row_valid, valid, 0, tile, row_tiles, channels, ACT, SLOPE, ACCUMULATE, WIDE,
+        DITHER=pooled_ptr is not None,
     )  # fmt: skip
 
 

@@ -49,24 +49,34 @@ def _power(n: int, low: int, high: int) -> int:
     return min(max(1 << (max(n, 1) - 1).bit_length(), low), high)
 
 
-def dense_forward(rows: int, channels: int, depth: int, element: int, gathered: bool, heavy: bool) -> DotTile:
+def dense_forward(
+    rows: int, channels: int, depth: int, element: int, gathered: bool, heavy: bool, joined: bool = False
+) -> DotTile:
     """``rows`` pixels by ``channels`` outputs, ``depth`` input channels (all taps of them when ``gathered``).
 
-    ``heavy``: the prologue or the epilogue needs many registers (see problem.is_heavy).
+    ``heavy``: the prologue or the epilogue needs many registers (see problem.is_heavy); ``joined``: it forms a residual join's sum.
     """
     n = _power(channels, 16, 128)
     m = 128 if rows >= 128 * 128 else 64
     k = _power(depth, 16, 128 // element)
     if gathered:  # every element has its own address: fewer of them in flight
         return DotTile(m, min(n, 64), min(k, 32), 8 if m == 128 else 4, 2)
+    if joined:  # two streams and a third that is written
+        return DotTile(m, min(n, 64) if heavy else n, min(k, 64 // element), 8, 2)
     if heavy:
         return DotTile(m, n, min(k, 64 // element), 8 if m * n >= 128 * 64 else 4, 2)
     # A narrow tile is nearly all left operand: with four warps Triton 3.6 spills its addresses on sm_80.
     return DotTile(m, n, k, 8 if m * n >= 128 * 128 or (m == 128 and n <= 32) else 4, 3)
 
 
-def dense_dgrad(rows: int, channels: int, depth: int, element: int, heavy: bool) -> DotTile:
-    """``rows`` input pixels by ``channels`` inputs, ``depth`` output channels; two streams feed the left operand."""
+def dense_dgrad(rows: int, channels: int, depth: int, element: int, heavy: bool, joined: bool = False) -> DotTile:
+    """``rows`` input pixels by ``channels`` inputs, ``depth`` output channels; two streams feed the left operand.
+
+    ``joined``: the epilogue finishes a residual join's gradient, from four tensors.
+    """
+    if joined:
+        n, m = _power(channels, 16, 64), 128 if rows >= 128 * 128 and not heavy else 64
+        return DotTile(m, n, _power(depth, 16, 64 // element), 8, 2)
     n = _power(channels, 16, 64 if heavy else 128)
     m = 128 if rows >= 128 * 128 and n < 128 else 64  # 128 x 128 spills on sm_90 with Triton 3.6
     k = _power(depth, 16, 64 // element)

@@ -27,7 +27,7 @@ from bnrestructure.kernels.cuda.sweeps import (
     squeeze_backward,
     squeeze_forward,
 )
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, PoolGeometry, Transform
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, PoolGeometry, Transform
 
 __all__ = ["VARIANTS", "Variant"]
 
@@ -89,6 +89,39 @@ def _convolution(
     return Variant(name, run, quick)
 
 
+def _join(
+    name: str,
+    c: int,
+    out: int,
+    kernel: int,
+    size: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    act: str = "relu",
+    stride: int = 1,
+    quick: bool = False,
+    implementation: ModuleType = convolution_fused,
+) -> Variant:
+    """A convolution behind a residual join, with and without a batch norm in the shortcut."""
+
+    def run() -> None:
+        geometry = ConvGeometry((stride,) * 2, (kernel // 2,) * 2, (1, 1), 1)
+        y, r, z = (_pixels(c, size, dtype) for _ in range(3))
+        weight = torch.empty(out, c, kernel, kernel, dtype=dtype, device="meta")
+        for shortcut in (Transform(), _transform(c, "identity")):
+            join = Join(y, _transform(c, "identity"), r, shortcut, act)
+            forms = kernel == stride == 1 and implementation is convolution_fused
+            options = {"join": join} if forms else {}
+            made, mean, _ = implementation.conv_forward(z, Transform(), weight, None, geometry, dtype=dtype, statistics=True, **options)
+            edge = BackwardEdge(_vector(out), _vector(out), _vector(out), made, mean)
+            implementation.conv_backward(
+                torch.empty_like(made), edge, z, Transform(), weight, geometry,
+                dtype=dtype, needs=(True, True, False), accumulate=torch.empty_like(z), join=join,
+            )  # fmt: skip
+
+    return Variant(name, run, quick)
+
+
 def _sweeps() -> None:
     x = _pixels(256, 56, torch.bfloat16)
     a, b, c, d = (_vector(256) for _ in range(4))
@@ -126,6 +159,16 @@ VARIANTS = (
     _convolution("3x3 groups bf16", 128, 128, 3, 56, groups=32),
     _convolution("3x3 gelu bf16", 128, 128, 3, 28, act="gelu"),
     _convolution("3x3 fp32", 128, 128, 3, 28, dtype=torch.float32),
+    _join("1x1 join bf16", 256, 64, 1, 56, quick=True),
+    _join("1x1 late join bf16", 2048, 512, 1, 7),
+    _join("1x1 linear join bf16", 32, 192, 1, 28, act="identity"),
+    _join("1x1 join odd channels bf16", 130, 70, 1, 28),
+    _join("1x1 join silu bf16", 128, 256, 1, 28, act="silu"),
+    _join("1x1 join fp16", 256, 64, 1, 56, dtype=torch.float16),
+    _join("1x1 join fp32", 256, 64, 1, 56, dtype=torch.float32),
+    _join("1x1 join stride 2 bf16", 256, 512, 1, 56, stride=2),
+    _join("3x3 join bf16", 128, 128, 3, 28),
+    _join("hybrid 3x3 join bf16", 256, 256, 3, 14, implementation=convolution_hybrid),
     _convolution("7x7 stem bf16", 3, 64, 7, 224, stride=2, plain=True),
     _convolution("depthwise 3x3 bf16", 144, 144, 3, 56, act="relu6", groups=144, quick=True),
     _convolution("depthwise 3x3 stride 2 bf16", 144, 144, 3, 56, act="silu", stride=2, groups=144),

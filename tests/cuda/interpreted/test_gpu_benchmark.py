@@ -19,16 +19,17 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("gpu_nodes")
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_a_right_kernel_passes(nodes: ModuleType, gated: bool) -> None:
-    node = nodes.Node("tiny", 5, 4, 5, act="silu", gated=gated)
-    assert nodes.check_node(node, torch.bfloat16, "cpu", batch=2)["ok"]
+@pytest.mark.parametrize("options", [{}, {"gated": True}, {"joined": True}, {"joined": True, "kernel": 3}], ids=str)
+def test_a_right_kernel_passes(nodes: ModuleType, options: dict[str, Any]) -> None:
+    node = nodes.Node("tiny", 5, 4, 5, act="silu", **options)
+    found = nodes.check_node(node, torch.bfloat16, "cpu", batch=2)
+    assert found["ok"], found
 
 
 @pytest.mark.own_tiles
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_right_sweeps_pass(nodes: ModuleType, dtype: torch.dtype) -> None:
-    found = nodes.check_sweeps("silu", dtype, "cpu", shape=(2, 5, 6, 5))
+    found = importlib.import_module("gpu_sweeps").check_sweeps("silu", dtype, "cpu", shape=(2, 5, 6, 5))
     assert found["ok"], found
 
 
@@ -41,4 +42,5 @@ def test_a_wrong_kernel_does_not(nodes: ModuleType, monkeypatch: pytest.MonkeyPa
         return y, mean, var * 1.01
 
     monkeypatch.setattr(module, "conv_forward", wrong)
-    assert not nodes.check_node(nodes.Node("tiny", 5, 4, 5), torch.float32, "cpu", batch=2)["ok"]
+    for joined in (False, True):
+        assert not nodes.check_node(nodes.Node("tiny", 5, 4, 5, joined=joined), torch.float32, "cpu", batch=2)["ok"]

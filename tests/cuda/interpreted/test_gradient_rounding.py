@@ -62,3 +62,18 @@ def test_sweeps_dither_as_the_reference_does(dtype: torch.dtype) -> None:
     statistics = (vector, vector, vector)
     found, wanted = (k.residual_backward(p, statistics, y, Transform(), r, Transform(), y, "relu")[0] for k in (cuda, reference))
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    pooled = torch.randn(N, CHANNELS)
+    for dz in (None, p):
+        found, wanted = (k.squeeze_backward(pooled, dz, y, Transform())[0] for k in (cuda, reference))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_squeeze_backward(dtype: torch.dtype) -> None:
+    """All pixels of an image have the same share of an average's gradient; rounded alike, they would all lose the same."""
+    unit = torch.finfo(dtype).eps
+    pooled = torch.full((N, CHANNELS), (1 + unit / 5) * SIZE * SIZE)
+    scale = torch.ones(CHANNELS)
+    found = cuda.squeeze_backward(pooled, None, activation(dtype), Transform(torch.zeros(CHANNELS), scale, torch.zeros(CHANNELS)))[0]
+    exact = torch.full((CHANNELS,), (1 + unit / 5) * N * SIZE * SIZE).double()
+    assert 0.8 < kept(total(found), torch.full((CHANNELS,), float(N * SIZE * SIZE)).double(), exact) < 1.2

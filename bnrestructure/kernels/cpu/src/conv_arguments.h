@@ -25,12 +25,25 @@ struct Problem {
     int64_t weight_strides[4];
 };
 
+// The residual join whose sum a convolution reads: x = act(ty(y) + tr(r)). With one, Problem's own transform is the identity.
+struct Join {
+    const void* y;                  // null: there is none
+    int64_t y_pitch;
+    const float *y_mean, *y_scale, *y_beta;   // [C_in], all or none
+    const void* r;
+    int64_t r_pitch;
+    const float *r_mean, *r_scale, *r_beta;
+    int64_t activation;
+    double slope;
+};
+
 struct ForwardArguments {
     Problem problem;
     const float* bias;              // [C_out]
     void* y;                        // [N, H_out, W_out, C_out], pixel pitch y_pitch
     int64_t y_pitch;
     float *y_mean, *y_var;          // [C_out], both or none: biased statistics of y as stored
+    Join join;                      // x is written first; for a 1x1 kernel without stride and padding
 };
 
 struct BackwardArguments {
@@ -50,6 +63,8 @@ struct BackwardArguments {
     int64_t weight_gradient_strides[4];
     float* bias_gradient;           // [C_out]
     double gradient_factor;         // what dY is multiplied by before it is rounded to bfloat16; results are divided by it
+    Join join;                      // dx takes G, the gradient at the sum; sum_p and sum_px are those of G and G * (y - join.y_mean)
+    float* sum_pr;                  // [C_in], with a join: sum of G * (r - join.r_mean)
 };
 
 }  // namespace bnr::conv

@@ -53,7 +53,7 @@ class Backward {
     struct Shared {
         Shared(const Backward& b, Scratch& scratch) {
             const Problem& p = b.p_;
-            if (b.need_x_ && b.a_.sum_p) sums = std::make_unique<Sums>(scratch, p.in_channels, 2);
+            if (b.need_x_ && b.a_.sum_p) sums = std::make_unique<Sums>(scratch, p.in_channels, b.a_.join.y ? 3 : 2);
             if (b.need_x_ && p.gate) gate = scratch.zeros<double>(p.batch * p.in_channels);
             if (b.a_.bias_gradient) bias = std::make_unique<Sums>(scratch, p.out_channels, 1);
             if (b.need_weight_) weight = scratch.take<float>(b.weight_size_);
@@ -80,6 +80,7 @@ class Backward {
             for (int64_t i = 0; first.gate && i < p_.batch * p_.in_channels; i++) first.gate[i] += shared[t]->gate[i];
         }
         if (first.sums) first.sums->write(0, a_.sum_p), first.sums->write(1, a_.sum_px);
+        if (first.sums && a_.sum_pr) first.sums->write(2, a_.sum_pr);
         if (first.bias) first.bias->write(0, a_.bias_gradient);
         for (int64_t i = 0; first.gate && i < p_.batch * p_.in_channels; i++) {
             a_.gate_gradient[i] = static_cast<float>(first.gate[i]);
@@ -217,9 +218,9 @@ class Backward {
                     }
                 }
             });
-            // Where no output pixel reads a row, its gradient is zero and there is nothing to add to dx.
+            // Where no output pixel reads a row, its gradient is zero and there is nothing to add to dx; a join's mask remains to be applied.
             int64_t begin = rows.begin;
-            for (int64_t row = rows.begin; row < rows.end && b_.a_.accumulate; row++) {
+            for (int64_t row = rows.begin; row < rows.end && b_.a_.accumulate && !b_.a_.join.y; row++) {
                 if (has_readers(row)) continue;
                 finish_rows(image, rows.begin, {begin, row}, part);
                 begin = row + 1;
@@ -282,6 +283,12 @@ class Backward {
                 for (int64_t c = 0; c < padded(kChunk); c++) sum_gate_[c] = 0;
                 return;
             }
+            if (b_.a_.join.y) {
+                Sums& sums = *shared_.sums;
+                join_gradient_pixels(g, kChunk, b_.a_.join, pixel, part.channel, count, part.channels, factor, dx, b_.a_.dx_pitch,
+                                     accumulate, {sums[0] + part.channel, sums[1] + part.channel, sums[2] + part.channel});
+                return;
+            }
             float* sum_p = nullptr;
             float* sum_px = nullptr;
             if (shared_.sums) sum_p = (*shared_.sums)[0] + part.channel, sum_px = (*shared_.sums)[1] + part.channel;
@@ -290,9 +297,15 @@ class Backward {
         }
 
         void request_gradient(const Tile& tile) {
-            if (!b_.need_x_ || !b_.a_.accumulate || !w_.flat) return;
-            prefetch_.add(static_cast<T*>(b_.a_.dx) + tile.row * p_.in_width * b_.a_.dx_pitch, b_.a_.dx_pitch * sizeof(T),
-                          tile.rows * p_.in_width, p_.in_channels * sizeof(T));
+            if (!b_.need_x_ || !w_.flat) return;
+            const Join& join = b_.a_.join;
+            const int64_t pixel = tile.row * p_.in_width, pixels = tile.rows * p_.in_width, bytes = p_.in_channels * sizeof(T);
+            if (join.y) {
+                prefetch_.add(static_cast<const T*>(join.y) + pixel * join.y_pitch, join.y_pitch * sizeof(T), pixels, bytes);
+                prefetch_.add(static_cast<const T*>(join.r) + pixel * join.r_pitch, join.r_pitch * sizeof(T), pixels, bytes);
+            }
+            if (!b_.a_.accumulate) return;
+            prefetch_.add(static_cast<T*>(b_.a_.dx) + pixel * b_.a_.dx_pitch, b_.a_.dx_pitch * sizeof(T), pixels, bytes);
         }
 
         void request(const Tile& tile) {

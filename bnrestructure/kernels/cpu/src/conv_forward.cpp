@@ -68,6 +68,7 @@ class Forward {
         float* sums = p_.bfloat16 ? scratch.take<float>(tile_pixels * sums_pitch) : nullptr;
         for (int64_t index = mine.begin; index < mine.end; index++) {
             const Tile tile = tiling_.at(index);
+            if (a_.join.y) form_sum(tile);
             if (stage) stage->template fill<T>(tile, 0, p_.in_channels);
             prefetch.clear();
             if (index + 1 < mine.end) request(tiling_.at(index + 1), prefetch);
@@ -87,6 +88,14 @@ class Forward {
                 done += count;
             });
         }
+    }
+
+    // The tile's part of x, which the product then reads while it is in the cache.
+    void form_sum(const Tile& tile) {
+        T* x = static_cast<T*>(const_cast<void*>(p_.x));
+        for_each_run(tiling_, tile, p_.in_height, p_.in_width, false, [&](int64_t, int64_t pixel, int64_t count) {
+            join_pixels(a_.join, pixel, count, p_.in_channels, x + pixel * p_.x_pitch, p_.x_pitch);
+        });
     }
 
     // Sums in `c`, which may be y itself, to y; and its statistics.
@@ -176,8 +185,14 @@ class Forward {
             } else if (!window_.flat) {
                 return;
             }
-            prefetch.add(static_cast<const T*>(p_.x) + begin * p_.in_width * p_.x_pitch, p_.x_pitch * size,
-                         (end - begin) * p_.in_width, p_.in_channels * size);
+            const int64_t pixel = begin * p_.in_width, pixels = (end - begin) * p_.in_width, bytes = p_.in_channels * size;
+            const Join& join = a_.join;
+            if (join.y) {
+                prefetch.add(static_cast<const T*>(join.y) + pixel * join.y_pitch, join.y_pitch * size, pixels, bytes);
+                prefetch.add(static_cast<const T*>(join.r) + pixel * join.r_pitch, join.r_pitch * size, pixels, bytes);
+            } else {
+                prefetch.add(static_cast<const T*>(p_.x) + pixel * p_.x_pitch, p_.x_pitch * size, pixels, bytes);
+            }
         }
     }
 

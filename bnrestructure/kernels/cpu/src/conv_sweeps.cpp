@@ -93,7 +93,7 @@ void input_gradient(const BackwardArguments& a) {
     std::vector<float*> sum_gate, g;
     std::vector<double*> gate;
     for (int64_t t = 0; t < p.threads; t++) {
-        sums.emplace_back(scratch, channels, 2);
+        sums.emplace_back(scratch, channels, a.join.y ? 3 : 2);
         sum_gate.push_back(scratch.zeros<float>(pitch));
         gate.push_back(scratch.zeros<double>(gates));
         g.push_back(p.bfloat16 ? scratch.take<float>(run_length(channels) * pitch) : nullptr);
@@ -116,6 +116,10 @@ void input_gradient(const BackwardArguments& a) {
             gated_gradient_pixels(from, from_pitch, x, p.x_pitch, count, channels, transform, factor, dx, a.dx_pitch,
                                   a.accumulate != 0, sum_gate[t]);
             for (int64_t c = 0; c < channels; c++) gate[t][image * channels + c] += sum_gate[t][c], sum_gate[t][c] = 0;
+        } else if (a.join.y) {
+            join_gradient_pixels(from, from_pitch, a.join, pixel, 0, count, channels, factor, dx, a.dx_pitch, a.accumulate != 0,
+                                 {sums[t][0], sums[t][1], sums[t][2]});
+            sums[t].flush();
         } else {
             input_gradient_pixels(from, from_pitch, x, p.x_pitch, count, channels, transform, factor, dx, a.dx_pitch,
                                   a.accumulate != 0, sums[t][0], sums[t][1]);
@@ -127,6 +131,7 @@ void input_gradient(const BackwardArguments& a) {
         for (int64_t i = 0; i < gates; i++) gate[0][i] += gate[t][i];
     }
     if (a.sum_p) sums[0].write(0, a.sum_p), sums[0].write(1, a.sum_px);
+    if (a.sum_pr) sums[0].write(2, a.sum_pr);
     for (int64_t i = 0; i < gates; i++) a.gate_gradient[i] = static_cast<float>(gate[0][i]);
 }
 

@@ -29,7 +29,7 @@ void stage_gradient(const BackwardArguments& a, const Plane& out, int64_t image,
 struct InputSums {
     InputSums(Scratch& scratch, const BackwardArguments& a) {
         const Problem& p = a.problem;
-        if (a.sum_p) sums = std::make_unique<Sums>(scratch, p.in_channels, 2);
+        if (a.sum_p) sums = std::make_unique<Sums>(scratch, p.in_channels, a.join.y ? 3 : 2);
         if (p.gate) gate = scratch.zeros<double>(p.batch * p.in_channels), row_gate = scratch.zeros<float>(padded(p.in_channels));
     }
 
@@ -40,6 +40,7 @@ struct InputSums {
 
     void write(const BackwardArguments& a) const {
         if (sums) sums->write(0, a.sum_p), sums->write(1, a.sum_px);
+        if (sums && a.sum_pr) sums->write(2, a.sum_pr);
         for (int64_t i = 0; gate && i < a.problem.batch * a.problem.in_channels; i++) a.gate_gradient[i] = static_cast<float>(gate[i]);
     }
 
@@ -56,6 +57,12 @@ void finish_input_row(const BackwardArguments& a, int64_t image, int64_t row, co
     float* dx = static_cast<float*>(a.dx) + pixel * a.dx_pitch;
     const conv::InputTransform transform = conv::transform_at(p, image, 0);
     const bool accumulate = a.accumulate != 0;
+    if (a.join.y) {
+        Sums& sums = *to.sums;
+        conv::join_gradient_pixels(from, pitch, a.join, pixel, 0, p.in_width, channels, 1.0f, dx, a.dx_pitch, accumulate,
+                                   {sums[0], sums[1], sums[2]});
+        return;
+    }
     if (!p.gate) {
         float* sum_p = to.sums ? (*to.sums)[0] : nullptr;
         float* sum_px = to.sums ? (*to.sums)[1] : nullptr;
@@ -88,7 +95,10 @@ void input_gradient(const BackwardArguments& a) {
             [&](int64_t) {
                 if (mine.sums) mine.sums->flush();
             },
-            [&](Range next, gemm::Prefetch& prefetch) { request(p.x, p.x_pitch, p.batch, in, rows, next, prefetch); });
+            [&](Range next, gemm::Prefetch& prefetch) {
+                if (a.join.y) request(a.join.y, a.join.y_pitch, p.batch, in, rows, next, prefetch);
+                else request(p.x, p.x_pitch, p.batch, in, rows, next, prefetch);
+            });
     });
     for (int64_t t = 1; t < threads; t++) sums[0].merge(sums[size_t(t)], p);
     sums[0].write(a);

@@ -1,0 +1,77 @@
+"""A residual join and the convolution that reads its sum: kernels/join.py says what is computed.
+
+Backward, every dense implementation finishes the join in its dgrad's epilogue. Forward, the fused kernel of a 1x1 convolution forms the
+sum tile by tile in front of its product; larger kernels would form it again where tiles overlap, so there the two run one after the
+other. So they do at depthwise convolutions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnrestructure.kernels import cpu, join, tuning
+from bnrestructure.kernels.cpu import convolution, convolution_fused
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, Transform
+from bnrestructure.ops.kept import kept_activation
+
+__all__ = ["join_backward", "join_forward"]
+
+
+def join_forward(
+    y: Tensor,
+    ty: Transform,
+    r: Tensor,
+    tr: Transform,
+    act: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    *,
+    dtype: torch.dtype,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(z, out, mean, var): see kernels/join.py. All tensors are in ``dtype``."""
+    if not _forms_sum(y, weight, geometry, dtype):
+        return join.join_forward(cpu, y, ty, r, tr, act, weight, bias, geometry, dtype=dtype, **options)
+    z = kept_activation(y.shape, dtype, y.device)
+    args = (z, Transform(), weight, bias, geometry)
+    return z, *convolution_fused.conv_forward(*args, dtype=dtype, join=Join(y, ty, r, tr, act), **options)
+
+
+def _forms_sum(y: Tensor, weight: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> bool:
+    """Whether the fused forward kernel runs this node and each pixel is in one of its tiles alone."""
+    point = weight.shape[2:] == (1, 1) and geometry.stride == (1, 1) and geometry.padding == (0, 0)
+    if not point or cpu.is_depthwise(weight, geometry) or tuning.is_measuring():
+        return False
+    return convolution.choice(y, Transform(), weight, geometry, dtype, "forward").implementation == "fused"
+
+
+def join_backward(
+    dy: Tensor,
+    edge: BackwardEdge,
+    z: Tensor,
+    y: Tensor,
+    ty: Transform,
+    r: Tensor,
+    tr: Transform,
+    act: str,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    *,
+    dtype: torch.dtype,
+    needs: tuple[bool, bool],
+    accumulate: Tensor | None = None,
+) -> join.JoinGradients:
+    """(G, SP, SPY, SPR, dweight, dbias): see kernels/join.py. All tensors are in ``dtype``."""
+    options: dict[str, Any] = {"dtype": dtype, "accumulate": accumulate}
+    if cpu.is_depthwise(weight, geometry):
+        return join.join_backward(cpu, dy, edge, z, y, ty, r, tr, act, weight, geometry, needs=needs, **options)
+    found = convolution.conv_backward(
+        dy, edge, z, Transform(), weight, geometry, needs=(True, *needs), join=Join(y, ty, r, tr, act), **options
+    )
+    assert found.dx is not None
+    assert found.sum_p is not None
+    return found.dx, found.sum_p, found.sum_px, found.sum_pr, found.weight, found.bias

@@ -1,0 +1,62 @@
+"""A residual join and the convolution that reads its sum: kernels/join.py says what is computed.
+
+The fused kernel of a 1x1 convolution forms the sum in its prologue, and both the fused and the hybrid dgrad finish its gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bnrestructure.kernels.cuda.convolution import conv_backward, conv_forward
+from bnrestructure.kernels.cuda.layout import empty_pixels
+from bnrestructure.kernels.join import JoinGradients
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, Transform
+
+__all__ = ["join_backward", "join_forward"]
+
+
+def join_forward(
+    y: Tensor,
+    ty: Transform,
+    r: Tensor,
+    tr: Transform,
+    act: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    *,
+    dtype: torch.dtype,
+    statistics: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(z, out, mean, var): see kernels/join.py. y and r [N, C_in, H, W] of any strides; fp32, bf16 or fp16."""
+    z = empty_pixels(tuple(y.shape), dtype, y.device).tensor
+    options = {"dtype": dtype, "statistics": statistics, "out": out}
+    return z, *conv_forward(z, Transform(), weight, bias, geometry, join=Join(y, ty, r, tr, act), **options)
+
+
+def join_backward(
+    dy: Tensor,
+    edge: BackwardEdge,
+    z: Tensor,
+    y: Tensor,
+    ty: Transform,
+    r: Tensor,
+    tr: Transform,
+    act: str,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    *,
+    dtype: torch.dtype,
+    needs: tuple[bool, bool],
+    accumulate: Tensor | None = None,
+) -> JoinGradients:
+    """(G, SP, SPY, SPR, dweight, dbias): see kernels/join.py."""
+    found = conv_backward(
+        dy, edge, z, Transform(), weight, geometry, dtype=dtype, needs=(True, *needs), accumulate=accumulate,
+        join=Join(y, ty, r, tr, act),
+    )  # fmt: skip
+    assert found.dx is not None
+    assert found.sum_p is not None
+    return found.dx, found.sum_p, found.sum_px, found.sum_pr, found.weight, found.bias

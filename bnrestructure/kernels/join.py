@@ -1,0 +1,80 @@
+"""A residual join and the convolution behind it out of the kernels that an implementation has for each: one after the other.
+
+What every implementation does where it has nothing better, and the meaning of what is better. ``kernels`` is the implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
+
+__all__ = ["JoinGradients", "join_backward", "join_forward", "unsupported_part"]
+
+#: (G, SP, SPY, SPR, dweight, dbias): what ``residual_backward`` gives, and the gradients of the weight and of the bias or None.
+JoinGradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def unsupported_part(
+    supports: Callable[[str, tuple[Any, ...], dict[str, Any]], str | None], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """Why an implementation that ``supports`` the halves as it says cannot run ``join_forward`` or ``join_backward``, or None."""
+    if name == "join_forward":
+        y, ty, r, tr, act, *convolution = args
+        parts = {"residual_forward": (y, ty, r, tr, act), "conv_forward": (y, Transform(), *convolution)}
+    else:
+        dy, edge, z, y, ty, r, tr, act, *convolution = args
+        parts = {"residual_backward": (z, None, y, ty, r, tr, z, act), "conv_backward": (dy, edge, z, Transform(), *convolution)}
+    reasons = (supports(part, of, kwargs) for part, of in parts.items())
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def join_forward(
+    kernels: Any,
+    y: Tensor,
+    ty: Transform,
+    r: Tensor,
+    tr: Transform,
+    act: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    *,
+    dtype: torch.dtype,
+    statistics: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(z, out, mean, var): ``z = act(ty(y) + tr(r))`` in ``dtype``, its convolution, and the statistics of that."""
+    z, _, _ = kernels.residual_forward(y, ty, r, tr, act, dtype=dtype, statistics=False)
+    return z, *kernels.conv_forward(z, Transform(), weight, bias, geometry, dtype=dtype, statistics=statistics, out=out)
+
+
+def join_backward(
+    kernels: Any,
+    dy: Tensor,
+    edge: BackwardEdge,
+    z: Tensor,
+    y: Tensor,
+    ty: Transform,
+    r: Tensor,
+    tr: Transform,
+    act: str,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    *,
+    dtype: torch.dtype,
+    needs: tuple[bool, bool],
+    accumulate: Tensor | None = None,
+) -> JoinGradients:
+    """Gradients of :func:`join_forward`; ``dy`` with its edge is that of the convolution's result, ``needs`` = (weight, bias).
+
+    ``accumulate``, the other readers' gradient at z, is added first; its memory may be used for G.
+    """
+    found = kernels.conv_backward(
+        dy, edge, z, Transform(), weight, geometry, dtype=dtype, needs=(True, *needs), accumulate=accumulate
+    )
+    return *kernels.residual_backward(found.dx, None, y, ty, r, tr, z, act), found.weight, found.bias

@@ -1,0 +1,85 @@
+"""A residual join and the convolution that reads its sum, as one node.
+
+Forward, the sum is formed in the convolution's prologue and stored on the way, for its other readers. Backward, the convolution's
+dgrad completes the gradient of the sum: its epilogue adds the other readers' share, applies the activation's mask, takes the sums of both
+operands' batch norms, and stores what both operands share. The gradient *before* the mask never reaches memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnrestructure.ops.conv_options import ConvOptions, backward_edge, destination, incoming_gradient
+from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative
+from bnrestructure.ops.edges import Transform, accumulation_dtype
+from bnrestructure.ops.residual import operand_gradients
+
+__all__ = ["JoinConv", "join_is_fusible"]
+
+
+def join_is_fusible(x: Tensor, r: Tensor, weight: Tensor) -> bool:
+    """Whether one node can do it: no broadcasting, no promotion, and the sum is stored in the dtype that the convolution reads."""
+    same = x.shape == r.shape and x.dtype == r.dtype == compute_dtype(x)
+    return same and x.dim() == weight.dim() and not torch.compiler.is_compiling()
+
+
+class JoinConv(torch.autograd.Function):
+    """``z = act(tx(x) + tr(r))``, then the convolution of z: (y, mean, var, z if threaded, ones if ``gain``)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        beta: Tensor,
+        r: Tensor,
+        r_mean: Tensor | None,
+        r_scale: Tensor | None,
+        r_beta: Tensor | None,
+        x_gain: Tensor | None,
+        r_gain: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        into: Tensor | None,
+        options: ConvOptions,
+    ) -> tuple[Tensor | None, ...]:
+        buffer, out, offset = destination(x, weight, into, options)
+        z, y, ymean, yvar = call_kernel(
+            options.backend, "join_forward", x, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), options.act,
+            weight, bias, options.geometry, dtype=options.dtype, statistics=options.statistics, out=out,
+        )  # fmt: skip
+        ctx.options = options
+        ctx.has_gain, ctx.has_r_gain = x_gain is not None, r_gain is not None
+        ctx.has_bias = bias is not None
+        ctx.into_channels = None if into is None else into.shape[1]
+        ctx.offset, ctx.out_channels = offset, weight.shape[0]
+        kept = y if options.statistics else None
+        ctx.save_for_backward(x, mean, scale, beta, r, r_mean, r_scale, r_beta, z, weight, kept, ymean)
+        ctx.set_materialize_grads(False)
+        ones = torch.ones(weight.shape[0], dtype=accumulation_dtype(y.dtype), device=y.device) if options.gain else None
+        return y if buffer is None else buffer, ymean, yvar, z if options.thread else None, ones
+
+    @staticmethod
+    def backward(ctx: Any, dresult: Any, dmean: Any, dvar: Any, dz: Any, dgain: Any) -> Any:
+        options: ConvOptions = ctx.options
+        x, mean, scale, beta, r, r_mean, r_scale, r_beta, z, weight, y, ymean = ctx.saved_tensors
+        tx, tr = Transform(mean, scale, beta), Transform(r_mean, r_scale, r_beta)
+        dy, dinto = incoming_gradient(ctx, dresult)
+        dweight = dbias = None
+        if dy is None and dmean is None and dvar is None:  # only the sum's other readers take part
+            if dz is None:
+                return guard_second_derivative((None,) * 14)
+            g, *sums = call_kernel(options.backend, "residual_backward", dz, None, x, tx, r, tr, z, options.act)
+        else:
+            needs = ctx.needs_input_grad[10], ctx.has_bias and ctx.needs_input_grad[11]
+            g, *sums, dweight, dbias = call_kernel(
+                options.backend, "join_backward", torch.zeros_like(y) if dy is None else dy,
+                backward_edge(dgain, dmean, dvar, y, ymean), z, x, tx, r, tr, options.act, weight, options.geometry,
+                dtype=options.dtype, needs=needs, accumulate=dz,
+            )  # fmt: skip
+        operands = (x, scale, ctx.has_gain), (r, r_scale, ctx.has_r_gain)
+        return guard_second_derivative((*operand_gradients(*operands, g, *sums), dweight, dbias, dinto, None))

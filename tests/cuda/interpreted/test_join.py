@@ -1,0 +1,136 @@
+"""A residual join inside the convolution that reads it, interpreted: the sum, and every gradient, against fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernels.cpu_checks import assert_as_good, in_layout, to_double
+from test_convolution import CASES, Case, draw_edge
+from torch import Tensor
+
+from bnrestructure.kernels import cuda, reference
+from bnrestructure.kernels.choice import Choice
+from bnrestructure.kernels.cuda import convolution
+from bnrestructure.kernels.cuda.convolution_choice import BACKWARD, forms_sum
+from bnrestructure.kernels.cuda.layout import Pixels
+from bnrestructure.ops.activation import PLAIN_ACTIVATIONS
+from bnrestructure.ops.edges import BackwardEdge, Transform
+
+POINT = ("1x1", "1x1, one channel")
+
+
+def draw(case: Case, act: str, dtype: torch.dtype, *, shortcut: bool) -> tuple[Any, ...]:
+    """y, ty, r, tr, act, weight: r is moved where the sum lies at a kink, on whose two sides the derivative differs."""
+    y, r = (torch.randn(case.n, case.c, *case.size).to(dtype) for _ in range(2))
+    ty, tr = (Transform(torch.randn(case.c), torch.rand(case.c) + 0.5, torch.randn(case.c)) for _ in range(2))
+    tr = tr if shortcut else Transform()
+    u, _, _ = reference.residual_forward(
+        y.double(), to_double(ty), r.double(), to_double(tr), "identity", dtype=torch.float64, statistics=False
+    )
+    near = sum((u - kink).abs() < 0.06 for kink in (0.0, 3.0, -3.0, 6.0)).bool()
+    weight = torch.randn(case.out, case.c // case.groups, *case.kernel).to(dtype)
+    return y, ty, torch.where(near, (r + 0.4).to(dtype), r), tr, act, weight
+
+
+def forward(kernels: Any, a: tuple[Any, ...], case: Case, dtype: torch.dtype, bias: Tensor) -> tuple[Any, ...]:
+    return kernels.join_forward(*a, bias, case.geometry, dtype=dtype, statistics=True)
+
+
+def backward(
+    kernels: Any, p: Tensor, edge: BackwardEdge, z: Tensor, a: tuple[Any, ...], case: Case, dtype: torch.dtype, into: Tensor | None
+) -> tuple[Any, ...]:
+    into = None if into is None else into.clone(memory_format=torch.preserve_format)
+    return kernels.join_backward(p, edge, z, *a, case.geometry, dtype=dtype, needs=(True, True), accumulate=into)
+
+
+def check(case: Case, act: str, dtype: torch.dtype, *, shortcut: bool = True, into: str | None = "channels_last") -> None:
+    a = draw(case, act, dtype, shortcut=shortcut)
+    exact, bias = tuple(to_double(v) for v in a), torch.randn(case.out)
+    truth = forward(reference, exact, case, torch.float64, bias.double())
+    assert_as_good("forward", *(forward(k, a, case, dtype, bias) for k in (cuda, reference)), truth)
+    p, edge = draw_edge(case, dtype)
+    z = truth[0].to(dtype)
+    before = None if into is None else in_layout(torch.randn(case.n, case.c, *case.size).to(dtype), into)
+    doubled = None if before is None else before.double()
+    truth = backward(reference, p.double(), to_double(edge), z.double(), exact, case, torch.float64, doubled)
+    assert_as_good("backward", *(backward(k, p, edge, z, a, case, dtype, before) for k in (cuda, reference)), truth)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*POINT, "1x1, stride 2", "3x3", "3x3, stride 2", "1x1, stride 3 and padding", "3x3, groups", "1x1, groups", "depthwise 3x3"],
+)
+def test_shapes(name: str) -> None:
+    weight = (1, 1, *CASES[name].kernel)
+    node = convolution.node_of((1, 1, 9, 9), weight, CASES[name].geometry, False, False, torch.float32, False, True)
+    assert forms_sum(node) == (name in POINT)
+    for shortcut in (False, True):
+        check(CASES[name], "relu", torch.float32, shortcut=shortcut)
+
+
+@pytest.mark.parametrize("into", [None, "slice", "nchw"])
+@pytest.mark.parametrize("name", ["1x1", "3x3, stride 2"])
+def test_what_is_accumulated_to(name: str, into: str | None) -> None:
+    check(CASES[name], "relu", torch.float32, into=into)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["1x1", "3x3"])
+def test_narrow_types(name: str, dtype: torch.dtype) -> None:
+    check(CASES[name], "relu", dtype)
+
+
+@pytest.mark.parametrize("act", [*PLAIN_ACTIVATIONS, "leaky_relu(0.1)"])
+def test_every_activation(act: str) -> None:
+    check(Case(5, 4, size=(3, 3), n=1), act, torch.float32)
+
+
+@pytest.mark.parametrize("implementation", BACKWARD)
+def test_each_implementation(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is chosen finishes the join; forward, those that cannot form the sum have it formed first."""
+    name = "depthwise 3x3" if implementation == "depthwise" else "1x1"
+    one_word = implementation if implementation in ("fused", "hybrid", "depthwise", "reference") else "fused"
+    choices = {"forward": one_word, "backward": implementation}
+    monkeypatch.setattr(convolution, "choose", lambda _, direction, __: Choice(choices[direction], "the test says so"))
+    check(CASES[name], "relu", torch.float32)
+
+
+@pytest.mark.own_tiles
+@pytest.mark.parametrize("name", ["1x1", "3x3, stride 2"])
+def test_the_rules_own_tiles(name: str) -> None:
+    check(CASES[name], "relu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["1x1", "3x3, stride 2"])
+def test_64_bit_offsets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of more than 2^31 elements do not fit here, so small ones are treated as such."""
+    monkeypatch.setattr(Pixels, "wide", property(lambda self: True))
+    check(CASES[name], "relu", torch.float32)
+
+
+def test_layouts() -> None:
+    """y, r and P of any strides."""
+    case = CASES["1x1"]
+    a = draw(case, "relu", torch.float32, shortcut=True)
+    p, edge = draw_edge(case, torch.float32)
+    expected, bias = forward(cuda, a, case, torch.float32, torch.zeros(case.out)), torch.zeros(case.out)
+    gradients = backward(cuda, p, edge, expected[0], a, case, torch.float32, None)
+    for layout in ("slice", "nchw"):
+        moved = (in_layout(a[0], layout), a[1], in_layout(a[2], layout), *a[3:])
+        for found, value in zip(forward(cuda, moved, case, torch.float32, bias), expected, strict=True):
+            assert torch.equal(found, value)
+        found = backward(cuda, in_layout(p, layout), edge, in_layout(expected[0], layout), moved, case, torch.float32, None)
+        for one, value in zip(found, gradients, strict=True):
+            torch.testing.assert_close(one, value)
+
+
+def test_in_place_where_it_can() -> None:
+    case = CASES["3x3"]
+    a = draw(case, "relu", torch.float32, shortcut=False)
+    p, edge = draw_edge(case, torch.float32)
+    z = forward(reference, a, case, torch.float32, torch.zeros(case.out))[0].contiguous(memory_format=torch.channels_last)
+    into = torch.zeros_like(z)
+    g, *_ = cuda.join_backward(p, edge, z, *a, case.geometry, dtype=torch.float32, needs=(True, True), accumulate=into)
+    assert g is into

@@ -40,4 +40,4 @@ def _reads_as_it_is(reader: fx.Node, tensor: fx.Node) -> bool:
     if not is_fused(reader, ops.conv) or reader.kwargs["x"] is not tensor or reader.kwargs.get("r") is not None:
         return False
     of = reader.kwargs
-    return of["mean"] is None and of["act"] == "identity" and of["gate"] is None and of["into"] is not tensor
+    return of["mean"] is None and of["gate"] is None and of["into"] is not tensor and str(of["act"]) == "identity"

@@ -84,6 +84,9 @@ def conv(
     Raises RuntimeError, in the words of PyTorch's convolution, on shapes or dtypes that do not fit.
     """
     if r is not None and not join_is_fusible(x, r, weight):
+        assert mean is not None  # a residual join has a batch norm in its branch
+        assert scale is not None
+        assert beta is not None
         joined = residual(
             x, mean, scale, beta, r, r_mean, r_scale, r_beta, act=act, gain=x_gain, r_gain=r_gain, backend=backend
         )  # fmt: skip

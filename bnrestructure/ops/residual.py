@@ -147,12 +147,11 @@ def operand_gradients(
     """
     (y, scale, has_gain), (r, r_scale, has_r_gain) = left, right
     dy, dgain = (g, scale) if has_gain else (_scaled(g, scale), None)
-    dr, dr_gain, r_vectors = g, None, (None, None, None)
-    if r_scale is not None:
-        dr, dr_gain = (g, r_scale) if has_r_gain else (_scaled(g, r_scale), None)
-        r_vectors = (-r_scale * sum_g, sum_gr, sum_g)
-    dy, dr = in_format_of(y, dy), in_format_of(r, dr)
-    return dy, -scale * sum_g, sum_gy, sum_g, dr, *r_vectors, dgain, dr_gain
+    of_y = (in_format_of(y, dy), -scale * sum_g, sum_gy, sum_g)
+    if r_scale is None:
+        return *of_y, in_format_of(r, g), None, None, None, dgain, None
+    dr, dr_gain = (g, r_scale) if has_r_gain else (_scaled(g, r_scale), None)
+    return *of_y, in_format_of(r, dr), -r_scale * sum_g, sum_gr, sum_g, dgain, dr_gain
 
 
 def _scaled(g: Tensor, scale: Tensor) -> Tensor:

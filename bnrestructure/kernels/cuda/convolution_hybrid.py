@@ -79,10 +79,10 @@ def conv_backward(
     if not need_x:
         return ConvGradients(weight=dw, bias=db)
     if join is not None:
-        dx, sum_p, sum_py, sum_pr = residual_backward(
+        joined = residual_backward(
             g, None, join.y, join.ty, join.r, join.tr, x, join.act, factor=1 / factor, more=accumulate
         )
-        return ConvGradients(dx, sum_p, sum_py, None, dw, db, sum_pr)
+        return ConvGradients(*joined[:3], None, dw, db, joined[3])
     if transform.is_identity and factor == 1:
         dx = pixels(g).tensor.to(x.dtype) if accumulate is None else accumulate.add_(g)
         return ConvGradients(dx, weight=dw, bias=db)

@@ -32,8 +32,9 @@ def join_forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(z, out, mean, var): see kernels/join.py. y and r [N, C_in, H, W] of any strides; fp32, bf16 or fp16."""
     z = empty_pixels(tuple(y.shape), dtype, y.device).tensor
-    options = {"dtype": dtype, "statistics": statistics, "out": out}
-    return z, *conv_forward(z, Transform(), weight, bias, geometry, join=Join(y, ty, r, tr, act), **options)
+    return z, *conv_forward(
+        z, Transform(), weight, bias, geometry, dtype=dtype, statistics=statistics, out=out, join=Join(y, ty, r, tr, act)
+    )  # fmt: skip
 
 
 def join_backward(

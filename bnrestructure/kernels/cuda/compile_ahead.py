@@ -54,7 +54,10 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel variant on one part. ``spills`` counts loads and stores of spilled registers; ``shared`` are bytes."""
+    """One kernel variant on one part. ``spills`` counts loads and stores of spilled registers; ``shared`` are bytes.
+
+    ``cycles``: what a multiprocessor's four schedulers need to issue one turn of the longest loop, for all warps; 0 without a loop.
+    """
 
     variant: str
     kernel: str
@@ -65,6 +68,7 @@ class Compiled:
     spills: int
     shared: int
     instructions: dict[str, int]
+    cycles: int
 
     @property
     def expected_instruction(self) -> str:
@@ -132,7 +136,22 @@ def compile_launch(launch: Launch, part: int, variant: str) -> Compiled:
         variant, kernel.strip("_"), part, tile, warps, registers,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)), shared=compiled.metadata.shared,
         instructions={name: len(re.findall(pattern, code)) for name, pattern in _TENSOR_CORE.items()},
+        cycles=_longest_loop(code) * warps // 4,
     )  # fmt: skip
+
+
+def _longest_loop(code: str) -> int:
+    """Instructions from a label to the last branch back to it, of the label for which they are most; 0 where no branch goes back."""
+    labels: dict[str, int] = {}
+    longest = count = 0
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
+            count += 1
+            if (target := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and target[1] in labels:
+                longest = max(longest, count - labels[target[1]])
+    return longest
 
 
 def _disassembled(cubin: bytes) -> tuple[str, str]:
@@ -210,6 +229,7 @@ def _print_table(found: Iterable[Compiled]) -> int:
         "registers",
         "spills",
         "shared KB",
+        "loop cycles",
         "tensor cores",
         "faults",
         box=None,
@@ -221,7 +241,7 @@ def _print_table(found: Iterable[Compiled]) -> int:
         faults += bool(complaints)
         table.add_row(
             row.variant, row.kernel, f"sm_{row.part}", row.tile, str(row.warps), str(row.registers), str(row.spills),
-            f"{row.shared / 1024:.0f}", cores, f"[red]{complaints}[/]",
+            f"{row.shared / 1024:.0f}", str(row.cycles or ""), cores, f"[red]{complaints}[/]",
         )  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(table)

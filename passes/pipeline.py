@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from torch import fx
 
@@ -47,7 +48,11 @@ LADDER: dict[str, tuple[str, ...]] = {
 
 
 def resolve(passes: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Pass names from a rung of the ladder, a sequence of names, or None for all. Raises UsageError for an unknown name."""
+    """Pass names from a rung of the ladder, a sequence of names, or None for all.
+
+    Raises UsageError for an unknown name, and for a sequence that is neither in the pipeline's order nor a rung: a pass relies on what
+    those behind it have not done yet (an activation is not moved once a tensor is threaded through its readers).
+    """
     if passes is None:
         return PASSES
     names = LADDER.get(passes, (passes,)) if isinstance(passes, str) else tuple(passes)
@@ -56,6 +61,10 @@ def resolve(passes: str | Sequence[str] | None) -> tuple[str, ...]:
             near = difflib.get_close_matches(name, [*PASSES, *LADDER], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UsageError(f"unknown pass {name!r}{hint} (passes: {', '.join(PASSES)}; ladder: {', '.join(LADDER)})")
+    if tuple(names) not in LADDER.values():
+        for before, after in pairwise(names):
+            if PASSES.index(before) > PASSES.index(after):
+                raise UsageError(f"pass {after!r} comes before {before!r}: the order is {', '.join(PASSES)}")
     return tuple(names)
 
 

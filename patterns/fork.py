@@ -25,8 +25,8 @@ class Fork:
 
 
 def _can_link(reader: fx.Node, tensor: fx.Node) -> bool:
-    if not (is_fused(reader) and reader.target in THREADABLE):
-        return False
+    if not (is_fused(reader) and reader.target in THREADABLE) or reader.kwargs.get("r") is not None:
+        return False  # what forms a residual join passes on the sum, not its input
     uses = [v for v in reader.kwargs.values() if v is tensor]
     return reader.kwargs.get("x") is tensor and len(uses) == 1 and "x" not in outputs_of(reader)
 

@@ -40,4 +40,5 @@ def _reads_as_it_is(reader: fx.Node, tensor: fx.Node) -> bool:
     if not is_fused(reader, ops.conv) or reader.kwargs["x"] is not tensor or reader.kwargs.get("r") is not None:
         return False
     of = reader.kwargs
-    return of["mean"] is None and of["gate"] is None and of["into"] is not tensor and str(of["act"]) == "identity"
+    once = sum(value is tensor for value in of.values()) == 1  # a buffer to write into, or even the weight, may be the same tensor
+    return once and of["mean"] is None and of["gate"] is None and str(of["act"]) == "identity"

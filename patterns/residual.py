@@ -68,10 +68,11 @@ def _common_activation(add: fx.Node, readers: list[fx.Node]) -> str | None:
 
 
 def _bare_activation(reader: fx.Node, tensor: fx.Node) -> str | None:
+    """Its activation, if the reader applies nothing else and reads the tensor once; not if it passes it on to readers unseen."""
     of = reader.kwargs
-    if not is_fused(reader, ops.conv) or of["x"] is not tensor or of["mean"] is not None or of["gate"] is not None:
+    if not is_fused(reader, ops.conv) or of["x"] is not tensor or of["mean"] is not None or of["gate"] is not None or of["thread"]:
         return None
-    return None if of["into"] is tensor else str(of["act"])
+    return str(of["act"]) if sum(value is tensor for value in of.values()) == 1 else None
 
 
 def _plain_normalise(operand: fx.Node) -> fx.Node | None:

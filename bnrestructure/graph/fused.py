@@ -22,7 +22,7 @@ OUTPUTS: dict[Any, tuple[str, ...]] = {
     ops.residual: ("out", "mean", "var", "size"),
 }
 
-#: Fused functions that can pass their input ``x`` through to its next reader.
+#: Fused functions that can pass their input ``x`` through to its next reader. (A convolution with a shortcut ``r`` passes on the sum.)
 THREADABLE = {ops.conv, ops.statistics, ops.normalise, ops.max_pool}
 
 

@@ -11,8 +11,7 @@ So values here must not lie on representable ones either when they are rounded:
 - a convolution's backward multiplies dY by :data:`GRADIENT_FACTOR` before it rounds it for the matrix products, and divides their results
   by it (:func:`gradient_factor`);
 - a sweep that stores ``P + correction`` adds a pattern spread evenly over one unit in the last place first (:func:`dithered`);
-- so does the backward of a global average, whose P is the same for all pixels of an image and would be rounded alike in all of them
- .
+- so does the backward of a global average, whose P is the same for all pixels of an image and would be rounded alike in all of them.
 """
 
 from __future__ import annotations

@@ -68,6 +68,8 @@ class _OwnGradient(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> Any:
         if gradient is None:
             return None
+        if gradient.dim() < 3:  # what a join broadcasts may be a number
+            return guard_second_derivative((gradient.to(ctx.dtype, copy=True),))[0]
         n, c, *spatial = gradient.shape
         owned = channels_last_buffer((n, c, *spatial), ctx.dtype, gradient.device)
         return guard_second_derivative((owned.copy_(gradient),))[0]

@@ -28,7 +28,7 @@ class ConvOutputs(NamedTuple):
 
     y      [N, C_out, *spatial_out]; with ``channels``, the concat buffer that y was written into
     mean, var, size     biased batch statistics of y, [C_out], and the size of the tensor that they are of
-    x      the input passed through for its next reader (``thread``)
+    x      the input passed through for its next reader (``thread``); behind a residual join, its sum
     gain   [C_out] of ones whose *gradient* is the factor s of y's backward edge (``gain``)
     """
 
@@ -78,12 +78,12 @@ def conv(
     appends: y comes right behind the channels of ``into`` and becomes visible with them.
 
     With a shortcut ``r`` (x's shape; its own vectors [C_in] or none) the prologue is a residual join, ``z = act((x - mean) * scale + beta +
-    shortcut)``. z is kept, for it has other readers: ``thread`` returns it in place of x. ``x_gain`` and ``r_gain`` are what
+    shortcut)``. z is stored: ``thread`` returns it in place of x. ``x_gain`` and ``r_gain`` are what
     ``ops.residual`` calls gain and r_gain.
 
     Raises RuntimeError, in the words of PyTorch's convolution, on shapes or dtypes that do not fit.
     """
-    if r is not None and not join_is_fusible(x, r, weight):
+    if r is not None and not join_is_fusible((x, mean, scale, beta, r, r_mean, r_scale, r_beta), x, r, weight):
         assert mean is not None  # a residual join has a batch norm in its branch
         assert scale is not None
         assert beta is not None

@@ -2,7 +2,8 @@
 
 Forward, the sum is formed in the convolution's prologue and stored on the way, for its other readers. Backward, the convolution's
 dgrad completes the gradient of the sum: its epilogue adds the other readers' share, applies the activation's mask, takes the sums of both
-operands' batch norms, and stores what both operands share. The gradient *before* the mask never reaches memory.
+operands' batch norms, and stores what both operands share: the gradient *before* the mask never reaches memory. Where a kernel cannot
+(kernels/join.py) the join's own sweep does its part.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ from bnrestructure.ops.residual import operand_gradients
 __all__ = ["JoinConv", "join_is_fusible"]
 
 
-def join_is_fusible(x: Tensor, r: Tensor, weight: Tensor) -> bool:
-    """Whether one node can do it: no broadcasting, no promotion, and the sum is stored in the dtype that the convolution reads."""
+def join_is_fusible(operands: tuple[Tensor | None, ...], x: Tensor, r: Tensor, weight: Tensor) -> bool:
+    """Whether one node can do it: no broadcasting, no promotion, and the sum is stored in the dtype that the convolution reads.
+
+    Nor where none of the join's ``operands`` takes part in backward: the convolution alone then has no input gradient to compute.
+    """
     same = x.shape == r.shape and x.dtype == r.dtype == compute_dtype(x)
-    return same and x.dim() == weight.dim() and not torch.compiler.is_compiling()
+    if not same or x.dim() != weight.dim() or torch.compiler.is_compiling():
+        return False
+    return not torch.is_grad_enabled() or any(t is not None and t.requires_grad for t in operands)
 
 
 class JoinConv(torch.autograd.Function):

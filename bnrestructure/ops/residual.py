@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bnrestructure.ops.activation import activate
+from bnrestructure.ops.concat import own_gradient
 from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative, in_format_of
 from bnrestructure.ops.edges import Transform, per_channel, values_per_channel
 from bnrestructure.ops.statistics import statistics as compute_statistics
@@ -71,6 +72,8 @@ def _broadcast_join(
     y, _ = normalise(y, *y_vectors, backend=backend)
     if r_vectors[0] is not None:
         r, _ = normalise(r, *r_vectors, backend=backend)
+    else:  # the add hands the caller's own gradient down, and the thread behind r will write to it
+        r = own_gradient(r)
     out = activate(y + r, act)
     if not statistics:
         return ResidualOutputs(out, None, None, None)

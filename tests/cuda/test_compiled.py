@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from needs import needs_triton
 
+from bnrestructure.kernels.cuda.convolution_choice import ISSUED, step_cycles
+
 pytestmark = needs_triton
 
 COMMAND = [sys.executable, "-m", "bnrestructure.kernels.cuda.compile_ahead"]
@@ -51,6 +53,31 @@ def test_warp_group_instructions_on_sm_90(table: list[dict[str, Any]]) -> None:
     dense = [row for row in table if row["part"] == 90 and row["kernel"].startswith("dense")]
     assert len(dense) >= 9
     assert all(row["instructions"]["HGMMA"] > 0 for row in dense)
+
+
+#: Of the quick variants on sm_90: kernel, and the kind of step in the rule of convolution_choice.py.
+STEPS = {
+    "1x1 bf16": {"dense_forward_kernel": "prologue", "dense_dgrad_kernel": "dgrad", "dense_wgrad_kernel": "wgrad of both"},
+    "3x3 stride 2 bf16": {
+        "dense_forward_kernel": "masked prologue",
+        "dense_dgrad_kernel": "masked dgrad",
+        "dense_wgrad_kernel": "masked wgrad of both",
+    },
+    "1x1 join bf16": {"dense_forward_kernel": "join", "dense_dgrad_kernel": "join dgrad", "dense_wgrad_kernel": "wgrad"},
+}
+
+
+def test_the_rule_knows_how_long_the_loops_are(table: list[dict[str, Any]]) -> None:
+    """The largest specialisation of each, but for a second batch norm in a join. (The rule thinks of 128 pixels; a tile may have half.)"""
+    found: dict[str, float] = {}
+    for row in table:
+        kind = STEPS.get(row["variant"], {}).get(row["kernel"])
+        if row["part"] == 90 and kind is not None and not (kind == "join" and kind in found):
+            rows, columns, depth = map(int, row["tile"].split("x"))
+            tiles = 128 // rows if "dgrad" in kind else 1
+            found[kind] = max(found.get(kind, 0.0), tiles * row["cycles"] / step_cycles(kind, tiles * rows, columns, depth))
+    assert found.keys() == {kind for kinds in STEPS.values() for kind in kinds.values()} <= ISSUED.keys()
+    assert all(0.85 < ratio < 1.2 for ratio in found.values()), found
 
 
 def test_misuse_is_told() -> None:

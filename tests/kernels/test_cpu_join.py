@@ -28,6 +28,8 @@ SHAPES = {
     "3x3 odd": (3, 19, 37, (9, 7), 3, 1, 1, 1),
     "3x3 stride 2": (2, 24, 40, (11, 13), 3, 2, 1, 1),
     "3x3 stride 4, unread rows and columns": (2, 20, 16, (10, 9), 3, 4, 0, 1),
+    "1x1 groups": (2, 48, 24, (7, 7), 1, 1, 0, 3),
+    "1x1 many tiles": (3, 24, 40, (90, 61), 1, 1, 0, 1),
     "3x3 groups": (2, 40, 40, (6, 6), 3, 1, 1, 2),
     "3x3 depthwise": (2, 40, 40, (9, 8), 3, 1, 1, 40),
     "5x5 on one pixel": (2, 18, 17, (1, 1), 5, 1, 2, 1),
@@ -172,6 +174,18 @@ def test_each_implementation(name: str, dtype: torch.dtype, monkeypatch: pytest.
             patch.setattr(convolution, "run_backward", run)
             compare(implementation, case.backward(cpu, z), expected, exact)
     assert finished == list(candidates(node, dtype, "backward"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["1x1 odd", "3x3 odd"])
+def test_written_into_a_buffer(name: str, layout: str) -> None:
+    case = make_case(name, torch.float32, "relu", shortcut=True)
+    expected = case.forward(cpu)
+    out = in_layout(torch.full_like(expected[1], torch.nan), layout)
+    found = case.forward(cpu, out)
+    assert found[1] is out
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_needs() -> None:

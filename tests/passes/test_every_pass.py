@@ -124,3 +124,10 @@ def test_ladder() -> None:
         assert set(resolve(rung)) <= set(PASSES)
     with pytest.raises(UsageError, match="did you mean 'bnff'"):
         resolve("bnf")
+
+
+def test_the_order_is_the_pipelines() -> None:
+    assert resolve(["fission", "fuse-join"]) == ("fission", "fuse-join")
+    assert resolve(LADDER["mvf"]) == LADDER["mvf"]
+    with pytest.raises(UsageError, match="'fuse-residual' comes before 'thread-forks'"):
+        resolve([*LADDER["bnff"], "fuse-residual"])

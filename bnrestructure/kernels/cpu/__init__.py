@@ -103,8 +103,8 @@ def convolution_choices(
 ) -> tuple[Choice, Choice]:
     """(forward, backward): what a convolution node will run on tensors of these shapes, computing in ``dtype``, and why.
 
-    ``reference`` where no kernel here can. Backward is meant with both the input's and the weight's gradient wanted. A residual join
-    in front, ``joined``, changes nothing here.
+    ``reference`` where no kernel here can. Backward is meant with both the input's and the weight's gradient wanted. ``joined``: x is a
+    residual join's sum.
     """
     tensors = torch.empty(x, dtype=dtype, device="meta"), torch.empty(weight, dtype=dtype, device="meta")
     reason = supports("conv_forward", (tensors[0], transform, tensors[1], None, geometry), {"dtype": dtype})
@@ -114,8 +114,8 @@ def convolution_choices(
         choice = Choice("depthwise", "depthwise convolutions have one kernel")
         return choice, choice
     node = convolution.node_of(x, weight, geometry, not transform.is_identity)
-    forward, backward = (choose(node, dtype, d, library.isa_name(), library.threads()) for d in ("forward", "backward"))
-    return forward, backward
+    here = library.isa_name(), library.threads()
+    return choose(node, dtype, "forward", *here), choose(node._replace(joined=joined), dtype, "backward", *here)
 
 
 def description() -> str:

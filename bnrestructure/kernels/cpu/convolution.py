@@ -40,11 +40,17 @@ def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
 
 
 def choice(
-    x: Tensor, transform: Transform, weight: Tensor, geometry: ConvGeometry, dtype: torch.dtype, direction: str
+    x: Tensor,
+    transform: Transform,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+    direction: str,
+    joined: bool = False,
 ) -> Choice:
     """Which implementation runs this node in ``direction`` ("forward" or "backward"), and why."""
-    transformed = not transform.is_identity
-    return _choice(x.shape, weight.shape, geometry, transformed, dtype, direction, library.isa_name(), library.threads())
+    how = not transform.is_identity, joined
+    return _choice(x.shape, weight.shape, geometry, how, dtype, direction, library.isa_name(), library.threads())
 
 
 @lru_cache(maxsize=4096)
@@ -52,13 +58,13 @@ def _choice(
     x: tuple[int, ...],
     weight: tuple[int, ...],
     geometry: ConvGeometry,
-    transformed: bool,
+    how: tuple[bool, bool],
     dtype: torch.dtype,
     direction: str,
     isa: str,
     threads: int,
 ) -> Choice:
-    return choose(node_of(x, weight, geometry, transformed), dtype, direction, isa, threads)
+    return choose(node_of(x, weight, geometry, *how), dtype, direction, isa, threads)
 
 
 def forget_choices() -> None:
@@ -68,11 +74,13 @@ def forget_choices() -> None:
 
 
 @lru_cache(maxsize=4096)
-def node_of(x: tuple[int, ...], weight: tuple[int, ...], geometry: ConvGeometry, transformed: bool) -> Node:
+def node_of(
+    x: tuple[int, ...], weight: tuple[int, ...], geometry: ConvGeometry, transformed: bool, joined: bool = False
+) -> Node:
     """The sizes that the choice depends on, from the shapes of x and of the weight."""
     n, c, h, w = x
     out, _, *kernel = weight
-    return Node(n, c, (h, w), out, geometry.output_size((h, w), tuple(kernel)), tuple(kernel), geometry, transformed)
+    return Node(n, c, (h, w), out, geometry.output_size((h, w), tuple(kernel)), tuple(kernel), geometry, transformed, joined)
 
 
 def conv_forward(
@@ -90,7 +98,8 @@ def conv_forward(
     args = (x, transform, weight, bias, geometry)
     options = {"dtype": dtype, "statistics": statistics, "out": out}
     if tuning.is_measuring():
-        _measure_once(x, transform, weight, geometry, dtype, "forward", lambda name: partial(run_forward, name, *args, **options))
+        node = node_of(x.shape, weight.shape, geometry, not transform.is_identity)
+        _measure_once(node, dtype, "forward", lambda name: partial(run_forward, name, *args, **options))
     return run_forward(choice(x, transform, weight, geometry, dtype, "forward").implementation, *args, **options)
 
 
@@ -118,8 +127,9 @@ def conv_backward(
     if tuning.is_measuring() and needs[0] and needs[1]:
         into = None if accumulate is None else _like(accumulate)
         options: dict[str, Any] = {"dtype": dtype, "needs": needs, "accumulate": into, "join": join}
-        _measure_once(x, transform, weight, geometry, dtype, "backward", lambda name: partial(run_backward, name, *args, **options))
-    chosen = choice(x, transform, weight, geometry, dtype, "backward").implementation
+        node = node_of(x.shape, weight.shape, geometry, not transform.is_identity, join is not None)
+        _measure_once(node, dtype, "backward", lambda name: partial(run_backward, name, *args, **options))
+    chosen = choice(x, transform, weight, geometry, dtype, "backward", join is not None).implementation
     return run_backward(chosen, *args, dtype=dtype, needs=needs, accumulate=accumulate, join=join)
 
 
@@ -146,17 +156,8 @@ def run_backward(
     return merged
 
 
-def _measure_once(
-    x: Tensor,
-    transform: Transform,
-    weight: Tensor,
-    geometry: ConvGeometry,
-    dtype: torch.dtype,
-    direction: str,
-    run_of: Callable[[str], Callable[[], Any]],
-) -> None:
+def _measure_once(node: Node, dtype: torch.dtype, direction: str, run_of: Callable[[str], Callable[[], Any]]) -> None:
     """Time the node's candidates on these very arguments, unless nodes of this size were timed before."""
-    node = node_of(tuple(x.shape), tuple(weight.shape), geometry, not transform.is_identity)
     call = call_of(node, dtype, direction, library.isa_name(), library.threads())
     identify_machine()
     if tuning.measured(call) is None:

@@ -32,7 +32,10 @@ IMPLEMENTATIONS = BACKWARD | {"winograd": ("winograd", "winograd")}
 
 
 class Node(NamedTuple):
-    """What the choice depends on: sizes of x and y (without the batch), of the kernel, and how x is transformed."""
+    """What the choice depends on: sizes of x and y (without the batch), of the kernel, and how x is transformed.
+
+    ``joined``: x is a residual join's sum, whose gradient the node finishes.
+    """
 
     batch: int
     channels: int
@@ -42,6 +45,7 @@ class Node(NamedTuple):
     kernel: tuple[int, ...]
     geometry: ConvGeometry
     transformed: bool
+    joined: bool = False
 
 
 #: How many multiply-adds the machine does while it sweeps one byte of an activation.
@@ -106,7 +110,7 @@ def call_of(node: Node, dtype: torch.dtype, direction: str, isa: str, threads: i
     """The node's name in the file of measurements: all that its time depends on, as far as it knows."""
     (h, w), (kh, kw), (stride, padding, dilation, groups) = node.size, node.kernel, node.geometry
     details = [f"stride {_by(stride)}", f"padding {_by(padding)}", f"dilation {_by(dilation)}", f"groups {groups}"]
-    transformed = "transformed" if node.transformed else "as it is"
+    transformed = ("transformed" if node.transformed else "as it is") + (", joined" if node.joined else "")
     return (
         f"conv {direction} {str(dtype).removeprefix('torch.')} {node.batch}x{node.channels}x{h}x{w} {transformed}, "
         f"to {node.channels_out} by {kh}x{kw}, {', '.join(details)}, {isa}, {threads} threads"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from bnrestructure.kernels import reference, tuning
 from bnrestructure.kernels.cuda import convolution_fused, convolution_hybrid, device
 from bnrestructure.kernels.cuda.convolution_choice import BACKWARD, Node, call_of, candidates, choose, forms_sum, node_of
 from bnrestructure.kernels.cuda.residual import residual_backward, residual_forward
+from bnrestructure.kernels.join import join_backward
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
@@ -80,7 +81,8 @@ def conv_backward(
     def run(name: str, into: Tensor | None) -> ConvGradients:
         dgrad, wgrad = BACKWARD[name]
         if join is not None and dgrad not in _FINISHING:
-            return _in_turn(dy, edge, x, weight, geometry, join, implementation=name, dtype=dtype, needs=needs, accumulate=into)
+            args = (dy, edge, x, transform, weight, geometry)
+            return _in_turn(_IMPLEMENTATIONS[dgrad], *args, join=join, needs=needs, dtype=dtype, accumulate=into)
         parts = [(dgrad, needs, into)]
         if dgrad != wgrad:
             parts = [(wgrad, (False, needs[1], needs[2]), None), (dgrad, (needs[0], False, False), into)]
@@ -101,21 +103,13 @@ def conv_backward(
     return run(choose(node, "backward", device.gpu_of(x)).implementation, accumulate)
 
 
-def _in_turn(
-    dy: Tensor,
-    edge: BackwardEdge,
-    z: Tensor,
-    weight: Tensor,
-    geometry: ConvGeometry,
-    join: Join,
-    *,
-    implementation: str,
-    **options: Any,
-) -> ConvGradients:
-    """The convolution's gradients by an implementation that knows no joins, then the join's."""
-    found = _IMPLEMENTATIONS[BACKWARD[implementation][0]].conv_backward(dy, edge, z, Transform(), weight, geometry, **options)
-    g, *sums = residual_backward(found.dx, None, join.y, join.ty, join.r, join.tr, z, join.act)
-    return found._replace(dx=g, sum_p=sums[0], sum_px=sums[1], sum_pr=sums[2])
+def _in_turn(module: ModuleType, *args: Any, join: Join, needs: tuple[bool, bool, bool], **options: Any) -> ConvGradients:
+    """The convolution's gradients by an implementation that knows no joins, then the join's own sweep."""
+    dy, edge, z, _, weight, geometry = args
+    kernels = SimpleNamespace(conv_backward=module.conv_backward, residual_backward=residual_backward)
+    operands = (join.y, join.ty, join.r, join.tr, join.act)
+    g, sum_p, sum_py, sum_pr, dw, db = join_backward(kernels, dy, edge, z, *operands, weight, geometry, needs=needs[1:], **options)
+    return ConvGradients(g, sum_p, sum_py, None, dw, db, sum_pr)
 
 
 def _node(

@@ -8,10 +8,9 @@ Where the node was measured on this GPU (bnrestructure.tune) the measurement dec
 weighs what the sweeps of the hybrid cost against what the fused kernel's prologue costs, which transforms each element
 once for every tap and every tile that reads it: 3x3 convolutions pay it nine times, 1x1 ones once or twice.
 
-The rule knows two things. The instructions that a 64-deep step of a 128x128 tile issues on sm_90, counted in
-the compiler's output: 400 cycles for a product alone, 678 with a prologue, 890 with one that masks padding, 1050 with
-dgrad's two streams, 1678 with both operands transformed; the tensor cores need 512. And that an H100 does about 800
-TFLOP/s in bf16 and moves 3.0 TB/s. **None of it was timed as a whole on a GPU**: tune() is how to know.
+The rule knows two things. How many cycles a multiprocessor needs to issue the instructions of a step, counted in the
+compiler's output for sm_90 (compile_ahead.py; tests/cuda/test_compiled.py holds the numbers here against it). And that an H100
+does about 800 TFLOP/s in bf16 and moves 3.0 TB/s. **None of it was timed as a whole on a GPU**: tune() is how to know.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cuda.device import identify_machine
 from bnrestructure.ops.edges import ConvGeometry
 
-__all__ = ["BACKWARD", "Node", "call_of", "candidates", "choose", "forms_sum", "is_depthwise", "node_of"]
+__all__ = ["BACKWARD", "ISSUED", "Node", "call_of", "candidates", "choose", "forms_sum", "is_depthwise", "node_of", "step_cycles"]
 
 #: Backward candidates: the implementations of the input gradient and of the weight gradient.
 BACKWARD = {**DENSE_BACKWARD, "depthwise": ("depthwise", "depthwise"), "reference": ("reference", "reference")}
@@ -36,7 +35,24 @@ BACKWARD = {**DENSE_BACKWARD, "depthwise": ("depthwise", "depthwise"), "referenc
 _BYTES_PER_CYCLE = 4096 * 3.0 / 800
 _TILE, _STEP = 128, 64
 _TENSOR_CORES = 512.0
-_PRODUCT, _PROLOGUE, _MASKED, _DGRAD, _BOTH = 400.0, 678.0, 890.0, 1050.0, 1678.0
+#: Cycles that a multiprocessor takes to issue a step 64 deep of a 128 x 128 tile: for the rows of its left operand, and for the columns of
+#: its right one. Pixels are on the left forward and in dgrad; outputs on the left and inputs on the right in wgrad.
+ISSUED = {
+    "product": (300, 100),
+    "prologue": (665, 37),
+    "masked prologue": (900, 50),
+    "join": (1510, 70),
+    "dgrad": (930, 204),
+    "masked dgrad": (1136, 204),
+    "join dgrad": (731, 1317),
+    "wgrad": (608, 572),
+    "wgrad of both": (608, 784),
+    "masked wgrad": (680, 564),
+    "masked wgrad of both": (680, 918),
+}
+#: Numbers of channels that forbid vector loads multiply them.
+_SCALAR = {"dgrad": 4.4, "wgrad": 3.9}
+_SCALAR_FORWARD = 2.4
 #: The hybrid must promise this share of the fused kernel's time: it needs temporaries, and the promise is rough.
 _MARGIN = 0.9
 
@@ -145,23 +161,29 @@ def _sizes(node: Node) -> tuple[int, int, float]:
     return n * c * h * w * item, n * oh * ow * out * item, operations / 4096 * _BYTES_PER_CYCLE * (2 if node.tf32 else 1)
 
 
-def _tiled(left: int, right: int, depth: int, left_cycles: float, right_cycles: float, tf32: bool) -> float:
-    """A product of [left, depth] by [depth, right] in tiles, where transforming a 128 x 64 block of an operand takes these cycles.
+def step_cycles(kind: str, rows: int, columns: int, depth: int) -> float:
+    """What a step of this kind takes to issue in a tile of ``rows`` x ``columns``, ``depth`` deep."""
+    left, right = ISSUED[kind]
+    return (left * rows + right * columns) / _TILE * depth / _STEP
 
-    A narrow tile saves in proportion on the tensor cores and on its narrow operand, nothing on the other one.
-    """
+
+def _tiled(kind: str, left: int, right: int, depth: int, node: Node) -> float:
+    """A product of [left, depth] by [depth, right] in tiles, in steps of this kind."""
     a, b = (min(_TILE, max(16, 1 << (n - 1).bit_length())) for n in (left, right))
     steps = -(-left // a) * -(-right // b) * (depth / _STEP)
-    issued = _PRODUCT * (a + b) / (2 * _TILE) + left_cycles * a / _TILE + right_cycles * b / _TILE
-    return steps * max(issued, _TENSOR_CORES * a * b / _TILE**2 * (2 if tf32 else 1)) * _BYTES_PER_CYCLE
+    issued = step_cycles(kind, a, b, _STEP)
+    if any(channels % 8 for channels in (node.x[1], *node.weight[:2])):
+        issued *= next((factor for word, factor in _SCALAR.items() if word in kind), _SCALAR_FORWARD)
+    return steps * max(issued, _TENSOR_CORES * a * b / _TILE**2 * (2 if node.tf32 else 1)) * _BYTES_PER_CYCLE
 
 
 def _forward_costs(node: Node) -> dict[str, float]:
     x, y, product = _sizes(node)
     (n, c, _, _), (out, _, kh, kw), (oh, ow) = node.x, node.weight, node.size_out
     joins = node.joined and forms_sum(node)
-    prologue = (_MASKED if any(node.geometry.padding) else _PROLOGUE) - _PRODUCT if node.transformed or joins else 0.0
-    fused = _tiled(n * oh * ow, out, c * kh * kw, prologue, 0.0, node.tf32)
+    prologue = "masked prologue" if any(node.geometry.padding) else "prologue"
+    kind = "join" if joins else prologue if node.transformed else "product"
+    fused = _tiled(kind, n * oh * ow, out, c * kh * kw, node)
     # The sum's operands are read and it is written, in a sweep of its own where the fused kernel does not form it.
     in_kernel, sweep = (3 * x, 0) if joins else (x, 3 * x if node.joined else 0)
     sweeps = y + (2 * x if node.transformed else 0) + (3 * x if node.joined else 0)
@@ -172,12 +194,12 @@ def _backward_costs(node: Node) -> dict[str, float]:
     x, y, product = _sizes(node)
     (n, c, h, w), (out, _, kh, kw), (oh, ow) = node.x, node.weight, node.size_out
     taps, strides = kh * kw, node.geometry.stride[0] * node.geometry.stride[1]
-    one_side = (_BOTH - _PRODUCT) / 2
     gathered = c < 16 and taps > 1  # a step of its weight gradient runs through several taps
     columns, depth = (c * taps, n * oh * ow) if gathered else (c, n * oh * ow * taps)
     # A stride leaves each input pixel only some of the taps.
-    dgrad = _tiled(n * h * w, c, max(1, out * taps // strides), _DGRAD - _PRODUCT, 0.0, node.tf32)
-    wgrad = _tiled(out, columns, depth, one_side, one_side if node.transformed else 0.0, node.tf32)
+    masked = "masked " if any(node.geometry.padding) else ""
+    dgrad = _tiled("join dgrad" if node.joined else f"{masked}dgrad", n * h * w, c, max(1, out * taps // strides), node)
+    wgrad = _tiled(f"{masked}wgrad of both" if node.transformed else f"{masked}wgrad", out, columns, depth, node)
     of_dgrad = {
         "fused": max(2 * y + (4 * x if node.joined else 2 * x if node.transformed else x), dgrad),
         "hybrid": max(x + y, product) + (5 * x if node.joined else 3 * x if node.transformed else 0),

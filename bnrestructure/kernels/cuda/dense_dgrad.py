@@ -198,8 +198,8 @@ def dgrad(
         for i in rows_of[0] for j in rows_of[1]
     ]  # fmt: skip
     all_tiles = sum(row_tiles)
-    has_sums = transform.mean is not None and not gated
-    planes = 2 + (r_vectors.mean is not None)
+    has_sums = (transform.mean is not None or join is not None) and not gated
+    planes = 1 + (transform.mean is not None) + (r_vectors.mean is not None)
     partial = partial_sums(planes, all_tiles, inputs, x.device) if has_sums else None
     gate_partial = partial_sums(1, all_tiles, inputs, x.device) if gated else None
     mean, scale, beta, gate = vectors(transform.mean, transform.scale, transform.beta, transform.gate)
@@ -221,10 +221,13 @@ def dgrad(
             BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
         first_tile += count
-    sum_p, sum_px, *sum_pr = (None, None) if partial is None else partial.sum(1).unbind()
+    sums = None if partial is None else partial.sum(1)
     dgate = None if gate_partial is None else gate_partial.view(batch, -1, inputs).sum(1)
     result = dx.tensor if accumulate is None or in_place else accumulate.add_(dx.tensor)
-    return InputGradient(result, sum_p, sum_px, dgate, sum_pr[0] if sum_pr else None)
+    if sums is None:
+        return InputGradient(result, None, None, dgate)
+    sum_px, sum_pr = (None if of.mean is None else sums[i] for of, i in ((transform, 1), (r_vectors, -1)))
+    return InputGradient(result, sums[0], sum_px, dgate, sum_pr)
 
 
 def _leaves(c: _Class, size: int) -> bool:

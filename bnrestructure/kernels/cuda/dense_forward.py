@@ -75,7 +75,7 @@ def _dense_forward_kernel(
             inside = inside & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
         in_channel = (group * group_inputs + channel)[None, :]
         x = tl.load(x_ptr + offset(pixel, x_pitch, WIDE) + in_channel, mask=inside, other=0.0)
-        if mean_ptr is not None or gate_ptr is not None or ACT != "identity":
+        if mean_ptr is not None or gate_ptr is not None or r_ptr is not None or ACT != "identity":
             u = pre_activation(x.to(tl.float32), mean_ptr, scale_ptr, beta_ptr, in_channel, k_valid[None, :])
             if r_ptr is not None:
                 r = tl.load(r_ptr + offset(pixel, r_pitch, WIDE) + in_channel, mask=inside, other=0.0).to(tl.float32)

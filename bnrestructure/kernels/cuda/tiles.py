@@ -61,7 +61,8 @@ def dense_forward(
     k = _power(depth, 16, 128 // element)
     if gathered:  # every element has its own address: fewer of them in flight
         return DotTile(m, min(n, 64), min(k, 32), 8 if m == 128 else 4, 2)
-    if joined:  # two streams and a third that is written
+    if joined:  # two streams are read and a third is written: wide tiles read them less often
+        m = 128 if rows >= 64 * 128 and not heavy else 64
         return DotTile(m, min(n, 64) if heavy else n, min(k, 64 // element), 8, 2)
     if heavy:
         return DotTile(m, n, min(k, 64 // element), 8 if m * n >= 128 * 64 else 4, 2)
@@ -74,12 +75,13 @@ def dense_dgrad(rows: int, channels: int, depth: int, element: int, heavy: bool,
 
     ``joined``: the epilogue finishes a residual join's gradient, from four tensors.
     """
-    if joined:
-        n, m = _power(channels, 16, 64), 128 if rows >= 128 * 128 and not heavy else 64
-        return DotTile(m, n, _power(depth, 16, 64 // element), 8, 2)
     n = _power(channels, 16, 64 if heavy else 128)
-    m = 128 if rows >= 128 * 128 and n < 128 else 64  # 128 x 128 spills on sm_90 with Triton 3.6
-    k = _power(depth, 16, 64 // element)
+    k = _power(depth, 16, 128 // element)
+    if joined:
+        return DotTile(64, n, min(k, 64 // element) if heavy else k, 8 if n == 128 or heavy else 4, 2)
+    if n == 128:  # 128 x 128 spills on sm_90 with Triton 3.6
+        return DotTile(64, n, k, 4, 2)
+    m, k = 128 if rows >= 128 * 128 else 64, min(k, 64 // element)
     return DotTile(m, n, k, 8 if heavy and m * n >= 128 * 64 else 4, 2 if heavy else 3)
 
 

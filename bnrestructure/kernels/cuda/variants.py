@@ -162,6 +162,8 @@ VARIANTS = (
     _join("1x1 join bf16", 256, 64, 1, 56, quick=True),
     _join("1x1 late join bf16", 2048, 512, 1, 7),
     _join("1x1 linear join bf16", 32, 192, 1, 28, act="identity"),
+    _join("1x1 join to few bf16", 64, 12, 1, 28),
+    _join("1x1 join of few bf16", 16, 96, 1, 112, act="identity"),
     _join("1x1 join odd channels bf16", 130, 70, 1, 28),
     _join("1x1 join silu bf16", 128, 256, 1, 28, act="silu"),
     _join("1x1 join fp16", 256, 64, 1, 56, dtype=torch.float16),

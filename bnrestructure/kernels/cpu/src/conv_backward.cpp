@@ -316,7 +316,7 @@ class Backward {
                     prefetch_.add(static_cast<const T*>(b_.a_.y) + pixel * b_.a_.y_pitch, b_.a_.y_pitch * sizeof(T), count, bytes);
                 }
             });
-            if (w_.free_rows && !w_.flat) return;
+            if ((w_.free_rows && !w_.flat) || (b_.a_.join.y && !b_.need_weight_)) return;   // nobody reads a join's sum then
             for (int64_t i = 0; i < tile.images; i++) {
                 const Range rows = w_.free_rows ? Range{tile.row, tile.row + tile.rows} : input_rows(tile);
                 const int64_t image_row = w_.free_rows ? 0 : (tile.image + i) * p_.in_height;

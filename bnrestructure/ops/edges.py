@@ -11,6 +11,7 @@ tensor, float32 for everything else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -112,6 +113,14 @@ class ConvGeometry(NamedTuple):
         """Spatial size of the convolution's output."""
         sizes = zip(spatial, kernel, self.stride, self.padding, self.dilation, strict=True)
         return tuple([(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes])
+
+    def is_depthwise(self, weight: Sequence[int]) -> bool:
+        """Whether every channel is a group of its own, with one output; ``weight`` is the weight's shape."""
+        return self.groups > 1 and self.groups == weight[0] and weight[1] == 1
+
+    def is_pointwise(self, weight: Sequence[int]) -> bool:
+        """Whether each output pixel reads the input pixel at its own place, and no other; ``weight`` is the weight's shape."""
+        return all(size == 1 for size in (*weight[2:], *self.stride)) and not any(self.padding)
 
 
 class PoolGeometry(NamedTuple):

@@ -125,11 +125,6 @@ def description() -> str:
     return f"{library.isa_name()}; measured choices in {file}" if file is not None else library.isa_name()
 
 
-def is_depthwise(weight: Tensor, geometry: ConvGeometry) -> bool:
-    """Every channel is a group of its own, with one output."""
-    return geometry.groups > 1 and geometry.groups == weight.shape[0] and weight.shape[1] == 1
-
-
 def _convolutions(weight: Tensor, geometry: ConvGeometry) -> ModuleType:
-    """The module for this convolution."""
-    return depthwise if is_depthwise(weight, geometry) else convolution
+    """The module for this convolution: depthwise ones have kernels of their own."""
+    return depthwise if geometry.is_depthwise(weight.shape) else convolution

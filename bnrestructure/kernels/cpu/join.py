@@ -43,8 +43,7 @@ def join_forward(
 
 def _forms_sum(y: Tensor, weight: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> bool:
     """Whether the fused forward kernel runs this node and each pixel is in one of its tiles alone."""
-    point = weight.shape[2:] == (1, 1) and geometry.stride == (1, 1) and geometry.padding == (0, 0)
-    if not point or cpu.is_depthwise(weight, geometry) or tuning.is_measuring():
+    if not geometry.is_pointwise(weight.shape) or geometry.is_depthwise(weight.shape) or tuning.is_measuring():
         return False
     return convolution.choice(y, Transform(), weight, geometry, dtype, "forward").implementation == "fused"
 
@@ -67,7 +66,7 @@ def join_backward(
 ) -> join.JoinGradients:
     """(G, SP, SPY, SPR, dweight, dbias): see kernels/join.py. All tensors are in ``dtype``."""
     options: dict[str, Any] = {"dtype": dtype, "accumulate": accumulate}
-    if cpu.is_depthwise(weight, geometry):
+    if geometry.is_depthwise(weight.shape):
         return join.join_backward(cpu, dy, edge, z, y, ty, r, tr, act, weight, geometry, needs=needs, **options)
     found = convolution.conv_backward(
         dy, edge, z, Transform(), weight, geometry, needs=(True, *needs), join=Join(y, ty, r, tr, act), **options

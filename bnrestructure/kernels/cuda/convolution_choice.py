@@ -26,7 +26,7 @@ from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cuda.device import identify_machine
 from bnrestructure.ops.edges import ConvGeometry
 
-__all__ = ["BACKWARD", "ISSUED", "Node", "call_of", "candidates", "choose", "forms_sum", "is_depthwise", "node_of", "step_cycles"]
+__all__ = ["BACKWARD", "ISSUED", "Node", "call_of", "candidates", "choose", "forms_sum", "node_of", "step_cycles"]
 
 #: Backward candidates: the implementations of the input gradient and of the weight gradient.
 BACKWARD = {**DENSE_BACKWARD, "depthwise": ("depthwise", "depthwise"), "reference": ("reference", "reference")}
@@ -76,11 +76,6 @@ class Node(NamedTuple):
         return self.geometry.output_size(self.x[2:], self.weight[2:])
 
 
-def is_depthwise(weight: tuple[int, ...], geometry: ConvGeometry) -> bool:
-    """Every channel is a group of its own, with one output. (More outputs each: the dense kernels.)"""
-    return geometry.groups > 1 and geometry.groups == weight[0] and weight[1] == 1
-
-
 @lru_cache(maxsize=4096)
 def node_of(
     x: tuple[int, ...],
@@ -98,13 +93,12 @@ def node_of(
 
 def forms_sum(node: Node) -> bool:
     """Whether the fused forward kernel can form a residual join's sum: each pixel must be read by one row of tiles alone."""
-    stride, padding, _, groups = node.geometry
-    return (*node.weight[2:], *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
+    return node.geometry.is_pointwise(node.weight) and node.geometry.groups == 1
 
 
 def candidates(node: Node, direction: str) -> list[str]:
     """What can run the node in ``direction``, the one that needs no memory of its own first. The hybrid has no gate."""
-    own = "depthwise" if is_depthwise(node.weight, node.geometry) else "fused"
+    own = "depthwise" if node.geometry.is_depthwise(node.weight) else "fused"
     if node.gated:
         return [own, "reference"]
     if direction == "forward" or own == "depthwise":
@@ -123,7 +117,7 @@ def choose(node: Node, direction: str, gpu: str | None) -> Choice:
         found = tuning.measured(call_of(node, direction))
         if found is not None:
             return Choice(found.choice, found.reason)
-    if is_depthwise(node.weight, node.geometry):
+    if node.geometry.is_depthwise(node.weight):
         return Choice("depthwise", "by rule: depthwise convolutions have kernels of their own")
     if node.gated:
         return Choice("fused", "by rule: only the fused kernel has a gate")

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from bnrestructure.kernels.cuda import dense_dgrad, dense_forward, dense_wgrad, depthwise, depthwise_wgrad
-from bnrestructure.kernels.cuda.convolution_choice import is_depthwise
 from bnrestructure.kernels.cuda.edges import edge_pixels
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
@@ -19,7 +18,7 @@ def conv_forward(
     x: Tensor, transform: Transform, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, **options: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, mean, var): see kernels/reference/convolution.py. x [N, C_in, H, W] of any strides; fp32, bf16 or fp16."""
-    module = depthwise if is_depthwise(tuple(weight.shape), geometry) else dense_forward
+    module = depthwise if geometry.is_depthwise(weight.shape) else dense_forward
     return module.conv_forward(x, transform, weight, bias, geometry, **options)
 
 
@@ -39,7 +38,7 @@ def conv_backward(
     """Gradients of :func:`conv_forward`: see kernels/reference/convolution.py. With ``join`` x is its sum; not for depthwise ones."""
     need_x, need_weight, need_bias = needs
     gradient = edge_pixels(dy, edge)
-    own = is_depthwise(tuple(weight.shape), geometry)
+    own = geometry.is_depthwise(weight.shape)
     dw = db = None
     if need_weight or need_bias:
         dw, db = (depthwise_wgrad if own else dense_wgrad).wgrad(

@@ -110,8 +110,7 @@ class Inputs:
     def forward(self, kernels: Any, node: Node, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """(y, mean, var); of a joined node the sum before them."""
         if node.joined:
-            join, options = self.join, {"dtype": dtype, "statistics": True}
-            return kernels.join_forward(*_operands(join), self.weight, None, node.geometry, **options)
+            return kernels.join_forward(self.join, self.weight, None, node.geometry, dtype=dtype, statistics=True)
         return kernels.conv_forward(
             self.x, self.transform, self.weight, None, node.geometry, dtype=dtype, statistics=True
         )
@@ -121,7 +120,7 @@ class Inputs:
         if node.joined:
             z = self.sum(dtype)
             found = kernels.join_backward(
-                self.dy, self.edge, z, *_operands(self.join), self.weight, node.geometry,
+                self.dy, self.edge, z, self.join, self.weight, node.geometry,
                 dtype=dtype, needs=(True, False), accumulate=accumulate,
             )  # fmt: skip
             g, sum_p, sum_py, _, weight, _ = found
@@ -134,7 +133,7 @@ class Inputs:
     def sum(self, dtype: torch.dtype) -> Tensor:
         """The join's sum, which backward is given."""
         if self._sum is None:
-            self._sum, _, _ = reference.residual_forward(*_operands(self.join), dtype=dtype, statistics=False)
+            self._sum, _, _ = reference.residual_forward(*self.join.operands, dtype=dtype, statistics=False)
         return self._sum
 
     def double(self) -> Inputs:
@@ -144,10 +143,6 @@ class Inputs:
             self.weight.double(), self.dy.double(), BackwardEdge(*map(_double, (e.s, e.a, e.b, e.y, e.mean))),
             self.before.double(), self.r.double(),
         )  # fmt: skip
-
-
-def _operands(join: Join) -> tuple[Any, ...]:
-    return join.y, join.ty, join.r, join.tr, join.act
 
 
 def _double(x: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -224,8 +225,8 @@ def uncentred(original: Any, *args: Any, **kwargs: Any) -> Any:
 
 def no_mask(original: Any, *args: Any, **kwargs: Any) -> Any:
     """The sum's gradient is handed to both operands as it arrives."""
-    *rest, _, weight, geometry = args
-    return original(*rest, "identity", weight, geometry, **kwargs)
+    *rest, joined, weight, geometry = args
+    return original(*rest, replace(joined, act="identity"), weight, geometry, **kwargs)
 
 
 def no_shortcut_statistics(original: Any, *args: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, Transform
 
 __all__ = ["JoinGradients", "join_backward", "join_forward", "unsupported_part"]
 
@@ -24,33 +24,27 @@ def unsupported_part(
 ) -> str | None:
     """Why an implementation that ``supports`` the halves as it says cannot run ``join_forward`` or ``join_backward``, or None."""
     if name == "join_forward":
-        y, ty, r, tr, act, *convolution = args
-        parts = {"residual_forward": (y, ty, r, tr, act), "conv_forward": (y, Transform(), *convolution)}
+        join, *convolution = args
+        parts = {"residual_forward": join.operands, "conv_forward": (join.y, Transform(), *convolution)}
     else:
-        dy, edge, z, y, ty, r, tr, act, *convolution = args
-        parts = {"residual_backward": (z, None, y, ty, r, tr, z, act), "conv_backward": (dy, edge, z, Transform(), *convolution)}
+        dy, edge, z, join, *convolution = args
+        parts = {
+            "residual_backward": (z, None, *join.operands[:-1], z, join.act),
+            "conv_backward": (dy, edge, z, Transform(), *convolution),
+        }
     reasons = (supports(part, of, kwargs) for part, of in parts.items())
     return next((reason for reason in reasons if reason is not None), None)
 
 
 def join_forward(
-    kernels: Any,
-    y: Tensor,
-    ty: Transform,
-    r: Tensor,
-    tr: Transform,
-    act: str,
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: ConvGeometry,
-    *,
-    dtype: torch.dtype,
-    statistics: bool,
-    out: Tensor | None = None,
+    kernels: Any, join: Join, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, *, dtype: torch.dtype, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(z, out, mean, var): ``z = act(ty(y) + tr(r))`` in ``dtype``, its convolution, and the statistics of that."""
-    z, _, _ = kernels.residual_forward(y, ty, r, tr, act, dtype=dtype, statistics=False)
-    return z, *kernels.conv_forward(z, Transform(), weight, bias, geometry, dtype=dtype, statistics=statistics, out=out)
+    """(z, out, mean, var): the join's sum z in ``dtype``, its convolution, and the statistics of that.
+
+    ``options`` are those of ``conv_forward``: ``statistics`` and ``out``.
+    """
+    z, _, _ = kernels.residual_forward(*join.operands, dtype=dtype, statistics=False)
+    return z, *kernels.conv_forward(z, Transform(), weight, bias, geometry, dtype=dtype, **options)
 
 
 def join_backward(
@@ -58,23 +52,17 @@ def join_backward(
     dy: Tensor,
     edge: BackwardEdge,
     z: Tensor,
-    y: Tensor,
-    ty: Transform,
-    r: Tensor,
-    tr: Transform,
-    act: str,
+    join: Join,
     weight: Tensor,
     geometry: ConvGeometry,
     *,
-    dtype: torch.dtype,
     needs: tuple[bool, bool],
-    accumulate: Tensor | None = None,
+    **options: Any,
 ) -> JoinGradients:
     """Gradients of :func:`join_forward`; ``dy`` with its edge is that of the convolution's result, ``needs`` = (weight, bias).
 
-    ``accumulate``, the other readers' gradient at z, is added first; its memory may be used for G.
+    ``options`` are ``dtype``, and ``accumulate``: the other readers' gradient at z, which is added first; its memory may be used for G.
     """
-    found = kernels.conv_backward(
-        dy, edge, z, Transform(), weight, geometry, dtype=dtype, needs=(True, *needs), accumulate=accumulate
-    )
-    return *kernels.residual_backward(found.dx, None, y, ty, r, tr, z, act), found.weight, found.bias
+    found = kernels.conv_backward(dy, edge, z, Transform(), weight, geometry, needs=(True, *needs), **options)
+    gradients = kernels.residual_backward(found.dx, None, *join.operands[:-1], z, join.act)
+    return *gradients, found.weight, found.bias

@@ -64,7 +64,7 @@ def reason_for_device(backend: str, device: str) -> str | None:
 
 
 def select(backend: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-    """The function to call for kernel ``name`` on these arguments; ``args[0]`` is a tensor."""
+    """The function to call for kernel ``name`` on these arguments; ``args[0]`` is a tensor, or has a tensor's ``device``."""
     module = _usable(backend, args[0].device.type)
     if module is None or module.supports(name, args, kwargs) is not None:
         module = reference

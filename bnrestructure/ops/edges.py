@@ -95,6 +95,16 @@ class Join:
     tr: Transform
     act: str
 
+    @property
+    def device(self) -> torch.device:
+        """Of its tensors: kernels are chosen by it, as by a tensor's."""
+        return self.y.device
+
+    @property
+    def operands(self) -> tuple[Tensor, Transform, Tensor, Transform, str]:
+        """What ``residual_forward`` takes."""
+        return self.y, self.ty, self.r, self.tr, self.act
+
 
 class ConvGeometry(NamedTuple):
     """A convolution's shape parameters, one int per spatial dimension. Padding is zeros, put *after* the activation."""

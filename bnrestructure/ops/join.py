@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bnrestructure.ops.conv_options import ConvOptions, backward_edge, destination, incoming_gradient
 from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative
-from bnrestructure.ops.edges import Transform, accumulation_dtype
+from bnrestructure.ops.edges import Join, Transform, accumulation_dtype
 from bnrestructure.ops.residual import operand_gradients
 
 __all__ = ["JoinConv", "join_is_fusible"]
@@ -55,7 +55,7 @@ class JoinConv(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         buffer, out, offset = destination(x, weight, into, options)
         z, y, ymean, yvar = call_kernel(
-            options.backend, "join_forward", x, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), options.act,
+            options.backend, "join_forward", Join(x, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), options.act),
             weight, bias, options.geometry, dtype=options.dtype, statistics=options.statistics, out=out,
         )  # fmt: skip
         ctx.options = options
@@ -73,18 +73,18 @@ class JoinConv(torch.autograd.Function):
     def backward(ctx: Any, dresult: Any, dmean: Any, dvar: Any, dz: Any, dgain: Any) -> Any:
         options: ConvOptions = ctx.options
         x, mean, scale, beta, r, r_mean, r_scale, r_beta, z, weight, y, ymean = ctx.saved_tensors
-        tx, tr = Transform(mean, scale, beta), Transform(r_mean, r_scale, r_beta)
+        join = Join(x, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), options.act)
         dy, dinto = incoming_gradient(ctx, dresult)
         dweight = dbias = None
         if dy is None and dmean is None and dvar is None:  # only the sum's other readers take part
             if dz is None:
                 return guard_second_derivative((None,) * 14)
-            g, *sums = call_kernel(options.backend, "residual_backward", dz, None, x, tx, r, tr, z, options.act)
+            g, *sums = call_kernel(options.backend, "residual_backward", dz, None, *join.operands[:-1], z, join.act)
         else:
             needs = ctx.needs_input_grad[10], ctx.has_bias and ctx.needs_input_grad[11]
             g, *sums, dweight, dbias = call_kernel(
                 options.backend, "join_backward", torch.zeros_like(y) if dy is None else dy,
-                backward_edge(dgain, dmean, dvar, y, ymean), z, x, tx, r, tr, options.act, weight, options.geometry,
+                backward_edge(dgain, dmean, dvar, y, ymean), z, join, weight, options.geometry,
                 dtype=options.dtype, needs=needs, accumulate=dz,
             )  # fmt: skip
         operands = (x, scale, ctx.has_gain), (r, r_scale, ctx.has_r_gain)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from bnrestructure.kernels import cpu, reference
 from bnrestructure.kernels.cpu import convolution, library
 from bnrestructure.kernels.cpu.convolution_choice import candidates
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
 pytestmark = needs_kernels
 
@@ -41,31 +41,25 @@ KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0), "leaky_r
 class Case:
     dy: Tensor
     edge: BackwardEdge
-    y: Tensor
-    ty: Transform
-    r: Tensor
-    tr: Transform
-    act: str
+    join: Join
     weight: Tensor
     bias: Tensor
     geometry: ConvGeometry
     into: Tensor | None
 
     def forward(self, kernels, out: Tensor | None = None):
-        args = (self.y, self.ty, self.r, self.tr, self.act, self.weight, self.bias, self.geometry)
-        return kernels.join_forward(*args, dtype=self.y.dtype, statistics=True, out=out)
+        args = (self.join, self.weight, self.bias, self.geometry)
+        return kernels.join_forward(*args, dtype=self.dy.dtype, statistics=True, out=out)
 
     def backward(self, kernels, z: Tensor, needs: tuple[bool, bool] = (True, True)):
         into = None if self.into is None else self.into.clone(memory_format=torch.preserve_format)
-        args = (self.dy, self.edge, z, self.y, self.ty, self.r, self.tr, self.act, self.weight, self.geometry)
-        return kernels.join_backward(*args, dtype=self.y.dtype, needs=needs, accumulate=into)
+        args = (self.dy, self.edge, z, self.join, self.weight, self.geometry)
+        return kernels.join_backward(*args, dtype=self.dy.dtype, needs=needs, accumulate=into)
 
     def double(self) -> Case:
         into = None if self.into is None else self.into.double()
-        return Case(
-            self.dy.double(), to_double(self.edge), self.y.double(), to_double(self.ty), self.r.double(), to_double(self.tr), self.act,
-            self.weight.double(), self.bias.double(), self.geometry, into,
-        )  # fmt: skip
+        join = Join(*to_double(self.join.operands))
+        return Case(self.dy.double(), to_double(self.edge), join, self.weight.double(), self.bias.double(), self.geometry, into)
 
 
 def vectors(channels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,8 +97,9 @@ def make_case(
     r = in_layout(away_from_kinks(y, ty, r, tr, act), layout)
     a, b, mean, s = torch.randn(4, out).unbind()
     return Case(
-        dy, BackwardEdge(s, a, b, result, mean) if edge else BackwardEdge(), y, ty, r, tr, act, weight / weight[0].numel() ** 0.5,
-        torch.randn(out), geometry, None if into is None else in_layout(torch.randn(n, c, *size).to(dtype), into),
+        dy, BackwardEdge(s, a, b, result, mean) if edge else BackwardEdge(), Join(y, ty, r, tr, act),
+        weight / weight[0].numel() ** 0.5, torch.randn(out), geometry,
+        None if into is None else in_layout(torch.randn(n, c, *size).to(dtype), into),
     )  # fmt: skip
 
 
@@ -205,7 +200,7 @@ def test_in_place_where_it_can() -> None:
     z, *_ = case.forward(cpu)
     into = torch.zeros_like(z)
     g = cpu.join_backward(
-        case.dy, case.edge, z, case.y, case.ty, case.r, case.tr, case.act, case.weight, case.geometry,
+        case.dy, case.edge, z, case.join, case.weight, case.geometry,
         dtype=torch.float32, needs=(True, True), accumulate=into,
     )[0]  # fmt: skip
     assert g is into
@@ -214,13 +209,13 @@ def test_in_place_where_it_can() -> None:
 
 def test_supports_gives_reasons() -> None:
     case = make_case("1x1", torch.float32, "relu", shortcut=False)
-    args = (case.y, case.ty, case.r, case.tr, case.act, case.weight, case.bias, case.geometry)
+    join, rest = case.join, (case.weight, case.bias, case.geometry)
     options = {"dtype": torch.float32, "statistics": True}
-    assert cpu.supports("join_forward", args, options) is None
+    assert cpu.supports("join_forward", (join, *rest), options) is None
     wrong = {
-        "softplus": (*args[:4], "softplus", *args[5:]),
-        "one dtype": (case.y, case.ty, case.r.bfloat16(), *args[3:]),
-        "float64": (case.y.double(), case.ty, case.r.double(), *args[3:]),
+        "softplus": replace(join, act="softplus"),
+        "one dtype": replace(join, r=join.r.bfloat16()),
+        "float64": replace(join, y=join.y.double(), r=join.r.double()),
     }
     for words, of in wrong.items():
-        assert words in str(cpu.supports("join_forward", of, options)), words
+        assert words in str(cpu.supports("join_forward", (of, *rest), options)), words

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrestructure.kernels import cpu, join, tuning
+from bnrestructure.kernels import cpu, tuning
+from bnrestructure.kernels import join as in_turn
 from bnrestructure.kernels.cpu import convolution, convolution_fused
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, Transform
 from bnrestructure.ops.kept import kept_activation
@@ -21,24 +22,13 @@ __all__ = ["join_backward", "join_forward"]
 
 
 def join_forward(
-    y: Tensor,
-    ty: Transform,
-    r: Tensor,
-    tr: Transform,
-    act: str,
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: ConvGeometry,
-    *,
-    dtype: torch.dtype,
-    **options: Any,
+    join: Join, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, *, dtype: torch.dtype, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(z, out, mean, var): see kernels/join.py. All tensors are in ``dtype``."""
-    if not _forms_sum(y, weight, geometry, dtype):
-        return join.join_forward(cpu, y, ty, r, tr, act, weight, bias, geometry, dtype=dtype, **options)
-    z = kept_activation(y.shape, dtype, y.device)
-    args = (z, Transform(), weight, bias, geometry)
-    return z, *convolution_fused.conv_forward(*args, dtype=dtype, join=Join(y, ty, r, tr, act), **options)
+    if not _forms_sum(join.y, weight, geometry, dtype):
+        return in_turn.join_forward(cpu, join, weight, bias, geometry, dtype=dtype, **options)
+    z = kept_activation(join.y.shape, dtype, join.device)
+    return z, *convolution_fused.conv_forward(z, Transform(), weight, bias, geometry, dtype=dtype, join=join, **options)
 
 
 def _forms_sum(y: Tensor, weight: Tensor, geometry: ConvGeometry, dtype: torch.dtype) -> bool:
@@ -52,25 +42,17 @@ def join_backward(
     dy: Tensor,
     edge: BackwardEdge,
     z: Tensor,
-    y: Tensor,
-    ty: Transform,
-    r: Tensor,
-    tr: Transform,
-    act: str,
+    join: Join,
     weight: Tensor,
     geometry: ConvGeometry,
     *,
-    dtype: torch.dtype,
     needs: tuple[bool, bool],
-    accumulate: Tensor | None = None,
-) -> join.JoinGradients:
-    """(G, SP, SPY, SPR, dweight, dbias): see kernels/join.py. All tensors are in ``dtype``."""
-    options: dict[str, Any] = {"dtype": dtype, "accumulate": accumulate}
+    **options: Any,
+) -> in_turn.JoinGradients:
+    """(G, SP, SPY, SPR, dweight, dbias): see kernels/join.py. All tensors are in one dtype."""
     if geometry.is_depthwise(weight.shape):
-        return join.join_backward(cpu, dy, edge, z, y, ty, r, tr, act, weight, geometry, needs=needs, **options)
-    found = convolution.conv_backward(
-        dy, edge, z, Transform(), weight, geometry, needs=(True, *needs), join=Join(y, ty, r, tr, act), **options
-    )
+        return in_turn.join_backward(cpu, dy, edge, z, join, weight, geometry, needs=needs, **options)
+    found = convolution.conv_backward(dy, edge, z, Transform(), weight, geometry, needs=(True, *needs), join=join, **options)
     assert found.dx is not None
     assert found.sum_p is not None
     return found.dx, found.sum_p, found.sum_px, found.sum_pr, found.weight, found.bias

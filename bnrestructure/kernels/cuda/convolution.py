@@ -55,7 +55,7 @@ def conv_forward(
         if join is not None and implementation == "fused" and forms_sum(node):
             options["join"] = join
         elif join is not None:
-            residual_forward(join.y, join.ty, join.r, join.tr, join.act, dtype=dtype, statistics=False, into=x)
+            residual_forward(*join.operands, dtype=dtype, statistics=False, into=x)
         return _IMPLEMENTATIONS[implementation].conv_forward(x, transform, weight, bias, geometry, **options)
 
     if tuning.is_measuring():
@@ -107,8 +107,7 @@ def _in_turn(module: ModuleType, *args: Any, join: Join, needs: tuple[bool, bool
     """The convolution's gradients by an implementation that knows no joins, then the join's own sweep."""
     dy, edge, z, _, weight, geometry = args
     kernels = SimpleNamespace(conv_backward=module.conv_backward, residual_backward=residual_backward)
-    operands = (join.y, join.ty, join.r, join.tr, join.act)
-    g, sum_p, sum_py, sum_pr, dw, db = join_backward(kernels, dy, edge, z, *operands, weight, geometry, needs=needs[1:], **options)
+    g, sum_p, sum_py, sum_pr, dw, db = join_backward(kernels, dy, edge, z, join, weight, geometry, needs=needs[1:], **options)
     return ConvGradients(g, sum_p, sum_py, None, dw, db, sum_pr)
 
 

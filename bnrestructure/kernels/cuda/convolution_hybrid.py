@@ -79,9 +79,7 @@ def conv_backward(
     if not need_x:
         return ConvGradients(weight=dw, bias=db)
     if join is not None:
-        joined = residual_backward(
-            g, None, join.y, join.ty, join.r, join.tr, x, join.act, factor=1 / factor, more=accumulate
-        )
+        joined = residual_backward(g, None, *join.operands[:-1], x, join.act, factor=1 / factor, more=accumulate)
         return ConvGradients(*joined[:3], None, dw, db, joined[3])
     if transform.is_identity and factor == 1:
         dx = pixels(g).tensor.to(x.dtype) if accumulate is None else accumulate.add_(g)

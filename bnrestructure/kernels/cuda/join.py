@@ -5,6 +5,8 @@ The fused kernel of a 1x1 convolution forms the sum in its prologue, and both th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,47 +19,26 @@ __all__ = ["join_backward", "join_forward"]
 
 
 def join_forward(
-    y: Tensor,
-    ty: Transform,
-    r: Tensor,
-    tr: Transform,
-    act: str,
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: ConvGeometry,
-    *,
-    dtype: torch.dtype,
-    statistics: bool,
-    out: Tensor | None = None,
+    join: Join, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, *, dtype: torch.dtype, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(z, out, mean, var): see kernels/join.py. y and r [N, C_in, H, W] of any strides; fp32, bf16 or fp16."""
-    z = empty_pixels(tuple(y.shape), dtype, y.device).tensor
-    return z, *conv_forward(
-        z, Transform(), weight, bias, geometry, dtype=dtype, statistics=statistics, out=out, join=Join(y, ty, r, tr, act)
-    )  # fmt: skip
+    """(z, out, mean, var): see kernels/join.py. The operands [N, C_in, H, W] are of any strides; fp32, bf16 or fp16."""
+    z = empty_pixels(tuple(join.y.shape), dtype, join.device).tensor
+    return z, *conv_forward(z, Transform(), weight, bias, geometry, dtype=dtype, join=join, **options)
 
 
 def join_backward(
     dy: Tensor,
     edge: BackwardEdge,
     z: Tensor,
-    y: Tensor,
-    ty: Transform,
-    r: Tensor,
-    tr: Transform,
-    act: str,
+    join: Join,
     weight: Tensor,
     geometry: ConvGeometry,
     *,
-    dtype: torch.dtype,
     needs: tuple[bool, bool],
-    accumulate: Tensor | None = None,
+    **options: Any,
 ) -> JoinGradients:
     """(G, SP, SPY, SPR, dweight, dbias): see kernels/join.py."""
-    found = conv_backward(
-        dy, edge, z, Transform(), weight, geometry, dtype=dtype, needs=(True, *needs), accumulate=accumulate,
-        join=Join(y, ty, r, tr, act),
-    )  # fmt: skip
+    found = conv_backward(dy, edge, z, Transform(), weight, geometry, needs=(True, *needs), join=join, **options)
     assert found.dx is not None
     assert found.sum_p is not None
     return found.dx, found.sum_p, found.sum_px, found.sum_pr, found.weight, found.bias

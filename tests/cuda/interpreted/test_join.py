@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,13 +17,13 @@ from bnrestructure.kernels.cuda import convolution
 from bnrestructure.kernels.cuda.convolution_choice import BACKWARD, forms_sum
 from bnrestructure.kernels.cuda.layout import Pixels
 from bnrestructure.ops.activation import PLAIN_ACTIVATIONS
-from bnrestructure.ops.edges import BackwardEdge, Transform
+from bnrestructure.ops.edges import BackwardEdge, Join, Transform
 
 POINT = ("1x1", "1x1, one channel")
 
 
-def draw(case: Case, act: str, dtype: torch.dtype, *, shortcut: bool) -> tuple[Any, ...]:
-    """y, ty, r, tr, act, weight: r is moved where the sum lies at a kink, on whose two sides the derivative differs."""
+def draw(case: Case, act: str, dtype: torch.dtype, *, shortcut: bool) -> tuple[Join, Tensor]:
+    """The join and the weight: r is moved where the sum lies at a kink, on whose two sides the derivative differs."""
     y, r = (torch.randn(case.n, case.c, *case.size).to(dtype) for _ in range(2))
     ty, tr = (Transform(torch.randn(case.c), torch.rand(case.c) + 0.5, torch.randn(case.c)) for _ in range(2))
     tr = tr if shortcut else Transform()
@@ -31,15 +32,15 @@ def draw(case: Case, act: str, dtype: torch.dtype, *, shortcut: bool) -> tuple[A
     )
     near = sum((u - kink).abs() < 0.06 for kink in (0.0, 3.0, -3.0, 6.0)).bool()
     weight = torch.randn(case.out, case.c // case.groups, *case.kernel).to(dtype)
-    return y, ty, torch.where(near, (r + 0.4).to(dtype), r), tr, act, weight
+    return Join(y, ty, torch.where(near, (r + 0.4).to(dtype), r), tr, act), weight
 
 
-def forward(kernels: Any, a: tuple[Any, ...], case: Case, dtype: torch.dtype, bias: Tensor) -> tuple[Any, ...]:
+def forward(kernels: Any, a: tuple[Join, Tensor], case: Case, dtype: torch.dtype, bias: Tensor) -> tuple[Any, ...]:
     return kernels.join_forward(*a, bias, case.geometry, dtype=dtype, statistics=True)
 
 
 def backward(
-    kernels: Any, p: Tensor, edge: BackwardEdge, z: Tensor, a: tuple[Any, ...], case: Case, dtype: torch.dtype, into: Tensor | None
+    kernels: Any, p: Tensor, edge: BackwardEdge, z: Tensor, a: tuple[Join, Tensor], case: Case, dtype: torch.dtype, into: Tensor | None
 ) -> tuple[Any, ...]:
     into = None if into is None else into.clone(memory_format=torch.preserve_format)
     return kernels.join_backward(p, edge, z, *a, case.geometry, dtype=dtype, needs=(True, True), accumulate=into)
@@ -47,7 +48,7 @@ def backward(
 
 def check(case: Case, act: str, dtype: torch.dtype, *, shortcut: bool = True, into: str | None = "channels_last") -> None:
     a = draw(case, act, dtype, shortcut=shortcut)
-    exact, bias = tuple(to_double(v) for v in a), torch.randn(case.out)
+    exact, bias = (Join(*to_double(a[0].operands)), a[1].double()), torch.randn(case.out)
     truth = forward(reference, exact, case, torch.float64, bias.double())
     assert_as_good("forward", *(forward(k, a, case, dtype, bias) for k in (cuda, reference)), truth)
     p, edge = draw_edge(case, dtype)
@@ -118,7 +119,7 @@ def test_layouts() -> None:
     expected, bias = forward(cuda, a, case, torch.float32, torch.zeros(case.out)), torch.zeros(case.out)
     gradients = backward(cuda, p, edge, expected[0], a, case, torch.float32, None)
     for layout in ("slice", "nchw"):
-        moved = (in_layout(a[0], layout), a[1], in_layout(a[2], layout), *a[3:])
+        moved = replace(a[0], y=in_layout(a[0].y, layout), r=in_layout(a[0].r, layout)), a[1]
         for found, value in zip(forward(cuda, moved, case, torch.float32, bias), expected, strict=True):
             assert torch.equal(found, value)
         found = backward(cuda, in_layout(p, layout), edge, in_layout(expected[0], layout), moved, case, torch.float32, None)

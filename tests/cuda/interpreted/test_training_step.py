@@ -117,7 +117,7 @@ def test_small_model_of_hybrids(name: str, used: set[str], monkeypatch: pytest.M
 @pytest.mark.own_tiles
 @pytest.mark.parametrize(("name", "batch", "size"), [("resnet18", 2, 64), ("densenet121", 4, 32)])
 def test_whole_model(name: str, batch: int, size: int, used: set[str]) -> None:
-    """Minutes each: run with ``TRITON_INTERPRET=1 pytest tests/cuda/interpreted -m whole``."""
+    """A minute or two each, in processes of their own: ``TRITON_INTERPRET=1 pytest tests/cuda/interpreted -m whole``."""
     from torchvision import models
 
     model = models.get_model(name).train()

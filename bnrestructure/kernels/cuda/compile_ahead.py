@@ -151,7 +151,7 @@ def _longest_loop(code: str) -> int:
             count += 1
             if (target := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and target[1] in labels:
                 longest = max(longest, count - labels[target[1]])
-    return longest
+    return longest if longest > 1 else 0  # every kernel ends in a branch to itself
 
 
 def _disassembled(cubin: bytes) -> tuple[str, str]:

@@ -63,7 +63,7 @@ def dense_forward(
         return DotTile(m, min(n, 64), min(k, 32), 8 if m == 128 else 4, 2)
     if joined:  # two streams are read and a third is written: wide tiles read them less often
         m = 128 if rows >= 64 * 128 and not heavy else 64
-        return DotTile(m, min(n, 64) if heavy else n, min(k, 64 // element), 8, 2)
+        return DotTile(m, min(n, 64) if heavy else n, min(k, 64 // element), 8 if n >= 64 else 4, 2)
     if heavy:
         return DotTile(m, n, min(k, 64 // element), 8 if m * n >= 128 * 64 else 4, 2)
     # A narrow tile is nearly all left operand: with four warps Triton 3.6 spills its addresses on sm_80.

@@ -9,7 +9,7 @@
 #   make bench      timings against eager
 #   make cuda       every CUDA kernel compiled for every supported part (no GPU needed): registers, spills, shared memory
 #   make cuda-oldest   the same, and the interpreted tests, with the oldest PyTorch and Triton, in a venv of their own (ARGS: other tests)
-#   make cuda-models   of make test only the whole models through the CUDA kernels in Triton's interpreter (no GPU needed)
+#   make cuda-models   whole models through the CUDA kernels in Triton's interpreter: a part of make test (no GPU needed)
 #   make gpu        checks and times everything on the GPU at hand
 #   make clean      remove .venv, .venv-oldest and everything that was built
 #

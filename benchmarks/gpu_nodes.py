@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -100,7 +101,6 @@ class Inputs:
     edge: BackwardEdge
     before: Tensor
     r: Tensor
-    _sum: Tensor | None = None
 
     @property
     def join(self) -> Join:
@@ -118,9 +118,8 @@ class Inputs:
     def backward(self, kernels: Any, node: Node, dtype: torch.dtype, accumulate: Tensor) -> ConvGradients:
         """All gradients, dx added to ``accumulate``."""
         if node.joined:
-            z = self.sum(dtype)
             found = kernels.join_backward(
-                self.dy, self.edge, z, self.join, self.weight, node.geometry,
+                self.dy, self.edge, self.sum, self.join, self.weight, node.geometry,
                 dtype=dtype, needs=(True, False), accumulate=accumulate,
             )  # fmt: skip
             g, sum_p, sum_py, _, weight, _ = found
@@ -130,11 +129,11 @@ class Inputs:
             dtype=dtype, needs=(True, True, False), accumulate=accumulate,
         )  # fmt: skip
 
-    def sum(self, dtype: torch.dtype) -> Tensor:
+    @cached_property
+    def sum(self) -> Tensor:
         """The join's sum, which backward is given."""
-        if self._sum is None:
-            self._sum, _, _ = reference.residual_forward(*self.join.operands, dtype=dtype, statistics=False)
-        return self._sum
+        z, _, _ = reference.residual_forward(*self.join.operands, dtype=self.x.dtype, statistics=False)
+        return z
 
     def double(self) -> Inputs:
         t, e = self.transform, self.edge
@@ -218,12 +217,8 @@ class _Joined:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def run(*args: Any, **options: Any) -> Any:
-            original = convolution.choose
-            convolution.choose = lambda *_: Choice(self.implementation, "asked for")
-            try:
+            with mock.patch.object(convolution, "choose", return_value=Choice(self.implementation, "asked for")):
                 return getattr(cuda, name)(*args, **options)
-            finally:
-                convolution.choose = original
 
         return run
 

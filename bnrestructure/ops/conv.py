@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bnrestructure.ops import library
 from bnrestructure.ops.aliases import alias
-from bnrestructure.ops.conv_options import ConvOptions, backward_edge, destination, incoming_gradient
+from bnrestructure.ops.conv_options import ConvOptions, backward_edge, destination, incoming_gradient, remember
 from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative, in_format_of
 from bnrestructure.ops.edges import ConvGeometry, Transform, accumulation_dtype
 from bnrestructure.ops.join import JoinConv, join_is_fusible
@@ -77,9 +77,9 @@ def conv(
     concat buffer: of ``into``, or of a new one of ``channels`` channels, returned as its first ``visible`` channels. ``offset`` None
     appends: y comes right behind the channels of ``into`` and becomes visible with them.
 
-    With a shortcut ``r`` (x's shape; its own vectors [C_in] or none) the prologue is a residual join, ``z = act((x - mean) * scale + beta +
-    shortcut)``. z is stored: ``thread`` returns it in place of x. ``x_gain`` and ``r_gain`` are what
-    ``ops.residual`` calls gain and r_gain.
+    With a shortcut ``r`` (x's shape; its own vectors [C_in] or none) the prologue is a residual join,
+    ``z = act((x - mean) * scale + beta + shortcut)``. z is stored: ``thread`` returns it in place of x. ``x_gain`` and ``r_gain``
+    are what ``ops.residual`` calls gain and r_gain.
 
     Raises RuntimeError, in the words of PyTorch's convolution, on shapes or dtypes that do not fit.
     """
@@ -155,10 +155,7 @@ class _Conv(torch.autograd.Function):
             options.backend, "conv_forward", x, transform, weight, bias, options.geometry,
             dtype=options.dtype, statistics=options.statistics, out=out,
         )  # fmt: skip
-        ctx.options = options
-        ctx.has_bias = bias is not None
-        ctx.into_channels = None if into is None else into.shape[1]
-        ctx.offset, ctx.out_channels = offset, weight.shape[0]
+        remember(ctx, options, weight, bias, into, offset)
         ctx.save_for_backward(x, mean, scale, beta, gate, weight, y if options.statistics else None, ymean)
         ctx.set_materialize_grads(False)
         result = y if buffer is None else buffer

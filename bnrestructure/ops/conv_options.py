@@ -11,7 +11,7 @@ from bnrestructure.ops.aliases import channel_slice
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, values_per_channel
 from bnrestructure.ops.kept import kept_activation
 
-__all__ = ["ConvOptions", "backward_edge", "destination", "incoming_gradient"]
+__all__ = ["ConvOptions", "backward_edge", "destination", "incoming_gradient", "remember"]
 
 
 class ConvOptions(NamedTuple):
@@ -54,6 +54,14 @@ def backward_edge(dgain: Any, dmean: Any, dvar: Any, y: Any, ymean: Any) -> Back
     a = torch.zeros_like(ymean) if dvar is None else dvar * (2.0 / count)
     b = torch.zeros_like(ymean) if dmean is None else dmean / count
     return BackwardEdge(s=dgain, a=a, b=b, y=y, mean=ymean)
+
+
+def remember(ctx: Any, options: ConvOptions, weight: Tensor, bias: Tensor | None, into: Tensor | None, offset: int) -> None:
+    """What :func:`incoming_gradient` and the nodes' backward need to know beside their tensors."""
+    ctx.options = options
+    ctx.has_bias = bias is not None
+    ctx.into_channels = None if into is None else into.shape[1]
+    ctx.offset, ctx.out_channels = offset, weight.shape[0]
 
 
 def incoming_gradient(ctx: Any, dresult: Any) -> tuple[Any, Any]:

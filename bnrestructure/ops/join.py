@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrestructure.ops.conv_options import ConvOptions, backward_edge, destination, incoming_gradient
+from bnrestructure.ops.conv_options import ConvOptions, backward_edge, destination, incoming_gradient, remember
 from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative
 from bnrestructure.ops.edges import Join, Transform, accumulation_dtype
 from bnrestructure.ops.residual import operand_gradients
@@ -58,11 +58,8 @@ class JoinConv(torch.autograd.Function):
             options.backend, "join_forward", Join(x, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), options.act),
             weight, bias, options.geometry, dtype=options.dtype, statistics=options.statistics, out=out,
         )  # fmt: skip
-        ctx.options = options
+        remember(ctx, options, weight, bias, into, offset)
         ctx.has_gain, ctx.has_r_gain = x_gain is not None, r_gain is not None
-        ctx.has_bias = bias is not None
-        ctx.into_channels = None if into is None else into.shape[1]
-        ctx.offset, ctx.out_channels = offset, weight.shape[0]
         kept = y if options.statistics else None
         ctx.save_for_backward(x, mean, scale, beta, r, r_mean, r_scale, r_beta, z, weight, kept, ymean)
         ctx.set_materialize_grads(False)

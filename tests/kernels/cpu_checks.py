@@ -18,6 +18,8 @@ needs_kernels = pytest.mark.skipif(
 )
 
 LAYOUTS = ("channels_last", "slice", "nchw")
+#: Where an activation's derivative jumps.
+KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0), "leaky_relu(0.2)": (0.0,)}
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:

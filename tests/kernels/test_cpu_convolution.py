@@ -16,7 +16,7 @@ from bnrestructure.kernels.cpu import convolution, convolution_fused, convolutio
 from bnrestructure.kernels.cpu.convolution_choice import Node, candidates, choose
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 
 IMPLEMENTATIONS = {"fused": convolution_fused, "hybrid": convolution_hybrid, "winograd": convolution_winograd}
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu(0.1)")

@@ -14,7 +14,7 @@ from torch import Tensor
 from bnrestructure.kernels import reference
 from bnrestructure.kernels.cpu import depthwise, library
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu(0.1)")
 
@@ -39,16 +39,6 @@ SHAPES = {
     "wide: several channel blocks": Shape(1, 1003, (6, 40), kernel=(5, 5), padding=(2, 2)),
     "many pixels": Shape(2, 20, (56, 57)),
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """``torch.empty`` gives NaNs, so that what a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

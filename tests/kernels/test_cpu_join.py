@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from cpu_checks import LAYOUTS, assert_as_good, in_layout, needs_kernels, to_double
+from cpu_checks import KINKS, LAYOUTS, assert_as_good, in_layout, needs_kernels, to_double
 from torch import Tensor
 
 from bnrestructure.kernels import cpu, reference
@@ -15,7 +14,7 @@ from bnrestructure.kernels.cpu import convolution, library
 from bnrestructure.kernels.cpu.convolution_choice import candidates
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 
 DTYPES = (torch.float32, torch.bfloat16)
 #: (batch, channels, outputs, size, kernel, stride, padding, groups)
@@ -34,7 +33,6 @@ SHAPES = {
     "3x3 depthwise": (2, 40, 40, (9, 8), 3, 1, 1, 40),
     "5x5 on one pixel": (2, 18, 17, (1, 1), 5, 1, 2, 1),
 }
-KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0), "leaky_relu(0.2)": (0.0,)}
 
 
 @dataclass
@@ -116,15 +114,6 @@ def compare(name: str, found: tuple[Tensor | None, ...], expected: tuple[Tensor 
     """The limits of the convolution's own tests: twice as wide for sums over pixels."""
     for part, *values in zip(("G", "SP", "SPY", "SPR", "weight", "bias"), found, expected, exact, strict=True):
         assert_as_good(f"{name}: {part}", *values, factor=4.0 if part in ("G", "weight") else 8.0)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Uninitialised memory is NaN, so that an element a kernel forgets to write is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("isa", library.available_isas())

@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 import torch
-from cpu_checks import LAYOUTS, assert_as_good, in_layout, needs_kernels, to_double
+from cpu_checks import KINKS, LAYOUTS, assert_as_good, in_layout, needs_kernels, to_double
 from torch import Tensor
 
 from bnrestructure.kernels import cpu, reference
@@ -16,23 +16,13 @@ from bnrestructure.kernels.cpu import library
 from bnrestructure.ops.activation import activate, activation_gradient
 from bnrestructure.ops.edges import PoolGeometry, Transform
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu(0.2)")
 DTYPES = (torch.float32, torch.bfloat16)
 # Odd channels, vectors with and without a tail, maps of one pixel, one image, and one large enough for eight threads.
 SHAPES = ((2, 3, 5, 7), (1, 1, 1, 1), (4, 37, 1, 1), (1, 130, 3, 1), (2, 64, 6, 6), (3, 41, 40, 23))
 LARGE = (3, 41, 40, 23)
-KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0), "leaky_relu(0.2)": (0.0,)}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Uninitialised memory is NaN, so that an element a kernel forgets to write is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=library.available_isas())

@@ -15,7 +15,7 @@ from bnrestructure.kernels.cpu import layout, library
 from bnrestructure.kernels.layout import vector
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, Transform
 
-__all__ = ["Pixels", "backward_arguments", "forward_arguments", "pixels"]
+__all__ = ["Pixels", "backward_arguments", "forward_arguments", "named_sums", "pixels"]
 
 # Every field is eight bytes wide; all but the slope and the gradient factor are integers or pointers.
 _PROBLEM = "26qd5q"
@@ -114,6 +114,16 @@ def backward_arguments(
         _address(weight_gradient), *strides, _address(bias_gradient), factor,
         *_join(join, gradient.dtype, keep), sum_px + 4 * sums.shape[1] if join is not None and sums is not None else 0,
     )  # fmt: skip
+
+
+def named_sums(sums: Tensor | None, join: Join | None) -> dict[str, Tensor | None]:
+    """The rows of ``sums``, SP, SPX and SPR, as :class:`ConvGradients` calls them, without those that do not apply."""
+    if sums is None:
+        return {}
+    if join is None:
+        return {"sum_p": sums[0], "sum_px": sums[1]}
+    sum_px, sum_pr = (None if t.mean is None else sums[i] for i, t in ((1, join.ty), (2, join.tr)))
+    return {"sum_p": sums[0], "sum_px": sum_px, "sum_pr": sum_pr}
 
 
 def _join(join: Join | None, dtype: torch.dtype, keep: list[Tensor | None]) -> tuple[int | float, ...]:

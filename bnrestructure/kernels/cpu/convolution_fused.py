@@ -7,26 +7,16 @@ import torch
 from torch import Tensor
 
 from bnrestructure.kernels.cpu import layout, library
-from bnrestructure.kernels.cpu.convolution_arguments import backward_arguments, forward_arguments, pixels
+from bnrestructure.kernels.cpu.convolution_arguments import backward_arguments, forward_arguments, named_sums, pixels
 from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.kernels.rounding import gradient_factor
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 from bnrestructure.ops.kept import kept_activation
 
-__all__ = ["conv_backward", "conv_forward", "named_sums"]
+__all__ = ["conv_backward", "conv_forward"]
 
 _forward = library.declare("bnr_conv_forward", "p")
 _backward = library.declare("bnr_conv_backward", "p")
-
-
-def named_sums(sums: Tensor | None, join: Join | None) -> dict[str, Tensor | None]:
-    """SP, SPX and SPR as :class:`ConvGradients` calls them, without those that do not apply."""
-    if sums is None:
-        return {}
-    if join is None:
-        return {"sum_p": sums[0], "sum_px": sums[1]}
-    sum_px, sum_pr = (None if t.mean is None else sums[i] for i, t in ((1, join.ty), (2, join.tr)))
-    return {"sum_p": sums[0], "sum_px": sum_px, "sum_pr": sum_pr}
 
 
 def conv_forward(

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from bnrestructure.kernels.aten_convolution import convolution_backward
 from bnrestructure.kernels.cpu import layout, library
-from bnrestructure.kernels.cpu.convolution_arguments import Pixels, backward_arguments, forward_arguments, pixels
-from bnrestructure.kernels.cpu.convolution_fused import named_sums
+from bnrestructure.kernels.cpu.convolution_arguments import Pixels, backward_arguments, forward_arguments, named_sums, pixels
 from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.kernels.rounding import gradient_factor, restored
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform

@@ -81,8 +81,8 @@ def conv_backward(
     def run(name: str, into: Tensor | None) -> ConvGradients:
         dgrad, wgrad = BACKWARD[name]
         if join is not None and dgrad not in _FINISHING:
-            args = (dy, edge, x, transform, weight, geometry)
-            return _in_turn(_IMPLEMENTATIONS[dgrad], *args, join=join, needs=needs, dtype=dtype, accumulate=into)
+            kernel = _IMPLEMENTATIONS[dgrad].conv_backward
+            return _in_turn(kernel, dy, edge, x, join, weight, geometry, needs=needs[1:], dtype=dtype, accumulate=into)
         parts = [(dgrad, needs, into)]
         if dgrad != wgrad:
             parts = [(wgrad, (False, needs[1], needs[2]), None), (dgrad, (needs[0], False, False), into)]
@@ -103,11 +103,19 @@ def conv_backward(
     return run(choose(node, "backward", device.gpu_of(x)).implementation, accumulate)
 
 
-def _in_turn(module: ModuleType, *args: Any, join: Join, needs: tuple[bool, bool, bool], **options: Any) -> ConvGradients:
-    """The convolution's gradients by an implementation that knows no joins, then the join's own sweep."""
-    dy, edge, z, _, weight, geometry = args
-    kernels = SimpleNamespace(conv_backward=module.conv_backward, residual_backward=residual_backward)
-    g, sum_p, sum_py, sum_pr, dw, db = join_backward(kernels, dy, edge, z, join, weight, geometry, needs=needs[1:], **options)
+def _in_turn(
+    kernel: Callable[..., ConvGradients],
+    dy: Tensor,
+    edge: BackwardEdge,
+    z: Tensor,
+    join: Join,
+    weight: Tensor,
+    geometry: ConvGeometry,
+    **options: Any,
+) -> ConvGradients:
+    """The convolution's gradients by a ``conv_backward`` that knows no joins, then the join's own sweep."""
+    kernels = SimpleNamespace(conv_backward=kernel, residual_backward=residual_backward)
+    g, sum_p, sum_py, sum_pr, dw, db = join_backward(kernels, dy, edge, z, join, weight, geometry, **options)
     return ConvGradients(g, sum_p, sum_py, None, dw, db, sum_pr)
 
 

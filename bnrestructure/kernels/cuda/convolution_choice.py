@@ -9,8 +9,9 @@ weighs what the sweeps of the hybrid cost against what the fused kernel's prolog
 once for every tap and every tile that reads it: 3x3 convolutions pay it nine times, 1x1 ones once or twice.
 
 The rule knows two things. How many cycles a multiprocessor needs to issue the instructions of a step, counted in the
-compiler's output for sm_90 (compile_ahead.py; tests/cuda/test_compiled.py holds the numbers here against it). And that an H100
-does about 800 TFLOP/s in bf16 and moves 3.0 TB/s. **None of it was timed as a whole on a GPU**: tune() is how to know.
+compiler's output for sm_90 (compile_ahead.py; tests/cuda/test_compiled.py holds most of the numbers here against it, those of
+the variants that ``make test`` compiles). And that an H100 does about 800 TFLOP/s in bf16 and moves 3.0 TB/s. **None of it
+was timed as a whole on a GPU**: tune() is how to know.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ ISSUED = {
     "masked wgrad": (680, 564),
     "masked wgrad of both": (680, 918),
 }
-#: Numbers of channels that forbid vector loads multiply them.
+#: Numbers of channels that forbid vector loads multiply them (counted in the variant "1x1 odd channels bf16" of compile_ahead.py).
 _SCALAR = {"dgrad": 4.4, "wgrad": 3.9}
 _SCALAR_FORWARD = 2.4
 #: The hybrid must promise this share of the fused kernel's time: it needs temporaries, and the promise is rough.
@@ -179,9 +180,9 @@ def _forward_costs(node: Node) -> dict[str, float]:
     kind = "join" if joins else prologue if node.transformed else "product"
     fused = _tiled(kind, n * oh * ow, out, c * kh * kw, node)
     # The sum's operands are read and it is written, in a sweep of its own where the fused kernel does not form it.
-    in_kernel, sweep = (3 * x, 0) if joins else (x, 3 * x if node.joined else 0)
-    sweeps = y + (2 * x if node.transformed else 0) + (3 * x if node.joined else 0)
-    return {"fused": max(in_kernel + y, fused) + sweep, "hybrid": max(x + y, product) + sweeps}
+    in_kernel, before = (3 * x, 0) if joins else (x, 3 * x if node.joined else 0)
+    around = y + (2 * x if node.transformed else 0) + (3 * x if node.joined else 0)
+    return {"fused": max(in_kernel + y, fused) + before, "hybrid": max(x + y, product) + around}
 
 
 def _backward_costs(node: Node) -> dict[str, float]:

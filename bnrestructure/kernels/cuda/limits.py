@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import util
 from typing import Any
 
@@ -111,13 +111,6 @@ def _residual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     return _first(*reasons, unsupported_activation(act))
 
 
-def _join(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], str | None]:
-    def rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        return join.unsupported_part(supports, name, args, kwargs)
-
-    return rule
-
-
 def _statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     return _activation_tensor("the input", args[0])
 
@@ -177,8 +170,8 @@ _RULES: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], str | None]] = {
     "conv_backward": _conv_backward,
     "normalise_forward": _normalise_forward,
     "normalise_backward": _normalise_backward,
-    "join_forward": _join("join_forward"),
-    "join_backward": _join("join_backward"),
+    "join_forward": partial(join.unsupported_part, supports, "join_forward"),
+    "join_backward": partial(join.unsupported_part, supports, "join_backward"),
     "residual_forward": _residual,
     "residual_backward": _residual,
     "statistics_forward": _statistics,

@@ -50,7 +50,7 @@ def _power(n: int, low: int, high: int) -> int:
 
 
 def dense_forward(
-    rows: int, channels: int, depth: int, element: int, gathered: bool, heavy: bool, joined: bool = False
+    rows: int, channels: int, depth: int, element: int, gathered: bool, heavy: bool, joined: bool
 ) -> DotTile:
     """``rows`` pixels by ``channels`` outputs, ``depth`` input channels (all taps of them when ``gathered``).
 
@@ -70,7 +70,7 @@ def dense_forward(
     return DotTile(m, n, k, 8 if m * n >= 128 * 128 or (m == 128 and n <= 32) else 4, 3)
 
 
-def dense_dgrad(rows: int, channels: int, depth: int, element: int, heavy: bool, joined: bool = False) -> DotTile:
+def dense_dgrad(rows: int, channels: int, depth: int, element: int, heavy: bool, joined: bool) -> DotTile:
     """``rows`` input pixels by ``channels`` inputs, ``depth`` output channels; two streams feed the left operand.
 
     ``joined``: the epilogue finishes a residual join's gradient, from four tensors.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnrestructure.verify.depthwise import convolve_depthwise
+from bnrestructure.verify.convolutions import own_convolution
 
 __all__ = ["SameDraws", "preserved_generators", "seeded"]
 
@@ -46,14 +46,14 @@ class SameDraws(TorchDispatchMode):
 
     PyTorch fills memory in order, so that a dropout mask depends on the layout, and draws of another dtype may differ.
     Here every operation that draws is run on contiguous float64 tensors and its result is copied to where it was
-    wanted. Float64 depthwise convolutions take a quicker way here, too (verify/depthwise.py).
+    wanted. Some convolutions take another way here, too (verify/convolutions.py).
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
-            quick = convolve_depthwise(func, args)
-            return func(*args, **kwargs) if quick is None else quick
+            own = own_convolution(func, args)
+            return func(*args, **kwargs) if own is None else own
         if kwargs.get("dtype") is not None and kwargs["dtype"].is_floating_point:
             drawn = func(*args, **(kwargs | {"dtype": torch.float64}))
             return pytree.tree_map_only(Tensor, lambda t: t.to(kwargs["dtype"]), drawn)

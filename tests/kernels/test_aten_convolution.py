@@ -1,7 +1,9 @@
-"""ATen's convolution backward in 16-bit dtypes, where positions of the kernel meet nothing but padding."""
+"""ATen's convolution backward where oneDNN's is faulty."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -44,3 +46,34 @@ def test_idle_positions_have_a_zero_gradient(dtype: torch.dtype, size: int, kern
     idle = exact == 0
     assert idle.any() == (kernel > 2 * size - 1)
     assert not weights[idle].any()
+
+
+#: oneDNN's weight gradient ends such a process, or changes what lies beside its workspace (its issue 6035).
+STRIDED = """
+import torch
+from bnrestructure.kernels.aten_convolution import convolution_backward
+from bnrestructure.ops.edges import ConvGeometry
+
+torch.set_num_threads(1)
+geometry = ConvGeometry((2, 2), (0, 0), (1, 1), 1)
+for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
+    for channels, size in ((3, 224), (15, 97), (8, 160)):
+        for _ in range(8):
+            last = torch.channels_last
+            x = torch.randn(2, channels, size, size).to(dtype).contiguous(memory_format=last)
+            dy = torch.randn(2, 64, (size + 1) // 2, (size + 1) // 2).to(dtype).contiguous(memory_format=last)
+            weight = torch.randn(64, channels, 1, 1).to(dtype)
+            others = [torch.full((n,), 7.0) for n in (100, 1000, 10000, 100000)]
+            found = convolution_backward(dy, x, weight, geometry, need_input=True, need_weight=True)
+            wide = (t.double() for t in (dy, x, weight))
+            truth = convolution_backward(*wide, geometry, need_input=True, need_weight=True)
+            for value, exact in zip(found, truth, strict=True):
+                assert value.dtype is dtype
+                assert (value - exact).abs().max() < tolerance * exact.abs().max()
+            assert all((t == 7).all() for t in others)
+"""
+
+
+def test_strided_pointwise_weight_gradients_stay_within_their_memory() -> None:
+    found = subprocess.run([sys.executable, "-c", STRIDED], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr

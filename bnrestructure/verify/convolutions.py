@@ -1,8 +1,11 @@
-"""Depthwise convolutions in float64 without PyTorch's loop over groups, so that verifying a MobileNet takes seconds.
+"""Convolutions that a verification does not leave to PyTorch. Both sides of it, the original and the restructured model, use these.
 
-PyTorch has no float64 kernel for grouped convolutions on the CPU: it convolves group by group, hundreds of calls for one layer.
-A depthwise convolution is a sum over the kernel's positions of shifted inputs times per-channel weights; that sum, and its two gradients,
-take one elementwise operation for each position. Both sides of a verification use it, the original and the restructured model.
+Weight gradients that would overrun memory. The original runs in channels_last here whatever it was trained in, so a fault of that
+format would be the verification's (kernels/aten_convolution.py).
+
+Depthwise convolutions in float64, so that verifying a MobileNet takes seconds. PyTorch has no float64 kernel for grouped convolutions
+on the CPU: it convolves group by group, hundreds of calls for one layer. A depthwise convolution is a sum over the kernel's positions of
+shifted inputs times per-channel weights; that sum, and its two gradients, take one elementwise operation for each position.
 """
 
 from __future__ import annotations
@@ -15,13 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["convolve_depthwise"]
+from bnrestructure.kernels.aten_convolution import sampled_weight_gradient, weight_gradient_overruns
+
+__all__ = ["own_convolution"]
 
 aten = torch.ops.aten
 
 
-def convolve_depthwise(func: Any, args: tuple[Any, ...]) -> Any:
-    """The result of ``func(*args)`` if it is a float64 depthwise convolution, or the backward of one, on the CPU; else None."""
+def own_convolution(func: Any, args: tuple[Any, ...]) -> Any:
+    """The result of ``func(*args)`` if it is one of the above, on the CPU; None where PyTorch is to compute it."""
     if func is aten.convolution.default:
         x, weight, bias, stride, padding, dilation, transposed, _, groups = args
         if not _applies(x, weight, transposed, groups):
@@ -33,9 +38,11 @@ def convolve_depthwise(func: Any, args: tuple[Any, ...]) -> Any:
         return y if bias is None else y + bias.view(1, -1, *[1] * len(stride))
     if func is aten.convolution_backward.default:
         dy, x, weight, _, stride, padding, dilation, transposed, _, groups, needs = args
-        if not _applies(x, weight, transposed, groups):
-            return None
-        return _backward(dy, x, weight, stride, padding, dilation, needs)
+        if _applies(x, weight, transposed, groups):
+            return _backward(dy, x, weight, stride, padding, dilation, needs)
+        if (needs[1] or needs[2]) and not transposed and weight_gradient_overruns(x, weight, stride, padding):
+            dx, _, _ = func(*args[:-1], [needs[0], False, False])  # with the bias's gradient oneDNN takes the weight's, asked for or not
+            return dx, sampled_weight_gradient(dy, x, weight, stride) if needs[1] else None, _bias_gradient(dy) if needs[2] else None
     return None
 
 
@@ -59,7 +66,11 @@ def _backward(
     if dx is not None:
         for d, (p, n) in enumerate(zip(padding, x.shape[2:], strict=True)):
             dx = dx.narrow(d + 2, p, n)
-    return dx, dweight, dy.sum(others) if needs[2] else None
+    return dx, dweight, _bias_gradient(dy) if needs[2] else None
+
+
+def _bias_gradient(dy: Tensor) -> Tensor:
+    return dy.sum([d for d in range(dy.dim()) if d != 1])
 
 
 def _pad(x: Tensor, padding: Any) -> Tensor:

@@ -48,19 +48,26 @@ void transform_run(const T* x, int64_t ldx, int64_t pixels, int64_t channels, co
     }
 }
 
+// So many pixels are summed among themselves before they join a tile's sums, as in add_moments(): a gradient that is zero but for
+// rounding (of a bias that a batch norm behind it takes away, say) should be no further from zero than eager's.
+constexpr int64_t kFew = 16;
+
+template <class Lanes>
+BNR_INLINE void add_to(float* sum, vf value, Lanes lanes) {
+    store(sum, load(sum, lanes) + value, lanes);
+}
+
 template <Act A, bool kAffine, class T>
 void input_gradient_run(const float* g, int64_t ldg, const T* x, int64_t ldx, int64_t pixels, int64_t channels,
                         const InputTransform& t, float factor, T* dx, int64_t lddx, bool accumulate, float* sum_p,
                         float* sum_px) {
     // Channels outside, so that the sums stay in registers while the run goes by.
     for_each_vector(channels, [&](int64_t c, auto lanes) {
-        vf mean = zero(), scale = zero(), beta = zero(), sp = zero(), spx = zero();
-        if constexpr (kAffine) {
-            mean = load(t.mean + c, lanes), scale = load(t.scale + c, lanes), beta = load(t.beta + c, lanes);
-            sp = load(sum_p + c, lanes), spx = load(sum_px + c, lanes);
-        }
-        const auto run = [&](auto adds) {
-            for (int64_t i = 0; i < pixels; i++) {
+        vf mean = zero(), scale = zero(), beta = zero();
+        if constexpr (kAffine) mean = load(t.mean + c, lanes), scale = load(t.scale + c, lanes), beta = load(t.beta + c, lanes);
+        const auto few = [&](int64_t begin, int64_t end, auto adds) {
+            vf sp = zero(), spx = zero();
+            for (int64_t i = begin; i < end; i++) {
                 vf p = load(g + i * ldg + c, lanes) * set1(factor);
                 if constexpr (kAffine || A != Act::identity) {
                     const vf v = load(x + i * ldx + c, lanes);
@@ -81,10 +88,12 @@ void input_gradient_run(const float* g, int64_t ldg, const T* x, int64_t ldx, in
                 if constexpr (decltype(adds)::value) p = p + load(to, lanes);
                 store(to, p, lanes);
             }
+            if constexpr (kAffine) add_to(sum_p + c, sp, lanes), add_to(sum_px + c, spx, lanes);
         };
-        if (accumulate) run(std::true_type{});
-        else run(std::false_type{});
-        if constexpr (kAffine) store(sum_p + c, sp, lanes), store(sum_px + c, spx, lanes);
+        for (int64_t i = 0; i < pixels; i += kFew) {
+            if (accumulate) few(i, std::min(pixels, i + kFew), std::true_type{});
+            else few(i, std::min(pixels, i + kFew), std::false_type{});
+        }
     });
 }
 
@@ -130,21 +139,24 @@ void join_gradient_run(const float* g, int64_t ldg, const Join& join, int64_t pi
     for_each_vector(channels, [&](int64_t c, auto lanes) {
         const OperandVectors<decltype(lanes)> ty(join.y_mean, join.y_scale, join.y_beta, channel + c, lanes);
         const OperandVectors<decltype(lanes)> tr(join.r_mean, join.r_scale, join.r_beta, channel + c, lanes);
-        vf sp = load(sums.p + c, lanes), spy = load(sums.py + c, lanes), spr = load(sums.pr + c, lanes);
-        for (int64_t i = 0; i < pixels; i++) {
-            const vf vy = load(y + i * join.y_pitch + c, lanes), vr = load(r + i * join.r_pitch + c, lanes);
-            T* to = dx + i * lddx + c;
-            vf p = load(g + i * ldg + c, lanes) * set1(factor);
-            if (accumulate) p = p + load(to, lanes);
-            vf state;
-            activate<A>(ty(vy) + tr(vr), act, state);
-            p = pull_back<A>(p, state, act);
-            sp = sp + p;
-            spy = fma(p, vy - ty.mean, spy);
-            spr = fma(p, vr - tr.mean, spr);
-            store(to, p, lanes);
+        for (int64_t begin = 0; begin < pixels; begin += kFew) {
+            const int64_t end = std::min(pixels, begin + kFew);
+            vf sp = zero(), spy = zero(), spr = zero();
+            for (int64_t i = begin; i < end; i++) {
+                const vf vy = load(y + i * join.y_pitch + c, lanes), vr = load(r + i * join.r_pitch + c, lanes);
+                T* to = dx + i * lddx + c;
+                vf p = load(g + i * ldg + c, lanes) * set1(factor);
+                if (accumulate) p = p + load(to, lanes);
+                vf state;
+                activate<A>(ty(vy) + tr(vr), act, state);
+                p = pull_back<A>(p, state, act);
+                sp = sp + p;
+                spy = fma(p, vy - ty.mean, spy);
+                spr = fma(p, vr - tr.mean, spr);
+                store(to, p, lanes);
+            }
+            add_to(sums.p + c, sp, lanes), add_to(sums.py + c, spy, lanes), add_to(sums.pr + c, spr, lanes);
         }
-        store(sums.p + c, sp, lanes), store(sums.py + c, spy, lanes), store(sums.pr + c, spr, lanes);
     });
 }
 
@@ -153,17 +165,20 @@ void gated_gradient_run(const float* g, int64_t ldg, const T* x, int64_t ldx, in
                         const InputTransform& t, float factor, T* dx, int64_t lddx, bool accumulate, float* sum_gate) {
     for_each_vector(channels, [&](int64_t c, auto lanes) {
         const vf gate = load(t.gate + c, lanes);
-        vf sum = load(sum_gate + c, lanes);
-        for (int64_t i = 0; i < pixels; i++) {
-            const vf value = load(g + i * ldg + c, lanes) * set1(factor);
-            const vf u = activation_input<kAffine>(load(x + i * ldx + c, lanes), t, c, lanes);
-            sum = fma(value, activate<A>(u, t.act), sum);
-            T* to = dx + i * lddx + c;
-            vf d = value * gate;
-            if (accumulate) d = d + load(to, lanes);
-            store(to, d, lanes);
+        for (int64_t begin = 0; begin < pixels; begin += kFew) {
+            const int64_t end = std::min(pixels, begin + kFew);
+            vf sum = zero();
+            for (int64_t i = begin; i < end; i++) {
+                const vf value = load(g + i * ldg + c, lanes) * set1(factor);
+                const vf u = activation_input<kAffine>(load(x + i * ldx + c, lanes), t, c, lanes);
+                sum = fma(value, activate<A>(u, t.act), sum);
+                T* to = dx + i * lddx + c;
+                vf d = value * gate;
+                if (accumulate) d = d + load(to, lanes);
+                store(to, d, lanes);
+            }
+            add_to(sum_gate + c, sum, lanes);
         }
-        store(sum_gate + c, sum, lanes);
     });
 }
 
@@ -233,11 +248,13 @@ void add_output_gradient(const T* p, int64_t ldp, const T* y, int64_t ldy, int64
                          const OutputEdge& edge, float* sum) {
     with_edge(edge, [&](auto scaled, auto centred) {
         for_each_vector(channels, [&](int64_t c, auto lanes) {
-            vf s = load(sum + c);
-            for (int64_t i = 0; i < pixels; i++) {
-                s = s + output_gradient<scaled.value, centred.value>(p + i * ldp, y + i * ldy, edge, c, lanes);
+            for (int64_t begin = 0; begin < pixels; begin += kFew) {
+                vf s = zero();
+                for (int64_t i = begin; i < std::min(pixels, begin + kFew); i++) {
+                    s = s + output_gradient<scaled.value, centred.value>(p + i * ldp, y + i * ldy, edge, c, lanes);
+                }
+                store(sum + c, load(sum + c) + s);
             }
-            store(sum + c, s);
         });
     });
 }
@@ -295,9 +312,8 @@ void finish_output_pixels(const float* c, int64_t ldc, int64_t pixels, int64_t c
 template <class T>
 void finish_output_pixels(const float* c, int64_t ldc, int64_t pixels, int64_t channels, const float* bias, T* y, int64_t ldy,
                           const float* shift, float* sum, float* square) {
-    constexpr int64_t few = 16;   // their sums join the others as in add_moments()
-    for (int64_t begin = 0; begin < pixels; begin += few) {
-        const int64_t end = std::min(pixels, begin + few);
+    for (int64_t begin = 0; begin < pixels; begin += kFew) {
+        const int64_t end = std::min(pixels, begin + kFew);
         for_each_vector(channels, [&](int64_t j, auto lanes) {
             const vf b = bias ? load(bias + j, lanes) : zero(), k = load(shift + j);
             vf s = zero(), q = zero();

@@ -1,0 +1,66 @@
+"""Sums over pixels of gradients whose signs agree: as near to the truth as PyTorch's pairwise sums.
+
+Where a batch norm behind takes a bias away its gradient is zero, and what is left of the sum is its rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cpu_checks import needs_kernels, to_double
+from torch import Tensor
+
+from bnrestructure.kernels import cpu, reference
+from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, Transform
+
+pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
+
+CHANNELS, SIZE = 64, 14
+#: (kernels, dy, x, r, weight, its transform, in this dtype) -> SP
+Sum = Callable[..., Tensor]
+
+
+def geometry_of(weight: Tensor) -> ConvGeometry:
+    return ConvGeometry((1, 1), (weight.shape[2] // 2,) * 2, (1, 1), 1)
+
+
+def of_a_convolution(kernels, dy: Tensor, x: Tensor, r: Tensor, weight: Tensor, transform: Transform) -> Tensor:
+    arguments = dy, BackwardEdge(), x, transform, weight, geometry_of(weight)
+    return kernels.conv_backward(*arguments, dtype=dy.dtype, needs=(True, False, False)).sum_p
+
+
+def of_a_bias(kernels, dy: Tensor, x: Tensor, r: Tensor, weight: Tensor, transform: Transform) -> Tensor:
+    arguments = dy, BackwardEdge(), x, transform, weight, geometry_of(weight)
+    return kernels.conv_backward(*arguments, dtype=dy.dtype, needs=(False, False, True)).bias
+
+
+def of_a_join(kernels, dy: Tensor, x: Tensor, r: Tensor, weight: Tensor, transform: Transform) -> Tensor:
+    join = Join(x, transform, r, Transform(), "identity")
+    z, _, _ = reference.residual_forward(*join.operands, dtype=dy.dtype, statistics=False)
+    arguments = dy, BackwardEdge(), z, join, weight, geometry_of(weight)
+    return kernels.join_backward(*arguments, dtype=dy.dtype, needs=(False, False), accumulate=None)[1]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    ("kernels", "sum_of"),
+    [
+        (convolution_fused, of_a_convolution), (convolution_hybrid, of_a_convolution), (convolution_fused, of_a_bias),
+        (convolution_hybrid, of_a_bias), (cpu, of_a_join),
+    ],
+    ids=["fused", "hybrid", "fused bias", "hybrid bias", "join"],
+)  # fmt: skip
+def test_as_exact_as_pytorchs(kernels, sum_of: Sum, size: int) -> None:
+    ours, theirs = [], []
+    for _ in range(4):
+        x, r, dy = (torch.randn(2, CHANNELS, SIZE, SIZE).contiguous(memory_format=torch.channels_last) for _ in range(3))
+        weight = torch.randn(CHANNELS, CHANNELS, size, size) / (CHANNELS**0.5 * size)
+        transform = Transform(torch.randn(CHANNELS), torch.rand(CHANNELS) + 0.5, torch.randn(CHANNELS))
+        arguments = dy + 1, x, r, weight, transform
+        truth = sum_of(reference, *to_double(arguments))
+        for errors, of in ((ours, kernels), (theirs, reference)):
+            errors.append((sum_of(of, *arguments).double() - truth) / truth.abs().mean())
+    assert torch.stack(ours).square().mean().sqrt() < 2 * torch.stack(theirs).square().mean().sqrt()

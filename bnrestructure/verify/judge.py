@@ -8,7 +8,7 @@ import statistics
 import torch
 
 from bnrestructure.verify.report import Comparison
-from bnrestructure.verify.trial import Trial, name_of
+from bnrestructure.verify.trial import Key, Trial, name_of
 
 __all__ = ["FLOAT64_LIMIT", "FLOOR", "judge_double", "judge_training"]
 
@@ -18,14 +18,21 @@ FLOAT64_LIMIT = 1e-9
 FLOOR = 4.0
 
 
-def judge_double(trial: Trial) -> list[Comparison]:
-    """The float64 stage: rounding and nothing else."""
-    return [Comparison("float64", *key, error, FLOAT64_LIMIT) for key, error in trial.double.items()]
+def judge_double(trial: Trial, rounded: list[Trial], factor: float) -> list[Comparison]:
+    """The float64 stage: rounding and nothing else. ``rounded`` are of the original beside itself (trial.run_rounded): where its own
+    rounding takes it further than the limit, no other order of rounding can be held to that."""
+    means = _quadratic_means([t.double for t in rounded])
+    found = []
+    for key, error in trial.double.items():
+        step, kind, _ = key
+        own = max([t.double.get(key, 0.0) for t in rounded] + [means.get((step, kind), 0.0)])
+        found.append(Comparison("float64", *key, error, max(FLOAT64_LIMIT, factor * own), own if rounded else None))
+    return found
 
 
 def judge_training(trials: list[Trial], dtype: torch.dtype, factor: float) -> list[Comparison]:
     """The training dtype's stage: our distance (the median of several trials) against eager's (the largest of them)."""
-    means = _quadratic_means(trials)
+    means = _quadratic_means([trial.eager for trial in trials])
     floor = FLOOR * torch.finfo(dtype).eps
     found = []
     for key in trials[0].ours:
@@ -37,12 +44,12 @@ def judge_training(trials: list[Trial], dtype: torch.dtype, factor: float) -> li
     return found
 
 
-def _quadratic_means(trials: list[Trial]) -> dict[tuple[int, str], float]:
-    """Eager's quadratic mean distance over the tensors of each kind in each step; the largest of the trials."""
+def _quadratic_means(trials: list[dict[Key, float]]) -> dict[tuple[int, str], float]:
+    """The quadratic mean distance over the tensors of each kind in each step; the largest of the trials."""
     means: dict[tuple[int, str], float] = {}
-    for trial in trials:
+    for distances in trials:
         groups: dict[tuple[int, str], list[float]] = {}
-        for (step, kind, _), error in trial.eager.items():
+        for (step, kind, _), error in distances.items():
             if math.isfinite(error):
                 groups.setdefault((step, kind), []).append(error * error)
         for group, squares in groups.items():

@@ -23,7 +23,8 @@ class Comparison:
     name          the parameter's or buffer's name, or the output's or input's place
     error         relative distance to the truth
     limit         what the distance may be
-    eager_error   the original model's own distance in the same dtype; None in the float64 and eval stages
+    eager_error   the original model's own distance in the same dtype: in float64 from itself rounded at random, where
+                  that was tried; None in the eval stage
     """
 
     stage: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class Run:
         model.zero_grad(set_to_none=True)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.SGD(trained, lr=0.0, momentum=_MOMENTUM) if trained else None
+        #: Around the forward and backward passes, outside of everything else.
+        self.rounding: AbstractContextManager[Any] = nullcontext()
         self.output: Any = None
         self.leaves: dict[str, Tensor] = {}
 
@@ -57,7 +59,7 @@ class Run:
         self.model.zero_grad(set_to_none=True)
         arguments, self.leaves = _with_gradients(self.inputs)
         seeded(seed)
-        with everything_in(self.dtype), SameDraws():
+        with self.rounding, everything_in(self.dtype), SameDraws():
             with self._autocast():
                 self.output = self.model(*arguments)
             loss = self.loss(self.output)

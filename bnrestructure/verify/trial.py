@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from bnrestructure.errors import UsageError, first_line
 from bnrestructure.verify.distance import distances, units
+from bnrestructure.verify.rounding import RandomRounding
 from bnrestructure.verify.run import Run, as_dtype
 
-__all__ = ["Key", "Setting", "Trial", "name_of", "run_trial"]
+__all__ = ["Key", "Setting", "Trial", "name_of", "run_rounded", "run_trial"]
 
 _TRAINING_KINDS = ("output", "buffer", "gradient", "input gradient")
 _AFTER_STEP = ("parameter",)
@@ -70,7 +71,6 @@ def run_trial(
 
     ``eager_channels_last`` has the original in the training dtype run in that memory format.
     """
-    trial = Trial()
     # the truth is that of the values which the training dtype starts from
     values = as_dtype(inputs, setting.cast)
     truth = _run(original, values, setting, torch.float64)
@@ -79,6 +79,19 @@ def run_trial(
     if eager is not None and eager_channels_last:
         eager.to_channels_last()
     ours = _run(candidate, values, setting, setting.cast) if training else None
+    return _side_by_side(setting, truth, twin, eager, ours)
+
+
+def run_rounded(original: nn.Module, inputs: tuple[Any, ...], setting: Setting, seed: int) -> Trial:
+    """Train the original in float64 beside itself with every result rounded at random. ``double`` has the distances."""
+    values = as_dtype(inputs, setting.cast)
+    truth, rounded = (_run(original, values, setting, torch.float64) for _ in range(2))
+    rounded.rounding = RandomRounding(seed)
+    return _side_by_side(setting, truth, rounded, None, None)
+
+
+def _side_by_side(setting: Setting, truth: Run, twin: Run | None, eager: Run | None, ours: Run | None) -> Trial:
+    trial = Trial()
     for step in range(1, max(setting.steps, 1) + 1):
         seed = setting.seed + step
         for run, restructured in ((truth, False), (twin, True), (eager, False), (ours, True)):

@@ -15,16 +15,18 @@ from bnrestructure.api import explain, restructure, unrestructure
 from bnrestructure.capture.swap import is_restructured, original_class
 from bnrestructure.errors import UsageError, first_line
 from bnrestructure.verify.draws import preserved_generators, seeded
-from bnrestructure.verify.judge import judge_double, judge_training
+from bnrestructure.verify.judge import FLOAT64_LIMIT, judge_double, judge_training
 from bnrestructure.verify.loss import default_loss, named_tensors
 from bnrestructure.verify.report import Comparison, VerificationReport
 from bnrestructure.verify.run import as_dtype
-from bnrestructure.verify.trial import Setting, run_trial
+from bnrestructure.verify.trial import Setting, Trial, run_rounded, run_trial
 
 __all__ = ["verify"]
 
 #: How many more trials are made when the first exceeds a limit in the training dtype.
 _MORE_TRIALS = 4
+#: How often the original runs beside itself when the first trial exceeds a limit in float64.
+_ROUNDED_RUNS = 3
 
 
 def verify(
@@ -48,7 +50,9 @@ def verify(
     forward and backward pass alone), each step as long as 1e-3 of the parameters. Compared at each: outputs, the
     gradient of every parameter and of every floating input, every buffer, and the parameters after the step.
 
-    float64         The restructured copy in float64: relative error at most 1e-9.
+    float64         The restructured copy in float64: relative error at most 1e-9. If a tensor is beyond it, the original runs thrice
+                    beside itself with every operation's result rounded at random (verify/rounding.py); where that alone goes
+                    further than the limit, ``factor`` times as far is the limit, and a note says so.
     training dtype  The restructured copy's distance to the float64 truth is at most ``factor`` times eager's own
                     distance plus 4 machine epsilons. Eager's distance on a tensor is the larger of that tensor's and
                     the quadratic mean over its kind (one lucky tensor is no measure). A value within rounding of a
@@ -85,7 +89,11 @@ def verify(
         report = VerificationReport(original_class(model).__name__, factor, sites=plan.counts, notes=list(plan.notes))
         training = cast != torch.float64
         trial = run_trial(original, candidate, arguments, setting, double=True, training=training)
-        double, trials = judge_double(trial), [trial]
+        double, trials = judge_double(trial, [], factor), [trial]
+        if not all(c.ok for c in double) and trial.raised is None:
+            double = judge_double(trial, _rounded(original, arguments, setting), factor)
+            if any(c.limit > FLOAT64_LIMIT for c in double):
+                report.notes.append(_ill_conditioned(double))
         judged = judge_training(trials, setting.dtype, factor)
         if all(c.ok for c in double) and not all(c.ok for c in judged) and trial.raised is None:
             for i in range(_MORE_TRIALS):
@@ -153,6 +161,25 @@ def _nudged(
         for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
             q.copy_(p.copy_(nudge(p)))
     return models[0], models[1], pytree.tree_map_only(Tensor, nudge, as_dtype(inputs, setting.cast))
+
+
+def _rounded(original: nn.Module, inputs: tuple[Any, ...], setting: Setting) -> list[Trial]:
+    """The original beside itself in float64, rounded at random, a few times."""
+    found = []
+    for i in range(_ROUNDED_RUNS):
+        setting.say(f"the original beside itself, rounded at random, {i + 1} of {_ROUNDED_RUNS}")
+        found.append(run_rounded(original, inputs, setting, i))
+    return found
+
+
+def _ill_conditioned(double: list[Comparison]) -> str:
+    """The note that some limits in float64 are the model's own."""
+    of = [c for c in double if c.limit > FLOAT64_LIMIT]
+    worst = max(of, key=lambda c: c.limit)
+    return (
+        f"ill-conditioned in float64: rounded at random, the original moves by up to {worst.eager_error:.1e} "
+        f"(step {worst.step}, {worst.kind} {worst.name}); {len(of)} of {len(double)} limits follow from that"
+    )
 
 
 def _compare_eval(report: VerificationReport, original: nn.Module, trained: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -1,0 +1,69 @@
+"""Models whose own rounding goes further than the verifier's limit in float64 are judged by that, and by nothing wider."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bnrestructure import VerificationReport, verify
+from bnrestructure.kernels import reference
+from bnrestructure.verify.judge import FLOAT64_LIMIT
+from bnrestructure.verify.rounding import RandomRounding
+
+
+def check(spread: float) -> VerificationReport:
+    """A batch norm of values that differ by ``spread`` of themselves, and so are known to 1e-16 / spread of that difference."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, eps=1e-24), nn.ReLU(), nn.Conv2d(4, 4, 3)
+    model = nn.Sequential(*layers).double()
+    nn.init.normal_(model[1].bias)
+    x = 1 + spread * torch.randn(4, 3, 9, 7, dtype=torch.float64)
+    return verify(model, x, steps=1, backend="reference")
+
+
+def test_an_ill_conditioned_model_is_judged_by_its_own_rounding() -> None:
+    report = check(1e-7)
+    assert report.ok, report
+    assert any(c.error > FLOAT64_LIMIT for c in report.comparisons)
+    assert any(note.startswith("ill-conditioned in float64") for note in report.notes)
+    (output,) = (c for c in report.comparisons if (c.stage, c.kind) == ("float64", "output"))
+    assert output.eager_error is not None
+    assert FLOAT64_LIMIT < output.limit == report.factor * output.eager_error < 1e-7
+
+
+def test_a_well_conditioned_model_keeps_the_limit() -> None:
+    report = check(1.0)
+    assert report.ok, report
+    assert not report.notes
+    assert {c.limit for c in report.comparisons if c.stage == "float64"} == {FLOAT64_LIMIT}
+
+
+def test_a_broken_rewrite_of_an_ill_conditioned_model_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = reference.finalize_forward
+
+    def slightly_wrong(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        rstd, scale, beta = original(*args)
+        return rstd, scale, beta * (1 + 1e-5)
+
+    monkeypatch.setattr(reference, "finalize_forward", slightly_wrong)
+    report = check(1e-7)
+    assert not report.ok
+    assert "output" in report.failed_kinds
+
+
+def test_random_rounding_moves_every_new_value_a_little() -> None:
+    x, narrow = torch.randn(1000, dtype=torch.float64), torch.randn(1000)
+    before = x.clone()
+    with RandomRounding(0):
+        doubled, view, added = x * 2, x.view(10, 100), narrow + 1
+    with RandomRounding(1):
+        other = x * 2
+    moved = (doubled / (before * 2) - 1).abs() / torch.finfo(torch.float64).eps
+    assert 7 < moved.mean() < 9
+    assert 14 < moved.max() < 17
+    assert not torch.equal(doubled, other)
+    assert torch.equal(view.flatten(), before)
+    assert torch.equal(added, narrow + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from bnrestructure import VerificationReport, verify
 from bnrestructure.kernels import reference
-from bnrestructure.verify.judge import FLOAT64_LIMIT
+from bnrestructure.verify.judge import FLOAT64_LIMIT, judge_double
 from bnrestructure.verify.rounding import RandomRounding
+from bnrestructure.verify.trial import Trial
 
 
 def check(spread: float) -> VerificationReport:
@@ -52,6 +54,14 @@ def test_a_broken_rewrite_of_an_ill_conditioned_model_is_caught(monkeypatch: pyt
     report = check(1e-7)
     assert not report.ok
     assert "output" in report.failed_kinds
+
+
+def test_an_infinite_distance_is_no_measure() -> None:
+    key = (1, "output", "output")
+    (found,) = judge_double(Trial(double={key: 1.0}), [Trial(double={key: math.inf})], factor=2.0)
+    assert found.limit == FLOAT64_LIMIT
+    (found,) = judge_double(Trial(double={key: math.inf}), [Trial(double={key: 1.0})], factor=2.0)
+    assert not found.ok
 
 
 def test_random_rounding_moves_every_new_value_a_little() -> None:

@@ -20,12 +20,14 @@ FLOOR = 4.0
 
 def judge_double(trial: Trial, rounded: list[Trial], factor: float) -> list[Comparison]:
     """The float64 stage: rounding and nothing else. ``rounded`` are of the original beside itself (trial.run_rounded): where its own
-    rounding takes it further than the limit, no other order of rounding can be held to that."""
-    means = _quadratic_means([t.double for t in rounded])
+    rounding takes it further than the limit, no other order of rounding can be held to that. An infinite distance (a class that changed,
+    a NaN that moved) is no measure."""
+    spreads = [{key: error for key, error in t.double.items() if math.isfinite(error)} for t in rounded]
+    means = _quadratic_means(spreads)
     found = []
     for key, error in trial.double.items():
         step, kind, _ = key
-        own = max([t.double.get(key, 0.0) for t in rounded] + [means.get((step, kind), 0.0)])
+        own = max([spread.get(key, 0.0) for spread in spreads] + [means.get((step, kind), 0.0)])
         found.append(Comparison("float64", *key, error, max(FLOAT64_LIMIT, factor * own), own if rounded else None))
     return found
 

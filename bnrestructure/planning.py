@@ -183,7 +183,9 @@ def _pattern(statistics: list[fx.Node], shared: bool, act: str, normalises: list
             end = "depthwise" if layer is not None and layer.depthwise else "conv"
             end = f"squeeze-excite-{end}" if node.kwargs["gate"] is not None else end
         else:
-            others: dict[Any, str] = {ops.max_pool: "max_pool", ops.squeeze: "avg_pool", ops.normalise: "other"}
+            others: dict[Any, str] = {
+                ops.max_pool: "max_pool", ops.avg_pool: "avg_pool", ops.squeeze: "avg_pool", ops.normalise: "other",
+            }  # fmt: skip
             end = others[node.target]
         if end not in ends:
             ends.append(end)

@@ -10,7 +10,7 @@ from torch import fx
 
 from bnrestructure import ops
 from bnrestructure.graph.fused import OUTPUTS, is_fused, outputs_of, produced_by, set_kwargs
-from bnrestructure.passes.base import Fuel, PassResult, finish
+from bnrestructure.passes.base import Fuel, PassResult, erase_dead, finish
 from bnrestructure.passes.thread_forks import thread
 from bnrestructure.patterns.concat import BranchConcat, GrowingConcat, find_branch_concats, find_growing_concats
 from bnrestructure.patterns.fork import Fork, fork_at, readers_of
@@ -80,21 +80,30 @@ def _thread_if_fork(graph: fx.Graph, tensor: fx.Node) -> None:
 
 def _branch(graph: fx.Graph, match: BranchConcat) -> None:
     buffer: fx.Node | None = None
-    for tensor, offset in match.segments:
-        conv = produced_by(tensor, ops.conv, "y")
+    for tensor, offset in match.written:
         place = {"channels": match.channels} if buffer is None else {"into": buffer}
-        if conv is not None and set(tensor.users) == {match.concat} and not conv.kwargs["gain"]:
-            set_kwargs(conv, offset=offset, visible=match.channels, **place)
-            buffer = tensor
-            continue
-        after = _last_output(tensor) if buffer is None else _later(graph, _last_output(tensor), _last_output(buffer))
-        with graph.inserting_after(after):
-            buffer = graph.call_function(ops.concat_buffer, (tensor,), {"offset": offset, **place})
-        buffer.meta["nn_module_stack"] = match.concat.meta.get("nn_module_stack", {})
+        set_kwargs(tensor.args[0], offset=offset, visible=match.channels, **place)  # type: ignore[arg-type]  # its convolution
+        buffer = tensor
     assert buffer is not None
+    sources = [_without_own_gradient(tensor) for tensor, _ in match.copied]
+    for tensor, (_, offset) in zip(sources, match.copied, strict=True):
+        # Behind the readers of the tensor that can pass it on: what the copy hands back is the first part of its gradient.
+        links = [link for link in readers_of(tensor).links if link < match.concat]
+        outputs = [output for link in links for output in outputs_of(link).values()]
+        after = _last(graph, [_last_output(tensor), _last_output(buffer), *outputs])
+        with graph.inserting_after(after):
+            buffer = graph.call_function(ops.concat_buffer, (tensor,), {"offset": offset, "into": buffer})
+        buffer.meta["nn_module_stack"] = match.concat.meta.get("nn_module_stack", {})
     match.concat.replace_all_uses_with(buffer)
-    graph.erase_node(match.concat)
-    _thread_if_fork(graph, buffer)
+    erase_dead(graph, *(tensor for tensor, _ in match.copied if is_fused(tensor, ops.own_gradient)), match.concat)
+    for tensor in [*sources, buffer]:
+        _thread_if_fork(graph, tensor)
+
+
+def _without_own_gradient(tensor: fx.Node) -> fx.Node:
+    """What a copied segment is a copy of: the copy hands back a gradient in memory of its own, and needs no node in front for that."""
+    alone = is_fused(tensor, ops.own_gradient) and len(tensor.users) == 1
+    return tensor.args[0] if alone else tensor  # type: ignore[return-value]
 
 
 def _first(graph: fx.Graph, nodes: list[fx.Node | None]) -> fx.Node:
@@ -102,8 +111,9 @@ def _first(graph: fx.Graph, nodes: list[fx.Node | None]) -> fx.Node:
     return next(node for node in graph.nodes if node in wanted)
 
 
-def _later(graph: fx.Graph, a: fx.Node, b: fx.Node) -> fx.Node:
-    return b if _first(graph, [a, b]) is a else a
+def _last(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+    wanted = set(nodes)
+    return next(node for node in reversed(graph.nodes) if node in wanted)
 
 
 def _last_output(tensor: fx.Node) -> fx.Node:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,19 +13,18 @@ from torch import fx
 from bnrestructure import ops
 from bnrestructure.graph.fused import output, set_kwargs
 from bnrestructure.graph.layers import module_path
-from bnrestructure.graph.operations import GlobalAverage
+from bnrestructure.graph.operations import concat_of
 from bnrestructure.passes.base import Fuel, PassResult, erase_dead, finish
 from bnrestructure.passes.to_fused import to_fused_conv
 from bnrestructure.patterns.normalise import (
-    ConcatOfNormalised,
     ConvReader,
     Excitation,
     find_activated,
-    find_concats_of_normalised,
     find_conv_readers,
     find_excitations,
-    find_pool_readers,
 )
+from bnrestructure.patterns.normalised_concat import NormalisedConcat, find_normalised_concats
+from bnrestructure.patterns.pool import PoolReader, find_pool_readers
 
 __all__ = ["FuseNormalise"]
 
@@ -35,7 +36,7 @@ class FuseNormalise:
     """``conv(act(normalise(y)))`` -> ``conv(y, mean, scale, beta, act)``: the normalised tensor never reaches memory.
 
     First activations join their normalise, and a concat of normalised tensors becomes the normalise of a concat. Then every reader that
-    can apply the normalise itself does: convolutions, max pools, global averages, gated convolutions behind squeeze-excite. On
+    can apply the normalise itself does: convolutions, pools, global averages, gated convolutions behind squeeze-excite. On
     a graph without fission it is the paper's RCF: bare activations move into the convolutions that read them.
     """
 
@@ -50,10 +51,10 @@ class FuseNormalise:
                 activation.replace_all_uses_with(activation.all_input_nodes[0])
                 graph.erase_node(activation)
                 count += 1
-        for join in find_concats_of_normalised(graph_module):
-            if self.fuel.take():
-                _normalise_after_concat(graph, join)
-                count += 1
+        # One at a time: the concat that a rewrite replaces may be a segment of the next.
+        while (concat := next(iter(find_normalised_concats(graph_module)), None)) is not None and self.fuel.take():
+            _normalise_after_concat(graph, concat)
+            count += 1
         for excitation in find_excitations(graph_module):
             if self.fuel.take():
                 _excite(graph, excitation)
@@ -62,9 +63,9 @@ class FuseNormalise:
             if self.fuel.take():
                 _into_conv(graph, reader)
                 count += 1
-        for normalise, pool, window in find_pool_readers(graph_module):
+        for pool in find_pool_readers(graph_module):
             if self.fuel.take():
-                _into_pool(graph, normalise, pool, window)
+                _into_pool(graph, pool)
                 count += 1
         return finish(graph_module, count)
 
@@ -95,17 +96,19 @@ def _into_conv(graph: fx.Graph, reader: ConvReader) -> None:
         erase_dead(graph, reader.activation)
 
 
-def _into_pool(graph: fx.Graph, normalise: fx.Node, pool: fx.Node, window: dict[str, Any] | GlobalAverage) -> None:
+def _into_pool(graph: fx.Graph, reader: PoolReader) -> None:
+    normalise, pool = reader.normalise, reader.pool
     arguments = {k: normalise.kwargs[k] for k in ("x", *_VECTORS, "act")}
-    if isinstance(window, GlobalAverage):
+    if reader.kind == "global average":
         with graph.inserting_before(pool):
             fused = graph.call_function(ops.squeeze, (), {**arguments, "excite": False})
         pooled = output(fused, "pooled")
-        result = _spread(graph, pooled, pool) if window.keepdim else pooled
+        result = _spread(graph, pooled, pool) if reader.keepdim else pooled
     else:
-        window = {k: v for k, v in window.items() if k != "input"}
+        function = ops.max_pool if reader.kind == "max" else ops.avg_pool
+        window = {k: v for k, v in reader.window.items() if k != "input"}
         with graph.inserting_before(pool):
-            fused = graph.call_function(ops.max_pool, (), {**arguments, **window, "thread": False})
+            fused = graph.call_function(function, (), {**arguments, **window, "thread": False})
         result = output(fused, "z")
     fused.meta["bnr_module"] = module_path(pool)
     fused.meta["nn_module_stack"] = pool.meta.get("nn_module_stack", {})
@@ -141,22 +144,44 @@ def _excite(graph: fx.Graph, match: Excitation) -> None:
     _drop(graph, match.normalise)
 
 
-def _normalise_after_concat(graph: fx.Graph, match: ConcatOfNormalised) -> None:
-    def joined(name: str) -> fx.Node:
-        node = graph.call_function(torch.cat, ([n.kwargs[name] for n in match.normalised],))
-        node.meta["bnr_vector"] = True
-        return node
-
+def _normalise_after_concat(graph: fx.Graph, match: NormalisedConcat) -> None:
     with graph.inserting_before(match.concat):
-        raw = graph.call_function(torch.cat, ([n.kwargs["x"] for n in match.normalised], 1))
-        vectors = {name: joined(name) for name in _VECTORS}
-        arguments: dict[str, Any] = {"x": raw, **vectors, "act": match.act, "thread": False}
+        vectors = [_vectors_of(graph, tensor, normalise) for tensor, normalise in match.segments]
+        raw = graph.call_function(
+            torch.cat, ([tensor if normalise is None else normalise.kwargs["x"] for tensor, normalise in match.segments], 1)
+        )
+        joined = {name: _vector(graph, torch.cat, [of[name] for of in vectors]) for name in _VECTORS}
+        arguments: dict[str, Any] = {"x": raw, **joined, "act": match.act, "thread": False}
         normalise = graph.call_function(ops.normalise, (), arguments)
     raw.meta["nn_module_stack"] = normalise.meta["nn_module_stack"] = match.concat.meta.get("nn_module_stack", {})
-    normalise.meta["bnr_normalises"] = [site for n in match.normalised for site in n.meta["bnr_normalises"]]
+    sources = [source for _, source in match.segments if source is not None]
+    normalise.meta["bnr_normalises"] = [site for source in sources for site in source.meta["bnr_normalises"]]
+    inner = [n for n in match.concat.all_input_nodes if concat_of(n) is not None]
     match.concat.replace_all_uses_with(output(normalise, "z"))
     graph.erase_node(match.concat)
-    for old in match.normalised:
-        _drop(graph, old)
+    _erase_concats(graph, inner)
+    for source in sources:
+        _drop(graph, source)
 
 
+def _vectors_of(graph: fx.Graph, tensor: fx.Node, normalise: fx.Node | None) -> dict[str, Any]:
+    """mean, scale and beta of a segment: its normalise's, or those that change nothing."""
+    if normalise is not None:
+        return {name: normalise.kwargs[name] for name in _VECTORS}
+    made = _vector(graph, ops.unchanged, tensor)
+    return {name: _vector(graph, operator.getitem, made, i) for i, name in enumerate(_VECTORS)}
+
+
+def _vector(graph: fx.Graph, function: Callable[..., Any], *arguments: Any) -> fx.Node:
+    node = graph.call_function(function, arguments)
+    node.meta["bnr_vector"] = True
+    return node
+
+
+def _erase_concats(graph: fx.Graph, concats: list[fx.Node]) -> None:
+    """Erase what is left of concats that were segments of a concat, and those inside them."""
+    for concat in concats:
+        if not concat.users:
+            inner = [n for n in concat.all_input_nodes if concat_of(n) is not None]
+            graph.erase_node(concat)
+            _erase_concats(graph, inner)

@@ -29,10 +29,13 @@ class GrowingConcat:
 
 @dataclass(frozen=True)
 class BranchConcat:
-    """One concat of branches; ``segments`` are (tensor, first channel) in the order in which the graph computes them."""
+    """One concat of branches, as (tensor, first channel) in the order in which the graph computes them: segments that can be ``written``
+    into the buffer by the convolutions that make them, at least one, and those that must be ``copied``.
+    """
 
     concat: fx.Node
-    segments: list[tuple[fx.Node, int]]
+    written: list[tuple[fx.Node, int]]
+    copied: list[tuple[fx.Node, int]]
     channels: int
 
 
@@ -104,6 +107,8 @@ def find_branch_concats(gm: fx.GraphModule) -> list[BranchConcat | Refusal]:
         for count in counts:
             offsets.append(total)
             total += count or 0
-        placed = sorted(zip(segments, offsets, strict=True), key=lambda pair: position[pair[0]])
-        found.append(BranchConcat(node, placed, total))
+        placed = sorted(zip(segments, offsets, direct, strict=True), key=lambda place: position[place[0]])
+        written = [(tensor, offset) for tensor, offset, conv in placed if conv is not None]
+        copied = [(tensor, offset) for tensor, offset, conv in placed if conv is None]
+        found.append(BranchConcat(node, written, copied, total))
     return found

@@ -1,45 +1,34 @@
-"""Where a normalise node can ride: conv-bn-act-conv, conv-bn-conv, conv-bn-act-depthwise, conv-bn-act-pool, squeeze-excite."""
+"""Where a normalise node can ride: conv-bn-act-conv, conv-bn-conv, conv-bn-act-depthwise, squeeze-excite."""
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from bnrestructure import ops
-from bnrestructure.graph.fused import is_fused, produced_by, tensor_readers
+from bnrestructure.graph.fused import is_fused, normalised_tensors, produced_by, tensor_readers
 from bnrestructure.graph.layers import ConvLayer, conv_of, modules_of
-from bnrestructure.graph.operations import GlobalAverage, activation_of, concat_of, global_average_of, max_pool_of
+from bnrestructure.graph.operations import activation_of
+from bnrestructure.patterns.pool import averages_of
 
 __all__ = [
-    "ConcatOfNormalised",
+    "ConvReader",
     "Excitation",
     "find_activated",
-    "find_concats_of_normalised",
     "find_conv_readers",
     "find_excitations",
-    "find_pool_readers",
+    "is_convolution",
 ]
-
-
-def _normalised(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
-    """(normalise node, its z) for every normalise node whose result is read."""
-    pairs = []
-    for node in gm.graph.nodes:
-        source = produced_by(node, ops.normalise, "z")
-        if source is not None and node.users:
-            pairs.append((source, node))
-    return pairs
 
 
 def find_activated(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node, str]]:
     """(normalise, activation node, activation) where the activation is the normalised tensor's only reader."""
     modules = modules_of(gm)
     found = []
-    for normalise, z in _normalised(gm):
+    for normalise, z in normalised_tensors(gm):
         readers = tensor_readers(z)
         act = activation_of(readers[0], modules) if len(readers) == 1 else None
         if act is not None and normalise.kwargs["act"] == "identity":
@@ -78,50 +67,14 @@ def find_conv_readers(gm: fx.GraphModule) -> list[ConvReader]:
             found.append(ConvReader(node, layer, normalise, None, str(normalise.kwargs["act"])))
             continue
         act = activation_of(source, modules)
-        if act is not None and all(_is_conv(u, modules) for u in source.users):
+        if act is not None and all(is_convolution(u, modules) for u in source.users):
             found.append(ConvReader(node, layer, None, source, act[0]))
     return found
 
 
-def _is_conv(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
+def is_convolution(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
+    """Whether the node is a convolution that is fused, or could be."""
     return is_fused(node, ops.conv) or isinstance(conv_of(node, modules), ConvLayer)
-
-
-def _averages(reader: fx.Node, normalise: fx.Node, z: fx.Node, modules: dict[str, torch.nn.Module]) -> GlobalAverage | None:
-    """The global average of z that ``reader`` is, if it is one for as many dimensions as z has."""
-    average = global_average_of(reader, modules)
-    if average is None or average.input is not z:
-        return None
-    return average if _is_4d(normalise, modules) or not average.only_4d else None
-
-
-def _is_4d(normalise: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
-    """Whether a normalise is of [N, C, H, W] for certain: its batch norm is a BatchNorm2d or a 2-D convolution made its input."""
-    finalize = produced_by(normalise.kwargs["scale"], ops.finalize, "scale")
-    if finalize is not None and finalize.kwargs.get("dimensions") == (4,):
-        return True
-    source = normalise.kwargs["x"]
-    layer = conv_of(source, modules) if isinstance(source, fx.Node) else None
-    if isinstance(layer, ConvLayer):
-        return len(layer.stride) == 2
-    fused = produced_by(source, ops.conv, "y")
-    return fused is not None and len(tuple(fused.kwargs["stride"])) == 2  # type: ignore[arg-type]
-
-
-def find_pool_readers(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node, dict[str, Any] | GlobalAverage]]:
-    """conv-bn-act-pool: (normalise, pool node, window of a max pool or global average)."""
-    modules = modules_of(gm)
-    found: list[tuple[fx.Node, fx.Node, dict[str, Any] | GlobalAverage]] = []
-    for normalise, z in _normalised(gm):
-        for reader in tensor_readers(z):
-            window = max_pool_of(reader, modules)
-            if window is not None and window["input"] is z:
-                found.append((normalise, reader, window))
-                continue
-            average = _averages(reader, normalise, z, modules)
-            if average is not None and len(z.users) == 1:
-                found.append((normalise, reader, average))
-    return found
 
 
 @dataclass(frozen=True)
@@ -140,11 +93,11 @@ def find_excitations(gm: fx.GraphModule) -> list[Excitation]:
     """normalise -> {global average -> ... -> gate, multiply by gate} -> convolutions."""
     modules = modules_of(gm)
     found = []
-    for normalise, z in _normalised(gm):
+    for normalise, z in normalised_tensors(gm):
         readers = tensor_readers(z)
         if len(readers) != 2:
             continue
-        averages = [(r, _averages(r, normalise, z, modules)) for r in readers]
+        averages = [(r, averages_of(r, normalise, z, modules)) for r in readers]
         average = next((r for r, found_average in averages if found_average is not None and found_average.keepdim), None)
         product = next((r for r in readers if _product_with(r, z) is not None), None)
         if average is None or product is None:
@@ -189,29 +142,3 @@ def _derives_from(gate: fx.Node, average: fx.Node) -> bool:
             return False
         current = inputs[0]
     return False
-
-
-@dataclass(frozen=True)
-class ConcatOfNormalised:
-    """A concat whose every segment is a normalise with one and the same activation, read by nothing but the concat."""
-
-    concat: fx.Node
-    normalised: list[fx.Node]
-    act: str
-
-
-def find_concats_of_normalised(gm: fx.GraphModule) -> list[ConcatOfNormalised]:
-    """Inception's join: concat-of-(conv-bn-act), where at least one convolution reads the concat."""
-    modules = modules_of(gm)
-    found = []
-    for node in gm.graph.nodes:
-        segments = concat_of(node)
-        if segments is None or len(set(segments)) != len(segments):
-            continue
-        sources = [produced_by(s, ops.normalise, "z") for s in segments]
-        if any(s is None for s in sources) or any(len(s.users) != 1 for s in segments):
-            continue
-        acts = {str(s.kwargs["act"]) for s in sources if s is not None}
-        if len(acts) == 1 and any(_is_conv(u, modules) for u in node.users):
-            found.append(ConcatOfNormalised(node, [s for s in sources if s is not None], acts.pop()))
-    return found

@@ -244,6 +244,24 @@ class _Writer:
         if self.chance(0.7):
             self.preact(made)
 
+    def aggregation(self) -> None:
+        """Layers that read each other, and all of them concatenated: in one concat, or with a concat inside it."""
+        features = [self.pick()]
+        if self.chance(0.5):
+            features.append(self.assign(f"F.relu({features[0].name})", features[0].channels, features[0].size, features[0]))
+        for _ in range(self.rng.choice((2, 3))):
+            normed = self.norm(self.conv(features[-1], self.rng.choice((2, 3)), self.rng.choice((1, 3))))[0]
+            features.append(self.assign(f"F.relu({normed.name})", normed.channels, normed.size, normed))
+        chosen = features[self.rng.choice((0, 1)) :]
+        names = [f.name for f in chosen]
+        if self.chance(0.4) and len(names) > 2:
+            names = [*names[:-2], f"torch.cat([{', '.join(names[-2:])}], 1)"]
+        made = self.assign(f"torch.cat([{', '.join(names)}], 1)", sum(f.channels for f in chosen), chosen[0].size, *chosen)
+        if self.chance(0.3):
+            self.assign(f"F.avg_pool2d({made.name}, 3, 1, 1)", made.channels, made.size, made)
+        if self.chance(0.8):
+            self.conv_norm_act(made)
+
     def squeeze_excite(self) -> None:
         x = self.conv_norm_act(self.pick())
         pool = self.rng.choice(("F.adaptive_avg_pool2d({}, 1)", "{}.mean((2, 3), keepdim=True)", "MODULE"))
@@ -267,7 +285,11 @@ class _Writer:
             form = self.rng.choice((f"F.max_pool2d({x.name}, {k}, {s}, {p})", f"{self.layer(f'nn.MaxPool2d({k}, {s}, {p})')}({x.name})"))
             self.assign(form, x.channels, (x.size + 2 * p - k) // s + 1, x)
         elif kind == "avg" and x.size >= 4:
-            self.assign(f"F.avg_pool2d({x.name}, 2)", x.channels, x.size // 2, x)
+            k, s, p = self.rng.choice(((2, 2, 0), (3, 1, 1), (3, 2, 1), (3, 2, 0)))
+            included = "" if self.chance(0.7) else ", count_include_pad=False"
+            form = self.rng.choice((f"F.avg_pool2d({{}}, {k}, {s}, {p}{included})", "MODULE"))
+            form = self.layer(f"nn.AvgPool2d({k}, {s}, {p}{included})") + "({})" if form == "MODULE" else form
+            self.assign(form.format(x.name), x.channels, (x.size + 2 * p - k) // s + 1, x)
         elif kind in ("chunk", "slice") and x.channels % 2 == 0:
             half = x.channels // 2
             part = f"{x.name}.chunk(2, 1)[{self.rng.choice((0, 1))}]" if kind == "chunk" else f"{x.name}[:, {half}:]"
@@ -291,7 +313,7 @@ class _Writer:
         self.conv_norm_act(self.vars[0], stride=self.rng.choice((1, 1, 2)))
         for _ in range(self.rng.randint(3, 8)):
             statement = self.rng.choices(
-                ("conv", "preact", "join", "concat", "dense", "se", "other", "down"), (4, 2, 4, 3, 1, 1, 3, 1)
+                ("conv", "preact", "join", "concat", "dense", "aggregation", "se", "other", "down"), (4, 2, 4, 3, 1, 1, 1, 3, 1)
             )[0]
             if statement == "conv":
                 self.conv_norm_act(self.pick())
@@ -303,6 +325,8 @@ class _Writer:
                 self.concat()
             elif statement == "dense":
                 self.dense_block()
+            elif statement == "aggregation":
+                self.aggregation()
             elif statement == "se":
                 self.squeeze_excite()
             elif statement == "down":

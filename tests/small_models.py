@@ -136,6 +136,24 @@ class Inception(nn.Module):
         return self.after(x), self.pool(x)
 
 
+class Aggregation(nn.Module):
+    """VoVNet's one-shot aggregation of layers that each other read, with a pooled segment and a concat inside the concat, averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv_bn(3, 6), nn.MaxPool2d(3, 2, 1))
+        self.first, self.second = conv_bn(6, 4), conv_bn(4, 3)
+        self.wide, self.high = conv_bn(3, 2, 1), conv_bn(3, 2)
+        self.project, self.after = conv_bn(17, 5, 1), conv_bn(17, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(x)
+        first = self.first(x)
+        second = self.second(first)
+        x = torch.cat([x, first, second, torch.cat([self.wide(second), self.high(second)], 1)], 1)
+        return self.project(x), self.after(F.avg_pool2d(x, 3, 1, 1))
+
+
 class InvertedResidual(nn.Module):
     """MobileNet: expand, depthwise, linear bottleneck, identity join without an activation."""
 
@@ -266,6 +284,7 @@ SMALL_MODELS: dict[str, Callable[[], nn.Module]] = {
     "preact": PreactResidual,
     "dense": DenseBlock,
     "inception": Inception,
+    "aggregation": Aggregation,
     "inverted": InvertedResidual,
     "squeeze_excite": SqueezeExcite,
     "unet": UNet,

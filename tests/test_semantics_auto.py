@@ -199,7 +199,7 @@ def test_second_derivative_is_a_clear_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["chain", "residual", "dense", "inception", "squeeze_excite", "unet", "preact", "strange"])
+@pytest.mark.parametrize("name", ["chain", "residual", "dense", "inception", "aggregation", "squeeze_excite", "unet", "preact", "strange"])
 def test_nan_and_inf_where_eager_has_them(name: str, value: float) -> None:
     """Without "inverted": whether eager's own ReLU6 hands a NaN's gradient on depends on where in a vector register it lies."""
     model, x = small(name)

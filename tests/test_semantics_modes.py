@@ -225,7 +225,7 @@ def test_backward_twice_and_partial(name: str) -> None:
     assert_same_values(*found)
 
 
-@pytest.mark.parametrize("name", ["residual", "dense", "unet", "inception", "squeeze_excite", "inverted"])
+@pytest.mark.parametrize("name", ["residual", "dense", "unet", "inception", "aggregation", "squeeze_excite", "inverted"])
 def test_channels_last(name: str) -> None:
     x = input_for(name).to(memory_format=torch.channels_last)
     assert_same_training(build(name), x)

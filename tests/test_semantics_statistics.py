@@ -220,7 +220,7 @@ def test_empty_batch_as_eager() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["chain", "residual", "dense", "inception", "inverted", "unet", "preact", "strange"])
+@pytest.mark.parametrize("name", ["chain", "residual", "dense", "inception", "aggregation", "inverted", "unet", "preact", "strange"])
 def test_nan_and_inf_where_eager_has_them(name: str, value: float) -> None:
     model, x = build(name), input_for(name)
     x[1, 0, 2, 3] = value

@@ -21,12 +21,12 @@ KINDS = (
 # The first pattern that matches an event's whole name gives the kind of everything under it. Autograd functions carry
 # their class's name, their backward that name and "Backward"; ATen's backward nodes end in "Backward0".
 _PATTERNS: tuple[tuple[str, str], ...] = (
-    ("fused conv", r"_Conv|JoinConv"),
+    ("fused conv", r"PlainConv|JoinConv"),
     ("statistics", r"_Statistics"),
     ("finalize", r"_Finalize"),
     ("normalise", r"_Normalise"),
     ("residual", r"_Residual"),
-    ("fused pool", r"_MaxPool|_Squeeze"),
+    ("fused pool", r"_MaxPool|_AvgPool|_Squeeze"),
     ("add/cat", r"_ConcatBuffer|_OwnGradient"),
     ("conv", r"aten::conv\w*|Convolution|Mkldnn\w*Conv\w*"),
     ("BN", r"aten::(batch_norm|_batch_norm\w*|native_batch_norm\w*)|NativeBatchNorm|CudnnBatchNorm|BatchNorm\w*"),

@@ -37,14 +37,16 @@ def channels_of(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
         counts = [channels_of(s, modules) for s in segments]
         return None if any(c is None for c in counts) else sum(c for c in counts if c is not None)
     source: fx.Node | None = None
-    for function, name in ((ops.normalise, "z"), (ops.max_pool, "z"), (ops.residual, "out")):
+    for function, name in ((ops.normalise, "z"), (ops.max_pool, "z"), (ops.avg_pool, "z"), (ops.residual, "out")):
         made = produced_by(node, function, name)
         if made is not None:
             source = made.kwargs["y" if function is ops.residual else "x"]  # type: ignore[assignment]
-    for threading in (ops.conv, ops.normalise, ops.max_pool, ops.statistics, ops.squeeze):
+    for threading in (ops.conv, ops.normalise, ops.max_pool, ops.avg_pool, ops.statistics, ops.squeeze):
         threaded = produced_by(node, threading, "x")
         if threaded is not None:
             source = threaded.kwargs["x"]  # type: ignore[assignment]
+    if node.target is ops.own_gradient:
+        source = node.args[0]  # type: ignore[assignment]
     act = activation_of(node, modules)
     pool = max_pool_of(node, modules)
     averages = node.op == "call_function" and node.target in (nn.functional.avg_pool2d, nn.functional.adaptive_avg_pool2d)

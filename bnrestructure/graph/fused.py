@@ -9,7 +9,17 @@ from torch import fx
 
 from bnrestructure import ops
 
-__all__ = ["OUTPUTS", "THREADABLE", "is_fused", "output", "outputs_of", "produced_by", "set_kwargs", "tensor_readers"]
+__all__ = [
+    "OUTPUTS",
+    "THREADABLE",
+    "is_fused",
+    "normalised_tensors",
+    "output",
+    "outputs_of",
+    "produced_by",
+    "set_kwargs",
+    "tensor_readers",
+]
 
 #: The outputs of each fused function, in order, under the names that graphs are printed with.
 OUTPUTS: dict[Any, tuple[str, ...]] = {
@@ -18,12 +28,13 @@ OUTPUTS: dict[Any, tuple[str, ...]] = {
     ops.finalize: ("scale", "beta"),
     ops.normalise: ("z", "x"),
     ops.max_pool: ("z", "x"),
+    ops.avg_pool: ("z", "x"),
     ops.squeeze: ("pooled", "x"),
     ops.residual: ("out", "mean", "var", "size"),
 }
 
 #: Fused functions that can pass their input ``x`` through to its next reader. (A convolution with a shortcut ``r`` passes on the sum.)
-THREADABLE = {ops.conv, ops.statistics, ops.normalise, ops.max_pool}
+THREADABLE = {ops.conv, ops.statistics, ops.normalise, ops.max_pool, ops.avg_pool}
 
 
 def is_fused(node: Any, function: Any = None) -> bool:
@@ -86,3 +97,9 @@ def tensor_readers(node: fx.Node) -> list[fx.Node]:
             found.append(current)
         current = current.next
     return found
+
+
+def normalised_tensors(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
+    """(normalise node, its z) for every normalise node whose result is read, in graph order."""
+    pairs = ((produced_by(node, ops.normalise, "z"), node) for node in gm.graph.nodes)
+    return [(source, node) for source, node in pairs if source is not None and node.users]

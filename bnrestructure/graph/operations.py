@@ -14,7 +14,7 @@ from bnrestructure.capture.boundaries import boundary_reason
 from bnrestructure.graph.layers import arguments_of, per_dimension
 from bnrestructure.ops.activation import leaky_relu_name
 
-__all__ = ["GlobalAverage", "activation_of", "add_of", "concat_of", "global_average_of", "max_pool_of"]
+__all__ = ["GlobalAverage", "activation_of", "add_of", "avg_pool_of", "concat_of", "global_average_of", "max_pool_of"]
 
 _PLAIN_ACTIVATIONS: dict[Any, str] = {
     nn.ReLU: "relu", F.relu: "relu", torch.relu: "relu", "relu": "relu",
@@ -104,6 +104,31 @@ def max_pool_of(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, Any] 
         "input": values["input"], "kernel": kernel, "stride": stride, "padding": padding,
         "ceil_mode": bool(values["ceil_mode"]),
     }  # fmt: skip
+
+
+def avg_pool_of(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, Any] | None:
+    """Window parameters of a 2-D average pool all of whose windows have the same divisor, with its ``input``, else None."""
+    names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    if node.op == "call_module":
+        module = modules.get(str(node.target))
+        if type(module) is not nn.AvgPool2d or boundary_reason(module) is not None:
+            return None
+        values = {k: getattr(module, k) for k in names[1:]} | {"input": node.args[0] if node.args else None}
+    elif node.op == "call_function" and node.target is F.avg_pool2d:
+        defaults = {"stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None}
+        values = arguments_of(node, names, defaults)
+    else:
+        return None
+    kernel, padding = per_dimension(values["kernel_size"], 2), per_dimension(values["padding"], 2)
+    stride = kernel if values["stride"] in (None, [], ()) else per_dimension(values["stride"], 2)
+    if kernel is None or stride is None or padding is None or not isinstance(values["input"], fx.Node):
+        return None
+    counts_all = values["count_include_pad"] is True or padding == (0, 0)
+    sound = all(2 * p <= k for p, k in zip(padding, kernel, strict=True))  # PyTorch refuses the rest, in its own words
+    plain = values["ceil_mode"] is False and values["divisor_override"] is None and "bnr_shared" not in node.meta
+    if not (counts_all and sound and plain):
+        return None
+    return {"input": values["input"], "kernel": kernel, "stride": stride, "padding": padding}
 
 
 @dataclass(frozen=True)

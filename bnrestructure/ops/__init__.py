@@ -1,6 +1,7 @@
 """What a fused node means: its arguments, its autograd, and nothing else. Kernels are in ``bnrestructure.kernels``."""
 
-from bnrestructure.ops.concat import concat_buffer, own_gradient
+from bnrestructure.ops.average import avg_pool
+from bnrestructure.ops.concat import concat_buffer, own_gradient, unchanged
 from bnrestructure.ops.conv import ConvOutputs, conv
 from bnrestructure.ops.residual import ResidualOutputs, residual
 from bnrestructure.ops.statistics import StatisticsOutputs, batch_norm, finalize, statistics
@@ -10,6 +11,7 @@ __all__ = [
     "ConvOutputs",
     "ResidualOutputs",
     "StatisticsOutputs",
+    "avg_pool",
     "batch_norm",
     "concat_buffer",
     "conv",
@@ -20,4 +22,5 @@ __all__ = [
     "residual",
     "squeeze",
     "statistics",
+    "unchanged",
 ]

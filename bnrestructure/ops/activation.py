@@ -18,6 +18,7 @@ __all__ = [
     "PLAIN_ACTIVATIONS",
     "activate",
     "activation_gradient",
+    "is_homogeneous",
     "leaky_relu_name",
     "negative_slope",
     "unsupported_activation",
@@ -42,6 +43,11 @@ def negative_slope(act: str) -> float:
     if match is None:
         raise ValueError(f"unknown activation {act!r}")
     return float(match.group(1))
+
+
+def is_homogeneous(act: str) -> bool:
+    """Whether ``act(k * u) == k * act(u)`` for every k > 0."""
+    return act in ("identity", "relu") or _LEAKY.fullmatch(act) is not None
 
 
 def unsupported_activation(act: str) -> str | None:

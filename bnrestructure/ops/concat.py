@@ -9,9 +9,10 @@ from torch import Tensor
 
 from bnrestructure.ops.aliases import channel_slice, channels_last_buffer
 from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative
+from bnrestructure.ops.edges import accumulation_dtype
 from bnrestructure.ops.kept import kept_activation
 
-__all__ = ["concat_buffer", "own_gradient"]
+__all__ = ["concat_buffer", "own_gradient", "unchanged"]
 
 
 def concat_buffer(
@@ -50,6 +51,15 @@ class _ConcatBuffer(torch.autograd.Function):
         dx = gradient.narrow(1, ctx.offset, ctx.channels).to(ctx.dtype, copy=True)
         dinto = None if ctx.into_channels is None else gradient.narrow(1, 0, ctx.into_channels)
         return guard_second_derivative((dx, dinto, None, None, None, None))
+
+
+def unchanged(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, scale, beta), each [C], that leave x [N, C, *spatial] as it is: 0, 1 and 0.
+
+    They stand for a segment without a batch norm where a concat is normalised as a whole.
+    """
+    zeros = x.new_zeros(x.shape[1], dtype=accumulation_dtype(x.dtype))
+    return zeros, torch.ones_like(zeros), zeros
 
 
 def own_gradient(x: Tensor) -> Tensor:

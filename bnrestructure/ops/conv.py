@@ -20,7 +20,7 @@ from bnrestructure.ops.edges import ConvGeometry, Transform, accumulation_dtype
 from bnrestructure.ops.join import JoinConv, join_is_fusible
 from bnrestructure.ops.residual import residual
 
-__all__ = ["ConvOutputs", "conv"]
+__all__ = ["ConvOutputs", "PlainConv", "check_shapes", "conv"]
 
 
 class ConvOutputs(NamedTuple):
@@ -95,7 +95,7 @@ def conv(
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    _check_shapes(x, weight, geometry)
+    check_shapes(x, weight, geometry)
     if gate is not None:
         gate = gate.to(accumulation_dtype(x.dtype))
     if torch.compiler.is_compiling() and not (thread or gain or into is not None or channels is not None):
@@ -107,7 +107,7 @@ def conv(
         return ConvOutputs(y, ymean, yvar, y.shape, None, None)
     options = ConvOptions(act, geometry, statistics, thread, gain, offset, channels, visible, dtype, backend)
     if r is None:
-        y, ymean, yvar, passed, ones = _Conv.apply(x, mean, scale, beta, gate, weight, bias, into, options)
+        y, ymean, yvar, passed, ones = PlainConv.apply(x, mean, scale, beta, gate, weight, bias, into, options)
     else:
         y, ymean, yvar, passed, ones = JoinConv.apply(
             x, mean, scale, beta, r, r_mean, r_scale, r_beta, x_gain, r_gain, weight, bias, into, options
@@ -116,7 +116,8 @@ def conv(
     return ConvOutputs(y, ymean, yvar, size, passed, ones)
 
 
-def _check_shapes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> None:
+def check_shapes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> None:
+    """Raise RuntimeError, in the words of PyTorch's convolution, where these do not fit each other."""
     spatial = len(geometry.stride)
     if x.dim() != spatial + 2:
         raise RuntimeError(
@@ -135,7 +136,9 @@ def _check_shapes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> None:
         )
 
 
-class _Conv(torch.autograd.Function):
+class PlainConv(torch.autograd.Function):
+    """The convolution without a residual join, of 4 or 5 dimensions; :func:`conv` says what its arguments mean."""
+
     @staticmethod
     def forward(  # autograd.Function's forward takes whatever the node takes
         ctx: Any,

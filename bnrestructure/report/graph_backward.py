@@ -29,7 +29,10 @@ def backward_of(node: fx.Node, normalises: list[str], statistics: list[str], gro
         return _words(None, f"a*(y - mean) + b of {made}", _adds(node))
     if node.target is ops.concat_buffer:
         return _words(None, "hands down its slice of the gradient", None)
-    work = {ops.normalise: "sweep", ops.max_pool: "scatter to the maxima", ops.squeeze: "spread the average"}
+    work = {
+        ops.normalise: "sweep", ops.max_pool: "scatter to the maxima", ops.avg_pool: "spread the averages",
+        ops.squeeze: "spread the average",
+    }  # fmt: skip
     return _words(None, work.get(node.target, "copy the gradient"), _mask_and_sums(node, read))  # type: ignore[arg-type]
 
 

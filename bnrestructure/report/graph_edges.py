@@ -77,6 +77,6 @@ def normalised_sites(node: fx.Node) -> list[str]:
             made = produced_by(vector, ops.finalize, "scale")
             if made is not None and "bnr_site" in made.meta:
                 sites.append(made.meta["bnr_site"])
-            elif vector.meta.get("bnr_vector") or vector.target is torch.cat:
+            elif vector.target is not ops.unchanged and (vector.meta.get("bnr_vector") or vector.target is torch.cat):
                 stack += reversed(vector.all_input_nodes)
     return sites

@@ -10,7 +10,7 @@ from torch import fx, nn
 from bnrestructure import ops
 from bnrestructure.graph.fused import is_fused
 from bnrestructure.graph.layers import ConvLayer, batch_norm_of, conv_of, module_path, modules_of
-from bnrestructure.graph.operations import activation_of, add_of, concat_of, max_pool_of
+from bnrestructure.graph.operations import activation_of, add_of, avg_pool_of, concat_of, max_pool_of
 from bnrestructure.plan import Site
 from bnrestructure.report.graph_backward import backward_of
 from bnrestructure.report.graph_edges import data_inputs, is_tucked, normalised_sites, source_of, sources_of
@@ -137,9 +137,9 @@ class _Builder:
         segments = concat_of(node)
         if segments is not None:
             return self._new(node, "concat", f"concat of {len(segments)}")
-        pool = max_pool_of(node, self.modules)
-        if pool is not None:
-            return self._new(node, "pool", f"max pool {by(pool['kernel'])}{strided(pool['stride'])}")
+        for kind, pool in (("max", max_pool_of(node, self.modules)), ("average", avg_pool_of(node, self.modules))):
+            if pool is not None:
+                return self._new(node, "pool", f"{kind} pool {by(pool['kernel'])}{strided(pool['stride'])}")
         return self._new(node, "other", plain_words(node, self.gm))
 
     def _new(self, node: fx.Node, kind: str, what: str) -> Entry:

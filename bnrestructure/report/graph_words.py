@@ -23,6 +23,8 @@ def fused_words(node: fx.Node, gm: fx.GraphModule) -> tuple[str, str]:
         return "add", "add" if kwargs["act"] == "identity" else f"add + {kwargs['act']}"
     if node.target is ops.max_pool:
         return "pool", f"max pool {by(kwargs['kernel'])}{strided(kwargs['stride'])}"
+    if node.target is ops.avg_pool:
+        return "pool", f"average pool {by(kwargs['kernel'])}{strided(kwargs['stride'])}"
     if node.target is ops.squeeze:
         return "pool", "squeeze" if kwargs["excite"] else "global average pool"
     if node.target is ops.statistics:

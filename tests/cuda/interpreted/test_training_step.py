@@ -32,6 +32,7 @@ MODELS = {
         "max_pool_forward",
     },
     "dense": {"conv_forward", "conv_backward", "statistics_forward", "normalise_forward", "normalise_backward"},
+    "aggregation": {"conv_forward", "conv_backward", "max_pool_forward", "max_pool_backward"},
     "inverted": {"conv_forward", "conv_backward", "join_forward", "join_backward"},
     "squeeze_excite": {"conv_forward", "conv_backward", "squeeze_forward", "squeeze_backward"},
     "strange": {"conv_forward", "conv_backward"},

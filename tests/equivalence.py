@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import bnrestructure
+from bnrestructure.verify.rounding import RandomRounding
 
 __all__ = [
     "assert_same_training",
@@ -111,6 +112,9 @@ def _rms(tensor: Tensor) -> float:
 def rounding_noise(model: nn.Module, expected: dict[str, Tensor], *args: Any, seed: int = 0, **kwargs: Any) -> dict[str, float]:
     """By tensor, how far the model's own step moves, at most, in five trials with every parameter and input off by up to one rounding.
 
+    Rounding also happens on the way: five more trials round the results of every operation at random, by up to ``NOISE_FACTOR`` times
+    one rounding, for which a ``NOISE_FACTOR``-th of them counts.
+
     No implementation in this precision can be held to less. A wrong formula is wrong by far more, whatever the conditioning.
     A tensor that is ``NOTHING`` beside the others of its kind is zero in exact arithmetic (the gradient of a bias that a batch norm takes
     out again): the value it has is the model's own error, and often the same one in all five trials.
@@ -130,7 +134,9 @@ def rounding_noise(model: nn.Module, expected: dict[str, Tensor], *args: Any, se
             parameter.data.copy_(nudge(parameter))
         nudged_args, nudged_kwargs = pytree.tree_map(nudge, (args, kwargs))
         errors = relative_errors(training_step(nudged, *nudged_args, seed=seed, **nudged_kwargs), expected)
-        noise = {name: max(noise.get(name, 0.0), error) for name, error in errors.items()}
+        with RandomRounding(trial):
+            rounded = relative_errors(training_step(copy.deepcopy(model), *args, seed=seed, **kwargs), expected)
+        noise = {n: max(noise.get(n, 0.0), error, rounded[n] / NOISE_FACTOR) for n, error in errors.items()}
     sizes = relative_errors({name: torch.zeros_like(tensor) for name, tensor in expected.items()}, expected)
     return {name: max(noise[name], size) if size < NOTHING else noise[name] for name, size in sizes.items()}
 

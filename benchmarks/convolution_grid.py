@@ -24,7 +24,7 @@ from convolution_case import Case, Node
 from torch import Tensor
 
 from bnrestructure.kernels.cpu import convolution, library, processor
-from bnrestructure.kernels.cpu.convolution_choice import candidates, rule
+from bnrestructure.kernels.cpu.convolution_choice import candidates, instruction_set, rule
 
 
 def grid(batch: int) -> Iterator[Node]:
@@ -77,7 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    isa, threads = library.isa_name(), library.threads()
+    isa, threads = instruction_set(), library.threads()
     print(f"python {shlex.join(sys.argv)}: {processor.name()}, {isa}, {threads} threads, {dtype}, PyTorch {torch.__version__}, "
           f"Python {platform.python_version()}")  # fmt: skip
     print("milliseconds; backward: fused, hybrid, fused dgrad with hybrid wgrad, hybrid dgrad with fused wgrad; "

@@ -332,6 +332,10 @@ def test_choice() -> None:
     point = Node(16, 256, (28, 28), 128, (28, 28), (1, 1), ConvGeometry((1, 1), (0, 0), (1, 1), 1), True)
     assert choose(deep, torch.bfloat16, "forward", "avx512bf16", 2).implementation == "hybrid"
     for direction in ("forward", "backward"):
+        for node in (deep, image, point, in_groups):
+            assert choose(node, torch.bfloat16, direction, "avx512bf16+amx", 2).implementation == "hybrid"
+        assert choose(point, torch.bfloat16, direction, "avx512bf16", 2).implementation == "fused"
+        assert choose(point, torch.float32, direction, "avx512bf16+amx", 2).implementation == "fused"
         assert choose(deep, torch.float32, direction, "avx512", 2).implementation == "winograd"
         assert choose(image, torch.float32, direction, "avx512", 2).implementation == "fused"
         assert choose(in_groups, torch.float32, direction, "avx512", 2).implementation == "fused"

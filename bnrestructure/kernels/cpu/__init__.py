@@ -15,7 +15,7 @@ from torch import Tensor
 from bnrestructure.kernels import tuning
 from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cpu import convolution, depthwise, finalize, library, sweeps
-from bnrestructure.kernels.cpu.convolution_choice import choose, identify_machine
+from bnrestructure.kernels.cpu.convolution_choice import choose, identify_machine, instruction_set
 from bnrestructure.kernels.cpu.finalize import finalize_backward, finalize_forward
 from bnrestructure.kernels.cpu.join import join_backward, join_forward
 from bnrestructure.kernels.cpu.library import unavailable_reason
@@ -114,7 +114,7 @@ def convolution_choices(
         choice = Choice("depthwise", "depthwise convolutions have one kernel")
         return choice, choice
     node = convolution.node_of(x, weight, geometry, not transform.is_identity)
-    here = library.isa_name(), library.threads()
+    here = instruction_set(), library.threads()
     return choose(node, dtype, "forward", *here), choose(node._replace(joined=joined), dtype, "backward", *here)
 
 
@@ -122,7 +122,7 @@ def description() -> str:
     """The instruction set in use and where tuned choices are kept, for ``doctor``."""
     identify_machine()
     file = tuning.cache_file()
-    return f"{library.isa_name()}; measured choices in {file}" if file is not None else library.isa_name()
+    return f"{instruction_set()}; measured choices in {file}" if file is not None else instruction_set()
 
 
 def _convolutions(weight: Tensor, geometry: ConvGeometry) -> ModuleType:

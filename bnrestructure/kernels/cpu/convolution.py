@@ -17,7 +17,15 @@ from torch import Tensor
 from bnrestructure.kernels import tuning
 from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, convolution_winograd, layout, library
-from bnrestructure.kernels.cpu.convolution_choice import IMPLEMENTATIONS, Node, call_of, candidates, choose, identify_machine
+from bnrestructure.kernels.cpu.convolution_choice import (
+    IMPLEMENTATIONS,
+    Node,
+    call_of,
+    candidates,
+    choose,
+    identify_machine,
+    instruction_set,
+)
 from bnrestructure.ops.activation import unsupported_activation
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
@@ -50,7 +58,7 @@ def choice(
 ) -> Choice:
     """Which implementation runs this node in ``direction`` ("forward" or "backward"), and why."""
     how = not transform.is_identity, joined
-    return _choice(x.shape, weight.shape, geometry, how, dtype, direction, library.isa_name(), library.threads())
+    return _choice(x.shape, weight.shape, geometry, how, dtype, direction, instruction_set(), library.threads())
 
 
 @lru_cache(maxsize=4096)
@@ -158,7 +166,7 @@ def run_backward(
 
 def _measure_once(node: Node, dtype: torch.dtype, direction: str, run_of: Callable[[str], Callable[[], Any]]) -> None:
     """Time the node's candidates on these very arguments, unless nodes of this size were timed before."""
-    call = call_of(node, dtype, direction, library.isa_name(), library.threads())
+    call = call_of(node, dtype, direction, instruction_set(), library.threads())
     identify_machine()
     if tuning.measured(call) is None:
         tuning.measure(call, {name: run_of(name) for name in candidates(node, dtype, direction)})

@@ -9,7 +9,7 @@ where lead * multiply-adds > bytes swept * (multiply-adds the machine does in th
 are ratios, not absolute speeds; benchmarks/convolution_grid.py measures what comes of them.
 
 Where Winograd's algorithm applies it is faster than both but for a few channels or pixels; what it saves are multiplications, on any
-instruction set.
+instruction set. Where ATen multiplies bfloat16 on matrix tiles and the fused kernels on vectors, no sweep costs as much as that saves.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bnrestructure.kernels.choice import BACKWARD, Choice
 from bnrestructure.kernels.cpu import library, processor
 from bnrestructure.ops.edges import ConvGeometry
 
-__all__ = ["IMPLEMENTATIONS", "Node", "call_of", "candidates", "choose", "identify_machine", "rule"]
+__all__ = ["IMPLEMENTATIONS", "Node", "call_of", "candidates", "choose", "identify_machine", "instruction_set", "rule"]
 
 #: Which implementation makes the input gradient and which the weight gradient (choice.BACKWARD), with Winograd's algorithm.
 IMPLEMENTATIONS = BACKWARD | {"winograd": ("winograd", "winograd")}
@@ -48,6 +48,8 @@ class Node(NamedTuple):
     joined: bool = False
 
 
+_TILES = "+amx"
+
 #: How many multiply-adds the machine does while it sweeps one byte of an activation.
 _OPERATIONS_PER_BYTE = {torch.float32: 8.0, torch.bfloat16: 16.0}
 
@@ -60,7 +62,7 @@ def candidates(node: Node, dtype: torch.dtype, direction: str) -> list[str]:
 
 @lru_cache(maxsize=4096)
 def choose(node: Node, dtype: torch.dtype, direction: str, isa: str, threads: int) -> Choice:
-    """The choice for ``direction`` "forward" or "backward" on the instruction set ``isa`` (library.isa_name()).
+    """The choice for ``direction`` "forward" or "backward" on the instruction set ``isa`` (:func:`instruction_set`).
 
     Cached; tuning clears the cache.
     """
@@ -73,8 +75,10 @@ def rule(node: Node, dtype: torch.dtype, direction: str, isa: str) -> Choice:
     """The choice where nothing was measured; benchmarks/convolution_grid.py holds it against measurements."""
     if _suits_winograd(node, dtype) and _gains_by_winograd(node):
         return Choice("winograd", "16 multiplications do the work of 36")
-    if not isa.startswith("avx512") or (dtype is torch.bfloat16 and isa != "avx512bf16"):
+    if not isa.startswith("avx512") or (dtype is torch.bfloat16 and not isa.startswith("avx512bf16")):
         return Choice("fused", f"the rule's numbers were not measured with {isa}: tune() measures here")
+    if dtype is torch.bfloat16 and isa.endswith(_TILES):
+        return _rule_with_tiles(node, direction)
     if direction == "backward":
         return _backward_rule(node, dtype)
     lead = _lead_of_aten(node, dtype)
@@ -90,6 +94,14 @@ def rule(node: Node, dtype: torch.dtype, direction: str, isa: str) -> Choice:
     return Choice("fused", f"the extra sweeps cost {lost / gained:.1f} times what ATen's product saves")
 
 
+def _rule_with_tiles(node: Node, direction: str) -> Choice:
+    """Measured on a Xeon with AMX and two threads, benchmarks/results/intel-xeon-2-cores-convolution-grid.txt."""
+    groups = node.geometry.groups
+    if direction == "backward" and groups > 1 and node.channels // groups < 8:
+        return Choice("hybrid dgrad, fused wgrad", "ATen's wgrad is slow in groups of few channels")
+    return Choice("hybrid", "ATen's bfloat16 products run on matrix tiles (AMX), three to ten times as fast as the fused ones")
+
+
 def _backward_rule(node: Node, dtype: torch.dtype) -> Choice:
     """The fused products share a tile's output gradient, which is mostly worth more than anything that ATen's are ahead by."""
     if math.prod(node.kernel) > 1 and node.geometry.groups == 1:
@@ -99,6 +111,12 @@ def _backward_rule(node: Node, dtype: torch.dtype) -> Choice:
         if dtype is torch.bfloat16 and output_bytes > 24 << 20:
             return Choice("hybrid", "ATen's wgrad of a tensor beyond the last-level cache saves more than the extra sweeps cost")
     return Choice("fused", "the fused products share a tile's output gradient")
+
+
+def instruction_set() -> str:
+    """The fused kernels' instruction set, and ``+amx`` where ATen's bfloat16 products have more than that."""
+    isa = library.isa_name()
+    return isa + _TILES if isa == "avx512bf16" and processor.has_bfloat16_tiles() else isa
 
 
 def identify_machine() -> None:

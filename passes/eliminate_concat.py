@@ -121,5 +121,4 @@ def _last_output(tensor: fx.Node) -> fx.Node:
     source = tensor.args[0] if tensor.args else None
     if tensor.target is not operator.getitem or not is_fused(source) or source.target not in OUTPUTS:  # type: ignore[union-attr]
         return tensor
-    position = {node: i for i, node in enumerate(tensor.graph.nodes)}
-    return max(outputs_of(source).values(), key=position.__getitem__)  # type: ignore[arg-type]
+    return _last(tensor.graph, [*outputs_of(source).values()])  # type: ignore[arg-type]

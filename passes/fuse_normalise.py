@@ -52,7 +52,7 @@ class FuseNormalise:
                 graph.erase_node(activation)
                 count += 1
         # One at a time: the concat that a rewrite replaces may be a segment of the next.
-        while (concat := next(iter(find_normalised_concats(graph_module)), None)) is not None and self.fuel.take():
+        while (concat := next(find_normalised_concats(graph_module), None)) is not None and self.fuel.take():
             _normalise_after_concat(graph, concat)
             count += 1
         for excitation in find_excitations(graph_module):

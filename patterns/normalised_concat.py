@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -21,7 +22,7 @@ _IDEMPOTENT = ("identity", "relu", "relu6")
 
 @dataclass(frozen=True)
 class NormalisedConcat:
-    """A concat along channels as the segments of a normalise of a concat.
+    """A concat along channels that could be concatenated raw and normalised afterwards.
 
     A segment is (tensor, normalise): z of that normalise, or, where it is None, a tensor that the activation ``act`` leaves as it is.
     """
@@ -31,14 +32,13 @@ class NormalisedConcat:
     act: str
 
 
-def find_normalised_concats(gm: fx.GraphModule) -> list[NormalisedConcat]:
+def find_normalised_concats(gm: fx.GraphModule) -> Iterator[NormalisedConcat]:
     """Inception's join, and a one-shot aggregation's: at least one segment is normalised, and at least one reader can normalise.
 
     A concat that only another concat reads is taken for its segments. A segment's other readers must be able to normalise it, too:
     otherwise it is in memory anyway.
     """
     modules = modules_of(gm)
-    found = []
     for node in gm.graph.nodes:
         tensors = _flattened(node)
         if tensors is None or len(set(tensors)) != len(tensors):
@@ -52,8 +52,7 @@ def find_normalised_concats(gm: fx.GraphModule) -> list[NormalisedConcat]:
         if not all(_fits(tensor, normalise, act, modules) for tensor, normalise in segments):
             continue
         if any(_normalises(reader, node, sources[0], modules) for reader in node.users):
-            found.append(NormalisedConcat(node, segments, act))
-    return found
+            yield NormalisedConcat(node, segments, act)
 
 
 def _flattened(node: fx.Node) -> list[fx.Node] | None:

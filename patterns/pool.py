@@ -44,9 +44,9 @@ def pool_reader(node: fx.Node, normalise: fx.Node, z: fx.Node, modules: dict[str
     if window is not None and window["input"] is z:
         return PoolReader(normalise, node, "max", window)
     window = avg_pool_of(node, modules)
-    divisible = is_homogeneous(str(normalise.kwargs["act"])) and _is_4d(normalise, modules)
-    if window is not None and window["input"] is z and divisible:
-        return PoolReader(normalise, node, "average", window)
+    if window is not None and window["input"] is z:
+        divisible = is_homogeneous(str(normalise.kwargs["act"])) and _is_4d(normalise, modules)
+        return PoolReader(normalise, node, "average", window) if divisible else None
     average = averages_of(node, normalise, z, modules)
     if average is not None and len(z.users) == 1:
         return PoolReader(normalise, node, "global average", {}, average.keepdim)

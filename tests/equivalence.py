@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import bnrestructure
-from bnrestructure.verify.rounding import RandomRounding
+from bnrestructure.verify.rounding import INSIDE, RandomRounding
 
 __all__ = [
     "assert_same_training",
@@ -112,8 +112,8 @@ def _rms(tensor: Tensor) -> float:
 def rounding_noise(model: nn.Module, expected: dict[str, Tensor], *args: Any, seed: int = 0, **kwargs: Any) -> dict[str, float]:
     """By tensor, how far the model's own step moves, at most, in five trials with every parameter and input off by up to one rounding.
 
-    Rounding also happens on the way: five more trials round the results of every operation at random, by up to ``NOISE_FACTOR`` times
-    one rounding, for which a ``NOISE_FACTOR``-th of them counts.
+    Rounding also happens on the way: five more trials round the results of every operation at random, by up to ``INSIDE`` roundings, and
+    an ``INSIDE``-th of what comes of it counts.
 
     No implementation in this precision can be held to less. A wrong formula is wrong by far more, whatever the conditioning.
     A tensor that is ``NOTHING`` beside the others of its kind is zero in exact arithmetic (the gradient of a bias that a batch norm takes
@@ -136,7 +136,7 @@ def rounding_noise(model: nn.Module, expected: dict[str, Tensor], *args: Any, se
         errors = relative_errors(training_step(nudged, *nudged_args, seed=seed, **nudged_kwargs), expected)
         with RandomRounding(trial):
             rounded = relative_errors(training_step(copy.deepcopy(model), *args, seed=seed, **kwargs), expected)
-        noise = {n: max(noise.get(n, 0.0), error, rounded[n] / NOISE_FACTOR) for n, error in errors.items()}
+        noise = {n: max(noise.get(n, 0.0), error, rounded[n] / INSIDE) for n, error in errors.items()}
     sizes = relative_errors({name: torch.zeros_like(tensor) for name, tensor in expected.items()}, expected)
     return {name: max(noise[name], size) if size < NOTHING else noise[name] for name, size in sizes.items()}
 

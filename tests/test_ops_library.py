@@ -50,3 +50,19 @@ def test_nodes_compile_in_one_graph_and_agree_with_eager() -> None:
     found = torch.autograd.grad(got.square().sum(), [x, weight, second])
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_an_average_pool_compiles_in_one_graph_and_agrees_with_eager() -> None:
+    x, mean, scale, beta, _ = _tensors()
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        window = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1)}
+        return ops.avg_pool(x, mean, scale, beta, act="relu", backend="reference", **window)[0]
+
+    expected = step(x)
+    wanted = torch.autograd.grad(expected.square().sum(), [x, mean, scale, beta])
+    got = torch.compile(step, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, expected)
+    found = torch.autograd.grad(got.square().sum(), [x, mean, scale, beta])
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

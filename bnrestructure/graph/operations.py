@@ -93,9 +93,8 @@ def max_pool_of(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, Any] 
         values = arguments_of(node, names, defaults)
     else:
         return None
-    kernel = per_dimension(values["kernel_size"], 2)
-    stride = kernel if values["stride"] in (None, [], ()) else per_dimension(values["stride"], 2)
-    padding, dilation = per_dimension(values["padding"], 2), per_dimension(values["dilation"], 2)
+    kernel, stride, padding = _window(values)
+    dilation = per_dimension(values["dilation"], 2)
     if kernel is None or stride is None or padding is None or dilation != (1, 1) or values["return_indices"]:
         return None
     if kernel[0] * kernel[1] > 255 or not isinstance(values["input"], fx.Node) or "bnr_shared" in node.meta:
@@ -119,8 +118,7 @@ def avg_pool_of(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, Any] 
         values = arguments_of(node, names, defaults)
     else:
         return None
-    kernel, padding = per_dimension(values["kernel_size"], 2), per_dimension(values["padding"], 2)
-    stride = kernel if values["stride"] in (None, [], ()) else per_dimension(values["stride"], 2)
+    kernel, stride, padding = _window(values)
     if kernel is None or stride is None or padding is None or not isinstance(values["input"], fx.Node):
         return None
     counts_all = values["count_include_pad"] is True or padding == (0, 0)
@@ -129,6 +127,13 @@ def avg_pool_of(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, Any] 
     if not (counts_all and sound and plain):
         return None
     return {"input": values["input"], "kernel": kernel, "stride": stride, "padding": padding}
+
+
+def _window(values: dict[str, Any]) -> tuple[tuple[int, ...] | None, ...]:
+    """Kernel, stride and padding of a 2-D pool from its arguments; the stride is the kernel's size where none is given."""
+    kernel = per_dimension(values["kernel_size"], 2)
+    stride = kernel if values["stride"] in (None, [], ()) else per_dimension(values["stride"], 2)
+    return kernel, stride, per_dimension(values["padding"], 2)
 
 
 @dataclass(frozen=True)

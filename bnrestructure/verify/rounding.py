@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["RandomRounding"]
+__all__ = ["INSIDE", "RandomRounding"]
 
-_INSIDE = 16.0
+#: How many roundings the result of an operation is moved by, at most.
+INSIDE = 16.0
 
 
 class RandomRounding(TorchDispatchMode):
@@ -42,4 +43,4 @@ class RandomRounding(TorchDispatchMode):
         if t.device not in self._generators:
             self._generators[t.device] = torch.Generator(t.device).manual_seed(self._seed)
         u = torch.rand(t.shape, generator=self._generators[t.device], dtype=t.dtype, device=t.device)
-        t.mul_((u * 2 - 1) * (_INSIDE * torch.finfo(t.dtype).eps) + 1)
+        t.mul_((u * 2 - 1) * (INSIDE * torch.finfo(t.dtype).eps) + 1)

@@ -335,6 +335,10 @@ def test_choice() -> None:
         for node in (deep, image, point, in_groups):
             assert choose(node, torch.bfloat16, direction, "avx512bf16+amx", 2).implementation == "hybrid"
         assert choose(point, torch.bfloat16, direction, "avx512bf16", 2).implementation == "fused"
+    few = in_groups._replace(channels=128, channels_out=128)
+    assert choose(few, torch.bfloat16, "forward", "avx512bf16+amx", 2).implementation == "hybrid"
+    assert choose(few, torch.bfloat16, "backward", "avx512bf16+amx", 2).implementation == "hybrid dgrad, fused wgrad"
+    for direction in ("forward", "backward"):
         assert choose(point, torch.float32, direction, "avx512bf16+amx", 2).implementation == "fused"
         assert choose(deep, torch.float32, direction, "avx512", 2).implementation == "winograd"
         assert choose(image, torch.float32, direction, "avx512", 2).implementation == "fused"

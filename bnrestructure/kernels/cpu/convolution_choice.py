@@ -95,7 +95,11 @@ def rule(node: Node, dtype: torch.dtype, direction: str, isa: str) -> Choice:
 
 
 def _rule_with_tiles(node: Node, direction: str) -> Choice:
-    """Measured on a Xeon with AMX and two threads, benchmarks/results/intel-xeon-2-cores-convolution-grid.txt."""
+    """Measured on a Xeon with AMX and two threads, benchmarks/results/intel-xeon-2-cores-convolution-grid.txt.
+
+    Groups are not in it: tune() took the hybrid for resnext50's 32 groups of 8 and more channels, but for one with a stride, and for
+    those of 4 the fused weight gradient.
+    """
     groups = node.geometry.groups
     if direction == "backward" and groups > 1 and node.channels // groups < 8:
         return Choice("hybrid dgrad, fused wgrad", "ATen's wgrad is slow in groups of few channels")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cpu_checks import needs_kernels
 
-from bnrestructure.kernels.cpu import build, library
+from bnrestructure.kernels.cpu import build, library, processor
 
 SOURCE = '#include "answer.h"\nextern "C" __attribute__((visibility("default"))) int answer() { return ANSWER; }\n'
 
@@ -96,6 +96,10 @@ class TestLoading:
     def test_the_environment_forces_an_instruction_set(self, isa: str) -> None:
         code = "from bnrestructure.kernels.cpu import library; print(library.isa_name())"
         assert python(code, BNRESTRUCTURE_CPU_ISA=isa).stdout.strip() == isa
+
+    @pytest.mark.skipif(not processor.has_bfloat16_tiles(), reason="this processor has no matrix tiles (AMX)")
+    def test_matrix_tiles_are_used_where_they_are(self) -> None:
+        assert library.available_isas()[0] == "amx"
 
     def test_an_unknown_instruction_set_is_a_reason(self) -> None:
         code = "from bnrestructure.kernels import cpu; print(cpu.unavailable_reason())"

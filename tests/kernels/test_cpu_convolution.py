@@ -76,6 +76,13 @@ SHAPES = {
     "3x3 deep, dilated into the padding": Shape(2, 180, 170, (2, 3), padding=(2, 2), dilation=(2, 2)),
     "3x3 deep, rows of padding alone": Shape(2, 170, 160, (3, 2), padding=(4, 4)),
     "5x5 deep on one pixel": Shape(2, 180, 170, (1, 1), kernel=(5, 5), padding=(2, 2)),
+    # More than a matrix tile (AMX) of everything, rows that a product crosses and rows that it does not, and groups that fill tiles.
+    "3x3 across rows": Shape(3, 72, 48, (14, 13)),
+    "3x3 along rows": Shape(1, 40, 36, (6, 62)),
+    "3x3 stride 2 along rows": Shape(2, 40, 36, (9, 70), stride=(2, 2)),
+    "3x3 groups of tiles": Shape(2, 128, 64, (9, 7), groups=2),
+    "5x5 dilated across rows": Shape(2, 36, 40, (11, 10), kernel=(5, 5), padding=(4, 4), dilation=(2, 2)),
+    "1x1 of whole lines": Shape(2, 64, 40, (9, 7), **POINT),
     "stem": Shape(2, 3, 20, (19, 21), kernel=(7, 7), stride=(2, 2), padding=(3, 3)),
 }
 
@@ -275,6 +282,8 @@ def test_threads_and_instruction_sets(isa: str, threads: int) -> None:
             for name in ("1x1 odd", "3x3 odd", "3x3 stride 2", "3x3 narrow groups", "stem"):
                 for dtype in (torch.float32, torch.bfloat16):
                     check_twice(make_case(SHAPES[name], dtype), convolution_fused)
+            for name in ("3x3 across rows", "3x3 stride 2 along rows", "3x3 groups of tiles", "1x1 of whole lines"):
+                check_twice(make_case(SHAPES[name], torch.bfloat16), convolution_fused)
             for name in ("3x3 odd", "3x3 many strips", "3x3 padded by 2 and by 0", "3x3 odd groups"):
                 check_twice(make_case(SHAPES[name]), convolution_winograd)
     finally:
@@ -302,6 +311,23 @@ def test_concurrent_calls(module: ModuleType, names: tuple[str, ...]) -> None:
     for worker in workers:
         worker.join()
     assert not failures
+
+
+@pytest.mark.parametrize("isa", library.available_isas())
+@pytest.mark.parametrize("name", ["3x3", "3x3 across rows", "3x3 groups of tiles", "1x1 odd"])
+def test_infinity_stays_where_it_is_read(name: str, isa: str) -> None:
+    """What pads an operand to whole vectors or matrix tiles is not a neighbour's infinity times zero.
+
+    Narrow groups that share a vector or a tile are different: off their diagonal there are zeros, and an infinity becomes a NaN.
+    """
+    case = make_case(SHAPES[name], torch.bfloat16)
+    case.x[0, 3, 4, 2] = torch.inf
+    case.dy[0, 2, 3, 1] = torch.inf
+    reference_y, reference_gradients = case.forward(reference)[0], case.backward(reference)
+    with library.use(isa):
+        y, gradients = case.forward(convolution_fused)[0], case.backward(convolution_fused)
+    assert torch.equal(y.isfinite(), reference_y.isfinite())
+    assert torch.equal(gradients.dx.isfinite(), reference_gradients.dx.isfinite())
 
 
 @everywhere("3x3", dtypes=(torch.float32,))
@@ -335,6 +361,11 @@ def test_choice() -> None:
         for node in (deep, image, point, in_groups):
             assert choose(node, torch.bfloat16, direction, "avx512bf16+amx", 2).implementation == "hybrid"
         assert choose(point, torch.bfloat16, direction, "avx512bf16", 2).implementation == "fused"
+        for node in (deep, point, in_groups):
+            assert choose(node, torch.bfloat16, direction, "amx", 2).implementation == "fused"
+        assert choose(image, torch.bfloat16, direction, "amx", 2).implementation == "hybrid"
+        ragged = in_groups._replace(channels=240, channels_out=240, geometry=same._replace(groups=6))
+        assert choose(ragged, torch.bfloat16, direction, "amx", 2).implementation == "hybrid"
     few = in_groups._replace(channels=128, channels_out=128)
     assert choose(few, torch.bfloat16, "forward", "avx512bf16+amx", 2).implementation == "hybrid"
     assert choose(few, torch.bfloat16, "backward", "avx512bf16+amx", 2).implementation == "hybrid dgrad, fused wgrad"

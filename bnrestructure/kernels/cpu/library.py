@@ -1,7 +1,7 @@
 """Finds, loads and calls the compiled CPU kernels.
 
 The library is the most capable one this machine's CPU can run; ``BNRESTRUCTURE_CPU_ISA`` forces another
-(``avx512bf16``, ``avx512``, ``avx2``, ``portable``), and ``BNRESTRUCTURE_CPU_SANITIZE=1`` asks for the sanitized build.
+(``amx``, ``avx512bf16``, ``avx512``, ``avx2``, ``portable``), and ``BNRESTRUCTURE_CPU_SANITIZE=1`` asks for the sanitized build.
 Kernels are declared once, at import, and bound to the library on their first call::
 
     _sweep = library.declare("bnr_sweep", "piifp")     # p pointer or None, i int64, f float, d double
@@ -36,7 +36,7 @@ _FOLDER = Path(__file__).parent
 _ARGUMENT_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 
 #: Instruction sets, the most capable first, and the level that src/cpu_level.cpp gives a CPU that has it.
-CPU_LEVELS = {"avx512bf16": 3, "avx512": 2, "avx2": 1, "portable": 0}
+CPU_LEVELS = {"amx": 4, "avx512bf16": 3, "avx512": 2, "avx2": 1, "portable": 0}
 
 _loaded: tuple[str, ctypes.CDLL] | None = None
 _failure: str | None = None

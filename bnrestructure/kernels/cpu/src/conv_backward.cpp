@@ -28,7 +28,7 @@ class Backward {
   public:
     Backward(const BackwardArguments& arguments, const Problem& problem)
         : a_(arguments), p_(problem), grouping_(p_, kBlockChannels), words_(words_for(p_, grouping_)),
-          window_(p_, words_), tiling_(p_, window_, row_bytes(), ceil_div(p_.kernel_h - 1, p_.stride_h), cache_size() / 2, 256),
+          window_(p_, words_, true), tiling_(p_, window_, row_bytes(), ceil_div(p_.kernel_h - 1, p_.stride_h), cache_size() / 2, 256),
           gradient_(p_, a_, window_, tiling_, words_), need_x_(a_.dx), need_weight_(a_.weight_gradient),
           taps_(p_.kernel_h * p_.kernel_w), 
           weight_row_(scratch_pitch(transposes_sums(window_) ? p_.out_channels : taps_ * grouping_.in)),
@@ -36,7 +36,7 @@ class Backward {
 
     void run() {
         Scratch scratch;
-        const int64_t depth = words_of(grouping_.out, words_);
+        const int64_t depth = depth_of(grouping_.out, words_);
         if (need_x_) {
             weight_ = pack_weight(p_, grouping_, true, words_,
                                   scratch.take<word>(PackedWeight::size(grouping_.groups, taps_, depth, grouping_.in)));
@@ -102,7 +102,7 @@ class Backward {
                 const int64_t extra = std::max<int64_t>(0, p_.in_height - p_.out_height * p_.stride_h);
                 const int64_t out_rows = w_.flat ? b.tiling_.tile_rows : std::min(b.tiling_.tile_rows, p_.out_height);
                 const int64_t rows = out_rows * p_.stride_h + extra;
-                g_ = scratch_.take<float>(b.tiling_.tile_images * rows * p_.in_width * kChunk);
+                g_ = scratch_.take<float>(b.tiling_.tile_images * rows * b.gradient_.row_pixels * kChunk);
                 sum_gate_ = scratch_.zeros<float>(padded(kChunk));
             }
         }
@@ -167,7 +167,7 @@ class Backward {
         void multiply_flat_input(const Tile& tile, const Part& part) {
             const int64_t pixels = tile.rows * p_.in_width;
             const word* d = gradient_.data() + words_of(part.group * b_.grouping_.out, b_.words_);
-            for_each_slice(part.channels, b_.weight_.depth, 1, 1, [&](const Slice& slice) {
+            for_each_slice(part.channels, b_.weight_.depth, 1, 1, b_.words_, [&](const Slice& slice) {
                 const gemm::Product product{gemm::single_tap(), pixels, slice.width, slice.length, d + slice.k,
                                             gradient_.pitch(), panel_of(part, slice), gemm::kPanel, b_.weight_.panel_pitch(),
                                             g_ + slice.n, kChunk, slice.adds(0)};
@@ -202,7 +202,8 @@ class Backward {
         void multiply_rows(int64_t i, int64_t image, Range rows, const Part& part, int64_t first_staged) {
             const word* d = gradient_.data() + i * gradient_.image_pitch() - first_staged * gradient_.row_pitch() +
                             words_of(part.group * b_.grouping_.out, b_.words_);
-            for_each_slice(part.channels, b_.weight_.depth, p_.kernel_h, p_.kernel_w, [&](const Slice& slice) {
+            if (b_.gradient_.crosses_rows()) return multiply_rows_together(d, image, rows, part);
+            for_each_slice(part.channels, b_.weight_.depth, p_.kernel_h, p_.kernel_w, b_.words_, [&](const Slice& slice) {
                 for (int64_t row = rows.begin; row < rows.end; row++) {
                     const int64_t first = first_kernel_row(row);
                     if (slice.ends_before(first)) continue;
@@ -226,6 +227,31 @@ class Backward {
                 begin = row + 1;
             }
             finish_rows(image, rows.begin, {begin, rows.end}, part);
+        }
+
+        // Of a stride of one, on matrix tiles: all rows as one, through rows and columns of zeros around the output gradient.
+        void multiply_rows_together(const word* d, int64_t image, Range rows, const Part& part) {
+            const int64_t row_pixels = b_.gradient_.row_pixels;
+            for_each_slice(part.channels, b_.weight_.depth, p_.kernel_h, p_.kernel_w, b_.words_, [&](const Slice& slice) {
+                list_.clear();
+                for (int64_t i = slice.rows.begin; i < slice.rows.end; i++) {
+                    for (int64_t j = 0; j < p_.kernel_w; j++) {
+                        const int64_t row = rows.begin + p_.padding_h - i * p_.dilation_h;
+                        const int64_t column = gradient_.columns_before() + p_.padding_w - j * p_.dilation_w;
+                        list_.add(row * gradient_.row_pitch() + column * gradient_.pitch(),
+                                  (i * p_.kernel_w + j) * b_.weight_.tap_pitch());
+                    }
+                }
+                const gemm::Product product{
+                    list_.taps(), (rows.size() - 1) * row_pixels + p_.in_width, slice.width, slice.length, d + slice.k,
+                    gradient_.pitch(), panel_of(part, slice), gemm::kPanel, b_.weight_.panel_pitch(), g_ + slice.n, kChunk,
+                    slice.adds(0)};
+                gemm::multiply(product, Order::kRows, b_.words_, prefetch_);
+            });
+            for (int64_t row = rows.begin; row < rows.end; row++) {
+                finish(image, (image * p_.in_height + row) * p_.in_width, p_.in_width,
+                       g_ + (row - rows.begin) * row_pixels * kChunk, part);
+            }
         }
 
         // The output row that reads this input row through a kernel row, or -1.

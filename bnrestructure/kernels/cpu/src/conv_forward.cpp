@@ -19,6 +19,10 @@ using gemm::word;
 // The input itself serves as the staged input: nothing to apply, whole words, and a pitch that spreads over the cache's sets.
 bool reads_input_directly(const Problem& p, const Window& w, Words words) {
     if (!w.flat || !transform_at(p, 0, 0).is_identity()) return false;
+    if (words == Words::kBFloat16Tile) {
+        const bool aligned = p.x_pitch % 32 == 0 && reinterpret_cast<uintptr_t>(p.x) % 64 == 0;
+        return aligned && p.in_channels % (2 * gemm::kTileWords) == 0 && p.x_pitch % 2048 != 0;
+    }
     if (words == Words::kFloat) return !p.bfloat16 && p.x_pitch % 1024 != 0;
     const bool whole = p.in_channels % 2 == 0 && p.x_pitch % 2 == 0 && reinterpret_cast<uintptr_t>(p.x) % 4 == 0;
     return whole && p.x_pitch % 2048 != 0;
@@ -30,11 +34,12 @@ class Forward {
     Forward(const ForwardArguments& arguments, const Problem& problem)
         : a_(arguments), p_(problem), grouping_(p_, INT64_MAX), words_(words_for(p_, grouping_)), window_(p_, words_),
           direct_(reads_input_directly(p_, window_, words_)),
+          row_pixels_(window_.pixels_in_row(p_, words_)),
           tiling_(p_, window_, row_bytes(), ceil_div(p_.kernel_h - 1, p_.stride_h), cache_size() * 2 / 5, 512) {}
 
     void run() {
         Scratch scratch;
-        const int64_t taps = p_.kernel_h * p_.kernel_w, depth = words_of(grouping_.in, words_);
+        const int64_t taps = p_.kernel_h * p_.kernel_w, depth = depth_of(grouping_.in, words_);
         weight_ = pack_weight(p_, grouping_, false, words_,
                               scratch.take<word>(PackedWeight::size(grouping_.groups, taps, depth, grouping_.out)));
         const int64_t threads = std::min(p_.threads, tiling_.count);
@@ -53,7 +58,7 @@ class Forward {
   private:
     int64_t row_bytes() const {
         const int64_t staged = window_.columns * window_.row_stride * scratch_pitch(words_of(p_.in_channels, words_));
-        const int64_t made = p_.out_width * p_.out_channels * (p_.bfloat16 ? 6 : 4) / 4;
+        const int64_t made = row_pixels_ * p_.out_channels * (p_.bfloat16 ? 6 : 4) / 4;
         return (staged + made / 2) * 4;
     }
 
@@ -63,7 +68,7 @@ class Forward {
         TapList list;
         std::unique_ptr<InputStage> stage;
         if (!direct_) stage = std::make_unique<InputStage>(p_, window_, tiling_, words_, p_.in_channels, scratch);
-        const int64_t tile_pixels = tiling_.tile_images * tiling_.tile_rows * p_.out_width;
+        const int64_t tile_pixels = tiling_.tile_images * tiling_.tile_rows * row_pixels_;
         const int64_t sums_pitch = scratch_pitch(p_.out_channels);
         float* sums = p_.bfloat16 ? scratch.take<float>(tile_pixels * sums_pitch) : nullptr;
         for (int64_t index = mine.begin; index < mine.end; index++) {
@@ -72,20 +77,20 @@ class Forward {
             if (stage) stage->template fill<T>(tile, 0, p_.in_channels);
             prefetch.clear();
             if (index + 1 < mine.end) request(tiling_.at(index + 1), prefetch);
-            int64_t done = 0;
+            int64_t done = 0;   // rows
             for_each_run(tiling_, tile, p_.out_height, p_.out_width, false, [&](int64_t, int64_t pixel, int64_t count) {
                 T* y = static_cast<T*>(a_.y) + pixel * a_.y_pitch;
-                float* c = sums ? sums + done * sums_pitch : reinterpret_cast<float*>(y);
+                float* c = sums ? sums + done * row_pixels_ * sums_pitch : reinterpret_cast<float*>(y);
                 const int64_t ldc = sums ? sums_pitch : a_.y_pitch;
                 if (stage) {
-                    const int64_t image = done / (tile.rows * p_.out_width);
+                    const int64_t image = done / tile.rows;
                     multiply(tile, stage->data() + image * stage->image_pitch(), stage.get(), c, ldc, prefetch, list);
                 } else {
                     const T* x = static_cast<const T*>(p_.x) + pixel * p_.x_pitch;
                     multiply_flat(reinterpret_cast<const word*>(x), words_of(p_.x_pitch, words_), count, c, ldc, prefetch);
                 }
                 finish(c, ldc, count, y, moments);
-                done += count;
+                done += count / p_.out_width;
             });
         }
     }
@@ -101,16 +106,22 @@ class Forward {
     // Sums in `c`, which may be y itself, to y; and its statistics.
     void finish(const float* c, int64_t ldc, int64_t count, T* y, Moments* moments) {
         const bool stores = static_cast<const void*>(c) != y || a_.bias;
-        const int64_t channels = p_.out_channels;
-        if (stores && moments && !moments->is_empty()) {
-            finish_output_pixels(c, ldc, count, channels, a_.bias, y, a_.y_pitch, moments->shift, moments->sum, moments->square);
-            moments->flush(count);
-            return;
+        const bool first = moments && moments->is_empty();   // its mean is the shift
+        const int64_t width = row_pixels_ == p_.out_width ? count : p_.out_width;   // pixels between gaps
+        for (int64_t i = 0; stores && i < count; i += width, c += row_pixels_ * ldc) {
+            T* to = y + i * a_.y_pitch;
+            if (moments && !first) {
+                finish_output_pixels(c, ldc, width, p_.out_channels, a_.bias, to, a_.y_pitch, moments->shift, moments->sum,
+                                     moments->square);
+            } else {
+                finish_output_pixels(c, ldc, width, p_.out_channels, a_.bias, to, a_.y_pitch);
+            }
         }
-        if (stores) finish_output_pixels(c, ldc, count, channels, a_.bias, y, a_.y_pitch);
         if (!moments) return;
-        if (moments->is_empty()) moments->start(y, a_.y_pitch, count);   // their mean is the shift
-        add_moments(y, a_.y_pitch, count, channels, moments->shift, moments->sum, moments->square);
+        if (first) moments->start(y, a_.y_pitch, count);
+        if (first || !stores) {
+            add_moments(y, a_.y_pitch, count, p_.out_channels, moments->shift, moments->sum, moments->square);
+        }
         moments->flush(count);
     }
 
@@ -123,9 +134,19 @@ class Forward {
         }
         const int64_t depth = weight_.depth * (window_.joined ? p_.kernel_w : 1);
         const int64_t row_pitch = window_.row_stride * stage->row_pitch();
+        const bool together = row_pixels_ * window_.column_stride == window_.row_stride * window_.columns && words_ == Words::kBFloat16Tile;
         for (int64_t g = 0; g < grouping_.groups; g++) {
             const word* a = staged + words_of(g * grouping_.in, words_);
-            for_each_slice(grouping_.out, depth, p_.kernel_h, window_.joined ? 1 : p_.kernel_w, [&](const Slice& slice) {
+            for_each_slice(grouping_.out, depth, p_.kernel_h, window_.joined ? 1 : p_.kernel_w, words_, [&](const Slice& slice) {
+                if (together) {
+                    all_taps(slice.rows, stage, list);
+                    const gemm::Product product{
+                        list.taps(), (tile.rows - 1) * row_pixels_ + p_.out_width, slice.width, slice.length, a + slice.k,
+                        window_.column_stride * stage->pitch(), weight_.panel(g, slice.n / gemm::kPanel) + slice.k * gemm::kPanel,
+                        gemm::kPanel, weight_.panel_pitch(), c + g * grouping_.out + slice.n, ldc, slice.adds(0)};
+                    gemm::multiply(product, Order::kRows, words_, prefetch);
+                    return;
+                }
                 for (int64_t r = 0; r < tile.rows; r++) {
                     const int64_t first = first_kernel_row(tile.row + r);
                     if (slice.ends_before(first)) continue;
@@ -145,7 +166,7 @@ class Forward {
     void multiply_flat(const word* a, int64_t lda, int64_t pixels, float* c, int64_t ldc, gemm::Prefetch& prefetch) {
         for (int64_t g = 0; g < grouping_.groups; g++) {
             const word* group = a + words_of(g * grouping_.in, words_);
-            for_each_slice(grouping_.out, weight_.depth, 1, 1, [&](const Slice& slice) {
+            for_each_slice(grouping_.out, weight_.depth, 1, 1, words_, [&](const Slice& slice) {
                 const gemm::Product product{gemm::single_tap(), pixels, slice.width, slice.length, group + slice.k, lda,
                                             weight_.panel(g, slice.n / gemm::kPanel) + slice.k * gemm::kPanel, gemm::kPanel,
                                             weight_.panel_pitch(), c + g * grouping_.out + slice.n, ldc, slice.adds(0)};
@@ -170,6 +191,17 @@ class Forward {
             const int64_t offset = i * p_.dilation_h * stage->row_pitch();
             for (int64_t j = 0; j < (window_.joined ? 1 : p_.kernel_w); j++) {
                 list.add(offset + j * p_.dilation_w * stage->pitch(), (i * p_.kernel_w + j) * weight_.tap_pitch());
+            }
+        }
+    }
+
+    // Padding staged as zeros: every row reads through all of them.
+    void all_taps(Range kernel_rows, const InputStage* stage, TapList& list) const {
+        list.clear();
+        for (int64_t i = kernel_rows.begin; i < kernel_rows.end; i++) {
+            for (int64_t j = 0; j < p_.kernel_w; j++) {
+                list.add(i * p_.dilation_h * stage->row_pitch() + j * p_.dilation_w * stage->pitch(),
+                         (i * p_.kernel_w + j) * weight_.tap_pitch());
             }
         }
     }
@@ -202,6 +234,7 @@ class Forward {
     Words words_;
     Window window_;
     bool direct_;
+    int64_t row_pixels_;
     Tiling tiling_;
     PackedWeight weight_;
 };

@@ -28,7 +28,8 @@ Problem flattened(const Problem& p) {
 
 Grouping::Grouping(const Problem& p, int64_t channel_limit) {
     const int64_t in_each = p.in_channels / p.groups, out_each = p.out_channels / p.groups;
-    merged = largest_divisor_up_to(p.groups, W / std::max(in_each, out_each));
+    const int64_t width = p.bfloat16 && gemm::has_bfloat16_tiles() ? 2 * gemm::kTileWords : W;
+    merged = largest_divisor_up_to(p.groups, width / std::max(in_each, out_each));
     groups = p.groups / merged;
     in = in_each * merged;
     out = out_each * merged;
@@ -49,7 +50,7 @@ Grouping::Grouping(const Problem& p, int64_t channel_limit) {
     }
 }
 
-Window::Window(const Problem& p, gemm::Words words) {
+Window::Window(const Problem& p, gemm::Words words, bool paired) {
     row_step = p.kernel_h == 1 ? p.stride_h : 1;
     column_step = p.kernel_w == 1 ? p.stride_w : 1;
     row_stride = p.stride_h / row_step;
@@ -60,7 +61,23 @@ Window::Window(const Problem& p, gemm::Words words) {
     column_end = std::max(column_begin, column_end);
     free_rows = p.kernel_h == 1 && p.padding_h == 0;
     flat = free_rows && p.kernel_w == 1 && p.padding_w == 0 && p.stride_h == 1 && p.stride_w == 1;
-    joined = p.groups == 1 && p.kernel_w > 1 && p.dilation_w == 1 && words_of(p.in_channels, words) < W;
+    const bool tiles = words == gemm::Words::kBFloat16Tile;
+    joined = !tiles && p.groups == 1 && p.kernel_w > 1 && p.dilation_w == 1 && words_of(p.in_channels, words) < W;
+    if (tiles && paired && !flat) columns = round_up(columns, 2 * column_stride);
+}
+
+int64_t Window::pixels_in_row(const Problem& p, gemm::Words words) const {
+    const int64_t staged = row_stride * columns;
+    const bool uniform = words == gemm::Words::kBFloat16Tile && staged % column_stride == 0;
+    return uniform && staged / column_stride < round_up(p.out_width, gemm::kTileWords) ? staged / column_stride : p.out_width;
+}
+
+bool Window::pairs_cross_rows(const Problem& p) const {
+    return flat || row_stride * columns < 2 * column_stride * round_up(ceil_div(p.out_width, 2), gemm::kTileWords);
+}
+
+int64_t Window::pairs_in_row(const Problem& p) const {
+    return pairs_cross_rows(p) ? row_stride * columns / (2 * column_stride) : round_up(ceil_div(p.out_width, 2), gemm::kTileWords);
 }
 
 Tiling::Tiling(const Problem& p, const Window& w, int64_t row_bytes, int64_t halo_rows, int64_t budget,
@@ -107,8 +124,10 @@ int64_t cache_size() {
 
 gemm::Words words_for(const Problem& p, const Grouping& grouping) {
     // A group must begin on a whole word, in x and in y.
-    const bool whole = grouping.groups == 1 || (grouping.in % 2 == 0 && grouping.out % 2 == 0);
-    return p.bfloat16 && whole && gemm::has_bfloat16_pairs() ? gemm::Words::kBFloat16Pair : gemm::Words::kFloat;
+    // A tile reads on to its end, where one group's zeros would be another's values.
+    const auto whole = [&](int64_t unit) { return grouping.groups == 1 || (grouping.in % unit == 0 && grouping.out % unit == 0); };
+    if (p.bfloat16 && gemm::has_bfloat16_tiles() && whole(2 * gemm::kTileWords)) return gemm::Words::kBFloat16Tile;
+    return p.bfloat16 && gemm::has_bfloat16_pairs() && whole(2) ? gemm::Words::kBFloat16Pair : gemm::Words::kFloat;
 }
 
 }  // namespace bnr::conv

@@ -20,6 +20,9 @@ constexpr int64_t words_of(int64_t channels, gemm::Words words) {
     return words == gemm::Words::kFloat ? channels : (channels + 1) / 2;
 }
 
+// How far a product over `channels` channels runs along k.
+constexpr int64_t depth_of(int64_t channels, gemm::Words words) { return gemm::padded_depth(words_of(channels, words), words); }
+
 // A pixel pitch in words, whole vectors, and off the powers of two that would map a tile's rows onto one cache set.
 constexpr int64_t scratch_pitch(int64_t words) {
     const int64_t pitch = round_up(words, 16);
@@ -37,7 +40,7 @@ struct Block {
 };
 
 // The convolution after narrow groups are merged: `merged` original groups form one dense group whose off-diagonal
-// weights are zero. A 4-channel group would leave most lanes of a vector idle in any case.
+// weights are zero. A 4-channel group would leave most lanes of a vector, or of a tile, idle in any case. An infinity times such a zero is a NaN.
 struct Grouping {
     Grouping(const Problem& p, int64_t channel_limit);
 
@@ -48,7 +51,8 @@ struct Grouping {
 
 // The staged input: transformed, zero-padded pixels, only those that the kernel reads.
 struct Window {
-    Window(const Problem& p, gemm::Words words);
+    // `paired`: the backward pass's, whose tiles pair the columns that neighbouring output pixels read: whole pairs then.
+    Window(const Problem& p, gemm::Words words, bool paired = false);
 
     int64_t row_step, column_step;       // input rows / columns per staged row / column
     int64_t row_stride, column_stride;   // staged rows / columns per output row / column
@@ -57,6 +61,15 @@ struct Window {
     bool free_rows;                      // output rows need no neighbours: images may be joined
     bool flat;                           // every output pixel reads one pixel of a contiguous run: a plain matrix
     bool joined;                         // few channels: a row of the kernel is one run of adjacent words
+
+    // Pixels from one output row to the next in the product of a tile. Matrix tiles cross from row to row where that takes fewer of
+    // them: the columns of padding between two rows are multiplied, too, and what comes of them is dropped.
+    int64_t pixels_in_row(const Problem& p, gemm::Words words) const;
+
+    // Of a backward pass on matrix tiles: words from one output row to the next in its gradient as transposed pairs, and whether that
+    // is the staged input's distance, so that a product may run on from row to row. Else every row ends with a whole tile.
+    bool pairs_cross_rows(const Problem& p) const;
+    int64_t pairs_in_row(const Problem& p) const;
 
     // Input row of an output row's kernel row; outside [0, in_height) it is padding. With free rows `row` counts through
     // the batch.

@@ -1,7 +1,8 @@
-// Staging a tile for the backward products: its output gradient, with the neighbouring rows and the zero columns that the
-// input gradient needs; and, for bfloat16, both operands of the weight gradient as pairs of pixels.
+// Staging a tile for the backward products: its output gradient, with the neighbouring rows and the zeros that the input gradient
+// needs; and, for bfloat16, once more as pairs of pixels for the weight gradient.
 #pragma once
 
+#include "conv_pairs.h"
 #include "conv_stage.h"
 #include "statistics.h"
 
@@ -21,6 +22,9 @@ struct GradientLayout {
         } else {
             columns_before = 0, columns = p.out_width;
         }
+        // Rows of zeros above and below an image, too, where matrix tiles cross from row to row.
+        const bool crosses = words == gemm::Words::kBFloat16Tile && halo && p.stride_h == 1 && p.stride_w == 1;
+        row_pixels = crosses && columns < round_up(p.in_width, gemm::kTileWords) ? columns : p.in_width;
         rows = 0;
         for (int64_t s = 0; s < tiling.strips; s++) rows = std::max(rows, needed_rows(tiling.at(s)).size());
     }
@@ -34,8 +38,11 @@ struct GradientLayout {
         const int64_t end = r.end == p.out_height ? p.in_height : std::min(p.in_height, r.end * p.stride_h);
         r.begin = std::min(r.begin, ceil_quotient(begin + p.padding_h - (p.kernel_h - 1) * p.dilation_h, p.stride_h));
         r.end = std::max(r.end, floor_quotient(end - 1 + p.padding_h, p.stride_h) + 1);
+        if (crosses_rows()) return r;
         return {std::max<int64_t>(0, r.begin), std::min(p.out_height, r.end)};
     }
+
+    bool crosses_rows() const { return row_pixels != problem.in_width; }
 
     // dy serves as it is: nothing to apply, and a pitch that spreads over the cache's sets.
     bool is_direct() const {
@@ -51,6 +58,7 @@ struct GradientLayout {
     bool halo;
     int64_t columns_before, columns;   // zero columns on the left; all columns
     int64_t rows;                      // the most that a tile needs
+    int64_t row_pixels;                // from one row of the input gradient's product to the next
 };
 
 class GradientStage {
@@ -69,7 +77,11 @@ class GradientStage {
             std::memset(static_cast<void*>(row), 0, size_t(l_.columns_before * l_.pitch) * 4);
             std::memset(static_cast<void*>(row + (l_.columns - after) * l_.pitch), 0, size_t(after * l_.pitch) * 4);
         }
-        if (l_.arguments.weight_gradient && l_.words == gemm::Words::kBFloat16Pair) {
+        if (staged_ && l_.arguments.dx) fill_tiles(staged_, lines * l_.columns, l_.pitch, l_.problem.out_channels, l_.words);
+        if (!l_.arguments.weight_gradient) return;
+        if (is_tiled()) {
+            pairs_ = scratch.take<gemm::word>(l_.problem.out_channels * pairs_pitch());
+        } else if (l_.words == gemm::Words::kBFloat16Pair) {
             const int64_t pixels = l_.window.flat ? ceil_div(l_.tiling.tile_rows * l_.problem.out_width, 2)
                                                   : l_.tiling.tile_images * l_.tiling.tile_rows * pairs_in_row();
             pairs_ = scratch.take<gemm::word>(pixels * pairs_pitch());
@@ -107,22 +119,30 @@ class GradientStage {
                                        reinterpret_cast<bf16*>(to), 2 * l_.pitch);
             }
         };
+        const int64_t image_rows = l_.tiling.image_rows;
         if (l_.window.flat) {
             put(tile.row * p.out_width, tile.rows * p.out_width, staged_);
         } else {
             for (int64_t i = 0; i < tile.images; i++) {
                 const int64_t first_row = l_.window.free_rows ? 0 : (tile.image + i) * p.out_height;
                 for (int64_t r = rows_.begin; r < rows_.end; r++) {
-                    put((first_row + r) * p.out_width, p.out_width,
-                        staged_ + i * image_pitch() + (r - rows_.begin) * row_pitch() + l_.columns_before * l_.pitch);
+                    gemm::word* row = staged_ + i * image_pitch() + (r - rows_.begin) * row_pitch();
+                    if (l_.crosses_rows() && (r < 0 || r >= image_rows)) {
+                        std::memset(static_cast<void*>(row), 0, size_t(row_pitch()) * 4);
+                    } else {
+                        put((first_row + r) * p.out_width, p.out_width, row + l_.columns_before * l_.pitch);
+                    }
                 }
             }
         }
-        if (pairs_) fill_pairs(tile);
+        if (pairs_ && is_tiled()) fill_transposed(tile);
+        else if (pairs_) fill_pairs(tile);
     }
 
     // The tile's own rows, without the neighbours', as the weight gradient reads them.
+    // Pairs are by pixel, or, for matrix tiles, by channel, whose pitch is the first one.
     View own_rows(const Tile& tile) const {
+        if (is_tiled()) return {pairs_, pairs_pitch(), l_.window.pairs_in_row(l_.problem), pairs_in_image()};
         if (pairs_) {
             const int64_t row = pairs_in_row() * pairs_pitch();
             return {pairs_, pairs_pitch(), row, tile.rows * row};
@@ -145,7 +165,15 @@ class GradientStage {
 
   private:
     int64_t pairs_in_row() const { return ceil_div(l_.problem.out_width, 2); }
-    int64_t pairs_pitch() const { return scratch_pitch(l_.problem.out_channels); }
+    int64_t pairs_pitch() const {
+        return scratch_pitch(is_tiled() ? l_.tiling.tile_images * pairs_in_image() : l_.problem.out_channels);
+    }
+    bool is_tiled() const { return l_.words == gemm::Words::kBFloat16Tile; }
+    int64_t pairs_in_image() const {
+        const int64_t rows = l_.tiling.tile_rows;
+        return round_up(l_.window.flat ? ceil_div(rows * l_.problem.out_width, 2) : rows * l_.window.pairs_in_row(l_.problem),
+                        gemm::kTileWords);
+    }
     const gemm::word* natural_rows(const Tile& tile) const {
         return l_.window.flat ? data_ : data_ + (tile.row - rows_.begin) * row_pitch() + l_.columns_before * l_.pitch;
     }
@@ -169,57 +197,30 @@ class GradientStage {
         }
     }
 
+    // All words of the tile's rows, those of a shorter tile than others too; zeros where they hold no pixel.
+    void fill_transposed(const Tile& tile) {
+        const Problem& p = l_.problem;
+        const auto put = [&](const gemm::word* from, int64_t pixels, int64_t to, int64_t words) {
+            transpose_pairs(reinterpret_cast<const bf16*>(from), 2 * l_.pitch, pixels, p.out_channels, pairs_ + to, pairs_pitch(),
+                            words);
+        };
+        if (l_.window.flat) return put(staged_, tile.rows * p.out_width, 0, pairs_in_image());
+        const int64_t words = l_.window.pairs_in_row(p);
+        for (int64_t i = 0; i < tile.images; i++) {
+            const gemm::word* row = natural_rows(tile) + i * image_pitch();
+            const int64_t begin = i * pairs_in_image();
+            for (int64_t r = 0; r + 1 < tile.rows; r++) put(row + r * row_pitch(), p.out_width, begin + r * words, words);
+            const int64_t last = (tile.rows - 1) * words;
+            put(row + (tile.rows - 1) * row_pitch(), p.out_width, begin + last, pairs_in_image() - last);
+        }
+    }
+
     const GradientLayout& l_;
     gemm::word* staged_ = nullptr;
     gemm::word* pairs_ = nullptr;
     const gemm::word* data_ = nullptr;
     int64_t pitch_ = 0;
     Range rows_{0, 0};
-};
-
-// The staged input once more, each word a pair of the same channel of two pixels that neighbouring output pixels read.
-class InputPairs {
-  public:
-    InputPairs(const Problem& p, const Window& w, const Tiling& tiling, int64_t channels, Scratch& scratch)
-        : p_(p), w_(w), pitch_(w.joined ? channels : scratch_pitch(channels)),
-          rows_(w.staged_rows(p, tiling.tile_rows)) {
-        const int64_t pixels = w.flat ? ceil_div(tiling.tile_rows * p.out_width, 2) : tiling.tile_images * rows_ * w.columns;
-        data_ = scratch.take<gemm::word>(pixels * pitch_ + gemm::kPanel);
-    }
-
-    void fill(const InputStage& stage, const Tile& tile, int64_t channels) {
-        const int64_t ld = 2 * stage.pitch();
-        if (w_.flat) {
-            const bf16* first = reinterpret_cast<const bf16*>(stage.data());
-            const int64_t pixels = tile.rows * p_.out_width;
-            pair_pixels(first, first + ld, 2 * ld, pixels / 2, channels, data_, pitch_);
-            if (pixels % 2) {
-                pair_pixels(first + (pixels - 1) * ld, nullptr, ld, 1, channels, data_ + pixels / 2 * pitch_, 0);
-            }
-            return;
-        }
-        const int64_t paired = std::max<int64_t>(0, w_.columns - w_.column_stride), staged = w_.staged_rows(p_, tile.rows);
-        for (int64_t i = 0; i < tile.images; i++) {
-            for (int64_t q = 0; q < staged; q++) {
-                const bf16* row = reinterpret_cast<const bf16*>(stage.data() + i * stage.image_pitch() + q * stage.row_pitch());
-                gemm::word* to = data_ + i * image_pitch() + q * row_pitch();
-                pair_pixels(row, row + w_.column_stride * ld, ld, paired, channels, to, pitch_);
-                pair_pixels(row + paired * ld, nullptr, ld, w_.columns - paired, channels, to + paired * pitch_, pitch_);
-            }
-        }
-    }
-
-    const gemm::word* data() const { return data_; }
-    int64_t pitch() const { return pitch_; }
-    int64_t step() const { return w_.flat ? pitch_ : 2 * w_.column_stride * pitch_; }   // from pair to pair
-    int64_t row_pitch() const { return w_.columns * pitch_; }
-    int64_t image_pitch() const { return rows_ * row_pitch(); }
-
-  private:
-    const Problem& p_;
-    const Window& w_;
-    int64_t pitch_, rows_;
-    gemm::word* data_;
 };
 
 }  // namespace bnr::conv

@@ -103,6 +103,8 @@ void pack(const Problem& p, const Grouping& g, bool transposed, gemm::Words word
             const int64_t count_n = std::min(gemm::kPanel, columns - first);
             const int64_t offset = tap / p.kernel_w * p.weight_strides[2] + tap % p.kernel_w * p.weight_strides[3];
             gemm::word* out = packed.data + index * packed.tap_pitch();
+            const int64_t depth = words_of(count_k, words);
+            std::fill(out + depth * gemm::kPanel, out + packed.tap_pitch(), 0);   // the rest of a matrix tile
             if constexpr (std::is_same_v<T, float>) {
                 if (g.merged == 1) {
                     const int64_t row = p.weight_strides[transposed ? 1 : 0], column = p.weight_strides[transposed ? 0 : 1];
@@ -111,7 +113,7 @@ void pack(const Problem& p, const Grouping& g, bool transposed, gemm::Words word
                     continue;
                 }
             }
-            pack_tap(out, packed.depth, count_k, count_n, words, p.bfloat16 != 0, [&](int64_t k, int64_t n) {
+            pack_tap(out, depth, count_k, count_n, words, p.bfloat16 != 0, [&](int64_t k, int64_t n) {
                 return transposed ? view.at(group_out, k, first + n, offset) : view.at(group_out, first + n, k, offset);
             });
         }
@@ -136,8 +138,9 @@ void store_weight_gradient(const BackwardArguments& arguments, int64_t n, int64_
 
 }  // namespace
 
-Slicing::Slicing(int64_t depth, int64_t kernel_rows, int64_t kernel_columns) {
-    constexpr int64_t kSliceBytes = 24 << 10, kLeastWords = 16;
+Slicing::Slicing(int64_t depth, int64_t kernel_rows, int64_t kernel_columns, gemm::Words words) {
+    constexpr int64_t kLeastWords = 16;
+    const int64_t kSliceBytes = words == gemm::Words::kBFloat16Tile ? 32 << 10 : 24 << 10;
     // Cycles, about: to load and store a register tile between two slices, and to turn from one tap to the next.
     constexpr int64_t kPass = 100, kTurn = 8;
     int64_t least = INT64_MAX;
@@ -150,7 +153,7 @@ Slicing::Slicing(int64_t depth, int64_t kernel_rows, int64_t kernel_columns) {
 }
 
 PackedWeight pack_weight(const Problem& p, const Grouping& g, bool transposed, gemm::Words words, gemm::word* data) {
-    const int64_t depth = words_of(transposed ? g.out : g.in, words);
+    const int64_t depth = depth_of(transposed ? g.out : g.in, words);
     const PackedWeight packed{data, p.kernel_h * p.kernel_w, depth, ceil_div(transposed ? g.in : g.out, gemm::kPanel)};
     if (p.weight_bfloat16) pack<bf16>(p, g, transposed, words, packed);
     else pack<float>(p, g, transposed, words, packed);

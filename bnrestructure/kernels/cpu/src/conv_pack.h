@@ -27,7 +27,7 @@ struct PackedWeight {
 // How a panel is cut into slices that stay in the first-level cache while the rows of a tile go by: so many rows of the kernel
 // at a time, and the words of each tap in so many parts.
 struct Slicing {
-    Slicing(int64_t depth, int64_t kernel_rows, int64_t kernel_columns);
+    Slicing(int64_t depth, int64_t kernel_rows, int64_t kernel_columns, gemm::Words words);
 
     int64_t rows, parts;
 };
@@ -46,12 +46,13 @@ struct Slice {
 // f(slice) for every slice of every panel. The slices of a panel follow each other, so that the result's columns are in cache
 // when they are added to.
 template <class F>
-void for_each_slice(int64_t columns, int64_t depth, int64_t kernel_rows, int64_t kernel_columns, F&& f) {
-    const Slicing slicing(depth, kernel_rows, kernel_columns);
+void for_each_slice(int64_t columns, int64_t depth, int64_t kernel_rows, int64_t kernel_columns, gemm::Words words, F&& f) {
+    const Slicing slicing(depth, kernel_rows, kernel_columns, words);
+    const int64_t unit = gemm::padded_depth(1, words), units = depth / unit;
     for (int64_t n = 0; n < columns; n += gemm::kPanel) {
         for (int64_t row = 0; row < kernel_rows; row += slicing.rows) {
             for (int64_t i = 0; i < slicing.parts; i++) {
-                const int64_t begin = depth * i / slicing.parts, end = depth * (i + 1) / slicing.parts;
+                const int64_t begin = units * i / slicing.parts * unit, end = units * (i + 1) / slicing.parts * unit;
                 f(Slice{n, std::min(gemm::kPanel, columns - n), begin, end - begin,
                         {row, std::min(kernel_rows, row + slicing.rows)}});
             }

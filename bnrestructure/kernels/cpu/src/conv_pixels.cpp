@@ -330,20 +330,6 @@ void finish_output_pixels(const float* c, int64_t ldc, int64_t pixels, int64_t c
     }
 }
 
-void pair_pixels(const bf16* first, const bf16* second, int64_t ld, int64_t pixels, int64_t channels, gemm::word* out,
-                 int64_t ldo) {
-    for (int64_t i = 0; i < pixels; i++) {
-        const bf16* a = first + i * ld;
-        gemm::word* to = out + i * ldo;
-        if (second) {
-            const bf16* b = second + i * ld;
-            for (int64_t c = 0; c < channels; c++) to[c] = a[c].bits | static_cast<uint32_t>(b[c].bits) << 16;
-        } else {
-            for (int64_t c = 0; c < channels; c++) to[c] = a[c].bits;
-        }
-    }
-}
-
 #define BNR_FOR(T, Out)                                                                                               \
     template void transform_pixels(const T*, int64_t, int64_t, int64_t, const InputTransform&, Out*, int64_t);        \
     template void output_gradient_pixels(const T*, int64_t, const T*, int64_t, int64_t, int64_t, const OutputEdge&,   \

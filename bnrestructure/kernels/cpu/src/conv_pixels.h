@@ -76,9 +76,4 @@ template <class T>
 void finish_output_pixels(const float* c, int64_t ldc, int64_t pixels, int64_t channels, const float* bias, T* y, int64_t ldy,
                           const float* shift, float* sum, float* square);
 
-// Pixel i of `first` and of `second` as the two halves of a word, which is how products that sum over pixels read
-// bfloat16. `second` null: zeros. The pitches of the sources are in values, out's in words.
-void pair_pixels(const bf16* first, const bf16* second, int64_t ld, int64_t pixels, int64_t channels, gemm::word* out,
-                 int64_t ldo);
-
 }  // namespace bnr::conv

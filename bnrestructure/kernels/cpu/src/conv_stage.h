@@ -32,6 +32,12 @@ void for_each_run(const Tiling& tiling, const Tile& tile, int64_t height, int64_
     }
 }
 
+// Zeros behind every pixel's channels, where its words are read on to the end of a matrix tile. Nobody writes there afterwards.
+inline void fill_tiles(gemm::word* data, int64_t pixels, int64_t pitch, int64_t channels, gemm::Words words) {
+    const int64_t begin = words_of(channels, words), rest = depth_of(channels, words) - begin;
+    for (int64_t i = 0; rest && i < pixels; i++) std::memset(static_cast<void*>(data + i * pitch + begin), 0, size_t(rest) * 4);
+}
+
 // Scratch for the staged input of one tile at a time.
 class InputStage {
   public:
@@ -47,6 +53,7 @@ class InputStage {
             std::memset(static_cast<void*>(row), 0, size_t(w.column_begin * pitch_) * 4);
             std::memset(static_cast<void*>(row + w.column_end * pitch_), 0, size_t((w.columns - w.column_end) * pitch_) * 4);
         }
+        fill_tiles(data_, pixels, pitch_, channels, words);
     }
 
     static int64_t pixel_pitch(const Window& w, gemm::Words words, int64_t channels) {
@@ -58,7 +65,8 @@ class InputStage {
     int64_t row_pitch() const { return w_.columns * pitch_; }
     int64_t image_pitch() const { return rows_ * row_pitch(); }
 
-    // Fills in x's channels [channel, channel + channels). Rows of padding are not touched: no product reads them.
+    // Fills in x's channels [channel, channel + channels). Rows of padding are zero for matrix tiles, and not touched otherwise: no
+    // product reads them.
     template <class T>
     void fill(const Tile& tile, int64_t channel, int64_t channels) {
         const T* x = static_cast<const T*>(p_.x) + channel;
@@ -77,7 +85,11 @@ class InputStage {
                 const int64_t joined_row = tile.row * w_.row_stride + q;
                 const int64_t image = w_.free_rows ? joined_row / p_.out_height : tile.image + i;
                 const int64_t row = (w_.free_rows ? joined_row % p_.out_height : joined_row) * w_.row_step - p_.padding_h;
-                if (row < 0 || row >= p_.in_height) continue;
+                if (row < 0 || row >= p_.in_height) {
+                    if (words_ != gemm::Words::kBFloat16Tile) continue;
+                    std::memset(static_cast<void*>(data_ + i * image_pitch() + q * row_pitch()), 0, size_t(row_pitch()) * 4);
+                    continue;
+                }
                 const int64_t column = w_.column_begin * w_.column_step - p_.padding_w;
                 const int64_t pixel = (image * p_.in_height + row) * p_.in_width + column;
                 put(x + pixel * p_.x_pitch, p_.x_pitch * w_.column_step, w_.column_end - w_.column_begin, channels,

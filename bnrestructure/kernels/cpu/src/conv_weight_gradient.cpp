@@ -34,7 +34,7 @@ template <class T>
 class WeightGradient {
   public:
     WeightGradient(const BackwardArguments& arguments, const Problem& problem)
-        : a_(arguments), p_(problem), grouping_(p_, block_channels(p_)), words_(words_for(p_, grouping_)), window_(p_, words_),
+        : a_(arguments), p_(problem), grouping_(p_, block_channels(p_)), words_(words_for(p_, grouping_)), window_(p_, words_, true),
           tiling_(p_, window_, row_bytes(), ceil_div(p_.kernel_h - 1, p_.stride_h), cache_size() / 2, 512),
           layout_(p_, a_, window_, tiling_, words_), sums_pitch_(scratch_pitch(p_.kernel_h * p_.kernel_w * widest())) {}
 

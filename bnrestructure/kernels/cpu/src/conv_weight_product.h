@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "conv_gradient_stage.h"
+#include "conv_pairs.h"
 #include "conv_stage.h"
 
 namespace bnr::conv {
@@ -23,7 +24,7 @@ class WeightProduct {
     // For blocks of up to `channels` input channels.
     WeightProduct(const Problem& p, const Window& w, const Tiling& tiling, gemm::Words words, int64_t channels, Scratch& scratch)
         : p_(p), w_(w), words_(words), stage_(p, w, tiling, words, channels, scratch) {
-        if (words == gemm::Words::kBFloat16Pair) pairs_ = std::make_unique<InputPairs>(p, w, tiling, channels, scratch);
+        if (words != gemm::Words::kFloat) pairs_ = std::make_unique<InputPairs>(p, w, tiling, words, channels, scratch);
     }
 
     // Stages the block's input of this tile and adds its products with `d`, the tile's own rows of D. Without `accumulate`
@@ -33,6 +34,7 @@ class WeightProduct {
              bool accumulate, gemm::Prefetch& prefetch) {
         stage_.template fill<T>(tile, block.channel, block.channels);
         if (pairs_) pairs_->fill(stage_, tile, block.channels);
+        if (words_ == gemm::Words::kBFloat16Tile) return run_tiles(tile, block, out, d, sums, accumulate, prefetch);
         const bool pairs = pairs_ != nullptr;
         const gemm::word* z = pairs ? pairs_->data() : stage_.data();
         const int64_t pitch = pairs ? pairs_->pitch() : stage_.pitch();
@@ -73,6 +75,33 @@ class WeightProduct {
     }
 
   private:
+    void run_tiles(const Tile& tile, const Block& block, int64_t out, const GradientStage::View& d, const WeightSums& sums,
+                   bool accumulate, gemm::Prefetch& prefetch) {
+        const bool crosses = w_.pairs_cross_rows(p_);
+        const int64_t pairs = w_.flat ? ceil_div(tile.rows * p_.out_width, 2) : (crosses ? tile.rows : 1) * d.row_pitch;
+        for (int64_t i = 0; i < p_.kernel_h; i++) {
+            list_.clear();
+            for (int64_t image = 0; image < tile.images; image++) {
+                for (int64_t r = 0; r < (crosses ? 1 : tile.rows); r++) {
+                    if (!crosses && !reads_input(p_, w_, tile.row + r, i)) continue;
+                    list_.add(image * d.image_pitch + r * d.row_pitch,
+                              image * pairs_->image_pitch() + (r * w_.row_stride + i * p_.dilation_h) * pairs_->row_pitch());
+                }
+            }
+            for (int64_t j = 0; j < p_.kernel_w; j++) {
+                for (int64_t g = 0; g < block.groups; g++) {
+                    const int64_t n = (block.group + g) * out;
+                    const gemm::Product product{
+                        list_.taps(), out, block.in, round_up(pairs, gemm::kTileWords), d.data + n * d.pitch, d.pitch,
+                        pairs_->data() + j * p_.dilation_w * pairs_->pitch() + g * block.channels / block.groups, pairs_->step(),
+                        gemm::kPanel, sums.data + n * sums.row_pitch + (i * p_.kernel_w + j) * sums.tap_pitch, sums.row_pitch,
+                        accumulate};
+                    gemm::multiply(product, gemm::Order::kRows, words_, prefetch);
+                }
+            }
+        }
+    }
+
     const Problem& p_;
     const Window& w_;
     gemm::Words words_;

@@ -8,6 +8,7 @@
 namespace bnr::gemm {
 
 void multiply_bfloat16_pairs(const Product& product, Order order, Prefetch& prefetch);   // gemm_bf16.cpp
+void multiply_bfloat16_tiles(const Product& product, Prefetch& prefetch);                // gemm_amx.cpp
 
 namespace {
 constexpr int64_t kLine = 64;
@@ -38,7 +39,9 @@ const char* const* Prefetch::take(int64_t count, int64_t& step) {
 
 void multiply(const Product& product, Order order, Words words, Prefetch& prefetch) {
     if (product.m <= 0 || product.n <= 0) return;
-    if (words == Words::kBFloat16Pair) {
+    if (words == Words::kBFloat16Tile) {
+        multiply_bfloat16_tiles(product, prefetch);
+    } else if (words == Words::kBFloat16Pair) {
         multiply_bfloat16_pairs(product, order, prefetch);
     } else if (order == Order::kRows) {
         multiply_panels<Order::kRows, FloatWords>(product, prefetch);

@@ -3,7 +3,7 @@
 //   C[m, n] (+)= sum over taps t, sum over k:  A_t[m, k] * B_t[k, n]
 //
 // A word is one float, or a pair of bfloat16 values whose product is a two-term dot product accumulated in fp32. All
-// offsets and pitches are counted in words, so one loop nest serves both. The list of taps (an offset into A and one
+// offsets and pitches are counted in words, so one loop nest serves both, and one of matrix tiles where there are any. The list of taps (an offset into A and one
 // into B for each) keeps a whole k x k window, or a whole column of pixel rows, in the accumulators: C is touched once.
 #pragma once
 
@@ -18,7 +18,8 @@ namespace bnr::gemm {
 using word = std::uint32_t __attribute__((may_alias));
 using float_word = float __attribute__((may_alias));
 
-enum class Words { kFloat, kBFloat16Pair };
+// Tiles are of pairs, too, but whole ones along k: where k is no multiple of kTileWords, both operands go on with zeros.
+enum class Words { kFloat, kBFloat16Pair, kBFloat16Tile };
 
 // How A is stored: one row after the other (row pitch lda), or one k after the other (k pitch lda, rows adjacent).
 enum class Order { kRows, kColumns };
@@ -30,6 +31,7 @@ constexpr int kRows = 14;                            // rows of C in one registe
 #else
 constexpr int kRows = 6;                             // 12 of 16 registers
 #endif
+constexpr int64_t kTileWords = 16;                   // words of k in a matrix tile: 16 rows of 64 bytes
 
 struct Taps {
     int64_t count;
@@ -74,7 +76,8 @@ struct Product {
     bool accumulate;            // add to C, else overwrite it
 };
 
-// B must be readable, with any finite or non-finite content, up to a whole vector beyond column n - 1.
+// B must be readable, with any finite or non-finite content, up to a whole vector beyond column n - 1. Tiles: rows only; k a multiple
+// of kTileWords; rows of A and B that do not begin on a cache line take four times as long to read.
 void multiply(const Product& product, Order order, Words words, Prefetch& prefetch);
 
 // Whether this library was compiled for a processor with bfloat16 dot products.
@@ -84,6 +87,20 @@ constexpr bool has_bfloat16_pairs() {
 #else
     return false;
 #endif
+}
+
+// Whether it may use matrix tiles for them; library.py asks the processor before it loads a library that does.
+constexpr bool has_bfloat16_tiles() {
+#if defined(__AMX_BF16__)
+    return true;
+#else
+    return false;
+#endif
+}
+
+// k, or what it becomes where it is counted in tiles.
+constexpr int64_t padded_depth(int64_t k, Words words) {
+    return words == Words::kBFloat16Tile ? (k + kTileWords - 1) / kTileWords * kTileWords : k;
 }
 
 }  // namespace bnr::gemm

@@ -118,7 +118,7 @@ class Convolution {
         const int64_t width = out_.channels / groups_;
         for (int64_t index = 0; index < kComponents * groups_; index++) {
             const int64_t i = index / groups_, g = index % groups_;
-            conv::for_each_slice(width, weight_.depth, 1, 1, [&](const conv::Slice& slice) {
+            conv::for_each_slice(width, weight_.depth, 1, 1, gemm::Words::kFloat, [&](const conv::Slice& slice) {
                 const gemm::Product product{
                     gemm::single_tap(), pixels, slice.width, slice.length,
                     reinterpret_cast<const gemm::word*>(input_.of(i) + g * weight_.depth + slice.k), input_.pitch,

@@ -9,8 +9,8 @@ where lead * multiply-adds > bytes swept * (multiply-adds the machine does in th
 are ratios, not absolute speeds; benchmarks/convolution_grid.py measures what comes of them.
 
 Where Winograd's algorithm applies it is faster than both but for a few channels or pixels; what it saves are multiplications, on any
-instruction set. Where ATen multiplies bfloat16 on matrix tiles and the fused kernels on vectors (with groups that do not fill tiles, or where the
-library for them is not used), no sweep costs as much as that saves.
+instruction set. Where ATen multiplies bfloat16 on matrix tiles and the fused kernels on vectors (groups that do not fill tiles, or
+another library than the one for tiles), no sweep costs as much as that saves.
 """
 
 from __future__ import annotations

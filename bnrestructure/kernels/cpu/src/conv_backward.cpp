@@ -28,9 +28,10 @@ class Backward {
   public:
     Backward(const BackwardArguments& arguments, const Problem& problem)
         : a_(arguments), p_(problem), grouping_(p_, kBlockChannels), words_(words_for(p_, grouping_)),
-          window_(p_, words_, true), tiling_(p_, window_, row_bytes(), ceil_div(p_.kernel_h - 1, p_.stride_h), cache_size() / 2, 256),
-          gradient_(p_, a_, window_, tiling_, words_), need_x_(a_.dx), need_weight_(a_.weight_gradient),
-          taps_(p_.kernel_h * p_.kernel_w), 
+          need_x_(a_.dx), need_weight_(a_.weight_gradient), window_(p_, words_, true),
+          tiling_(p_, window_, row_bytes(), ceil_div(p_.kernel_h - 1, p_.stride_h), cache_size() / 2,
+                  words_ == Words::kBFloat16Tile ? 512 : 256),
+          gradient_(p_, a_, window_, tiling_, words_), taps_(p_.kernel_h * p_.kernel_w), 
           weight_row_(scratch_pitch(transposes_sums(window_) ? p_.out_channels : taps_ * grouping_.in)),
           weight_size_((transposes_sums(window_) ? taps_ * grouping_.in : p_.out_channels) * weight_row_ + gemm::kPanel) {}
 
@@ -67,9 +68,10 @@ class Backward {
         const int64_t x = window_.columns * window_.row_stride *
                           scratch_pitch(words_of(std::min(p_.in_channels, kBlockChannels), words_));
         const int64_t d = p_.out_width * scratch_pitch(words_of(p_.out_channels, words_));
-        const int64_t g = p_.in_width * p_.stride_h * kChunk;
-        const int64_t twice = words_ == Words::kFloat ? 1 : 3;   // and a second time as pairs of pixels
-        return ((x + d) * twice + g) * 4;
+        const bool tiles = words_ == Words::kBFloat16Tile;
+        const int64_t g = need_x_ ? p_.in_width * p_.stride_h * (kChunk + (tiles ? p_.in_channels : 0)) : 0;   // and x and dx
+        if (words_ == Words::kFloat) return (x + d + g) * 4;
+        return ((need_weight_ ? 3 * x + 2 * d : d) + g) * 4;   // both once more as pairs of pixels, the input's for every pixel
     }
 
     void finish(const std::vector<std::unique_ptr<Shared>>& shared) {
@@ -369,10 +371,10 @@ class Backward {
     const Problem& p_;
     Grouping grouping_;
     Words words_;
+    bool need_x_, need_weight_;
     Window window_;
     Tiling tiling_;
     GradientLayout gradient_;   // of tiles
-    bool need_x_, need_weight_;
     int64_t taps_, weight_row_, weight_size_;
     PackedWeight weight_;
 };

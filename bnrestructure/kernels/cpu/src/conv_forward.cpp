@@ -77,22 +77,31 @@ class Forward {
             if (stage) stage->template fill<T>(tile, 0, p_.in_channels);
             prefetch.clear();
             if (index + 1 < mine.end) request(tiling_.at(index + 1), prefetch);
-            int64_t done = 0;   // rows
+            const Products c = products_of(tile, sums, sums_pitch);
+            if (stage && !window_.flat) {
+                multiply(tile, *stage, c, prefetch, list);
+            } else {
+                const T* x = static_cast<const T*>(p_.x) + tile.row * p_.out_width * p_.x_pitch;
+                multiply_flat(stage ? stage->data() : reinterpret_cast<const word*>(x),
+                              stage ? stage->pitch() : words_of(p_.x_pitch, words_), tile.rows * p_.out_width, c, prefetch);
+            }
+            int64_t image = 0;
             for_each_run(tiling_, tile, p_.out_height, p_.out_width, false, [&](int64_t, int64_t pixel, int64_t count) {
-                T* y = static_cast<T*>(a_.y) + pixel * a_.y_pitch;
-                float* c = sums ? sums + done * row_pixels_ * sums_pitch : reinterpret_cast<float*>(y);
-                const int64_t ldc = sums ? sums_pitch : a_.y_pitch;
-                if (stage) {
-                    const int64_t image = done / tile.rows;
-                    multiply(tile, stage->data() + image * stage->image_pitch(), stage.get(), c, ldc, prefetch, list);
-                } else {
-                    const T* x = static_cast<const T*>(p_.x) + pixel * p_.x_pitch;
-                    multiply_flat(reinterpret_cast<const word*>(x), words_of(p_.x_pitch, words_), count, c, ldc, prefetch);
-                }
-                finish(c, ldc, count, y, moments);
-                done += count / p_.out_width;
+                finish(c.data + image++ * c.image_pitch, c.pitch, count, static_cast<T*>(a_.y) + pixel * a_.y_pitch, moments);
             });
         }
+    }
+
+    // Where a tile's products are: in scratch for bfloat16, else in y itself.
+    struct Products {
+        float* data;
+        int64_t pitch, image_pitch;
+    };
+
+    Products products_of(const Tile& tile, float* sums, int64_t sums_pitch) const {
+        if (sums) return {sums, sums_pitch, tile.rows * row_pixels_ * sums_pitch};
+        const int64_t row = tile.image * p_.out_height + tile.row;
+        return {static_cast<float*>(a_.y) + row * p_.out_width * a_.y_pitch, a_.y_pitch, p_.out_height * p_.out_width * a_.y_pitch};
     }
 
     // The tile's part of x, which the product then reads while it is in the cache.
@@ -125,51 +134,65 @@ class Forward {
         moments->flush(count);
     }
 
-    // One image's (or the joined images') rows of the tile.
-    void multiply(const Tile& tile, const word* staged, const InputStage* stage, float* c, int64_t ldc,
-                  gemm::Prefetch& prefetch, TapList& list) {
-        if (window_.flat) {
-            multiply_flat(staged, stage->pitch(), tile.rows * p_.out_width, c, ldc, prefetch);
-            return;
-        }
+    void multiply(const Tile& tile, const InputStage& stage, const Products& c, gemm::Prefetch& prefetch, TapList& list) {
         const int64_t depth = weight_.depth * (window_.joined ? p_.kernel_w : 1);
-        const int64_t row_pitch = window_.row_stride * stage->row_pitch();
-        const bool together = row_pixels_ * window_.column_stride == window_.row_stride * window_.columns && words_ == Words::kBFloat16Tile;
+        const int64_t columns = window_.joined ? 1 : p_.kernel_w;
         for (int64_t g = 0; g < grouping_.groups; g++) {
-            const word* a = staged + words_of(g * grouping_.in, words_);
-            for_each_slice(grouping_.out, depth, p_.kernel_h, window_.joined ? 1 : p_.kernel_w, words_, [&](const Slice& slice) {
-                if (together) {
-                    all_taps(slice.rows, stage, list);
-                    const gemm::Product product{
-                        list.taps(), (tile.rows - 1) * row_pixels_ + p_.out_width, slice.width, slice.length, a + slice.k,
-                        window_.column_stride * stage->pitch(), weight_.panel(g, slice.n / gemm::kPanel) + slice.k * gemm::kPanel,
-                        gemm::kPanel, weight_.panel_pitch(), c + g * grouping_.out + slice.n, ldc, slice.adds(0)};
-                    gemm::multiply(product, Order::kRows, words_, prefetch);
-                    return;
-                }
-                for (int64_t r = 0; r < tile.rows; r++) {
-                    const int64_t first = first_kernel_row(tile.row + r);
-                    if (slice.ends_before(first)) continue;
-                    taps_of(tile.row + r, slice.rows, stage, list);
-                    if (slice.adds(first) && list.is_empty()) continue;
-                    const gemm::Product product{
-                        list.taps(), p_.out_width, slice.width, slice.length,
-                        a + r * row_pitch + slice.k, window_.column_stride * stage->pitch(),
-                        weight_.panel(g, slice.n / gemm::kPanel) + slice.k * gemm::kPanel, gemm::kPanel, weight_.panel_pitch(),
-                        c + r * p_.out_width * ldc + g * grouping_.out + slice.n, ldc, slice.adds(first)};
-                    gemm::multiply(product, Order::kRows, words_, prefetch);
+            for_each_slice(grouping_.out, depth, p_.kernel_h, columns, words_, [&](const Slice& slice) {
+                for (int64_t i = 0; i < tile.images; i++) {   // inside, so that the weights are read once for all of them
+                    const word* a = stage.data() + i * stage.image_pitch() + words_of(g * grouping_.in, words_) + slice.k;
+                    float* to = c.data + i * c.image_pitch + g * grouping_.out + slice.n;
+                    const word* b = weight_.panel(g, slice.n / gemm::kPanel) + slice.k * gemm::kPanel;
+                    if (crosses_rows()) multiply_across_rows(tile, stage, slice, a, b, to, c.pitch, prefetch, list);
+                    else multiply_rows(tile, stage, slice, a, b, to, c.pitch, prefetch, list);
                 }
             });
         }
     }
 
-    void multiply_flat(const word* a, int64_t lda, int64_t pixels, float* c, int64_t ldc, gemm::Prefetch& prefetch) {
+    // A slice's product for each row of one image (or of the joined images).
+    void multiply_rows(const Tile& tile, const InputStage& stage, const Slice& slice, const word* a, const word* b, float* c,
+                       int64_t ldc, gemm::Prefetch& prefetch, TapList& list) {
+        for (int64_t r = 0; r < tile.rows; r++) {
+            const int64_t first = first_kernel_row(tile.row + r);
+            if (slice.ends_before(first)) continue;
+            taps_of(tile.row + r, slice.rows, stage, list);
+            if (slice.adds(first) && list.is_empty()) continue;
+            const gemm::Product product{
+                list.taps(), p_.out_width, slice.width, slice.length, a + r * window_.row_stride * stage.row_pitch(),
+                window_.column_stride * stage.pitch(), b, gemm::kPanel, weight_.panel_pitch(), c + r * p_.out_width * ldc, ldc,
+                slice.adds(first)};
+            gemm::multiply(product, Order::kRows, words_, prefetch);
+        }
+    }
+
+    // The same for all rows at once. Padding is staged as zeros, so that each of them reads through all taps.
+    void multiply_across_rows(const Tile& tile, const InputStage& stage, const Slice& slice, const word* a, const word* b, float* c,
+                              int64_t ldc, gemm::Prefetch& prefetch, TapList& list) {
+        list.clear();
+        for (int64_t i = slice.rows.begin; i < slice.rows.end; i++) {
+            for (int64_t j = 0; j < p_.kernel_w; j++) {
+                list.add(i * p_.dilation_h * stage.row_pitch() + j * p_.dilation_w * stage.pitch(),
+                         (i * p_.kernel_w + j) * weight_.tap_pitch());
+            }
+        }
+        const gemm::Product product{
+            list.taps(), (tile.rows - 1) * row_pixels_ + p_.out_width, slice.width, slice.length, a,
+            window_.column_stride * stage.pitch(), b, gemm::kPanel, weight_.panel_pitch(), c, ldc, slice.adds(0)};
+        gemm::multiply(product, Order::kRows, words_, prefetch);
+    }
+
+    bool crosses_rows() const {
+        return words_ == Words::kBFloat16Tile && row_pixels_ * window_.column_stride == window_.row_stride * window_.columns;
+    }
+
+    void multiply_flat(const word* a, int64_t lda, int64_t pixels, const Products& c, gemm::Prefetch& prefetch) {
         for (int64_t g = 0; g < grouping_.groups; g++) {
             const word* group = a + words_of(g * grouping_.in, words_);
             for_each_slice(grouping_.out, weight_.depth, 1, 1, words_, [&](const Slice& slice) {
                 const gemm::Product product{gemm::single_tap(), pixels, slice.width, slice.length, group + slice.k, lda,
                                             weight_.panel(g, slice.n / gemm::kPanel) + slice.k * gemm::kPanel, gemm::kPanel,
-                                            weight_.panel_pitch(), c + g * grouping_.out + slice.n, ldc, slice.adds(0)};
+                                            weight_.panel_pitch(), c.data + g * grouping_.out + slice.n, c.pitch, slice.adds(0)};
                 gemm::multiply(product, Order::kRows, words_, prefetch);
             });
         }
@@ -184,24 +207,13 @@ class Forward {
     }
 
     // The taps of an output row, leaving out kernel rows that fall into the padding.
-    void taps_of(int64_t row, Range kernel_rows, const InputStage* stage, TapList& list) const {
+    void taps_of(int64_t row, Range kernel_rows, const InputStage& stage, TapList& list) const {
         list.clear();
         for (int64_t i = kernel_rows.begin; i < kernel_rows.end; i++) {
             if (!reads_input(p_, window_, row, i)) continue;
-            const int64_t offset = i * p_.dilation_h * stage->row_pitch();
+            const int64_t offset = i * p_.dilation_h * stage.row_pitch();
             for (int64_t j = 0; j < (window_.joined ? 1 : p_.kernel_w); j++) {
-                list.add(offset + j * p_.dilation_w * stage->pitch(), (i * p_.kernel_w + j) * weight_.tap_pitch());
-            }
-        }
-    }
-
-    // Padding staged as zeros: every row reads through all of them.
-    void all_taps(Range kernel_rows, const InputStage* stage, TapList& list) const {
-        list.clear();
-        for (int64_t i = kernel_rows.begin; i < kernel_rows.end; i++) {
-            for (int64_t j = 0; j < p_.kernel_w; j++) {
-                list.add(i * p_.dilation_h * stage->row_pitch() + j * p_.dilation_w * stage->pitch(),
-                         (i * p_.kernel_w + j) * weight_.tap_pitch());
+                list.add(offset + j * p_.dilation_w * stage.pitch(), (i * p_.kernel_w + j) * weight_.tap_pitch());
             }
         }
     }

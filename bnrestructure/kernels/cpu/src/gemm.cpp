@@ -24,6 +24,13 @@ void Prefetch::add(const void* base, int64_t pitch, int64_t rows, int64_t bytes)
     }
 }
 
+int64_t Prefetch::rate(int64_t steps) {
+    constexpr int64_t kUsual = 4, kMost = 16;
+    steps_ += steps;
+    if (steps_before_ == 0) return kUsual;
+    return std::min((static_cast<int64_t>(lines_.size()) + steps_before_ - 1) / steps_before_, kMost);
+}
+
 const char* const* Prefetch::take(int64_t count, int64_t& step) {
     const auto size = static_cast<int64_t>(lines_.size());
     if (next_ >= size) {

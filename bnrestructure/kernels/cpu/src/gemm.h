@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "simd.h"
@@ -52,15 +53,19 @@ public:
     void clear() {
         lines_.clear();
         next_ = 0;
+        steps_before_ = std::exchange(steps_, 0);
     }
     // Rows of `bytes` each, `pitch` bytes apart.
     void add(const void* base, int64_t pitch, int64_t rows, int64_t bytes);
     // A run of `count` lines to request, and in `step` how far to move after each (0: keep requesting a dummy).
     const char* const* take(int64_t count, int64_t& step);
+    // For matrix tiles, whose steps are fewer and longer: how many lines each of `steps` steps should request, if all that come before
+    // the next clear() are as many as those before the last one.
+    int64_t rate(int64_t steps);
 
 private:
     std::vector<const char*> lines_;
-    int64_t next_ = 0;
+    int64_t next_ = 0, steps_ = 0, steps_before_ = 0;
 };
 
 struct Product {

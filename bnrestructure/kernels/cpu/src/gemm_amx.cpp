@@ -13,7 +13,6 @@ namespace bnr::gemm {
 namespace {
 
 constexpr int64_t kTileRows = 16, kTileColumns = 16;   // of C, in floats
-constexpr int kRequests = 4;                           // cache lines of the next tile that a step of k asks for
 
 // The operands of _tile_loadconfig: rows and bytes a row of each of the eight tiles.
 struct alignas(64) Configuration {
@@ -26,6 +25,9 @@ struct alignas(64) Configuration {
 // The compiler's own intrinsics do not tell it, in GCC 12, which memory they read.
 #define BNR_TILE_LOAD(tile, from, pitch) \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"(pitch) : "memory")
+// The same, leaving the first-level cache to others.
+#define BNR_TILE_STREAM(tile, from, pitch) \
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #tile : : "r"(from), "r"(pitch) : "memory")
 #define BNR_TILE_STORE(tile, to, pitch) \
     __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"(pitch) : "memory")
 #define BNR_TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile : :)
@@ -49,8 +51,10 @@ void configure(int64_t rows, int64_t columns) {
     __asm__ volatile("ldtilecfg %0" : : "m"(c));
 }
 
-template <int kTall, int kWide>
-void tile(const Product& p, const word* a0, const word* b0, float* c, const char* const* prefetch, int64_t prefetch_step) {
+// kStream: no tap reads what another has read.
+template <int kTall, int kWide, bool kStream>
+void tile(const Product& p, const word* a0, const word* b0, float* c, const char* const* prefetch, int64_t prefetch_step,
+          int64_t requests) {
     const int64_t lda = p.lda * 4, ldb = p.ldb * 4, ldc = p.ldc * 4;
     float* const lower = c + kTileRows * p.ldc;
     if (p.accumulate) {
@@ -68,7 +72,8 @@ void tile(const Product& p, const word* a0, const word* b0, float* c, const char
         const word* a = a0 + p.taps.a[t];
         const word* b = b0 + p.taps.b[t];
         for (int64_t k = 0; k < p.k; k += kTileWords) {
-            BNR_TILE_LOAD(4, a, lda);
+            if constexpr (kStream) BNR_TILE_STREAM(4, a, lda);
+            else BNR_TILE_LOAD(4, a, lda);
             BNR_TILE_LOAD(6, b, ldb);
             BNR_TILE_MULTIPLY_ADD(0, 4, 6);
             if constexpr (kWide > 1) {
@@ -76,13 +81,14 @@ void tile(const Product& p, const word* a0, const word* b0, float* c, const char
                 BNR_TILE_MULTIPLY_ADD(1, 4, 7);
             }
             if constexpr (kTall > 1) {
-                BNR_TILE_LOAD(5, a + kTileRows * p.lda, lda);
+                if constexpr (kStream) BNR_TILE_STREAM(5, a + kTileRows * p.lda, lda);
+                else BNR_TILE_LOAD(5, a + kTileRows * p.lda, lda);
                 BNR_TILE_MULTIPLY_ADD(2, 5, 6);
                 if constexpr (kWide > 1) BNR_TILE_MULTIPLY_ADD(3, 5, 7);
             }
             a += kTileWords;
             b += kTileWords * p.ldb;
-            for (int i = 0; i < kRequests; i++) {
+            for (int64_t i = 0; i < requests; i++) {
                 __builtin_prefetch(*prefetch, 0, 2);
                 prefetch += prefetch_step;
             }
@@ -94,10 +100,17 @@ void tile(const Product& p, const word* a0, const word* b0, float* c, const char
     if constexpr (kTall > 1 && kWide > 1) BNR_TILE_STORE(3, lower + kTileColumns, ldc);
 }
 
+template <bool kStream>
+auto tile_of(bool tall, bool wide) {
+    return tall ? (wide ? tile<2, 2, kStream> : tile<2, 1, kStream>) : (wide ? tile<1, 2, kStream> : tile<1, 1, kStream>);
+}
+
 }  // namespace
 
 void multiply_bfloat16_tiles(const Product& p, Prefetch& prefetch) {
-    const int64_t requests = p.taps.count * (p.k / kTileWords) * kRequests;
+    const int64_t steps = p.taps.count * (p.k / kTileWords);
+    const int64_t blocks = (p.m + 2 * kTileRows - 1) / (2 * kTileRows) * ((p.n + kPanel - 1) / kPanel);
+    const int64_t requests = prefetch.rate(steps * blocks);   // a step
     int64_t set_rows = 0, set_columns = 0;
     for (int64_t n = 0; n < p.n; n += kPanel) {
         const int64_t columns = std::min(kPanel, p.n - n);
@@ -106,10 +119,10 @@ void multiply_bfloat16_tiles(const Product& p, Prefetch& prefetch) {
             const int64_t rows = std::min(2 * kTileRows, p.m - m);
             if (rows != set_rows || columns != set_columns) configure(set_rows = rows, set_columns = columns);
             const bool tall = rows > kTileRows, wide = columns > kTileColumns;
-            const auto run = tall ? (wide ? tile<2, 2> : tile<2, 1>) : (wide ? tile<1, 2> : tile<1, 1>);
+            const auto run = p.taps.count == 1 ? tile_of<true>(tall, wide) : tile_of<false>(tall, wide);
             int64_t step;
-            const char* const* lines = prefetch.take(requests, step);
-            run(p, p.a + m * p.lda, b, p.c + m * p.ldc + n, lines, step);
+            const char* const* lines = prefetch.take(steps * requests, step);
+            run(p, p.a + m * p.lda, b, p.c + m * p.ldc + n, lines, step, requests);
         }
     }
     __asm__ volatile("tilerelease" : :);   // others who use the tiles, oneDNN say, find them as they left them

@@ -72,6 +72,20 @@ def test_a_failed_compilation_leaves_no_library(sources: Path, tmp_path: Path) -
     assert not list((tmp_path / "out").glob("*.so"))
 
 
+def test_an_older_compiler_leaves_out_what_it_does_not_know(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiler = build.find_compiler()
+    old = tmp_path / "old"
+    old.write_text(f'#!/bin/sh\ncase "$*" in *-mavx2*) echo "unrecognized -mavx2" >&2; exit 1;; esac\nexec {" ".join(compiler)} "$@"\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    monkeypatch.setitem(build.INSTRUCTION_SETS, "avx2", ("-mavx2",))
+    made = build.build(tmp_path / "out", ["avx2", "portable"])
+    assert [path.name for path in made] == ["_kernels_portable.so"]
+    assert "no kernels for avx2" in capsys.readouterr().err
+
+
 def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

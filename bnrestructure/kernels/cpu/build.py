@@ -97,7 +97,8 @@ def build(
     """Builds the libraries of `isas` into the folder `output` and returns the paths of those that were rebuilt.
 
     Object files go to `objects` (by default `output`/_objects) and, like the libraries, are reused when they are newer
-    than everything they were made from. Raises BuildError.
+    than everything they were made from. An instruction set that an older compiler does not know is left out, and said so: its
+    processors run the next best one. Raises BuildError.
     """
     output = output or Path(__file__).parent
     objects = objects or output / "_objects"
@@ -105,6 +106,9 @@ def build(
     compiler = find_compiler()
     compiles, links = [], []
     for isa in isas or targets():
+        if not _knows(compiler, INSTRUCTION_SETS[isa]):
+            print(f"{shlex.join(compiler)} does not know {' '.join(INSTRUCTION_SETS[isa])}: no kernels for {isa}", file=sys.stderr)
+            continue
         folder = objects / (isa + ("_sanitize" if sanitize else ""))
         folder.mkdir(parents=True, exist_ok=True)
         common = [*compiler, *COMMON_FLAGS, *(SANITIZE_FLAGS if sanitize else ())]
@@ -124,6 +128,17 @@ def build(
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(lambda step: _run(step, verbose), steps))
     return [step.target for step in links]
+
+
+def _knows(compiler: list[str], flags: tuple[str, ...]) -> bool:
+    """Whether the compiler accepts the flags; of a compiler that cannot be started the compilation says more."""
+    if not flags:
+        return True
+    try:
+        command = [*compiler, *flags, "-x", "c++", "-E", os.devnull]
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return True
 
 
 def _is_stale(target: Path, source: Path) -> bool:

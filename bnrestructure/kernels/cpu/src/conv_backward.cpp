@@ -166,20 +166,23 @@ class Backward {
             int64_t channel, channels;    // the same channels in x
         };
 
+        // A few pixels at a time on matrix tiles, so that their products stay in the first-level cache.
         void multiply_flat_input(const Tile& tile, const Part& part) {
-            const int64_t pixels = tile.rows * p_.in_width;
-            const word* d = gradient_.data() + words_of(part.group * b_.grouping_.out, b_.words_);
-            for_each_slice(part.channels, b_.weight_.depth, 1, 1, b_.words_, [&](const Slice& slice) {
-                const gemm::Product product{gemm::single_tap(), pixels, slice.width, slice.length, d + slice.k,
-                                            gradient_.pitch(), panel_of(part, slice), gemm::kPanel, b_.weight_.panel_pitch(),
-                                            g_ + slice.n, kChunk, slice.adds(0)};
-                gemm::multiply(product, Order::kRows, b_.words_, prefetch_);
-            });
-            const int64_t begin = tile.row * p_.in_width;
-            for_each_run(b_.tiling_, tile, p_.in_height, p_.in_width, p_.gate != nullptr,
-                         [&](int64_t image, int64_t pixel, int64_t count) {
-                             finish(image, pixel, count, g_ + (pixel - begin) * kChunk, part);
-                         });
+            const int64_t few = b_.words_ == Words::kBFloat16Tile ? 128 : tile.rows;
+            for (int64_t begin = 0; begin < tile.rows; begin += few) {
+                const int64_t first = tile.row + begin, pixels = std::min(few, tile.rows - begin);
+                const word* d = gradient_.data() + begin * gradient_.pitch() + words_of(part.group * b_.grouping_.out, b_.words_);
+                for_each_slice(part.channels, b_.weight_.depth, 1, 1, b_.words_, [&](const Slice& slice) {
+                    const gemm::Product product{gemm::single_tap(), pixels, slice.width, slice.length, d + slice.k,
+                                                gradient_.pitch(), panel_of(part, slice), gemm::kPanel, b_.weight_.panel_pitch(),
+                                                g_ + slice.n, kChunk, slice.adds(0)};
+                    gemm::multiply(product, Order::kRows, b_.words_, prefetch_);
+                });
+                for_each_run(b_.tiling_, {tile.image, tile.images, first, pixels}, p_.in_height, p_.in_width, p_.gate != nullptr,
+                             [&](int64_t image, int64_t pixel, int64_t count) {
+                                 finish(image, pixel, count, g_ + (pixel - first) * kChunk, part);
+                             });
+            }
         }
 
         // Joined images with a stride (or a 1 x k kernel): the tile may begin and end inside images.

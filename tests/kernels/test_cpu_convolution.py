@@ -81,6 +81,9 @@ SHAPES = {
     "3x3 along rows": Shape(1, 40, 36, (6, 62)),
     "3x3 stride 2 along rows": Shape(2, 40, 36, (9, 70), stride=(2, 2)),
     "3x3 groups of tiles": Shape(2, 128, 64, (9, 7), groups=2),
+    "3x3 groups of parts of tiles": Shape(2, 120, 72, (9, 7), groups=3),
+    "3x3 stride 2 groups of odd parts": Shape(2, 105, 63, (11, 9), stride=(2, 2), groups=7),
+    "1x1 groups of odd parts": Shape(2, 105, 63, (5, 7), groups=7, **POINT),
     "5x5 dilated across rows": Shape(2, 36, 40, (11, 10), kernel=(5, 5), padding=(4, 4), dilation=(2, 2)),
     "1x1 of whole lines": Shape(2, 64, 40, (9, 7), **POINT),
     "stem": Shape(2, 3, 20, (19, 21), kernel=(7, 7), stride=(2, 2), padding=(3, 3)),
@@ -314,7 +317,7 @@ def test_concurrent_calls(module: ModuleType, names: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("isa", library.available_isas())
-@pytest.mark.parametrize("name", ["3x3", "3x3 across rows", "3x3 groups of tiles", "1x1 odd"])
+@pytest.mark.parametrize("name", ["3x3", "3x3 across rows", "3x3 groups of tiles", "3x3 groups of parts of tiles", "1x1 odd"])
 def test_infinity_stays_where_it_is_read(name: str, isa: str) -> None:
     """What pads an operand to whole vectors or matrix tiles is not a neighbour's infinity times zero.
 
@@ -364,8 +367,6 @@ def test_choice() -> None:
         for node in (deep, point, in_groups):
             assert choose(node, torch.bfloat16, direction, "amx", 2).implementation == "fused"
         assert choose(image, torch.bfloat16, direction, "amx", 2).implementation == "hybrid"
-        ragged = in_groups._replace(channels=240, channels_out=240, geometry=same._replace(groups=6))
-        assert choose(ragged, torch.bfloat16, direction, "amx", 2).implementation == "hybrid"
     few = in_groups._replace(channels=128, channels_out=128)
     assert choose(few, torch.bfloat16, "forward", "avx512bf16+amx", 2).implementation == "hybrid"
     assert choose(few, torch.bfloat16, "backward", "avx512bf16+amx", 2).implementation == "hybrid dgrad, fused wgrad"

@@ -28,10 +28,10 @@ class Backward {
   public:
     Backward(const BackwardArguments& arguments, const Problem& problem)
         : a_(arguments), p_(problem), grouping_(p_, kBlockChannels), words_(words_for(p_, grouping_)),
-          need_x_(a_.dx), need_weight_(a_.weight_gradient), window_(p_, words_, true),
+          channels_(grouping_.groups, grouping_.out, words_), need_x_(a_.dx), need_weight_(a_.weight_gradient), window_(p_, words_, true),
           tiling_(p_, window_, row_bytes(), ceil_div(p_.kernel_h - 1, p_.stride_h), cache_size() / 2,
                   words_ == Words::kBFloat16Tile ? 512 : 256),
-          gradient_(p_, a_, window_, tiling_, words_), taps_(p_.kernel_h * p_.kernel_w), 
+          gradient_(p_, a_, window_, tiling_, channels_), taps_(p_.kernel_h * p_.kernel_w),
           weight_row_(scratch_pitch(transposes_sums(window_) ? p_.out_channels : taps_ * grouping_.in)),
           weight_size_((transposes_sums(window_) ? taps_ * grouping_.in : p_.out_channels) * weight_row_ + gemm::kPanel) {}
 
@@ -67,7 +67,7 @@ class Backward {
     int64_t row_bytes() const {
         const int64_t x = window_.columns * window_.row_stride *
                           scratch_pitch(words_of(std::min(p_.in_channels, kBlockChannels), words_));
-        const int64_t d = p_.out_width * scratch_pitch(words_of(p_.out_channels, words_));
+        const int64_t d = p_.out_width * scratch_pitch(channels_.size);
         const bool tiles = words_ == Words::kBFloat16Tile;
         const int64_t g = need_x_ ? p_.in_width * p_.stride_h * (kChunk + (tiles ? p_.in_channels : 0)) : 0;   // and x and dx
         if (words_ == Words::kFloat) return (x + d + g) * 4;
@@ -171,7 +171,7 @@ class Backward {
             const int64_t few = b_.words_ == Words::kBFloat16Tile ? 128 : tile.rows;
             for (int64_t begin = 0; begin < tile.rows; begin += few) {
                 const int64_t first = tile.row + begin, pixels = std::min(few, tile.rows - begin);
-                const word* d = gradient_.data() + begin * gradient_.pitch() + words_of(part.group * b_.grouping_.out, b_.words_);
+                const word* d = gradient_.data() + begin * gradient_.pitch() + part.group * b_.channels_.group_words;
                 for_each_slice(part.channels, b_.weight_.depth, 1, 1, b_.words_, [&](const Slice& slice) {
                     const gemm::Product product{gemm::single_tap(), pixels, slice.width, slice.length, d + slice.k,
                                                 gradient_.pitch(), panel_of(part, slice), gemm::kPanel, b_.weight_.panel_pitch(),
@@ -206,7 +206,7 @@ class Backward {
         // dx rows of one image. Output row r is staged as row r - first_staged of the tile's image i.
         void multiply_rows(int64_t i, int64_t image, Range rows, const Part& part, int64_t first_staged) {
             const word* d = gradient_.data() + i * gradient_.image_pitch() - first_staged * gradient_.row_pitch() +
-                            words_of(part.group * b_.grouping_.out, b_.words_);
+                            part.group * b_.channels_.group_words;
             if (b_.gradient_.crosses_rows()) return multiply_rows_together(d, image, rows, part);
             for_each_slice(part.channels, b_.weight_.depth, p_.kernel_h, p_.kernel_w, b_.words_, [&](const Slice& slice) {
                 for (int64_t row = rows.begin; row < rows.end; row++) {
@@ -374,6 +374,7 @@ class Backward {
     const Problem& p_;
     Grouping grouping_;
     Words words_;
+    StagedChannels channels_;   // of the output
     bool need_x_, need_weight_;
     Window window_;
     Tiling tiling_;

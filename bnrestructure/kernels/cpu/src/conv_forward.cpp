@@ -17,11 +17,12 @@ using gemm::Words;
 using gemm::word;
 
 // The input itself serves as the staged input: nothing to apply, whole words, and a pitch that spreads over the cache's sets.
-bool reads_input_directly(const Problem& p, const Window& w, Words words) {
+bool reads_input_directly(const Problem& p, const Window& w, const StagedChannels& channels) {
+    const Words words = channels.words;
     if (!w.flat || !transform_at(p, 0, 0).is_identity()) return false;
     if (words == Words::kBFloat16Tile) {
         const bool aligned = p.x_pitch % 32 == 0 && reinterpret_cast<uintptr_t>(p.x) % 64 == 0;
-        return aligned && p.in_channels % (2 * gemm::kTileWords) == 0 && p.x_pitch % 2048 != 0;
+        return aligned && channels.width % (2 * gemm::kTileWords) == 0 && p.x_pitch % 2048 != 0;
     }
     if (words == Words::kFloat) return !p.bfloat16 && p.x_pitch % 1024 != 0;
     const bool whole = p.in_channels % 2 == 0 && p.x_pitch % 2 == 0 && reinterpret_cast<uintptr_t>(p.x) % 4 == 0;
@@ -32,8 +33,8 @@ template <class T>
 class Forward {
   public:
     Forward(const ForwardArguments& arguments, const Problem& problem)
-        : a_(arguments), p_(problem), grouping_(p_, INT64_MAX), words_(words_for(p_, grouping_)), window_(p_, words_),
-          direct_(reads_input_directly(p_, window_, words_)),
+        : a_(arguments), p_(problem), grouping_(p_, INT64_MAX), words_(words_for(p_, grouping_)),
+          channels_(grouping_.groups, grouping_.in, words_), window_(p_, words_), direct_(reads_input_directly(p_, window_, channels_)),
           row_pixels_(window_.pixels_in_row(p_, words_)),
           tiling_(p_, window_, row_bytes(), ceil_div(p_.kernel_h - 1, p_.stride_h), cache_size() * 2 / 5, 512) {}
 
@@ -57,7 +58,7 @@ class Forward {
 
   private:
     int64_t row_bytes() const {
-        const int64_t staged = window_.columns * window_.row_stride * scratch_pitch(words_of(p_.in_channels, words_));
+        const int64_t staged = window_.columns * window_.row_stride * scratch_pitch(channels_.size);
         const int64_t made = row_pixels_ * p_.out_channels * (p_.bfloat16 ? 6 : 4) / 4;
         return (staged + made / 2) * 4;
     }
@@ -67,7 +68,7 @@ class Forward {
         gemm::Prefetch prefetch;
         TapList list;
         std::unique_ptr<InputStage> stage;
-        if (!direct_) stage = std::make_unique<InputStage>(p_, window_, tiling_, words_, p_.in_channels, scratch);
+        if (!direct_) stage = std::make_unique<InputStage>(p_, window_, tiling_, channels_, scratch);
         const int64_t tile_pixels = tiling_.tile_images * tiling_.tile_rows * row_pixels_;
         const int64_t sums_pitch = scratch_pitch(p_.out_channels);
         float* sums = p_.bfloat16 ? scratch.take<float>(tile_pixels * sums_pitch) : nullptr;
@@ -140,7 +141,7 @@ class Forward {
         for (int64_t g = 0; g < grouping_.groups; g++) {
             for_each_slice(grouping_.out, depth, p_.kernel_h, columns, words_, [&](const Slice& slice) {
                 for (int64_t i = 0; i < tile.images; i++) {   // inside, so that the weights are read once for all of them
-                    const word* a = stage.data() + i * stage.image_pitch() + words_of(g * grouping_.in, words_) + slice.k;
+                    const word* a = stage.data() + i * stage.image_pitch() + g * channels_.group_words + slice.k;
                     float* to = c.data + i * c.image_pitch + g * grouping_.out + slice.n;
                     const word* b = weight_.panel(g, slice.n / gemm::kPanel) + slice.k * gemm::kPanel;
                     if (crosses_rows()) multiply_across_rows(tile, stage, slice, a, b, to, c.pitch, prefetch, list);
@@ -188,7 +189,7 @@ class Forward {
 
     void multiply_flat(const word* a, int64_t lda, int64_t pixels, const Products& c, gemm::Prefetch& prefetch) {
         for (int64_t g = 0; g < grouping_.groups; g++) {
-            const word* group = a + words_of(g * grouping_.in, words_);
+            const word* group = a + g * channels_.group_words;
             for_each_slice(grouping_.out, weight_.depth, 1, 1, words_, [&](const Slice& slice) {
                 const gemm::Product product{gemm::single_tap(), pixels, slice.width, slice.length, group + slice.k, lda,
                                             weight_.panel(g, slice.n / gemm::kPanel) + slice.k * gemm::kPanel, gemm::kPanel,
@@ -244,6 +245,7 @@ class Forward {
     const Problem& p_;
     Grouping grouping_;
     Words words_;
+    StagedChannels channels_;
     Window window_;
     bool direct_;
     int64_t row_pixels_;

@@ -123,11 +123,10 @@ int64_t cache_size() {
 }
 
 gemm::Words words_for(const Problem& p, const Grouping& grouping) {
+    if (p.bfloat16 && gemm::has_bfloat16_tiles()) return gemm::Words::kBFloat16Tile;
     // A group must begin on a whole word, in x and in y.
-    // A tile reads on to its end, where one group's zeros would be another's values.
-    const auto whole = [&](int64_t unit) { return grouping.groups == 1 || (grouping.in % unit == 0 && grouping.out % unit == 0); };
-    if (p.bfloat16 && gemm::has_bfloat16_tiles() && whole(2 * gemm::kTileWords)) return gemm::Words::kBFloat16Tile;
-    return p.bfloat16 && gemm::has_bfloat16_pairs() && whole(2) ? gemm::Words::kBFloat16Pair : gemm::Words::kFloat;
+    const bool whole = grouping.groups == 1 || (grouping.in % 2 == 0 && grouping.out % 2 == 0);
+    return p.bfloat16 && whole && gemm::has_bfloat16_pairs() ? gemm::Words::kBFloat16Pair : gemm::Words::kFloat;
 }
 
 }  // namespace bnr::conv

@@ -23,6 +23,19 @@ constexpr int64_t words_of(int64_t channels, gemm::Words words) {
 // How far a product over `channels` channels runs along k.
 constexpr int64_t depth_of(int64_t channels, gemm::Words words) { return gemm::padded_depth(words_of(channels, words), words); }
 
+// Where the channels of a staged pixel are: one group after the other, each, where matrix tiles read on to their end, followed by
+// zeros, since the next group's infinity times zero would be a NaN.
+struct StagedChannels {
+    StagedChannels(int64_t groups, int64_t each, gemm::Words words)
+        : group_words(groups > 1 ? depth_of(each, words) : words_of(each, words)), words(words),
+          runs(groups > 1 && group_words != words_of(each, words) ? groups : 1), width(groups * each / runs), size(groups * group_words) {}
+
+    int64_t group_words;   // from one group to the next
+    gemm::Words words;
+    int64_t runs, width;   // runs of so many channels that are adjacent
+    int64_t size;          // words
+};
+
 // A pixel pitch in words, whole vectors, and off the powers of two that would map a tile's rows onto one cache set.
 constexpr int64_t scratch_pitch(int64_t words) {
     const int64_t pitch = round_up(words, 16);
@@ -40,7 +53,8 @@ struct Block {
 };
 
 // The convolution after narrow groups are merged: `merged` original groups form one dense group whose off-diagonal
-// weights are zero. A 4-channel group would leave most lanes of a vector, or of a tile, idle in any case. An infinity times such a zero is a NaN.
+// weights are zero. A 4-channel group would leave most lanes of a vector, or of a tile, idle in any case. An infinity
+// times such a zero is a NaN.
 struct Grouping {
     Grouping(const Problem& p, int64_t channel_limit);
 

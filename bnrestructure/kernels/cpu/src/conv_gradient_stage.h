@@ -10,9 +10,9 @@ namespace bnr::conv {
 
 // Which rows and columns of dY a tile stages.
 struct GradientLayout {
-    GradientLayout(const Problem& p, const BackwardArguments& a, const Window& w, const Tiling& tiling, gemm::Words words)
-        : problem(p), arguments(a), window(w), tiling(tiling), words(words),
-          pitch(scratch_pitch(words_of(p.out_channels, words))) {
+    GradientLayout(const Problem& p, const BackwardArguments& a, const Window& w, const Tiling& tiling, const StagedChannels& channels)
+        : problem(p), arguments(a), window(w), tiling(tiling), channels(channels), words(channels.words),
+          pitch(scratch_pitch(channels.size)) {
         halo = a.dx && !w.flat;
         if (halo) {
             const int64_t first = ceil_quotient(p.padding_w - (p.kernel_w - 1) * p.dilation_w, p.stride_w);
@@ -53,6 +53,7 @@ struct GradientLayout {
     const BackwardArguments& arguments;
     const Window& window;
     const Tiling& tiling;
+    StagedChannels channels;           // of the output
     gemm::Words words;
     int64_t pitch;                     // words from pixel to pixel
     bool halo;
@@ -77,7 +78,7 @@ class GradientStage {
             std::memset(static_cast<void*>(row), 0, size_t(l_.columns_before * l_.pitch) * 4);
             std::memset(static_cast<void*>(row + (l_.columns - after) * l_.pitch), 0, size_t(after * l_.pitch) * 4);
         }
-        if (staged_ && l_.arguments.dx) fill_tiles(staged_, lines * l_.columns, l_.pitch, l_.problem.out_channels, l_.words);
+        if (staged_ && l_.arguments.dx) fill_tiles(staged_, lines * l_.columns, l_.pitch, l_.channels);
         if (!l_.arguments.weight_gradient) return;
         if (is_tiled()) {
             pairs_ = scratch.take<gemm::word>(l_.problem.out_channels * pairs_pitch());
@@ -107,16 +108,21 @@ class GradientStage {
             return;
         }
         data_ = staged_, pitch_ = l_.pitch;
-        const OutputEdge edge{a.s, a.a, a.b, a.y_mean};
         const auto factor = static_cast<float>(a.gradient_factor);
         const auto put = [&](int64_t pixel, int64_t count, gemm::word* to) {
-            const T* y = static_cast<const T*>(a.y) + pixel * a.y_pitch;
-            if (l_.words == gemm::Words::kFloat) {
-                output_gradient_pixels(dy + pixel * a.dy_pitch, a.dy_pitch, y, a.y_pitch, count, p.out_channels, edge, factor,
-                                       reinterpret_cast<float*>(to), l_.pitch);
-            } else if constexpr (std::is_same_v<T, bf16>) {
-                output_gradient_pixels(dy + pixel * a.dy_pitch, a.dy_pitch, y, a.y_pitch, count, p.out_channels, edge, factor,
-                                       reinterpret_cast<bf16*>(to), 2 * l_.pitch);
+            for (int64_t g = 0; g < l_.channels.runs; g++, to += l_.channels.group_words) {
+                const int64_t c = g * l_.channels.width;
+                const T* from = dy + pixel * a.dy_pitch + c;
+                const T* y = static_cast<const T*>(a.y) + pixel * a.y_pitch + c;
+                const OutputEdge edge{a.s ? a.s + c : nullptr, a.a ? a.a + c : nullptr, a.b ? a.b + c : nullptr,
+                                      a.y_mean ? a.y_mean + c : nullptr};
+                if (l_.words == gemm::Words::kFloat) {
+                    output_gradient_pixels(from, a.dy_pitch, y, a.y_pitch, count, l_.channels.width, edge, factor,
+                                           reinterpret_cast<float*>(to), l_.pitch);
+                } else if constexpr (std::is_same_v<T, bf16>) {
+                    output_gradient_pixels(from, a.dy_pitch, y, a.y_pitch, count, l_.channels.width, edge, factor,
+                                           reinterpret_cast<bf16*>(to), 2 * l_.pitch);
+                }
             }
         };
         const int64_t image_rows = l_.tiling.image_rows;
@@ -201,8 +207,10 @@ class GradientStage {
     void fill_transposed(const Tile& tile) {
         const Problem& p = l_.problem;
         const auto put = [&](const gemm::word* from, int64_t pixels, int64_t to, int64_t words) {
-            transpose_pairs(reinterpret_cast<const bf16*>(from), 2 * l_.pitch, pixels, p.out_channels, pairs_ + to, pairs_pitch(),
-                            words);
+            for (int64_t g = 0; g < l_.channels.runs; g++, from += l_.channels.group_words, to += l_.channels.width * pairs_pitch()) {
+                transpose_pairs(reinterpret_cast<const bf16*>(from), 2 * l_.pitch, pixels, l_.channels.width, pairs_ + to,
+                                pairs_pitch(), words);
+            }
         };
         if (l_.window.flat) return put(staged_, tile.rows * p.out_width, 0, pairs_in_image());
         const int64_t words = l_.window.pairs_in_row(p);

@@ -32,20 +32,23 @@ void for_each_run(const Tiling& tiling, const Tile& tile, int64_t height, int64_
     }
 }
 
-// Zeros behind every pixel's channels, where its words are read on to the end of a matrix tile. Nobody writes there afterwards.
-inline void fill_tiles(gemm::word* data, int64_t pixels, int64_t pitch, int64_t channels, gemm::Words words) {
-    const int64_t begin = words_of(channels, words), rest = depth_of(channels, words) - begin;
-    for (int64_t i = 0; rest && i < pixels; i++) std::memset(static_cast<void*>(data + i * pitch + begin), 0, size_t(rest) * 4);
+// Zeros behind the channels of every group, where its words are read on to the end of a matrix tile. Nobody writes there afterwards.
+inline void fill_tiles(gemm::word* data, int64_t pixels, int64_t pitch, const StagedChannels& channels) {
+    const int64_t begin = words_of(channels.width, channels.words), rest = depth_of(channels.width, channels.words) - begin;
+    for (int64_t i = 0; rest && i < pixels; i++) {
+        for (int64_t g = 0; g < channels.runs; g++) {
+            std::memset(static_cast<void*>(data + i * pitch + g * channels.group_words + begin), 0, size_t(rest) * 4);
+        }
+    }
 }
 
 // Scratch for the staged input of one tile at a time.
 class InputStage {
   public:
-    // Pixels of up to `channels` channels, as the words that products over channels read.
-    InputStage(const Problem& p, const Window& w, const Tiling& tiling, gemm::Words words, int64_t channels,
-               Scratch& scratch)
-        : p_(p), w_(w), tiling_(tiling), words_(words), pitch_(pixel_pitch(w, words, channels)),
-          rows_(w.staged_rows(p, tiling.tile_rows)) {
+    // Pixels of up to so many channels, as the words that products over channels read.
+    InputStage(const Problem& p, const Window& w, const Tiling& tiling, const StagedChannels& channels, Scratch& scratch)
+        : p_(p), w_(w), tiling_(tiling), channels_(channels), words_(channels.words),
+          pitch_(w.joined ? channels.size : scratch_pitch(channels.size)), rows_(w.staged_rows(p, tiling.tile_rows)) {
         const int64_t pixels = tiling.tile_images * rows_ * w.columns;
         data_ = scratch.take<gemm::word>(pixels * pitch_ + gemm::kPanel);
         for (int64_t r = 0; r < tiling.tile_images * rows_; r++) {   // padding columns stay zero from here on
@@ -53,11 +56,7 @@ class InputStage {
             std::memset(static_cast<void*>(row), 0, size_t(w.column_begin * pitch_) * 4);
             std::memset(static_cast<void*>(row + w.column_end * pitch_), 0, size_t((w.columns - w.column_end) * pitch_) * 4);
         }
-        fill_tiles(data_, pixels, pitch_, channels, words);
-    }
-
-    static int64_t pixel_pitch(const Window& w, gemm::Words words, int64_t channels) {
-        return w.joined ? words_of(channels, words) : scratch_pitch(words_of(channels, words));
+        fill_tiles(data_, pixels, pitch_, channels);
     }
 
     const gemm::word* data() const { return data_; }
@@ -74,7 +73,7 @@ class InputStage {
             const int64_t begin = tile.row * p_.in_width;
             for_each_run(tiling_, tile, p_.in_height, p_.in_width, p_.gate != nullptr,
                          [&](int64_t image, int64_t pixel, int64_t count) {
-                             put(x + pixel * p_.x_pitch, p_.x_pitch, count, channels, transform_at(p_, image, channel),
+                             put(x + pixel * p_.x_pitch, p_.x_pitch, count, image, channel, channels,
                                  data_ + (pixel - begin) * pitch_);
                          });
             return;
@@ -85,33 +84,37 @@ class InputStage {
                 const int64_t joined_row = tile.row * w_.row_stride + q;
                 const int64_t image = w_.free_rows ? joined_row / p_.out_height : tile.image + i;
                 const int64_t row = (w_.free_rows ? joined_row % p_.out_height : joined_row) * w_.row_step - p_.padding_h;
-                if (row < 0 || row >= p_.in_height) {
-                    if (words_ != gemm::Words::kBFloat16Tile) continue;
-                    std::memset(static_cast<void*>(data_ + i * image_pitch() + q * row_pitch()), 0, size_t(row_pitch()) * 4);
-                    continue;
+                gemm::word* to = data_ + i * image_pitch() + q * row_pitch();
+                if (row >= 0 && row < p_.in_height) {
+                    const int64_t column = w_.column_begin * w_.column_step - p_.padding_w;
+                    const int64_t pixel = (image * p_.in_height + row) * p_.in_width + column;
+                    put(x + pixel * p_.x_pitch, p_.x_pitch * w_.column_step, w_.column_end - w_.column_begin, image, channel, channels,
+                        to + w_.column_begin * pitch_);
+                } else if (words_ == gemm::Words::kBFloat16Tile) {
+                    std::memset(static_cast<void*>(to), 0, size_t(row_pitch()) * 4);
                 }
-                const int64_t column = w_.column_begin * w_.column_step - p_.padding_w;
-                const int64_t pixel = (image * p_.in_height + row) * p_.in_width + column;
-                put(x + pixel * p_.x_pitch, p_.x_pitch * w_.column_step, w_.column_end - w_.column_begin, channels,
-                    transform_at(p_, image, channel),
-                    data_ + i * image_pitch() + q * row_pitch() + w_.column_begin * pitch_);
             }
         }
     }
 
   private:
     template <class T>
-    void put(const T* x, int64_t ldx, int64_t pixels, int64_t channels, const InputTransform& t, gemm::word* to) {
-        if (words_ == gemm::Words::kFloat) {
-            transform_pixels(x, ldx, pixels, channels, t, reinterpret_cast<float*>(to), pitch_);
-        } else if constexpr (std::is_same_v<T, bf16>) {
-            transform_pixels(x, ldx, pixels, channels, t, reinterpret_cast<bf16*>(to), 2 * pitch_);
+    void put(const T* x, int64_t ldx, int64_t pixels, int64_t image, int64_t channel, int64_t channels, gemm::word* to) {
+        for (int64_t g = 0; g < channels_.runs; g++, to += channels_.group_words) {
+            const int64_t first = g * channels_.width, width = std::min(channels_.width, channels - first);
+            const InputTransform t = transform_at(p_, image, channel + first);
+            if (words_ == gemm::Words::kFloat) {
+                transform_pixels(x + first, ldx, pixels, width, t, reinterpret_cast<float*>(to), pitch_);
+            } else if constexpr (std::is_same_v<T, bf16>) {
+                transform_pixels(x + first, ldx, pixels, width, t, reinterpret_cast<bf16*>(to), 2 * pitch_);
+            }
         }
     }
 
     const Problem& p_;
     const Window& w_;
     const Tiling& tiling_;
+    StagedChannels channels_;
     gemm::Words words_;
     int64_t pitch_, rows_;
     gemm::word* data_;

@@ -36,7 +36,7 @@ class WeightGradient {
     WeightGradient(const BackwardArguments& arguments, const Problem& problem)
         : a_(arguments), p_(problem), grouping_(p_, block_channels(p_)), words_(words_for(p_, grouping_)), window_(p_, words_, true),
           tiling_(p_, window_, row_bytes(), ceil_div(p_.kernel_h - 1, p_.stride_h), cache_size() / 2, 512),
-          layout_(p_, a_, window_, tiling_, words_), sums_pitch_(scratch_pitch(p_.kernel_h * p_.kernel_w * widest())) {}
+          layout_(p_, a_, window_, tiling_, StagedChannels(1, p_.out_channels, words_)), sums_pitch_(scratch_pitch(p_.kernel_h * p_.kernel_w * widest())) {}
 
     void run() {
         Scratch scratch;

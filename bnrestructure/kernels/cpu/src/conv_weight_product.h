@@ -23,7 +23,7 @@ class WeightProduct {
   public:
     // For blocks of up to `channels` input channels.
     WeightProduct(const Problem& p, const Window& w, const Tiling& tiling, gemm::Words words, int64_t channels, Scratch& scratch)
-        : p_(p), w_(w), words_(words), stage_(p, w, tiling, words, channels, scratch) {
+        : p_(p), w_(w), words_(words), stage_(p, w, tiling, StagedChannels(1, channels, words), scratch) {
         if (words != gemm::Words::kFloat) pairs_ = std::make_unique<InputPairs>(p, w, tiling, words, channels, scratch);
     }
 
@@ -75,6 +75,7 @@ class WeightProduct {
     }
 
   private:
+    // On matrix tiles: D by channel (transpose_pairs), so that its rows run along k; across the tile's rows, where they may.
     void run_tiles(const Tile& tile, const Block& block, int64_t out, const GradientStage::View& d, const WeightSums& sums,
                    bool accumulate, gemm::Prefetch& prefetch) {
         const bool crosses = w_.pairs_cross_rows(p_);

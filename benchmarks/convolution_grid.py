@@ -1,6 +1,6 @@
 """Checks the rule of kernels/cpu/convolution_choice.py: every candidate for convolution nodes of no model in particular.
 
-    python benchmarks/convolution_grid.py [PATTERN] [--bf16] [--batch 16] [--turns 9]
+    python benchmarks/convolution_grid.py [PATTERN] [--bf16] [--groups] [--batch 16] [--turns 9]
 
 A node's candidates run in turns, after their numbers were checked, each on data that has left the cache, as a training step's
 has. The last lines add up what the rule's choices take, what the best would, and what the fused kernels alone would.
@@ -40,9 +40,18 @@ def grid(batch: int) -> Iterator[Node]:
         yield _node(kernel, 1, size, channels, channels_out)
 
 
-def _node(kernel: int, stride: int, size: int, channels: int, channels_out: int) -> Node:
-    name = f"{kernel}x{kernel}/{stride} {channels}->{channels_out} at {size}"
-    return Node(name, channels, channels_out, size, kernel, stride)
+def grid_in_groups() -> Iterator[Node]:
+    """3x3 kernels in groups of 4 to 48 channels, some of which fill vectors and matrix tiles and some of which do not."""
+    for groups, each, size in (
+        (32, 4, 56), (32, 8, 28), (32, 16, 14), (32, 32, 7), (8, 8, 56), (13, 8, 28), (13, 16, 28), (7, 24, 28), (6, 40, 28), (7, 48, 14)
+    ):  # fmt: skip
+        yield _node(3, 1, size, groups * each, groups * each, groups)
+    yield _node(3, 2, 56, 256, 256, 32)
+
+
+def _node(kernel: int, stride: int, size: int, channels: int, channels_out: int, groups: int = 1) -> Node:
+    name = f"{kernel}x{kernel}/{stride} {channels}->{channels_out} at {size}" + (f" in {groups}" if groups > 1 else "")
+    return Node(name, channels, channels_out, size, kernel, stride, groups)
 
 
 def runs_of(case: Case, sizes: convolution.Node) -> dict[str, dict[str, Callable[[], Any]]]:
@@ -72,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pattern", nargs="?", default="", help='regular expression, for lines like "3x3/2 160->80 at 40"')
     parser.add_argument("--bf16", action="store_true", help="bfloat16 activations")
+    parser.add_argument("--groups", action="store_true", help="convolutions in groups instead")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--turns", type=int, default=9)
     options = parser.parse_args()
@@ -85,7 +95,7 @@ def main() -> None:
     evict = torch.ones(32 << 20)  # 128 MB
     totals: dict[str, list[float]] = {"forward": [0.0] * 3, "backward": [0.0] * 3}
     worst: list[tuple[float, str]] = []
-    for node in grid(options.batch):
+    for node in grid_in_groups() if options.groups else grid(options.batch):
         if not re.search(options.pattern, node.name):
             continue
         line = f"{node.name:26}"

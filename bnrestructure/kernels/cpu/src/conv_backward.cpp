@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "conv_gradient_stage.h"
+#include "conv_input_product.h"
 #include "conv_pack.h"
 #include "conv_stage.h"
 #include "conv_weight_gradient.h"
@@ -16,12 +17,10 @@ namespace bnr::conv {
 
 namespace {
 
-using gemm::Order;
 using gemm::Words;
 using gemm::word;
 
 constexpr int64_t kBlockChannels = 512;   // input channels staged together
-constexpr int64_t kChunk = 2 * gemm::kPanel;   // columns of an input gradient that are finished together
 
 template <class T>
 class Backward {
@@ -69,7 +68,7 @@ class Backward {
                           scratch_pitch(words_of(std::min(p_.in_channels, kBlockChannels), words_));
         const int64_t d = p_.out_width * scratch_pitch(channels_.size);
         const bool tiles = words_ == Words::kBFloat16Tile;
-        const int64_t g = need_x_ ? p_.in_width * p_.stride_h * (kChunk + (tiles ? p_.in_channels : 0)) : 0;   // and x and dx
+        const int64_t g = need_x_ ? p_.in_width * p_.stride_h * (InputProduct<T>::kChunk + (tiles ? p_.in_channels : 0)) : 0;   // and x and dx
         if (words_ == Words::kFloat) return (x + d + g) * 4;
         return ((need_weight_ ? 3 * x + 2 * d : d) + g) * 4;   // both once more as pairs of pixels, the input's for every pixel
     }
@@ -101,11 +100,8 @@ class Backward {
                 weight_ = std::make_unique<WeightProduct>(p_, w_, b.tiling_, b.words_, block_channels(), scratch_);
             }
             if (b.need_x_) {
-                const int64_t extra = std::max<int64_t>(0, p_.in_height - p_.out_height * p_.stride_h);
-                const int64_t out_rows = w_.flat ? b.tiling_.tile_rows : std::min(b.tiling_.tile_rows, p_.out_height);
-                const int64_t rows = out_rows * p_.stride_h + extra;
-                g_ = scratch_.take<float>(b.tiling_.tile_images * rows * b.gradient_.row_pixels * kChunk);
-                sum_gate_ = scratch_.zeros<float>(padded(kChunk));
+                input_ = std::make_unique<InputProduct<T>>(b.grouping_, b.gradient_, gradient_, b.weight_, shared.sums.get(),
+                                                           shared.gate, scratch_);
             }
         }
 
@@ -115,7 +111,7 @@ class Backward {
                 gradient_.template fill<T>(tile);
                 if (shared_.bias) gradient_.template add_bias<T>(tile, (*shared_.bias)[0]), shared_.bias->flush();
                 prefetch_.clear();
-                request_gradient(tile);
+                if (input_) input_->request(tile, prefetch_);
                 if (index + 1 < tiles_.end) request(b_.tiling_.at(index + 1));
                 for (const Block& block : b_.grouping_.blocks) {
                     if (b_.need_weight_) {
@@ -123,7 +119,7 @@ class Backward {
                         weight_->template run<T>(tile, block, b_.grouping_.out, gradient_.own_rows(tile), sums,
                                                  index != tiles_.begin, prefetch_);
                     }
-                    if (b_.need_x_) multiply_input(tile, block);
+                    if (input_) input_->run(tile, block, prefetch_);
                 }
                 if (shared_.sums) shared_.sums->flush();
             }
@@ -136,209 +132,6 @@ class Backward {
             return most;
         }
 
-        // Rows of dx, in each of its images, that a tile finishes.
-        Range input_rows(const Tile& tile) const {
-            const int64_t rows = p_.in_height, end = tile.row + tile.rows;
-            return {std::min(rows, tile.row * p_.stride_h), end == p_.out_height ? rows : std::min(rows, end * p_.stride_h)};
-        }
-
-        void multiply_input(const Tile& tile, const Block& block) {
-            for (int64_t g = 0; g < block.groups; g++) {
-                for (int64_t c = 0; c < block.in; c += kChunk) {
-                    const int64_t channel = block.channel + g * b_.grouping_.in + c;
-                    const Part part{block.group + g, block.in_begin + c, channel, std::min(kChunk, block.in - c)};
-                    if (w_.flat) {
-                        multiply_flat_input(tile, part);
-                    } else if (w_.free_rows) {
-                        multiply_free_input(tile, part);
-                    } else {
-                        const Range rows = input_rows(tile);
-                        for (int64_t i = 0; i < tile.images; i++) {
-                            multiply_rows(i, tile.image + i, rows, part, gradient_.first_row());
-                        }
-                    }
-                }
-            }
-        }
-
-        struct Part {
-            int64_t group, in_begin;      // channels of the merged group
-            int64_t channel, channels;    // the same channels in x
-        };
-
-        // A few pixels at a time on matrix tiles, so that their products stay in the first-level cache.
-        void multiply_flat_input(const Tile& tile, const Part& part) {
-            const int64_t few = b_.words_ == Words::kBFloat16Tile ? 128 : tile.rows;
-            for (int64_t begin = 0; begin < tile.rows; begin += few) {
-                const int64_t first = tile.row + begin, pixels = std::min(few, tile.rows - begin);
-                const word* d = gradient_.data() + begin * gradient_.pitch() + part.group * b_.channels_.group_words;
-                for_each_slice(part.channels, b_.weight_.depth, 1, 1, b_.words_, [&](const Slice& slice) {
-                    const gemm::Product product{gemm::single_tap(), pixels, slice.width, slice.length, d + slice.k,
-                                                gradient_.pitch(), panel_of(part, slice), gemm::kPanel, b_.weight_.panel_pitch(),
-                                                g_ + slice.n, kChunk, slice.adds(0)};
-                    gemm::multiply(product, Order::kRows, b_.words_, prefetch_);
-                });
-                for_each_run(b_.tiling_, {tile.image, tile.images, first, pixels}, p_.in_height, p_.in_width, p_.gate != nullptr,
-                             [&](int64_t image, int64_t pixel, int64_t count) {
-                                 finish(image, pixel, count, g_ + (pixel - first) * kChunk, part);
-                             });
-            }
-        }
-
-        // Joined images with a stride (or a 1 x k kernel): the tile may begin and end inside images.
-        void multiply_free_input(const Tile& tile, const Part& part) {
-            int64_t row = tile.row;
-            while (row < tile.row + tile.rows) {
-                const int64_t image = row / p_.out_height, first = row % p_.out_height;
-                const int64_t count = std::min(p_.out_height - first, tile.row + tile.rows - row);
-                const int64_t begin = std::min(p_.in_height, first * p_.stride_h);
-                const int64_t end = first + count == p_.out_height ? p_.in_height
-                                                                   : std::min(p_.in_height, (first + count) * p_.stride_h);
-                multiply_rows(0, image, {begin, end}, part, tile.row - image * p_.out_height);
-                row += count;
-            }
-        }
-
-        const word* panel_of(const Part& part, const Slice& slice) const {
-            return b_.weight_.panel(part.group, (part.in_begin + slice.n) / gemm::kPanel) + slice.k * gemm::kPanel;
-        }
-
-        // dx rows of one image. Output row r is staged as row r - first_staged of the tile's image i.
-        void multiply_rows(int64_t i, int64_t image, Range rows, const Part& part, int64_t first_staged) {
-            const word* d = gradient_.data() + i * gradient_.image_pitch() - first_staged * gradient_.row_pitch() +
-                            part.group * b_.channels_.group_words;
-            if (b_.gradient_.crosses_rows()) return multiply_rows_together(d, image, rows, part);
-            for_each_slice(part.channels, b_.weight_.depth, p_.kernel_h, p_.kernel_w, b_.words_, [&](const Slice& slice) {
-                for (int64_t row = rows.begin; row < rows.end; row++) {
-                    const int64_t first = first_kernel_row(row);
-                    if (slice.ends_before(first)) continue;
-                    float* g = g_ + (row - rows.begin) * p_.in_width * kChunk + slice.n;
-                    for (int64_t phase = 0; phase < std::min(p_.stride_w, p_.in_width); phase++) {
-                        taps_of(row, phase, slice.rows);
-                        if (slice.adds(first) && list_.is_empty()) continue;
-                        const gemm::Product product{
-                            list_.taps(), ceil_div(p_.in_width - phase, p_.stride_w), slice.width, slice.length, d + slice.k,
-                            gradient_.pitch(), panel_of(part, slice), gemm::kPanel, b_.weight_.panel_pitch(),
-                            g + phase * kChunk, p_.stride_w * kChunk, slice.adds(first)};
-                        gemm::multiply(product, Order::kRows, b_.words_, prefetch_);
-                    }
-                }
-            });
-            // Where no output pixel reads a row, its gradient is zero and there is nothing to add to dx; a join's mask remains to be applied.
-            int64_t begin = rows.begin;
-            for (int64_t row = rows.begin; row < rows.end && b_.a_.accumulate && !b_.a_.join.y; row++) {
-                if (has_readers(row)) continue;
-                finish_rows(image, rows.begin, {begin, row}, part);
-                begin = row + 1;
-            }
-            finish_rows(image, rows.begin, {begin, rows.end}, part);
-        }
-
-        // Of a stride of one, on matrix tiles: all rows as one, through rows and columns of zeros around the output gradient.
-        void multiply_rows_together(const word* d, int64_t image, Range rows, const Part& part) {
-            const int64_t row_pixels = b_.gradient_.row_pixels;
-            for_each_slice(part.channels, b_.weight_.depth, p_.kernel_h, p_.kernel_w, b_.words_, [&](const Slice& slice) {
-                list_.clear();
-                for (int64_t i = slice.rows.begin; i < slice.rows.end; i++) {
-                    for (int64_t j = 0; j < p_.kernel_w; j++) {
-                        const int64_t row = rows.begin + p_.padding_h - i * p_.dilation_h;
-                        const int64_t column = gradient_.columns_before() + p_.padding_w - j * p_.dilation_w;
-                        list_.add(row * gradient_.row_pitch() + column * gradient_.pitch(),
-                                  (i * p_.kernel_w + j) * b_.weight_.tap_pitch());
-                    }
-                }
-                const gemm::Product product{
-                    list_.taps(), (rows.size() - 1) * row_pixels + p_.in_width, slice.width, slice.length, d + slice.k,
-                    gradient_.pitch(), panel_of(part, slice), gemm::kPanel, b_.weight_.panel_pitch(), g_ + slice.n, kChunk,
-                    slice.adds(0)};
-                gemm::multiply(product, Order::kRows, b_.words_, prefetch_);
-            });
-            for (int64_t row = rows.begin; row < rows.end; row++) {
-                finish(image, (image * p_.in_height + row) * p_.in_width, p_.in_width,
-                       g_ + (row - rows.begin) * row_pixels * kChunk, part);
-            }
-        }
-
-        // The output row that reads this input row through a kernel row, or -1.
-        int64_t reader(int64_t row, int64_t kernel_row) const {
-            const int64_t up = row + p_.padding_h - kernel_row * p_.dilation_h;
-            return up >= 0 && up % p_.stride_h == 0 && up / p_.stride_h < p_.out_height ? up / p_.stride_h : -1;
-        }
-
-        bool has_readers(int64_t row) const { return reader(row, first_kernel_row(row)) >= 0; }
-
-        // The first kernel row through which an output row reads this input row; 0 where none does, so that the first slice
-        // writes zeros.
-        int64_t first_kernel_row(int64_t row) const {
-            for (int64_t i = 0; i < p_.kernel_h; i++) {
-                if (reader(row, i) >= 0) return i;
-            }
-            return 0;
-        }
-
-        // The taps of every stride_w-th pixel of an input row, from column `phase` on.
-        void taps_of(int64_t row, int64_t phase, Range kernel_rows) {
-            list_.clear();
-            for (int64_t i = kernel_rows.begin; i < kernel_rows.end; i++) {
-                const int64_t out_row = reader(row, i);
-                if (out_row < 0) continue;
-                for (int64_t j = 0; j < p_.kernel_w; j++) {
-                    const int64_t left = phase + p_.padding_w - j * p_.dilation_w;
-                    if (left % p_.stride_w) continue;
-                    list_.add(out_row * gradient_.row_pitch() +
-                                  (left / p_.stride_w + gradient_.columns_before()) * gradient_.pitch(),
-                              (i * p_.kernel_w + j) * b_.weight_.tap_pitch());
-                }
-            }
-        }
-
-        // Rows of the image; g_ begins with row `first`.
-        void finish_rows(int64_t image, int64_t first, Range rows, const Part& part) {
-            if (rows.size() <= 0) return;
-            finish(image, (image * p_.in_height + rows.begin) * p_.in_width, rows.size() * p_.in_width,
-                   g_ + (rows.begin - first) * p_.in_width * kChunk, part);
-        }
-
-        // Mask, sums, and on to dx: `count` pixels from `pixel` on, all of one image.
-        void finish(int64_t image, int64_t pixel, int64_t count, const float* g, const Part& part) {
-            const T* x = static_cast<const T*>(p_.x) + pixel * p_.x_pitch + part.channel;
-            T* dx = static_cast<T*>(b_.a_.dx) + pixel * b_.a_.dx_pitch + part.channel;
-            const InputTransform t = transform_at(p_, image, part.channel);
-            const bool accumulate = b_.a_.accumulate != 0;
-            const auto factor = static_cast<float>(1 / b_.a_.gradient_factor);
-            if (p_.gate) {
-                gated_gradient_pixels(g, kChunk, x, p_.x_pitch, count, part.channels, t, factor, dx, b_.a_.dx_pitch, accumulate,
-                                      sum_gate_);
-                double* gate = shared_.gate + image * p_.in_channels + part.channel;
-                for (int64_t c = 0; c < part.channels; c++) gate[c] += sum_gate_[c];
-                for (int64_t c = 0; c < padded(kChunk); c++) sum_gate_[c] = 0;
-                return;
-            }
-            if (b_.a_.join.y) {
-                Sums& sums = *shared_.sums;
-                join_gradient_pixels(g, kChunk, b_.a_.join, pixel, part.channel, count, part.channels, factor, dx, b_.a_.dx_pitch,
-                                     accumulate, {sums[0] + part.channel, sums[1] + part.channel, sums[2] + part.channel});
-                return;
-            }
-            float* sum_p = nullptr;
-            float* sum_px = nullptr;
-            if (shared_.sums) sum_p = (*shared_.sums)[0] + part.channel, sum_px = (*shared_.sums)[1] + part.channel;
-            input_gradient_pixels(g, kChunk, x, p_.x_pitch, count, part.channels, t, factor, dx, b_.a_.dx_pitch, accumulate,
-                                  sum_p, sum_px);
-        }
-
-        void request_gradient(const Tile& tile) {
-            if (!b_.need_x_ || !w_.flat) return;
-            const Join& join = b_.a_.join;
-            const int64_t pixel = tile.row * p_.in_width, pixels = tile.rows * p_.in_width, bytes = p_.in_channels * sizeof(T);
-            if (join.y) {
-                prefetch_.add(static_cast<const T*>(join.y) + pixel * join.y_pitch, join.y_pitch * sizeof(T), pixels, bytes);
-                prefetch_.add(static_cast<const T*>(join.r) + pixel * join.r_pitch, join.r_pitch * sizeof(T), pixels, bytes);
-            }
-            if (!b_.a_.accumulate) return;
-            prefetch_.add(static_cast<T*>(b_.a_.dx) + pixel * b_.a_.dx_pitch, b_.a_.dx_pitch * sizeof(T), pixels, bytes);
-        }
-
         void request(const Tile& tile) {
             for_each_run(b_.tiling_, tile, p_.out_height, p_.out_width, false, [&](int64_t, int64_t pixel, int64_t count) {
                 const int64_t bytes = p_.out_channels * sizeof(T);
@@ -349,7 +142,7 @@ class Backward {
             });
             if ((w_.free_rows && !w_.flat) || (b_.a_.join.y && !b_.need_weight_)) return;   // nobody reads a join's sum then
             for (int64_t i = 0; i < tile.images; i++) {
-                const Range rows = w_.free_rows ? Range{tile.row, tile.row + tile.rows} : input_rows(tile);
+                const Range rows = w_.free_rows ? Range{tile.row, tile.row + tile.rows} : input_rows(p_, tile);
                 const int64_t image_row = w_.free_rows ? 0 : (tile.image + i) * p_.in_height;
                 prefetch_.add(static_cast<const T*>(p_.x) + (image_row + rows.begin) * p_.in_width * p_.x_pitch,
                               p_.x_pitch * sizeof(T), rows.size() * p_.in_width, p_.in_channels * sizeof(T));
@@ -364,10 +157,8 @@ class Backward {
         Scratch scratch_;
         GradientStage gradient_;
         std::unique_ptr<WeightProduct> weight_;
+        std::unique_ptr<InputProduct<T>> input_;
         gemm::Prefetch prefetch_;
-        TapList list_;
-        float* g_ = nullptr;
-        float* sum_gate_ = nullptr;
     };
 
     const BackwardArguments& a_;

@@ -11,7 +11,7 @@ namespace bnr::conv {
 // Which rows and columns of dY a tile stages.
 struct GradientLayout {
     GradientLayout(const Problem& p, const BackwardArguments& a, const Window& w, const Tiling& tiling, const StagedChannels& channels)
-        : problem(p), arguments(a), window(w), tiling(tiling), channels(channels), words(channels.words),
+        : problem(p), arguments(a), window(w), tiling(tiling), channels(channels),
           pitch(scratch_pitch(channels.size)) {
         halo = a.dx && !w.flat;
         if (halo) {
@@ -23,7 +23,7 @@ struct GradientLayout {
             columns_before = 0, columns = p.out_width;
         }
         // Rows of zeros above and below an image, too, where matrix tiles cross from row to row.
-        const bool crosses = words == gemm::Words::kBFloat16Tile && halo && p.stride_h == 1 && p.stride_w == 1;
+        const bool crosses = channels.words == gemm::Words::kBFloat16Tile && halo && p.stride_h == 1 && p.stride_w == 1;
         row_pixels = crosses && columns < round_up(p.in_width, gemm::kTileWords) ? columns : p.in_width;
         rows = 0;
         for (int64_t s = 0; s < tiling.strips; s++) rows = std::max(rows, needed_rows(tiling.at(s)).size());
@@ -54,7 +54,6 @@ struct GradientLayout {
     const Window& window;
     const Tiling& tiling;
     StagedChannels channels;           // of the output
-    gemm::Words words;
     int64_t pitch;                     // words from pixel to pixel
     bool halo;
     int64_t columns_before, columns;   // zero columns on the left; all columns
@@ -82,7 +81,7 @@ class GradientStage {
         if (!l_.arguments.weight_gradient) return;
         if (is_tiled()) {
             pairs_ = scratch.take<gemm::word>(l_.problem.out_channels * pairs_pitch());
-        } else if (l_.words == gemm::Words::kBFloat16Pair) {
+        } else if (l_.channels.words == gemm::Words::kBFloat16Pair) {
             const int64_t pixels = l_.window.flat ? ceil_div(l_.tiling.tile_rows * l_.problem.out_width, 2)
                                                   : l_.tiling.tile_images * l_.tiling.tile_rows * pairs_in_row();
             pairs_ = scratch.take<gemm::word>(pixels * pairs_pitch());
@@ -116,7 +115,7 @@ class GradientStage {
                 const T* y = static_cast<const T*>(a.y) + pixel * a.y_pitch + c;
                 const OutputEdge edge{a.s ? a.s + c : nullptr, a.a ? a.a + c : nullptr, a.b ? a.b + c : nullptr,
                                       a.y_mean ? a.y_mean + c : nullptr};
-                if (l_.words == gemm::Words::kFloat) {
+                if (l_.channels.words == gemm::Words::kFloat) {
                     output_gradient_pixels(from, a.dy_pitch, y, a.y_pitch, count, l_.channels.width, edge, factor,
                                            reinterpret_cast<float*>(to), l_.pitch);
                 } else if constexpr (std::is_same_v<T, bf16>) {
@@ -174,7 +173,7 @@ class GradientStage {
     int64_t pairs_pitch() const {
         return scratch_pitch(is_tiled() ? l_.tiling.tile_images * pairs_in_image() : l_.problem.out_channels);
     }
-    bool is_tiled() const { return l_.words == gemm::Words::kBFloat16Tile; }
+    bool is_tiled() const { return l_.channels.words == gemm::Words::kBFloat16Tile; }
     int64_t pairs_in_image() const {
         const int64_t rows = l_.tiling.tile_rows;
         return round_up(l_.window.flat ? ceil_div(rows * l_.problem.out_width, 2) : rows * l_.window.pairs_in_row(l_.problem),
@@ -217,9 +216,10 @@ class GradientStage {
         for (int64_t i = 0; i < tile.images; i++) {
             const gemm::word* row = natural_rows(tile) + i * image_pitch();
             const int64_t begin = i * pairs_in_image();
-            for (int64_t r = 0; r + 1 < tile.rows; r++) put(row + r * row_pitch(), p.out_width, begin + r * words, words);
-            const int64_t last = (tile.rows - 1) * words;
-            put(row + (tile.rows - 1) * row_pitch(), p.out_width, begin + last, pairs_in_image() - last);
+            for (int64_t r = 0; r < tile.rows; r++) {
+                const int64_t to = r * words, count = r + 1 < tile.rows ? words : pairs_in_image() - to;
+                put(row + r * row_pitch(), p.out_width, begin + to, count);
+            }
         }
     }
 

@@ -140,12 +140,12 @@ void store_weight_gradient(const BackwardArguments& arguments, int64_t n, int64_
 
 Slicing::Slicing(int64_t depth, int64_t kernel_rows, int64_t kernel_columns, gemm::Words words) {
     constexpr int64_t kLeastWords = 16;
-    const int64_t kSliceBytes = words == gemm::Words::kBFloat16Tile ? 32 << 10 : 24 << 10;
+    const int64_t slice_bytes = words == gemm::Words::kBFloat16Tile ? 32 << 10 : 24 << 10;
     // Cycles, about: to load and store a register tile between two slices, and to turn from one tap to the next.
     constexpr int64_t kPass = 100, kTurn = 8;
     int64_t least = INT64_MAX;
     for (int64_t together = kernel_rows; together > 0; together--) {
-        const int64_t fit = kSliceBytes / (4 * gemm::kPanel * together * kernel_columns) / 8 * 8;
+        const int64_t fit = slice_bytes / (4 * gemm::kPanel * together * kernel_columns) / 8 * 8;
         const int64_t cuts = ceil_div(depth, std::max(kLeastWords, fit));
         const int64_t cost = cuts * (ceil_div(kernel_rows, together) * kPass + kernel_rows * kernel_columns * kTurn);
         if (cost < least) least = cost, rows = together, parts = cuts;

@@ -47,7 +47,7 @@ class InputStage {
   public:
     // Pixels of up to so many channels, as the words that products over channels read.
     InputStage(const Problem& p, const Window& w, const Tiling& tiling, const StagedChannels& channels, Scratch& scratch)
-        : p_(p), w_(w), tiling_(tiling), channels_(channels), words_(channels.words),
+        : p_(p), w_(w), tiling_(tiling), channels_(channels),
           pitch_(w.joined ? channels.size : scratch_pitch(channels.size)), rows_(w.staged_rows(p, tiling.tile_rows)) {
         const int64_t pixels = tiling.tile_images * rows_ * w.columns;
         data_ = scratch.take<gemm::word>(pixels * pitch_ + gemm::kPanel);
@@ -90,7 +90,7 @@ class InputStage {
                     const int64_t pixel = (image * p_.in_height + row) * p_.in_width + column;
                     put(x + pixel * p_.x_pitch, p_.x_pitch * w_.column_step, w_.column_end - w_.column_begin, image, channel, channels,
                         to + w_.column_begin * pitch_);
-                } else if (words_ == gemm::Words::kBFloat16Tile) {
+                } else if (channels_.words == gemm::Words::kBFloat16Tile) {
                     std::memset(static_cast<void*>(to), 0, size_t(row_pitch()) * 4);
                 }
             }
@@ -103,7 +103,7 @@ class InputStage {
         for (int64_t g = 0; g < channels_.runs; g++, to += channels_.group_words) {
             const int64_t first = g * channels_.width, width = std::min(channels_.width, channels - first);
             const InputTransform t = transform_at(p_, image, channel + first);
-            if (words_ == gemm::Words::kFloat) {
+            if (channels_.words == gemm::Words::kFloat) {
                 transform_pixels(x + first, ldx, pixels, width, t, reinterpret_cast<float*>(to), pitch_);
             } else if constexpr (std::is_same_v<T, bf16>) {
                 transform_pixels(x + first, ldx, pixels, width, t, reinterpret_cast<bf16*>(to), 2 * pitch_);
@@ -115,7 +115,6 @@ class InputStage {
     const Window& w_;
     const Tiling& tiling_;
     StagedChannels channels_;
-    gemm::Words words_;
     int64_t pitch_, rows_;
     gemm::word* data_;
 };

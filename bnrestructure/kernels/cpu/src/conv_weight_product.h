@@ -81,14 +81,7 @@ class WeightProduct {
         const bool crosses = w_.pairs_cross_rows(p_);
         const int64_t pairs = w_.flat ? ceil_div(tile.rows * p_.out_width, 2) : (crosses ? tile.rows : 1) * d.row_pitch;
         for (int64_t i = 0; i < p_.kernel_h; i++) {
-            list_.clear();
-            for (int64_t image = 0; image < tile.images; image++) {
-                for (int64_t r = 0; r < (crosses ? 1 : tile.rows); r++) {
-                    if (!crosses && !reads_input(p_, w_, tile.row + r, i)) continue;
-                    list_.add(image * d.image_pitch + r * d.row_pitch,
-                              image * pairs_->image_pitch() + (r * w_.row_stride + i * p_.dilation_h) * pairs_->row_pitch());
-                }
-            }
+            list_runs(tile, d, i, crosses);
             for (int64_t j = 0; j < p_.kernel_w; j++) {
                 for (int64_t g = 0; g < block.groups; g++) {
                     const int64_t n = (block.group + g) * out;
@@ -99,6 +92,18 @@ class WeightProduct {
                         accumulate};
                     gemm::multiply(product, gemm::Order::kRows, words_, prefetch);
                 }
+            }
+        }
+    }
+
+    // Where the runs of pixels begin that a row of the kernel pairs: an image's, or, where rows are not crossed, a row's.
+    void list_runs(const Tile& tile, const GradientStage::View& d, int64_t kernel_row, bool crosses) {
+        list_.clear();
+        for (int64_t image = 0; image < tile.images; image++) {
+            for (int64_t r = 0; r < (crosses ? 1 : tile.rows); r++) {
+                if (!crosses && !reads_input(p_, w_, tile.row + r, kernel_row)) continue;
+                const int64_t row = r * w_.row_stride + kernel_row * p_.dilation_h;
+                list_.add(image * d.image_pitch + r * d.row_pitch, image * pairs_->image_pitch() + row * pairs_->row_pitch());
             }
         }
     }

@@ -82,7 +82,7 @@ struct Product {
 };
 
 // B must be readable, with any finite or non-finite content, up to a whole vector beyond column n - 1. Tiles: rows only; k a multiple
-// of kTileWords; rows of A and B that do not begin on a cache line take four times as long to read.
+// of kTileWords; rows of A and B that do not begin on a cache line take several times as long to read.
 void multiply(const Product& product, Order order, Words words, Prefetch& prefetch);
 
 // Whether this library was compiled for a processor with bfloat16 dot products.

@@ -42,9 +42,20 @@ def _vector(x: Tensor, size: int) -> Tensor:
     return x.new_empty((size,), dtype=accumulation_dtype(x.dtype))
 
 
-def _given(x: Tensor, like: Tensor) -> Tensor:
-    """Outputs may not alias each other or an input, and may not be None."""
+def _given(x: Tensor | None, like: Tensor) -> Tensor:
+    """Outputs may not be None."""
     return like.new_empty((0,)) if x is None else x
+
+
+def _apart(*outputs: Tensor, of: Tensor) -> tuple[Tensor, ...]:
+    """The outputs, without memory in common with each other or with the input ``of``: kernels hand out sums as parts of one tensor."""
+    taken = {of.untyped_storage().data_ptr()}
+    found = []
+    for output in outputs:
+        storage = output.untyped_storage().data_ptr()
+        found.append(output.clone() if storage in taken and output.numel() else output)
+        taken.add(storage)
+    return tuple(found)
 
 
 @_custom_op("bnrestructure::conv", mutates_args=())
@@ -71,7 +82,8 @@ def conv(
         backend, "conv_forward", x, Transform(mean, scale, beta, act, gate), weight, bias, geometry,
         dtype=dtype, statistics=statistics,
     )  # fmt: skip
-    return _last(y), _given(ymean, weight), _given(yvar, weight)
+    y, ymean, yvar = _apart(_last(y), _given(ymean, weight), _given(yvar, weight), of=x)
+    return y, ymean, yvar
 
 
 @conv.register_fake
@@ -116,8 +128,9 @@ def conv_backward(
         backend, "conv_backward", dy, edge, x, Transform(mean, scale, beta, act, gate), weight,
         geometry, dtype=dtype, needs=(True, True, needs_bias),
     )  # fmt: skip
-    rest = (_given(t, weight) for t in (g.sum_p, g.sum_px, g.gate))
-    return (_last(g.dx), *rest, g.weight.contiguous(), _given(g.bias, weight))
+    sum_p, sum_px, gate_gradient, bias = (_given(t, weight) for t in (g.sum_p, g.sum_px, g.gate, g.bias))
+    dx, sum_p, sum_px, gate_gradient, dweight, bias = _apart(_last(g.dx), sum_p, sum_px, gate_gradient, g.weight.contiguous(), bias, of=dy)
+    return dx, sum_p, sum_px, gate_gradient, dweight, bias
 
 
 @conv_backward.register_fake
@@ -125,7 +138,7 @@ def _(dy, dmean, dvar, y, y_mean, x, mean, scale, beta, act, gate, weight, strid
     none = weight.new_empty((0,))
     sums = (none, none) if mean is None or gate is not None else (_vector(x, x.shape[1]), _vector(x, x.shape[1]))
     dgate = weight.new_empty((0,)) if gate is None else torch.empty_like(gate)
-    dbias = _vector(x, weight.shape[0]) if needs_bias else weight.new_empty((0,))
+    dbias = weight.new_empty((weight.shape[0],), dtype=dtype) if needs_bias else weight.new_empty((0,))
     return _fake(x, x.shape, x.dtype), sums[0].clone(), sums[1].clone(), dgate, torch.empty_like(weight).contiguous(), dbias
 
 
@@ -153,7 +166,8 @@ conv.register_autograd(_conv_gradient, setup_context=_conv_context)
 @_custom_op("bnrestructure::statistics", mutates_args=())
 def statistics(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """(mean, biased var) of ``ops.statistics``."""
-    return call_kernel(backend, "statistics_forward", x)
+    mean, var = _apart(*call_kernel(backend, "statistics_forward", x), of=x)
+    return mean, var
 
 
 @statistics.register_fake
@@ -189,7 +203,8 @@ statistics.register_autograd(_statistics_gradient, setup_context=_statistics_con
 @_custom_op("bnrestructure::normalise", mutates_args=())
 def normalise(x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor, act: str, backend: str) -> Tensor:
     """z of ``ops.normalise``."""
-    return _last(call_kernel(backend, "normalise_forward", x, Transform(mean, scale, beta, act), dtype=x.dtype)).clone()
+    z = call_kernel(backend, "normalise_forward", x, Transform(mean, scale, beta, act), dtype=x.dtype)
+    return _apart(_last(z), of=x)[0]
 
 
 @normalise.register_fake
@@ -203,7 +218,8 @@ def normalise_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, SP, SPX)."""
     dx, sum_p, sum_px = call_kernel(backend, "normalise_backward", dz, x, Transform(mean, scale, beta, act))
-    return _last(dx), sum_p, sum_px
+    dx, sum_p, sum_px = _apart(_last(dx), sum_p, sum_px, of=dz)
+    return dx, sum_p, sum_px
 
 
 @normalise_backward.register_fake

@@ -30,7 +30,9 @@ def synchronise(
 class _Synchronise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor, count: Any, group: Any) -> Any:
-        own = torch.cat([mean, var, torch.as_tensor(count, dtype=mean.dtype, device=mean.device).reshape(1)])
+        # A number becomes a tensor where it is needed: a copy from the host would wait for the device, and no CUDA graph could hold it.
+        own_count = count.to(mean.dtype).reshape(1) if isinstance(count, Tensor) else mean.new_full((1,), count)
+        own = torch.cat([mean, var, own_count])
         gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         dist.all_gather(gathered, own, group=group)
         channels = mean.numel()

@@ -299,3 +299,35 @@ def test_saved_tensors_on_another_device() -> None:
         again = training_step(restructured_copy(build("dense")), x)
     assert_same_values(actual, expected)
     assert_same_values(again, expected)
+
+
+def replica_of(model: nn.Module) -> nn.Module:
+    """What nn.DataParallel makes of a model for one device: modules whose tensors are plain attributes (torch/nn/parallel/replicate.py)."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in copies.items():
+        for name, child in module._modules.items():
+            setattr(replica, name, None if child is None else copies[child])
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter * 1)
+        for name, buffer in module._buffers.items():
+            setattr(replica, name, buffer)
+    return copies[model]
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+def test_replicas_of_data_parallel_run_the_models_own_forward(model_first: bool) -> None:
+    model, x = build("residual"), input_for("residual")
+    rewritten = restructured_copy(model)
+    if model_first:
+        assert_same_values(training_step(rewritten, x), training_step(model, x))
+        for m in (model, rewritten):
+            m.zero_grad()
+    expected, found = model(x), replica_of(rewritten)(x)
+    for a, b in zip(tree_tensors(found), tree_tensors(expected), strict=True):
+        assert torch.equal(a, b)
+    cotangent_loss(expected).backward()
+    cotangent_loss(found).backward()
+    for (name, p), q in zip(model.named_parameters(), rewritten.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+    assert any("DataParallel" in note for note in bnrestructure.explain(rewritten).notes)
+    assert_same_values(training_step(rewritten, x), training_step(model, x))

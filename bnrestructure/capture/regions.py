@@ -137,6 +137,9 @@ class Region:
         """One call of the module: its rewritten program, or ``forward``, its own, where no program fits."""
         if not module.training or is_capturing() or any_global_hooks() or _is_transformed():
             return forward(module, *args, **kwargs)
+        if getattr(module, "_is_replica", False):
+            self._refuse("nn.DataParallel runs replicas of the module, whose tensors are not parameters: DistributedDataParallel's are")
+            return forward(module, *args, **kwargs)
         try:
             arguments = Arguments(args, kwargs)
         except CaptureError as error:

@@ -16,7 +16,7 @@ import torch
 from bnrestructure.kernels import tuning
 from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cuda.convolution_choice import choose, node_of
-from bnrestructure.kernels.cuda.device import gpu_here, identify_machine
+from bnrestructure.kernels.cuda.device import gpu_here, identify_machine, uses_tf32
 from bnrestructure.kernels.cuda.limits import supports, unavailable_reason
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
@@ -103,7 +103,7 @@ def convolution_choices(
         if reason is not None:
             found.append(Choice("reference", reason))
             continue
-        gated, tf32 = transform.gate is not None, torch.backends.cudnn.allow_tf32
+        gated, tf32 = transform.gate is not None, uses_tf32()
         node = node_of(x, weight, geometry, not transform.is_identity, gated, dtype, tf32, joined)
         found.append(choose(node, direction, gpu_here()))
     return found[0], found[1]

@@ -122,7 +122,7 @@ def _in_turn(
 def _node(
     x: Tensor, transform: Transform, weight: Tensor, geometry: ConvGeometry, dtype: torch.dtype, join: Join | None
 ) -> Node:
-    gated, tf32 = transform.gate is not None, torch.backends.cudnn.allow_tf32
+    gated, tf32 = transform.gate is not None, device.uses_tf32()
     shapes = tuple(x.shape), tuple(weight.shape)
     return node_of(*shapes, geometry, not transform.is_identity, gated, dtype, tf32, join is not None)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnrestructure.kernels import tuning
 
-__all__ = ["event_timer", "gpu_here", "gpu_of", "identify_machine"]
+__all__ = ["event_timer", "gpu_here", "gpu_of", "identify_machine", "uses_tf32"]
 
 #: Written before each timed run, several times over: more than any second-level cache holds, and the device is busy with it
 #: while the host gets ahead, so that what is timed is the kernels and not Python.
@@ -33,6 +33,15 @@ def gpu_here() -> str | None:
 @cache
 def _name(index: int) -> str:
     return torch.cuda.get_device_name(index)
+
+
+def uses_tf32() -> bool:
+    """Whether PyTorch's convolutions multiply fp32 as TF32 now, by whichever of its switches that was said.
+
+    ``torch.backends.cudnn.allow_tf32`` raises RuntimeError once the newer ``fp32_precision`` switches have been used.
+    """
+    precision: str = torch.backends.cudnn.conv.fp32_precision
+    return precision == "tf32"
 
 
 def identify_machine(gpu: str) -> None:

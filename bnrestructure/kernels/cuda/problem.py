@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import triton.language as tl
 
+from bnrestructure.kernels.cuda.device import uses_tf32
 from bnrestructure.ops.edges import ConvGeometry, Transform
 
 __all__ = ["geometry_constants", "is_gathered", "is_heavy", "is_padded", "precision_of", "triton_dtype"]
@@ -41,7 +42,7 @@ def is_heavy(transform: Transform, *channels: int) -> bool:
 
 def precision_of(dtype: torch.dtype) -> str:
     """How products of this dtype are formed: for fp32 PyTorch's own switch for convolutions decides, TF32 or IEEE."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and uses_tf32() else "ieee"
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:

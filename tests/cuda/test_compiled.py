@@ -80,6 +80,23 @@ def test_the_rule_knows_how_long_the_loops_are(table: list[dict[str, Any]]) -> N
     assert all(0.85 < ratio < 1.2 for ratio in found.values()), found
 
 
+@pytest.mark.parametrize("variant", ["1x1 bf16", "1x1 channels in eights bf16", "depthwise channels in eights bf16", "1x1 gate silu bf16"])
+def test_channels_are_accessed_several_at_once(table: list[dict[str, Any]], variant: str) -> None:
+    """72 and 24 channels are not multiples of 16, which is all that Triton looks for by itself."""
+    narrow = {row["kernel"]: row["narrow"] for row in table if row["variant"] == variant}
+    assert len(narrow) >= 3
+    assert set(narrow.values()) == {0}, narrow
+
+
+def test_the_unit_of_a_kernel_divides_its_sizes() -> None:
+    from bnrestructure.kernels.cuda.problem import unit_of
+
+    assert unit_of(64, 128, 0) == 1  # Triton sees as much
+    assert unit_of(72, 24, 64, 0) == 8
+    assert unit_of(24, 20) == unit_of(32, 4) == 4
+    assert unit_of(24, 18) == unit_of(1, 8) == 1
+
+
 def test_misuse_is_told() -> None:
     assert run(TRITON_INTERPRET="1").returncode == 2
     found = run("--only", "no such variant")

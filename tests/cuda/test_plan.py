@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -59,6 +61,7 @@ def test_the_two_products_of_a_backward_pass_are_chosen_apart() -> None:
     [
         ({"groups": 256}, "depthwise", "depthwise"),
         ({"groups": 4}, "fused", "groups"),
+        ({"groups": 256, "kernel": 15}, "depthwise", "depthwise"),
         ({"tf32": False, "dtype": torch.float32}, "fused", "TF32"),
         ({"gated": True}, "fused", "gate"),
         ({}, "hybrid", "estimated"),
@@ -68,14 +71,39 @@ def test_the_two_products_of_a_backward_pass_are_chosen_apart() -> None:
 )
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_rules(changes: dict[str, Any], kernel: str, reason: str, direction: str) -> None:
-    of = {"groups": 1, "gated": False, "dtype": torch.bfloat16, "tf32": True} | changes
+    of = {"groups": 1, "kernel": 3, "gated": False, "dtype": torch.bfloat16, "tf32": True} | changes
     geometry = ConvGeometry((1, 1), (1, 1), (1, 1), of["groups"])
-    weight = (256, 256 // of["groups"], 3, 3)
+    weight = (256, 256 // of["groups"], of["kernel"], of["kernel"])
     node = node_of((256, 256, 14, 14), weight, geometry, True, of["gated"], of["dtype"], of["tf32"])
     found = choose(node, direction, None)
     assert found.implementation == kernel
     assert reason in found.reason
     assert found.implementation in candidates(node, direction)
+
+
+@pytest.mark.parametrize(("gated", "kernel"), [(False, "hybrid"), (True, "reference")])
+def test_the_weight_gradient_of_very_large_depthwise_kernels_is_not_ours(gated: bool, kernel: str) -> None:
+    geometry = ConvGeometry((1, 1), (15, 15), (1, 1), 256)
+    node = node_of((256, 256, 14, 14), (256, 1, 31, 31), geometry, True, gated, torch.bfloat16, True)
+    assert choose(node, "forward", None).implementation == "depthwise"
+    found = choose(node, "backward", None)
+    assert found.implementation == kernel
+    assert "registers" in found.reason
+    assert found.implementation in candidates(node, "backward")
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("ieee", False), ("tf32", True)])
+def test_tf32_may_be_chosen_by_the_newer_switch(precision: str, tf32: bool) -> None:
+    """In a process of its own: once it was used, torch.backends.cudnn.allow_tf32 raises for good."""
+    code = (
+        "import torch; from bnrestructure.kernels import cuda; from bnrestructure.ops.edges import ConvGeometry, Transform\n"
+        f"torch.backends.cudnn.conv.fp32_precision = {precision!r}\n"
+        "geometry = ConvGeometry((1, 1), (1, 1), (1, 1), 1)\n"
+        "forward, _ = cuda.convolution_choices((256, 64, 56, 56), (64, 64, 3, 3), Transform(), geometry, torch.float32)\n"
+        "print('without TF32' not in forward.reason)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.split() == [str(tf32)], found.stderr
 
 
 def test_the_rule_weighs_the_sweeps() -> None:

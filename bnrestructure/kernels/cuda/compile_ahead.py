@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bnrestructure.kernels.cuda.launch import Launch, recording
+from bnrestructure.kernels.cuda.launch import FP_FUSION, Launch, recording
 from bnrestructure.kernels.cuda.variants import VARIANTS, Variant
 
 __all__ = ["PARTS", "Compiled", "compile_launch", "compile_variants", "launches", "main"]
@@ -57,6 +57,7 @@ class Compiled:
     """One kernel variant on one part. ``spills`` counts loads and stores of spilled registers; ``shared`` are bytes.
 
     ``cycles``: what a multiprocessor's four schedulers need to issue one turn of the longest loop, for all warps; 0 without a loop.
+    ``narrow``: accesses to global memory of 16 bits or less, each of which could have been an eighth of one.
     """
 
     variant: str
@@ -69,6 +70,7 @@ class Compiled:
     shared: int
     instructions: dict[str, int]
     cycles: int
+    narrow: int
 
     @property
     def expected_instruction(self) -> str:
@@ -127,7 +129,7 @@ def compile_launch(launch: Launch, part: int, variant: str) -> Compiled:
     """Compile one launch for a compute capability (80, 86, ...) and look at the result."""
     kernel, signature, constants, attributes, warps, stages = _specialised(launch)
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": FP_FUSION}
     compiled = triton.compile(source, target=GPUTarget("cuda", part, 32), options=options)
     usage, code = _disassembled(compiled.asm["cubin"])
     registers = int(usage.partition("REG:")[2].split()[0])
@@ -136,7 +138,7 @@ def compile_launch(launch: Launch, part: int, variant: str) -> Compiled:
         variant, kernel.strip("_"), part, tile, warps, registers,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)), shared=compiled.metadata.shared,
         instructions={name: len(re.findall(pattern, code)) for name, pattern in _TENSOR_CORE.items()},
-        cycles=_longest_loop(code) * warps // 4,
+        cycles=_longest_loop(code) * warps // 4, narrow=len(re.findall(r"\b(?:LDG|STG)\S*\.[US](?:8|16)\b", code)),
     )  # fmt: skip
 
 
@@ -230,6 +232,7 @@ def _print_table(found: Iterable[Compiled]) -> int:
         "spills",
         "shared KB",
         "loop cycles",
+        "narrow",
         "tensor cores",
         "faults",
         box=None,
@@ -241,7 +244,7 @@ def _print_table(found: Iterable[Compiled]) -> int:
         faults += bool(complaints)
         table.add_row(
             row.variant, row.kernel, f"sm_{row.part}", row.tile, str(row.warps), str(row.registers), str(row.spills),
-            f"{row.shared / 1024:.0f}", str(row.cycles or ""), cores, f"[red]{complaints}[/]",
+            f"{row.shared / 1024:.0f}", str(row.cycles or ""), str(row.narrow or ""), cores, f"[red]{complaints}[/]",
         )  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(table)

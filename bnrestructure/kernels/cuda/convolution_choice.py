@@ -16,6 +16,7 @@ was timed as a whole on a GPU**: tune() is how to know.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -56,6 +57,11 @@ _SCALAR = {"dgrad": 4.4, "wgrad": 3.9}
 _SCALAR_FORWARD = 2.4
 #: The hybrid must promise this share of the fused kernel's time: it needs temporaries, and the promise is rough.
 _MARGIN = 0.9
+
+
+#: Of a depthwise kernel whose weight gradient keeps a sum for each: four warps then hold half of their registers in sums.
+_MOST_TAPS = 256
+_TOO_MANY_TAPS = "by rule: a sum for each tap of so large a kernel would not fit the registers"
 
 
 class Node(NamedTuple):
@@ -119,6 +125,8 @@ def choose(node: Node, direction: str, gpu: str | None) -> Choice:
         if found is not None:
             return Choice(found.choice, found.reason)
     if node.geometry.is_depthwise(node.weight):
+        if direction == "backward" and math.prod(node.weight[2:]) > _MOST_TAPS:
+            return Choice("reference" if node.gated else "hybrid", _TOO_MANY_TAPS)
         return Choice("depthwise", "by rule: depthwise convolutions have kernels of their own")
     if node.gated:
         return Choice("fused", "by rule: only the fused kernel has a gate")

@@ -17,7 +17,8 @@ from bnrestructure.kernels.cuda.edges import EdgePixels, edge_pixels, output_gra
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import empty_pixels, packed_weight, pixels
 from bnrestructure.kernels.cuda.merge import partial_sums
-from bnrestructure.kernels.cuda.precision import offset, rounded_gradient
+from bnrestructure.kernels.cuda.precision import in_units, offset, rounded_gradient
+from bnrestructure.kernels.cuda.problem import unit_of
 from bnrestructure.kernels.cuda.residual import residual_backward
 from bnrestructure.kernels.cuda.statistics import statistics_forward
 from bnrestructure.kernels.cuda.sweeps import normalise_backward, normalise_forward
@@ -98,11 +99,14 @@ def _transformed(x: Tensor, transform: Transform, dtype: torch.dtype) -> Tensor:
 @triton.jit(do_not_specialize=("rows",))
 def _output_gradient_kernel(
     p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, d_ptr, bias_ptr, p_pitch, y_pitch, d_pitch, rows, channels,
-    WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    p_pitch, y_pitch = in_units(p_pitch, UNIT), in_units(y_pitch, UNIT)
+    d_pitch, channels = in_units(d_pitch, UNIT), in_units(channels, UNIT)
+    channel_tiles = tl.cdiv(channels, BC)
+    tile = tl.program_id(0) // channel_tiles
     row = (tile * BR + tl.arange(0, BR))[:, None]
-    columns = tl.program_id(1) * BC + tl.arange(0, BC)
+    columns = tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC)
     channel = columns[None, :]
     valid = channel < channels
     inside = (row < rows) & valid
@@ -123,8 +127,8 @@ def _output_gradient(edge: EdgePixels, dtype: torch.dtype, needs_bias: bool) -> 
     row_tiles = triton.cdiv(p.rows, tile.rows)
     sums = partial_sums(1, row_tiles, channels, p.tensor.device) if needs_bias else None
     launch(
-        _output_gradient_kernel, (row_tiles, triton.cdiv(channels, tile.channels)),
+        _output_gradient_kernel, (row_tiles * triton.cdiv(channels, tile.channels),),
         *edge.pointers, d.tensor, sums, *edge.pitches, d.pitch, p.rows, channels,
-        WIDE=edge.wide or d.wide, BR=tile.rows, BC=tile.channels, warps=tile.warps,
+        WIDE=edge.wide or d.wide, UNIT=unit_of(*edge.pitches, d.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
     return d.tensor, None if sums is None else sums[0].sum(0).to(dtype)

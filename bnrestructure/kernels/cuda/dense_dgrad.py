@@ -23,8 +23,8 @@ from bnrestructure.kernels.cuda.edges import EdgePixels, output_gradient, store_
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, packed_weight, pixels, vectors
 from bnrestructure.kernels.cuda.merge import partial_sums
-from bnrestructure.kernels.cuda.precision import multiply, restored_gradient, rounded_gradient
-from bnrestructure.kernels.cuda.problem import is_heavy, precision_of
+from bnrestructure.kernels.cuda.precision import in_units, multiply, restored_gradient, rounded_gradient
+from bnrestructure.kernels.cuda.problem import is_heavy, precision_of, tile_and_group, unit_of
 from bnrestructure.ops.edges import ConvGeometry, Join, Transform
 
 __all__ = ["InputGradient", "dgrad"]
@@ -82,11 +82,14 @@ def _dense_dgrad_kernel(
     shift_h, shift_w, shift_step_h, shift_step_w,
     ACT: tl.constexpr, SLOPE: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     ACCUMULATE: tl.constexpr, BY_IMAGE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUPS: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    p_pitch, y_pitch = in_units(p_pitch, UNIT), in_units(y_pitch, UNIT)
+    x_pitch, r_pitch, dx_pitch = in_units(x_pitch, UNIT), in_units(r_pitch, UNIT), in_units(dx_pitch, UNIT)
+    inputs = in_units(inputs, UNIT)
+    group_inputs, group_outputs = in_units(group_inputs, UNIT), in_units(group_outputs, UNIT)
     column_tiles = tl.cdiv(group_inputs, BN)
-    tile = tl.program_id(0) // column_tiles
-    group = tl.program_id(1)
+    tile, group = tile_and_group(column_tiles, GROUPS)
     column = (tl.program_id(0) % column_tiles) * BN + tl.arange(0, BN)
     column_valid = column < group_inputs
     image_tiles = tl.cdiv(CH * CW, BM)
@@ -188,14 +191,18 @@ def dgrad(
     gated = transform.gate is not None
     rows_of = [_classes(h, kh, geometry.stride[0], geometry.padding[0], geometry.dilation[0]),
                _classes(w, kw, geometry.stride[1], geometry.padding[1], geometry.dilation[1])]  # fmt: skip
+    # What meets no tap gains nothing: three quarters of the pixels before a 1x1 kernel of stride 2. A join's mask is for all of them.
+    idle = in_place and join is None
+    pairs = [(i, j) for i in rows_of[0] for j in rows_of[1] if i.taps * j.taps or not idle]
     group_outputs = outputs // geometry.groups
     r_pitch = 0 if shortcut is None else shortcut.pitch
-    heavy = is_heavy(transform, edge.p.pitch, source.pitch, r_pitch, dx.pitch, group_inputs, group_outputs)
+    sizes = (*edge.pitches, source.pitch, r_pitch, dx.pitch, group_inputs, group_outputs)
+    heavy = is_heavy(transform, *sizes)
     class_rows = dx.rows // (len(rows_of[0]) * len(rows_of[1]))
     tile = tiles.dense_dgrad(class_rows, group_inputs, group_outputs, dtype.itemsize, heavy, join is not None)
     row_tiles = [
         batch * triton.cdiv(i.size * j.size, tile.m) if gated else triton.cdiv(batch * i.size * j.size, tile.m)
-        for i in rows_of[0] for j in rows_of[1]
+        for i, j in pairs
     ]  # fmt: skip
     all_tiles = sum(row_tiles)
     has_sums = (transform.mean is not None or join is not None) and not gated
@@ -205,9 +212,9 @@ def dgrad(
     mean, scale, beta, gate = vectors(transform.mean, transform.scale, transform.beta, transform.gate)
     weight = packed_weight(weight, dtype)
     first_tile = 0
-    for count, (i, j) in zip(row_tiles, ((i, j) for i in rows_of[0] for j in rows_of[1]), strict=True):
+    for count, (i, j) in zip(row_tiles, pairs, strict=True):
         launch(
-            _dense_dgrad_kernel, (count * triton.cdiv(group_inputs, tile.n), geometry.groups),
+            _dense_dgrad_kernel, (count * geometry.groups * triton.cdiv(group_inputs, tile.n), 1),
             *edge.pointers, weight, source.tensor, mean, scale, beta, gate,
             None if shortcut is None else shortcut.tensor, *vectors(r_vectors.mean, r_vectors.scale, r_vectors.beta),
             dx.tensor, partial, gate_partial,
@@ -218,7 +225,7 @@ def dgrad(
             **activation_constants(transform.act), SH=geometry.stride[0], SW=geometry.stride[1], KH=kh, KW=kw,
             ACCUMULATE=in_place, BY_IMAGE=gated, PADDED=_leaves(i, edge.size[0]) or _leaves(j, edge.size[1]),
             WIDE=edge.wide or source.wide or dx.wide or (shortcut is not None and shortcut.wide), PRECISION=precision_of(dtype),
-            BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
+            GROUPS=geometry.groups, UNIT=unit_of(*sizes), BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
         first_tile += count
     sums = None if partial is None else partial.sum(1)

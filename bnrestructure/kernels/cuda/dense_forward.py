@@ -1,7 +1,7 @@
 """The fused convolution's forward: an implicit matrix product, [pixels, taps * C_in] by [taps * C_in, C_out].
 
 The prologue normalises and activates each block of x as it is loaded; the epilogue adds the bias, rounds, stores, and
-takes the statistics of what it stored. The groups of a grouped convolution are a grid dimension.
+takes the statistics of what it stored. The groups of a grouped convolution are programs of their own, side by side.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from bnrestructure.kernels.cuda.activation import activate, activation_constants
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, empty_pixels, packed_weight, pixels, vectors
 from bnrestructure.kernels.cuda.merge import merge_statistics, partial_statistics, store_partial_statistics
-from bnrestructure.kernels.cuda.precision import multiply, offset, rounded
-from bnrestructure.kernels.cuda.problem import geometry_constants, is_gathered, is_heavy, is_padded, precision_of
+from bnrestructure.kernels.cuda.precision import in_units, multiply, offset, rounded
+from bnrestructure.kernels.cuda.problem import geometry_constants, is_gathered, is_heavy, is_padded, precision_of, tile_and_group, unit_of
 from bnrestructure.ops.edges import ConvGeometry, Join, Transform
 
 __all__ = ["conv_forward"]
@@ -34,11 +34,14 @@ def _dense_forward_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     GATHERED: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUPS: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    x_pitch, r_pitch = in_units(x_pitch, UNIT), in_units(r_pitch, UNIT)
+    sum_pitch, y_pitch = in_units(sum_pitch, UNIT), in_units(y_pitch, UNIT)
+    inputs, outputs = in_units(inputs, UNIT), in_units(outputs, UNIT)
+    group_inputs, group_outputs = in_units(group_inputs, UNIT), in_units(group_outputs, UNIT)
     column_tiles = tl.cdiv(group_outputs, BN)
-    tile = tl.program_id(0) // column_tiles  # neighbours share the rows of x
-    group = tl.program_id(1)
+    tile, group = tile_and_group(column_tiles, GROUPS)  # neighbours share the rows of x
     row = tile * BM + tl.arange(0, BM)
     column = (tl.program_id(0) % column_tiles) * BN + tl.arange(0, BN)
     row_valid = row < rows
@@ -139,13 +142,14 @@ def conv_forward(
     gathered = is_gathered(group_inputs, kernel)
     depth = group_inputs * (kernel[0] * kernel[1] if gathered else 1)
     more = [given for given in (kept, shortcut) if given is not None]
-    heavy = is_heavy(transform, source.pitch, y.pitch, *(given.pitch for given in more), group_inputs, group_outputs)
+    sizes = (source.pitch, y.pitch, *(given.pitch for given in more), group_inputs, group_outputs)
+    heavy = is_heavy(transform, *sizes)
     tile = tiles.dense_forward(y.rows, group_outputs, depth, dtype.itemsize, gathered, heavy, join is not None)
     row_tiles = triton.cdiv(y.rows, tile.m)
     partial = partial_statistics(row_tiles, outputs, x.device) if statistics else None
     mean, scale, beta, gate, bias = vectors(transform.mean, transform.scale, transform.beta, transform.gate, bias)
     launch(
-        _dense_forward_kernel, (row_tiles * triton.cdiv(group_outputs, tile.n), geometry.groups),
+        _dense_forward_kernel, (row_tiles * geometry.groups * triton.cdiv(group_outputs, tile.n), 1),
         source.tensor, packed_weight(weight, dtype), bias, y.tensor, mean, scale, beta, gate,
         None if shortcut is None else shortcut.tensor, *vectors(r_vectors.mean, r_vectors.scale, r_vectors.beta),
         None if kept is None else kept.tensor, partial,
@@ -153,7 +157,7 @@ def conv_forward(
         y.pitch, y.rows, row_tiles, h, w, *shape[2:], inputs, outputs, group_inputs, group_outputs,
         **activation_constants(transform.act), **geometry_constants(geometry, kernel),
         GATHERED=gathered, PADDED=is_padded(geometry), WIDE=any(given.wide for given in (source, y, *more)), PRECISION=precision_of(dtype),
-        BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
+        GROUPS=geometry.groups, UNIT=unit_of(*sizes), BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     result = y.tensor if out is None or y.tensor is out else out.copy_(y.tensor)
     found = (None, None) if partial is None else merge_statistics(partial, y.rows, tile.m)

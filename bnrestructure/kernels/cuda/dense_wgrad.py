@@ -17,7 +17,7 @@ from bnrestructure.kernels.cuda.activation import activate, activation_constants
 from bnrestructure.kernels.cuda.edges import EdgePixels, output_gradient
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import pixels, vectors
-from bnrestructure.kernels.cuda.precision import multiply, offset, restored_gradient, rounded, rounded_gradient
+from bnrestructure.kernels.cuda.precision import in_units, multiply, offset, restored_gradient, rounded, rounded_gradient
 from bnrestructure.kernels.cuda.problem import (
     geometry_constants,
     is_gathered,
@@ -25,6 +25,7 @@ from bnrestructure.kernels.cuda.problem import (
     is_padded,
     precision_of,
     triton_dtype,
+    unit_of,
 )
 from bnrestructure.ops.edges import ConvGeometry, Transform
 
@@ -40,8 +41,11 @@ def _dense_wgrad_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     GATHERED: tl.constexpr, PADDED: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    DTYPE: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    p_pitch, y_pitch, x_pitch = in_units(p_pitch, UNIT), in_units(y_pitch, UNIT), in_units(x_pitch, UNIT)
+    inputs, outputs = in_units(inputs, UNIT), in_units(outputs, UNIT)
+    group_inputs, group_outputs = in_units(group_inputs, UNIT), in_units(group_outputs, UNIT)
     row_tiles = tl.cdiv(group_outputs, BM)
     group = tl.program_id(1)
     split = tl.program_id(2)
@@ -125,13 +129,14 @@ def wgrad(
     gathered = is_gathered(group_inputs, kernel)
     taps = kernel[0] * kernel[1]
     columns = group_inputs * taps if gathered else group_inputs
-    heavy = is_heavy(transform, edge.p.pitch, source.pitch, group_inputs, group_outputs)
+    sizes = (*edge.pitches, source.pitch, group_inputs, group_outputs)
+    heavy = is_heavy(transform, *sizes)
     tile = tiles.dense_wgrad(group_outputs, columns, dtype.itemsize, gathered, heavy)
     column_tiles = triton.cdiv(columns, tile.n) * (1 if gathered else taps)
     programs = triton.cdiv(group_outputs, tile.m) * column_tiles
     rows = edge.p.rows
     all_steps = triton.cdiv(rows, tile.k)
-    steps = triton.cdiv(all_steps, tiles.splits(programs * geometry.groups, all_steps))
+    steps = triton.cdiv(all_steps, tiles.splits(programs * geometry.groups, all_steps, tiles.steps_per_split(tile, dtype.itemsize)))
     splits = triton.cdiv(all_steps, steps)
     partial = torch.empty(splits, outputs, *kernel, group_inputs, dtype=torch.float32, device=x.device)
     bias = torch.empty(splits, outputs, dtype=torch.float32, device=x.device) if needs_bias else None
@@ -143,7 +148,7 @@ def wgrad(
         **activation_constants(transform.act), **geometry_constants(geometry, kernel),
         GATHERED=gathered, PADDED=is_padded(geometry), RAGGED=rows % tile.k != 0,
         WIDE=edge.wide or source.wide, PRECISION=precision_of(dtype), DTYPE=triton_dtype(dtype),
-        BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
+        UNIT=unit_of(*sizes), BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     return weight_gradient(partial, weight), None if bias is None else bias.sum(0).to(dtype)
 

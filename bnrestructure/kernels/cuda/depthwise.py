@@ -23,8 +23,8 @@ from bnrestructure.kernels.cuda.merge import (
     partial_sums,
     store_partial_statistics,
 )
-from bnrestructure.kernels.cuda.precision import offset, rounded
-from bnrestructure.kernels.cuda.problem import geometry_constants
+from bnrestructure.kernels.cuda.precision import in_units, offset, rounded
+from bnrestructure.kernels.cuda.problem import geometry_constants, unit_of
 from bnrestructure.ops.edges import ConvGeometry, Transform
 
 __all__ = ["conv_forward", "dgrad"]
@@ -37,8 +37,9 @@ def _depthwise_forward_kernel(
     ACT: tl.constexpr, SLOPE: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    x_pitch, y_pitch, channels = in_units(x_pitch, UNIT), in_units(y_pitch, UNIT), in_units(channels, UNIT)
     channel_tiles = tl.cdiv(channels, BC)
     tile = tl.program_id(0) // channel_tiles
     row = tile * BR + tl.arange(0, BR)
@@ -83,8 +84,10 @@ def _depthwise_dgrad_kernel(
     ACT: tl.constexpr, SLOPE: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    p_pitch, y_pitch, channels = in_units(p_pitch, UNIT), in_units(y_pitch, UNIT), in_units(channels, UNIT)
+    x_pitch, dx_pitch = in_units(x_pitch, UNIT), in_units(dx_pitch, UNIT)
     channel_tiles = tl.cdiv(channels, BC)
     tile = tl.program_id(0) // channel_tiles
     n = tile // image_tiles  # no tile spans two images, so that a tile's sum for the gate belongs to one of them
@@ -152,7 +155,7 @@ def conv_forward(
         source.tensor, _weight_by_tap(weight, dtype), bias, y.tensor, mean, scale, beta, gate, partial,
         source.pitch, y.pitch, y.rows, row_tiles, channels, h, w, *shape[2:],
         **activation_constants(transform.act), **geometry_constants(geometry, kernel),
-        WIDE=source.wide or y.wide, BR=tile.rows, BC=tile.channels, warps=tile.warps,
+        WIDE=source.wide or y.wide, UNIT=unit_of(source.pitch, y.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
     result = y.tensor if out is None or y.tensor is out else out.copy_(y.tensor)
     found = (None, None) if partial is None else merge_statistics(partial, y.rows, tile.rows)
@@ -189,7 +192,7 @@ def dgrad(
         *edge.pitches, source.pitch, dx.pitch, image_tiles, row_tiles, channels, h, w, *edge.size,
         **activation_constants(transform.act), **geometry_constants(geometry, weight.shape[2:]),
         ACCUMULATE=in_place, WIDE=edge.wide or source.wide or dx.wide,
-        BR=tile.rows, BC=tile.channels, warps=tile.warps,
+        UNIT=unit_of(*edge.pitches, source.pitch, dx.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
     sum_p, sum_px = (None, None) if partial is None else partial.sum(1).unbind()
     dgate = None if gate_partial is None else gate_partial.view(batch, -1, channels).sum(1)

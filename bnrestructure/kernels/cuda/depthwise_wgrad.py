@@ -16,8 +16,8 @@ from bnrestructure.kernels.cuda.dense_wgrad import weight_gradient
 from bnrestructure.kernels.cuda.edges import EdgePixels, output_gradient
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import pixels, vectors
-from bnrestructure.kernels.cuda.precision import offset, rounded
-from bnrestructure.kernels.cuda.problem import geometry_constants, triton_dtype
+from bnrestructure.kernels.cuda.precision import in_units, offset, rounded
+from bnrestructure.kernels.cuda.problem import geometry_constants, triton_dtype, unit_of
 from bnrestructure.ops.edges import ConvGeometry, Transform
 
 __all__ = ["wgrad"]
@@ -31,8 +31,10 @@ def _depthwise_wgrad_kernel(
     ACT: tl.constexpr, SLOPE: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    DTYPE: tl.constexpr, WIDE: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    DTYPE: tl.constexpr, WIDE: tl.constexpr, TAPS: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    p_pitch, y_pitch = in_units(p_pitch, UNIT), in_units(y_pitch, UNIT)
+    x_pitch, channels = in_units(x_pitch, UNIT), in_units(channels, UNIT)
     split = tl.program_id(1)
     channel = (tl.program_id(0) * BC + tl.arange(0, BC))[None, None, :]
     valid = channel < channels
@@ -101,6 +103,6 @@ def wgrad(
         *edge.pitches, source.pitch, rows, steps, channels, h, w, *edge.size,
         **activation_constants(transform.act), **geometry_constants(geometry, kernel),
         DTYPE=triton_dtype(dtype), WIDE=edge.wide or source.wide, TAPS=triton.next_power_of_2(taps),
-        BR=tile.rows, BC=tile.channels, warps=tile.warps,
+        UNIT=unit_of(*edge.pitches, source.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
     return weight_gradient(partial, weight), None if bias is None else bias.sum(0).to(dtype)

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Launch", "launch", "recording"]
+__all__ = ["FP_FUSION", "Launch", "launch", "recording"]
+
+#: Whether Triton may contract a product and a sum. Its default is to change in 3.10; what must not differ from kernel to kernel is an
+#: explicit multiply-add anyway (activation.py).
+FP_FUSION = True
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stag
         _recorded.append(Launch(kernel, arguments, constants, warps, stages))
         return
     first: Tensor = arguments[0]
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": FP_FUSION}
     if first.is_cuda:
         with torch.cuda.device(first.device):
-            kernel[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
+            kernel[grid](*arguments, **options, **constants)
     else:  # Triton's interpreter
-        kernel[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
+        kernel[grid](*arguments, **options, **constants)

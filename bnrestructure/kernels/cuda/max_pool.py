@@ -13,7 +13,8 @@ from bnrestructure.kernels.cuda.edges import store_input_gradient
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, empty_pixels, pixels, vectors
 from bnrestructure.kernels.cuda.merge import partial_sums
-from bnrestructure.kernels.cuda.precision import offset, rounded
+from bnrestructure.kernels.cuda.precision import in_units, offset, rounded
+from bnrestructure.kernels.cuda.problem import unit_of
 from bnrestructure.ops.edges import PoolGeometry, Transform
 
 __all__ = ["max_pool_backward", "max_pool_forward"]
@@ -26,10 +27,12 @@ def _max_pool_kernel(
     x_ptr, mean_ptr, scale_ptr, beta_ptr, y_ptr, index_ptr, pitch, rows, channels, H, W, OH, OW,
     ACT: tl.constexpr, SLOPE: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    pitch, channels = in_units(pitch, UNIT), in_units(channels, UNIT)
+    channel_tiles = tl.cdiv(channels, BC)
+    row = tl.program_id(0) // channel_tiles * BR + tl.arange(0, BR)
+    channel = tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC)
     valid = channel < channels
     stored = (row < rows)[:, None] & valid[None, :]
     n = row // (OH * OW)
@@ -81,11 +84,11 @@ def max_pool_forward(
     index = empty_pixels((batch, channels, h, w), torch.uint8, x.device)
     tile = tiles.depthwise(channels, streams=2)  # the largest value, and its place
     launch(
-        _max_pool_kernel, (triton.cdiv(y.rows, tile.rows), triton.cdiv(channels, tile.channels)),
+        _max_pool_kernel, (triton.cdiv(y.rows, tile.rows) * triton.cdiv(channels, tile.channels),),
         source.tensor, *vectors(transform.mean, transform.scale, transform.beta), y.tensor, index.tensor,
         source.pitch, y.rows, channels, *size, h, w,
         **activation_constants(transform.act), **_constants(geometry), WIDE=source.wide or y.wide,
-        BR=tile.rows, BC=tile.channels, warps=tile.warps,
+        UNIT=unit_of(source.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
     return y.tensor, index.tensor
 
@@ -96,11 +99,14 @@ def _max_pool_backward_kernel(
     dy_pitch, index_pitch, x_pitch, dx_pitch, rows, row_tiles, channels, H, W, OH, OW,
     ACT: tl.constexpr, SLOPE: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    dy_pitch, index_pitch = in_units(dy_pitch, UNIT), in_units(index_pitch, UNIT)
+    x_pitch, dx_pitch, channels = in_units(x_pitch, UNIT), in_units(dx_pitch, UNIT), in_units(channels, UNIT)
+    channel_tiles = tl.cdiv(channels, BC)
+    tile = tl.program_id(0) // channel_tiles
     row = tile * BR + tl.arange(0, BR)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    channel = tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC)
     row_valid = row < rows
     valid = channel < channels
     n = row // (H * W)
@@ -116,10 +122,9 @@ def _max_pool_backward_kernel(
             inside = (row_valid & meets)[:, None] & valid[None, :]
             pixel = ((n * OH + th // SH) * OW + tw // SW)[:, None]
             taken = tl.load(index_ptr + offset(pixel, index_pitch, WIDE) + channel[None, :], mask=inside, other=255)
-            inside = inside & (taken.to(tl.int32) == tap_row * KW + tap_column)
-            g += tl.load(dy_ptr + offset(pixel, dy_pitch, WIDE) + channel[None, :], mask=inside, other=0.0).to(
-                tl.float32
-            )
+            dy = tl.load(dy_ptr + offset(pixel, dy_pitch, WIDE) + channel[None, :], mask=inside, other=0.0)
+            # Chosen behind the load: a mask that differs from channel to channel forbids to load several at once.
+            g += tl.where(taken.to(tl.int32) == tap_row * KW + tap_column, dy.to(tl.float32), 0.0)
     store_input_gradient(
         g, x_ptr, mean_ptr, scale_ptr, beta_ptr, None, dx_ptr, partial_ptr, None,
         x_pitch, dx_pitch, row, channel, row_valid, valid, 0, tile, row_tiles, channels, ACT, SLOPE, ACCUMULATE, WIDE,
@@ -145,12 +150,13 @@ def max_pool_backward(
     partial = None if transform.mean is None else partial_sums(2, row_tiles, channels, x.device)
     operands = (gradient, taken, source, dx)
     launch(
-        _max_pool_backward_kernel, (row_tiles, triton.cdiv(channels, tile.channels)),
+        _max_pool_backward_kernel, (row_tiles * triton.cdiv(channels, tile.channels),),
         gradient.tensor, taken.tensor, source.tensor, *vectors(transform.mean, transform.scale, transform.beta),
         dx.tensor, partial, *(operand.pitch for operand in operands),
         source.rows, row_tiles, channels, *size, *dy.shape[2:],
         **activation_constants(transform.act), **_constants(geometry), ACCUMULATE=in_place,
-        WIDE=any(operand.wide for operand in operands), BR=tile.rows, BC=tile.channels, warps=tile.warps,
+        WIDE=any(operand.wide for operand in operands),
+        UNIT=unit_of(*(operand.pitch for operand in operands), channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
     sum_p, sum_px = (None, None) if partial is None else partial.sum(1).unbind()
     return dx.tensor if accumulate is None or in_place else accumulate.add_(dx.tensor), sum_p, sum_px

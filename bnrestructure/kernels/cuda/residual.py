@@ -17,7 +17,8 @@ from bnrestructure.kernels.cuda.merge import (
     partial_sums,
     store_partial_statistics,
 )
-from bnrestructure.kernels.cuda.precision import dithered, offset, rounded
+from bnrestructure.kernels.cuda.precision import dithered, in_units, offset, rounded
+from bnrestructure.kernels.cuda.problem import unit_of
 from bnrestructure.ops.edges import Transform
 
 __all__ = ["residual_backward", "residual_forward"]
@@ -27,11 +28,14 @@ __all__ = ["residual_backward", "residual_forward"]
 def _residual_kernel(
     y_ptr, r_ptr, y_mean_ptr, y_scale_ptr, y_beta_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, out_ptr, partial_ptr,
     y_pitch, r_pitch, out_pitch, rows, row_tiles, channels,
-    ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    y_pitch, r_pitch = in_units(y_pitch, UNIT), in_units(r_pitch, UNIT)
+    out_pitch, channels = in_units(out_pitch, UNIT), in_units(channels, UNIT)
+    channel_tiles = tl.cdiv(channels, BC)
+    tile = tl.program_id(0) // channel_tiles
     row = (tile * BR + tl.arange(0, BR))[:, None]
-    columns = tl.program_id(1) * BC + tl.arange(0, BC)
+    columns = tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC)
     channel = columns[None, :]
     valid = channel < channels
     inside = (row < rows) & valid
@@ -67,12 +71,12 @@ def residual_forward(
     row_tiles = triton.cdiv(out.rows, tile.rows)
     partial = partial_statistics(row_tiles, channels, y.device) if statistics else None
     launch(
-        _residual_kernel, (row_tiles, triton.cdiv(channels, tile.channels)),
+        _residual_kernel, (row_tiles * triton.cdiv(channels, tile.channels),),
         left.tensor, right.tensor, *vectors(ty.mean, ty.scale, ty.beta, tr.mean, tr.scale, tr.beta),
         out.tensor, partial,
         left.pitch, right.pitch, out.pitch, out.rows, row_tiles, channels,
         **activation_constants(act), WIDE=left.wide or right.wide or out.wide,
-        BR=tile.rows, BC=tile.channels, warps=tile.warps,
+        UNIT=unit_of(left.pitch, right.pitch, out.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
     found = (None, None) if partial is None else merge_statistics(partial, out.rows, tile.rows)
     return out.tensor, *found
@@ -83,11 +87,16 @@ def _residual_backward_kernel(
     dout_ptr, more_ptr, a_ptr, b_ptr, mean_ptr, y_ptr, r_ptr, out_ptr,
     y_mean_ptr, y_scale_ptr, y_beta_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, g_ptr, partial_ptr,
     dout_pitch, more_pitch, y_pitch, r_pitch, out_pitch, g_pitch, rows, row_tiles, channels,
-    FACTOR: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    FACTOR: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    dout_pitch, more_pitch, y_pitch = in_units(dout_pitch, UNIT), in_units(more_pitch, UNIT), in_units(y_pitch, UNIT)
+    r_pitch, out_pitch = in_units(r_pitch, UNIT), in_units(out_pitch, UNIT)
+    g_pitch, channels = in_units(g_pitch, UNIT), in_units(channels, UNIT)
+    channel_tiles = tl.cdiv(channels, BC)
+    tile = tl.program_id(0) // channel_tiles
     row = (tile * BR + tl.arange(0, BR))[:, None]
-    columns = tl.program_id(1) * BC + tl.arange(0, BC)
+    columns = tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC)
     channel = columns[None, :]
     valid = channel < channels
     inside = (row < rows) & valid
@@ -147,13 +156,13 @@ def residual_backward(
     operands = (gradient, *([] if added is None else [added]), left, right, kept, g)
     pitches = (gradient.pitch, 0 if added is None else added.pitch, left.pitch, right.pitch, kept.pitch, g.pitch)
     launch(
-        _residual_backward_kernel, (row_tiles, triton.cdiv(channels, tile.channels)),
+        _residual_backward_kernel, (row_tiles * triton.cdiv(channels, tile.channels),),
         gradient.tensor, None if added is None else added.tensor, *vectors(*(statistics or (None, None, None))),
         left.tensor, right.tensor, kept.tensor,
         *vectors(ty.mean, ty.scale, ty.beta, tr.mean, tr.scale, tr.beta), g.tensor, partial,
         *pitches, g.rows, row_tiles, channels, FACTOR=factor,
         **activation_constants(act), WIDE=any(operand.wide for operand in operands),
-        BR=tile.rows, BC=tile.channels, warps=tile.warps,
+        UNIT=unit_of(*pitches, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
     sums = partial.sum(1)
     return g.tensor, sums[0], None if ty.mean is None else sums[1], None if tr.mean is None else sums[-1]

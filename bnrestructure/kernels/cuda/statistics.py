@@ -13,7 +13,8 @@ from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, pixels, vector, vectors
 from bnrestructure.kernels.cuda.merge import merge_statistics, partial_statistics, store_partial_statistics
-from bnrestructure.kernels.cuda.precision import dithered, offset, rounded
+from bnrestructure.kernels.cuda.precision import dithered, in_units, offset, rounded
+from bnrestructure.kernels.cuda.problem import unit_of
 
 __all__ = ["finalize_backward", "finalize_forward", "statistics_backward", "statistics_forward"]
 
@@ -22,11 +23,14 @@ _BLOCK = 256
 
 @triton.jit(do_not_specialize=("rows", "row_tiles"))
 def _statistics_kernel(
-    x_ptr, partial_ptr, pitch, rows, row_tiles, channels, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+    x_ptr, partial_ptr, pitch, rows, row_tiles, channels,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    pitch, channels = in_units(pitch, UNIT), in_units(channels, UNIT)
+    channel_tiles = tl.cdiv(channels, BC)
+    tile = tl.program_id(0) // channel_tiles
     row = tile * BR + tl.arange(0, BR)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    channel = tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC)
     valid = channel < channels
     inside = (row < rows)[:, None] & valid[None, :]
     x = tl.load(x_ptr + offset(row[:, None], pitch, WIDE) + channel[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -42,9 +46,9 @@ def statistics_forward(x: Tensor) -> tuple[Tensor, Tensor]:
     row_tiles = triton.cdiv(source.rows, tile.rows)
     partial = partial_statistics(row_tiles, channels, x.device)
     launch(
-        _statistics_kernel, (row_tiles, triton.cdiv(channels, tile.channels)),
+        _statistics_kernel, (row_tiles * triton.cdiv(channels, tile.channels),),
         source.tensor, partial, source.pitch, source.rows, row_tiles, channels,
-        WIDE=source.wide, BR=tile.rows, BC=tile.channels, warps=tile.warps,
+        WIDE=source.wide, UNIT=unit_of(source.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
     return merge_statistics(partial, source.rows, tile.rows)
 
@@ -52,10 +56,12 @@ def statistics_forward(x: Tensor) -> tuple[Tensor, Tensor]:
 @triton.jit(do_not_specialize=("rows",))
 def _statistics_backward_kernel(
     x_ptr, mean_ptr, a_ptr, b_ptr, dx_ptr, x_pitch, dx_pitch, rows, channels,
-    ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * BR + tl.arange(0, BR))[:, None]
-    channel = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
+    x_pitch, dx_pitch, channels = in_units(x_pitch, UNIT), in_units(dx_pitch, UNIT), in_units(channels, UNIT)
+    channel_tiles = tl.cdiv(channels, BC)
+    row = (tl.program_id(0) // channel_tiles * BR + tl.arange(0, BR))[:, None]
+    channel = (tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC))[None, :]
     valid = channel < channels
     inside = (row < rows) & valid
     x = tl.load(x_ptr + offset(row, x_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
@@ -79,9 +85,10 @@ def statistics_backward(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, accumulat
     channels = x.shape[1]
     tile = tiles.sweep(channels)
     launch(
-        _statistics_backward_kernel, (triton.cdiv(source.rows, tile.rows), triton.cdiv(channels, tile.channels)),
+        _statistics_backward_kernel, (triton.cdiv(source.rows, tile.rows) * triton.cdiv(channels, tile.channels),),
         source.tensor, *vectors(mean, a, b), dx.tensor, source.pitch, dx.pitch, source.rows, channels,
-        ACCUMULATE=in_place, WIDE=source.wide or dx.wide, BR=tile.rows, BC=tile.channels, warps=tile.warps,
+        ACCUMULATE=in_place, WIDE=source.wide or dx.wide,
+        UNIT=unit_of(source.pitch, dx.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
     return dx.tensor if accumulate is None or in_place else accumulate.add_(dx.tensor)
 

@@ -13,7 +13,8 @@ from bnrestructure.kernels.cuda.edges import store_input_gradient
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import Pixels, destination, pixels, vectors
 from bnrestructure.kernels.cuda.merge import partial_sums
-from bnrestructure.kernels.cuda.precision import offset, rounded
+from bnrestructure.kernels.cuda.precision import in_units, offset, rounded
+from bnrestructure.kernels.cuda.problem import unit_of
 from bnrestructure.ops.edges import Transform
 
 __all__ = ["normalise_backward", "normalise_forward", "squeeze_backward", "squeeze_forward"]
@@ -24,10 +25,12 @@ Sums = tuple[Tensor, Tensor | None, Tensor | None]
 @triton.jit(do_not_specialize=("rows", "positions"))
 def _normalise_kernel(
     x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, z_ptr, x_pitch, z_pitch, rows, channels, positions,
-    ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * BR + tl.arange(0, BR))[:, None]
-    channel = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
+    x_pitch, z_pitch, channels = in_units(x_pitch, UNIT), in_units(z_pitch, UNIT), in_units(channels, UNIT)
+    channel_tiles = tl.cdiv(channels, BC)
+    row = (tl.program_id(0) // channel_tiles * BR + tl.arange(0, BR))[:, None]
+    channel = (tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC))[None, :]
     valid = channel < channels
     inside = (row < rows) & valid
     x = tl.load(x_ptr + offset(row, x_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
@@ -44,11 +47,11 @@ def normalise_forward(x: Tensor, transform: Transform, *, dtype: torch.dtype, ou
     _, channels, h, w = x.shape
     tile = tiles.sweep(channels)
     launch(
-        _normalise_kernel, (triton.cdiv(source.rows, tile.rows), triton.cdiv(channels, tile.channels)),
+        _normalise_kernel, (triton.cdiv(source.rows, tile.rows) * triton.cdiv(channels, tile.channels),),
         source.tensor, *vectors(transform.mean, transform.scale, transform.beta, transform.gate), z.tensor,
         source.pitch, z.pitch, source.rows, channels, h * w,
         **activation_constants(transform.act), WIDE=source.wide or z.wide,
-        BR=tile.rows, BC=tile.channels, warps=tile.warps,
+        UNIT=unit_of(source.pitch, z.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
     return z.tensor if out is None or z.tensor is out else out.copy_(z.tensor)
 
@@ -58,11 +61,14 @@ def _normalise_backward_kernel(
     x_ptr, dz_ptr, pooled_ptr, mean_ptr, scale_ptr, beta_ptr, dx_ptr, partial_ptr,
     dz_pitch, x_pitch, dx_pitch, rows, row_tiles, positions, channels,
     ACT: tl.constexpr, SLOPE: tl.constexpr, FACTOR: tl.constexpr, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    dz_pitch, x_pitch = in_units(dz_pitch, UNIT), in_units(x_pitch, UNIT)
+    dx_pitch, channels = in_units(dx_pitch, UNIT), in_units(channels, UNIT)
+    channel_tiles = tl.cdiv(channels, BC)
+    tile = tl.program_id(0) // channel_tiles
     row = tile * BR + tl.arange(0, BR)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    channel = tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC)
     row_valid = row < rows
     valid = channel < channels
     inside = row_valid[:, None] & valid[None, :]
@@ -87,17 +93,18 @@ def _backward(
     source, gradient = pixels(x), None if dz is None else pixels(dz)
     pooled = None if dpooled is None else dpooled.to(torch.float32).contiguous()
     _, channels, h, w = x.shape
+    pitches = (0 if gradient is None else gradient.pitch, source.pitch, dx.pitch)
     tile = tiles.sweep(channels)
     row_tiles = triton.cdiv(source.rows, tile.rows)
     partial = None if transform.mean is None else partial_sums(2, row_tiles, channels, x.device)
     launch(
-        _normalise_backward_kernel, (row_tiles, triton.cdiv(channels, tile.channels)),
+        _normalise_backward_kernel, (row_tiles * triton.cdiv(channels, tile.channels),),
         source.tensor, None if gradient is None else gradient.tensor, pooled,
         *vectors(transform.mean, transform.scale, transform.beta), dx.tensor, partial,
-        0 if gradient is None else gradient.pitch, source.pitch, dx.pitch, source.rows, row_tiles, h * w, channels,
+        *pitches, source.rows, row_tiles, h * w, channels,
         **activation_constants(transform.act), FACTOR=factor, ACCUMULATE=add,
         WIDE=source.wide or dx.wide or (gradient is not None and gradient.wide),
-        BR=tile.rows, BC=tile.channels, warps=tile.warps,
+        UNIT=unit_of(*pitches, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
     sum_p, sum_px = (None, None) if partial is None else partial.sum(1).unbind()
     return dx.tensor, sum_p, sum_px
@@ -116,10 +123,12 @@ def normalise_backward(
 @triton.jit(do_not_specialize=("positions",))
 def _squeeze_kernel(
     x_ptr, mean_ptr, scale_ptr, beta_ptr, pooled_ptr, pitch, positions, channels,
-    ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    image = tl.program_id(0)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    pitch, channels = in_units(pitch, UNIT), in_units(channels, UNIT)
+    channel_tiles = tl.cdiv(channels, BC)
+    image = tl.program_id(0) // channel_tiles
+    channel = tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC)
     valid = channel < channels
     total = tl.zeros((BR, BC), dtype=tl.float32)
     for start in range(0, positions, BR):
@@ -140,9 +149,10 @@ def squeeze_forward(x: Tensor, transform: Transform, *, dtype: torch.dtype) -> T
     tile = tiles.sweep(channels)
     pooled = torch.empty(batch, channels, dtype=dtype, device=x.device)
     launch(
-        _squeeze_kernel, (batch, triton.cdiv(channels, tile.channels)),
+        _squeeze_kernel, (batch * triton.cdiv(channels, tile.channels),),
         source.tensor, *vectors(transform.mean, transform.scale, transform.beta), pooled, source.pitch, h * w, channels,
-        **activation_constants(transform.act), WIDE=source.wide, BR=tile.rows, BC=tile.channels, warps=tile.warps,
+        **activation_constants(transform.act), WIDE=source.wide,
+        UNIT=unit_of(source.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
     return pooled
 

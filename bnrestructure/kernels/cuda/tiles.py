@@ -19,6 +19,7 @@ __all__ = [
     "depthwise_wgrad",
     "merge",
     "splits",
+    "steps_per_split",
     "sweep",
 ]
 
@@ -47,6 +48,17 @@ class SweepTile(NamedTuple):
 def _power(n: int, low: int, high: int) -> int:
     """The smallest power of two that is at least n, within [low, high] (both powers of two)."""
     return min(max(1 << (max(n, 1) - 1).bit_length(), low), high)
+
+
+def _width(channels: int, widest: int) -> int:
+    """Channels of an elementwise tile: the widest power of two that is not mostly beyond the last channel, 16 at least.
+
+    Each lane beyond costs as much as one within: 72 channels are five tiles of 16 and eight lanes, or two of 64 and 56.
+    """
+    widths = [width for width in (64, 32, 16) if width <= widest]
+    padded = {width: -(-channels // width) * width for width in widths}
+    least = min(padded.values())
+    return _power(channels, 8, next(width for width in widths if padded[width] <= 1.15 * least))
 
 
 def dense_forward(
@@ -95,27 +107,32 @@ def dense_wgrad(out_channels: int, columns: int, element: int, gathered: bool, h
     return DotTile(m, n, k, 8 if m * n >= 128 * 64 else 4, 2)
 
 
-def splits(programs: int, steps: int) -> int:
-    """Into how many parts to cut a reduction of ``steps`` steps, so that ``programs`` times as many fill a device."""
-    return max(1, min(_ENOUGH_PROGRAMS // max(programs, 1), steps // 8, 128))
+def splits(programs: int, steps: int, least: int = 8) -> int:
+    """Into how many parts, of ``least`` steps or more, to cut a reduction of ``steps``, so that ``programs`` times that fill a device."""
+    return max(1, min(_ENOUGH_PROGRAMS // max(programs, 1), steps // least))
+
+
+def steps_per_split(tile: DotTile, element: int) -> int:
+    """Steps of a weight gradient's reduction that read four times the bytes that its partial result takes to write and to read again."""
+    return max(8, -(-4 * 2 * 4 * tile.m * tile.n // (tile.k * (tile.m + tile.n) * element)))
 
 
 def sweep(channels: int) -> SweepTile:
     """An elementwise kernel over [rows, channels]."""
-    width = _power(channels, 8, 64)
+    width = _width(channels, 64)
     return SweepTile(8192 // width, width, 8)
 
 
 def depthwise(channels: int, streams: int) -> SweepTile:
     """Output pixels by channels of a depthwise convolution (one stream), or input pixels of its dgrad (two streams)."""
-    width = _power(channels, 8, 64)
+    width = _width(channels, 64)
     # Two streams: with more threads in a block the one or the other version of Triton spills; fewer rows mean more partial sums.
     return SweepTile(4096 // width, width, 8) if streams == 1 else SweepTile(2048 // width, width, 4)
 
 
 def depthwise_wgrad(channels: int, taps: int) -> SweepTile:
     """Pixels at a time by channels; the accumulator holds this for every tap."""
-    width = _power(channels, 8, 32)
+    width = _width(channels, 32)
     return SweepTile(max(1, 8192 // (width * _power(taps, 1, 4096))), width, 4)
 
 

@@ -44,4 +44,4 @@ def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     for name in ("sweep", "depthwise", "depthwise_wgrad"):
         monkeypatch.setattr(tiles, name, lambda *_, **__: sweep)
     monkeypatch.setattr(tiles, "merge", lambda *_: tiles.SweepTile(2, 4, 4))
-    monkeypatch.setattr(tiles, "splits", lambda programs, steps: min(steps, 3))
+    monkeypatch.setattr(tiles, "splits", lambda programs, steps, least=8: min(steps, 3))

@@ -44,6 +44,11 @@ class Case:
 
 CASES = {
     "1x1": Case(19, 21),
+    "1x1, channels in eights": Case(24, 40),
+    "1x1, channels in fours": Case(20, 12),
+    "3x3, groups of eight": Case(24, 24, (3, 3), size=(4, 5), padding=(1, 1), groups=3),
+    "3x3, groups of four, stride 2": Case(12, 8, (3, 3), size=(5, 5), padding=(1, 1), stride=(2, 2), groups=2),
+    "depthwise 3x3, channels in eights": Case(24, 24, (3, 3), padding=(1, 1), groups=24),
     "1x1, one channel": Case(1, 1, n=1, size=(1, 2)),
     "1x1, stride 2": Case(18, 5, size=(7, 6), stride=(2, 2)),
     "1x1, stride 3 and padding": Case(4, 5, size=(7, 8), stride=(3, 3), padding=(1, 2)),
@@ -134,7 +139,7 @@ def test_every_shape(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["1x1", "3x3, stride 2", "3x3, few channels", "depthwise 3x3, stride 2"])
+@pytest.mark.parametrize("name", ["1x1", "1x1, channels in eights", "3x3, stride 2", "3x3, few channels", "depthwise 3x3, stride 2"])
 def test_narrow_types(name: str, dtype: torch.dtype) -> None:
     check(CASES[name], "relu", dtype)
 

@@ -25,17 +25,19 @@ POOLS = {
 SHAPE = (2, 5, 6, 7)
 
 
-def draw(dtype: torch.dtype, act: str, layout: str = "channels_last") -> tuple[Tensor, Transform]:
-    x = in_layout((torch.randn(SHAPE) + 3 * torch.randn(1, 5, 1, 1)).to(dtype), layout)
-    return x, Transform(x.float().mean((0, 2, 3)), torch.rand(5) + 0.5, torch.randn(5), act)
+def draw(dtype: torch.dtype, act: str, layout: str = "channels_last", channels: int = 5) -> tuple[Tensor, Transform]:
+    n, _, *size = SHAPE
+    x = in_layout((torch.randn(n, channels, *size) + 3 * torch.randn(1, channels, 1, 1)).to(dtype), layout)
+    return x, Transform(x.float().mean((0, 2, 3)), torch.rand(channels) + 0.5, torch.randn(channels), act)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [5, 40])
 @pytest.mark.parametrize("name", POOLS)
-def test_max_pool(name: str, dtype: torch.dtype) -> None:
+def test_max_pool(name: str, channels: int, dtype: torch.dtype) -> None:
     """The same maxima from the same places; the gradient as near to fp64 as the reference's."""
     geometry = POOLS[name]
-    x, t = draw(dtype, "relu")
+    x, t = draw(dtype, "relu", channels=channels)
     y, index = cuda.max_pool_forward(x, t, geometry, dtype=dtype)
     expected, position = reference.max_pool_forward(x, t, geometry, dtype=dtype)
     torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)

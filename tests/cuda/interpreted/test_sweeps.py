@@ -14,7 +14,8 @@ from bnrestructure.ops.activation import PLAIN_ACTIVATIONS
 from bnrestructure.ops.edges import Transform
 
 ACTIVATIONS = (*PLAIN_ACTIVATIONS, "leaky_relu(0.1)")
-SHAPES = ((2, 5, 3, 4), (1, 1, 1, 2), (3, 4, 1, 1), (2, 9, 4, 4))
+#: The last two: channels that are multiples of 8 and of 4 alone, in several tiles.
+SHAPES = ((2, 5, 3, 4), (1, 1, 1, 2), (3, 4, 1, 1), (2, 9, 4, 4), (2, 40, 3, 3), (1, 100, 2, 3))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -1,8 +1,8 @@
-"""The nodes of benchmarks/gpu.py: each kernel at the shapes of real networks, checked against fp64 and timed."""
+"""The convolution nodes of benchmarks/gpu.py: shapes of real networks, checked against fp64; gpu_times.py times them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -12,16 +12,13 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from bnrestructure.kernels import cuda, join, reference, tuning
+from bnrestructure.kernels import cuda, join, reference
 from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cuda import convolution, convolution_fused, convolution_hybrid
-from bnrestructure.kernels.cuda.convolution_choice import choose, node_of
-from bnrestructure.ops.activation import activate
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
-__all__ = ["NODES", "RAGGED", "Node", "check_node", "compared", "distance", "poisoned", "time_node"]
+__all__ = ["NODES", "RAGGED", "Node", "check_node", "compared", "distance", "draw", "implementation", "implementations", "poisoned"]
 
 #: How much further from fp64 than PyTorch's own kernels of the same dtype a result may be.
 FACTOR = 4.0
@@ -190,37 +187,32 @@ def check_node(node: Node, dtype: torch.dtype, device: str = "cuda", batch: int 
     # One rounding is granted where the reference is exact by luck.
     unit = 2**-10 if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else torch.finfo(dtype).eps
     found: dict[str, Any] = {"ok": True}
-    for name, kernels in implementations(node).items():
-        with poisoned():
+    for name in implementations(node):
+        with poisoned(), implementation(node, name) as kernels:
             ours = results(kernels, a, dtype)
         found[name] = compared(ours, theirs, truth, unit)
         found["ok"] = found["ok"] and found[name]["ok"]
     return found
 
 
-def implementations(node: Node) -> dict[str, Any]:
-    """What can run the node, by name: the fused kernels, and the hybrid unless there is a gate.
+def implementations(node: Node) -> tuple[str, ...]:
+    """What can run the node: the fused kernels, and the hybrid unless there is a gate.
 
     Behind a join each of them finishes it, and "in turn" is the join's own sweep beside the convolution that the rule picks.
     """
-    if node.joined:
-        in_turn = SimpleNamespace(join_forward=partial(join.join_forward, cuda), join_backward=partial(join.join_backward, cuda))
-        return {"fused": _Joined("fused"), "hybrid": _Joined("hybrid"), "in turn": in_turn}
-    return {"fused": convolution_fused} | ({} if node.gated else {"hybrid": convolution_hybrid})
+    return ("fused", "hybrid", "in turn") if node.joined else ("fused",) if node.gated else ("fused", "hybrid")
 
 
-class _Joined:
-    """The kernels of a join and its convolution, with one implementation chosen for the convolution both ways."""
-
-    def __init__(self, implementation: str) -> None:
-        self.implementation = implementation
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def run(*args: Any, **options: Any) -> Any:
-            with mock.patch.object(convolution, "choose", return_value=Choice(self.implementation, "asked for")):
-                return getattr(cuda, name)(*args, **options)
-
-        return run
+@contextmanager
+def implementation(node: Node, name: str) -> Iterator[Any]:
+    """The kernels that run the node in this way; for those of a join the choice of its convolution is made beforehand, both ways."""
+    if name == "in turn":
+        yield SimpleNamespace(join_forward=partial(join.join_forward, cuda), join_backward=partial(join.join_backward, cuda))
+    elif node.joined:
+        with mock.patch.object(convolution, "choose", return_value=Choice(name, "asked for")):
+            yield cuda
+    else:
+        yield convolution_fused if name == "fused" else convolution_hybrid
 
 
 @contextmanager
@@ -239,51 +231,3 @@ def compared(ours: list[Tensor], theirs: list[Tensor], truth: list[Tensor], unit
     other = [distance(t, true) for t, true in zip(theirs, truth, strict=True)]
     fine = all(e <= FACTOR * max(r, unit) for e, r in zip(own, other, strict=True))
     return {"ok": fine, "errors": own, "reference_errors": other}
-
-
-def time_node(node: Node, ceilings: dict[str, float], batch: int = 256, device: str = "cuda") -> dict[str, Any]:
-    """Milliseconds of each implementation forward and backward, of the unfused sequence with cuDNN, and of their roofline; bf16.
-
-    ``forward_rule`` and ``backward_rule`` are what the rule of convolution_choice.py picks; check_node says whether they are right.
-    """
-    a = draw(node, batch, torch.bfloat16, device)
-    c, geometry = node.channels, node.geometry
-    zeros, ones = torch.zeros(c, device=device), torch.ones(c, device=device)
-
-    def unfused(x: Tensor, weight: Tensor) -> Tensor:
-        z = F.batch_norm(x, None, None, ones, zeros, training=True)
-        z = activate(z + a.r if node.joined else z, node.act)
-        z = z if a.transform.gate is None else z * a.transform.gate.to(z.dtype).view(batch, c, 1, 1)
-        return F.conv2d(z, weight, None, geometry.stride, geometry.padding, geometry.dilation, node.groups)
-
-    x, weight = a.x.detach().requires_grad_(), a.weight.detach().requires_grad_()
-    y = unfused(x, weight)
-    pixels_in, pixels_out = 2 * a.x.numel(), 2 * y.numel()
-    flops = 2 * y.numel() * weight[0].numel()
-    # Forward reads x and writes y. Backward reads P, y and x for dgrad and again for wgrad, and reads and writes dx. A join forward
-    # reads r and writes the sum, too, and backward reads r.
-    forward_bytes = (3 if node.joined else 1) * pixels_in + pixels_out
-    forward_bound = max(forward_bytes / ceilings["bytes"], flops / ceilings["flops"]) * 1e3
-    backward_bytes = 2 * (2 * pixels_out + pixels_in) + (3 if node.joined else 2) * pixels_in
-    backward_bound = max(backward_bytes / ceilings["bytes"], 2 * flops / ceilings["flops"]) * 1e3
-    found: dict[str, Any] = {"ok": True, "forward_bound": forward_bound, "backward_bound": backward_bound}
-    for name, kernels in implementations(node).items():
-        found[f"{name}_forward"] = milliseconds(lambda k=kernels: a.forward(k, node, torch.bfloat16), device)
-        found[f"{name}_backward"] = milliseconds(lambda k=kernels: a.backward(k, node, torch.bfloat16, a.before), device)
-    found["unfused_forward"] = milliseconds(lambda: unfused(x, weight), device)
-    found["unfused_backward"] = milliseconds(lambda: torch.autograd.grad(y, (x, weight), a.dy, retain_graph=True), device)
-    found["cudnn_forward"] = milliseconds(lambda: F.conv2d(a.x, a.weight, None, *geometry), device)
-    of = node_of(tuple(a.x.shape), tuple(a.weight.shape), geometry, not node.joined, node.gated, torch.bfloat16, True, node.joined)
-    for way in ("forward", "backward"):
-        found[f"{way}_rule"] = choose(of, way, None).implementation
-        found[f"{way}_share"] = found[f"{way}_bound"] / found[f"fused_{way}"]
-    return found
-
-
-def milliseconds(work: Callable[[], object], device: str) -> float:
-    """Median time on the device, the caches cleared before each run; on the CPU, in a dry run, that of a single one."""
-    if device == "cpu":
-        return tuning.wall_clock(work)
-    from triton.testing import do_bench
-
-    return float(do_bench(work, warmup=10, rep=60, return_mode="median"))

@@ -26,11 +26,16 @@ Result = dict[str, Any]
 Report = Callable[[Request, Result | None], None]
 
 
+#: Seconds that a killed process is waited for.
+_GONE_WITHIN = 10.0
+
+
 class _Worker:
     def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+        self.environment = environment
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=os.environ | environment, text=True
             )
 
     def ask(self, request: Request, seconds: float) -> Result:
@@ -56,33 +61,38 @@ class _Worker:
             timer.cancel()
         if isinstance(found, dict):
             return found
-        process.kill()
-        code = process.wait()
+        code = self.end()
         return {"ok": False, "error": f"no result within {seconds:.0f} s" if late.is_set() else f"the process ended with status {code}"}
 
-    def end(self) -> None:
+    def end(self) -> int | None:
+        """Its exit status; None for one that the system does not let go of, as while a driver waits for the device."""
         with contextlib.suppress(OSError):
             self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(_GONE_WITHIN)
+        return None
 
 
 class Pool:
     """Workers, started as they are needed. ``deadline`` is a time.monotonic() at which whatever runs is ended."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path, deadline: float) -> None:
-        self._start = lambda: _Worker(command, os.environ | environment, log)
+        self._start = lambda: _Worker(command, self._environment, log)
+        self._own = self._environment = environment
         self._idle: list[_Worker] = []
         self._all: list[_Worker] = []
         self._lock = threading.Lock()
         self._deadline = deadline
         self._closed = False
 
-    def run(self, requests: Iterable[Request], workers: int, seconds: float, start_until: float, report: Report) -> None:
+    def run(
+        self, requests: Iterable[Request], workers: int, seconds: float, start_until: float, report: Report, **variables: str
+    ) -> None:
         """Report each request's result, one at a time: None for one that was not started before ``start_until``, or not finished
-        when the pool's time was up.
+        when the pool's time was up. ``variables`` are added to the workers' environment.
         """
-        if workers == 1:
-            self._keep(1)
+        self._environment = self._own | variables
+        self._keep(workers)
         threads = ThreadPoolExecutor(workers)
         futures = [threads.submit(self._one, request, seconds, start_until, report) for request in requests]
         try:
@@ -119,10 +129,13 @@ class Pool:
                 report(request, result)
 
     def _keep(self, count: int) -> None:
-        """End all idle workers but this many: they hold memory, and what is timed should be alone."""
+        """End all idle workers but this many of the same environment: they hold memory, and what is timed should be alone."""
         with self._lock:
-            while len(self._idle) > count:
-                self._idle.pop().end()
+            kept = [worker for worker in self._idle if worker.environment == self._environment][:count]
+            for worker in self._idle:
+                if worker not in kept:
+                    worker.end()
+            self._idle = kept
 
     def close(self) -> None:
         """End them all."""

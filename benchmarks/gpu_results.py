@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Results"]
+__all__ = ["Results", "to_json"]
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Standard JSON: a number that is none, or infinite, is written as a word."""
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(member) for key, member in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(member) for member in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite" if value > 0 else "minus infinite"
+    return value
 
 
 class Results:
@@ -47,11 +63,16 @@ class Results:
         self._write()
         return True
 
+    def begin(self, facts: dict[str, str]) -> None:
+        """Note a run, with what may differ from run to run."""
+        self.found.setdefault("runs", []).append(facts)
+        self._write()
+
     def _write(self) -> None:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self.found, indent=1) + "\n")
+            temporary.write_text(to_json(self.found, indent=1) + "\n")
             os.replace(temporary, self.path)
         except OSError as error:
             print(f"{self.path} cannot be written: {error}; the results are in this output alone", file=sys.stderr)

@@ -12,14 +12,16 @@ import sys
 import traceback
 from typing import Any
 
+from checkout import make_importable
+from gpu_results import to_json
+
 __all__ = ["main"]
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
-    from checkout import make_importable
-
     make_importable()  # a missing package is a result, too
-    from gpu_units import release_memory, run_unit
+    from gpu_memory import release_memory
+    from gpu_units import run_unit
 
     found = run_unit(request)
     release_memory()
@@ -32,14 +34,14 @@ def main() -> int:
     os.dup2(2, 1)  # whatever a library prints must not come between the results
     for line in sys.stdin:
         try:
-            found = json.dumps(_run(json.loads(line)))
+            result = _run(json.loads(line))
         except BaseException as error:  # a result must come, whatever it was: the parent waits for it
             traceback.print_exc()
             message = (str(error).strip().splitlines() or [""])[0]
-            found = json.dumps({"ok": False, "error": f"{type(error).__name__}: {message[:300]}"})
-        results.write(found + "\n")
+            result = {"ok": False, "error": f"{type(error).__name__}: {message[:300]}"}
+        results.write(to_json(result) + "\n")
         results.flush()
-        if '"error"' in found:
+        if "error" in result:
             return 1
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -34,6 +35,8 @@ for line in sys.stdin:
     found = {"ok": name != "wrong"}
     if name == "raises":
         found = {"ok": False, "error": "RuntimeError: no luck"}
+    if name == "variable":
+        found["value"] = os.environ["A_VARIABLE"]
     if name == "environment":
         found["device"] = os.environ.get("DEVICE", "a device")
     print(json.dumps(found), flush=True)
@@ -43,31 +46,40 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def runs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(BENCHMARKS)
     pytest.importorskip("triton")
-    return importlib.import_module("gpu")
+    return importlib.import_module("gpu_run")
 
 
 @pytest.fixture
-def run(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
-    """Runs units of these names in a part of their own, by the worker above; results in tmp_path / gpu.json."""
+def work(runs: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """Runs units of these parts, all made by the worker above; results in tmp_path / gpu.json."""
     worker, started = tmp_path / "worker.py", tmp_path / "started"
     worker.write_text(WORKER)
-    monkeypatch.setattr(gpu, "worker_command", lambda: [sys.executable, str(worker), str(started)])
-    units_of = importlib.import_module("gpu_units")
+    monkeypatch.setattr(runs, "worker_command", lambda: [sys.executable, str(worker), str(started)])
 
-    def go(*names: str, workers: int = 1, unit_seconds: float = 30.0, seconds: float = 120.0, **options: Any) -> int:
-        parts = [SimpleNamespace(name=n, workers=workers, seconds=unit_seconds, requires=()) for n in ("environment", "own")]
-        monkeypatch.setattr(units_of, "PARTS", parts)
-        monkeypatch.setattr(units_of, "units", lambda part, dry: ["environment"] if part == "environment" else list(names))
-        return gpu.run(["own"], tmp_path / "gpu.json", seconds, **options)
+    def go(order: list[tuple[str, list[str]]], seconds: float = 120.0, **options: Any) -> int:
+        monkeypatch.setattr(runs, "schedule", lambda dry: [("environment", ["environment"]), *order])
+        return runs.run([part for part, _ in order], tmp_path / "gpu.json", seconds, **options)
 
     return go
 
 
-def found(tmp_path: Path) -> dict[str, Any]:
-    return json.loads((tmp_path / "gpu.json").read_text())["own"]
+@pytest.fixture
+def run(work: Callable[..., int], runs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The same for units of these names in a part of their own."""
+
+    def go(*names: str, workers: int = 1, unit_seconds: float = 30.0, **options: Any) -> int:
+        schedule = importlib.import_module("gpu_schedule")
+        monkeypatch.setitem(runs.PARTS, "own", schedule.Part(workers, unit_seconds))
+        return work([("own", list(names))], **options)
+
+    return go
+
+
+def found(tmp_path: Path, part: str = "own") -> dict[str, Any]:
+    return json.loads((tmp_path / "gpu.json").read_text()).get(part, {})
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -94,9 +106,9 @@ def test_a_unit_that_hangs_is_ended(run: Callable[..., int], tmp_path: Path) -> 
 
 
 def test_what_the_end_of_the_time_cuts_short_is_left_for_the_next_run(
-    run: Callable[..., int], gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., int], runs: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "_LAST_START", 0.5)
+    monkeypatch.setattr(runs, "_LAST_START", 0.5)
     assert run("right", "hangs", "another", seconds=4) == 0
     assert found(tmp_path) == {"right": {"ok": True}}
     assert "2 left for the next run: own: hangs, own: another" in capsys.readouterr().out
@@ -146,32 +158,139 @@ def test_a_file_that_cannot_be_written_does_not_end_the_run(
     assert 'own: right: {"ok": true}' in said.err
 
 
-def test_what_is_wrong_gets_no_time(gpu: ModuleType, tmp_path: Path) -> None:
-    from gpu_results import Results
-
-    results = Results(tmp_path / "gpu.json")
-    assert "not checked" in gpu._not_to_be_timed(results, "models", "resnet50 restructured")
-    assert gpu._not_to_be_timed(results, "models", "resnet50 eager") is None
-    results.put("steps", "resnet50", {"ok": False})
-    assert gpu._not_to_be_timed(results, "models", "resnet50 restructured graphed") is not None
-    results.put("steps", "resnet50", {"ok": True})
-    assert gpu._not_to_be_timed(results, "models", "resnet50 restructured graphed") is None
-    assert "ceilings" in gpu._not_to_be_timed(results, "kernels", "a node")
-    results.put("ceilings", "ceilings", {"ok": True})
-    assert gpu._not_to_be_timed(results, "kernels", "a node") is not None
-    results.put("check", "bfloat16 a node", {"ok": True})
-    assert gpu._not_to_be_timed(results, "kernels", "a node") is None
+MODELS = [("steps", ["net"]), ("warm", ["net restructured"]), ("models", ["net eager", "net restructured"])]
 
 
-def test_every_unit_of_a_real_run_has_a_name_of_its_own(gpu: ModuleType) -> None:
-    from gpu_units import PARTS, units
+def test_a_run_cut_in_the_checks_does_not_spoil_the_next(
+    work: Callable[..., int], runs: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "_LAST_START", 0.5)
+    order = [("steps", ["hangs"]), ("models", ["hangs eager", "hangs restructured"])]
+    assert work(order, seconds=4) == 0
+    assert "3 left for the next run: steps: hangs, models: hangs restructured, models: hangs eager" in capsys.readouterr().out
+    assert found(tmp_path, "models") == {}
+    results = runs.Results(tmp_path / "gpu.json")
+    results.put("steps", "hangs", {"ok": True, "sources": runs.facts()["sources"]})
+    assert work(order) == 0
+    assert {name: r["ok"] for name, r in found(tmp_path, "models").items()} == {"hangs eager": True, "hangs restructured": True}
 
-    assert {requirement for part in PARTS for requirement in part.requires} <= {part.name for part in PARTS}
-    for part in PARTS:
-        names = units(part.name, dry=False)
-        assert names
-        assert len(set(names)) == len(names)
-    assert set(units("kernels", False)) <= {name.partition(" ")[2] for name in units("check", False)}
+
+def test_what_is_wrong_gets_no_time_until_it_is_mended(
+    work: Callable[..., int], runs: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = runs.Results(tmp_path / "gpu.json")
+    ours = {"sources": runs.facts()["sources"]}
+    results.is_of({"device": "a device"})
+    results.put("steps", "net", {"ok": False, **ours})
+    results.put("models", "net restructured", {"ok": True, "step": 1.0, **ours})  # timed before its numbers were known to be wrong
+    assert work(MODELS) == 1
+    timed = found(tmp_path, "models")
+    assert timed["net eager"]["ok"]
+    assert timed["net restructured"]["refused"]
+    assert "numbers are wrong" in capsys.readouterr().out
+    results = runs.Results(tmp_path / "gpu.json")
+    results.put("steps", "net", {"ok": True, **ours})
+    assert work(MODELS) == 0
+    assert found(tmp_path, "models")["net restructured"] == {"ok": True, **ours}
+
+
+def test_our_results_of_other_sources_are_taken_anew_and_the_rivals_stay(
+    work: Callable[..., int], runs: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert work(MODELS) == 0
+    first = found(tmp_path, "models")
+    monkeypatch.setattr(runs, "facts", lambda: {"sources": "others", "commit": "another"})
+    kept = ("models", "net eager")
+    results = runs.Results(tmp_path / "gpu.json")
+    results.put(*kept, first["net eager"] | {"mark": 7})
+    assert work(MODELS) == 0
+    assert found(tmp_path, "models")["net eager"]["mark"] == 7
+    assert found(tmp_path, "models")["net restructured"]["sources"] == found(tmp_path, "steps")["net"]["sources"] == "others"
+    assert [r["sources"] for r in json.loads((tmp_path / "gpu.json").read_text())["runs"]] == [
+        first["net restructured"]["sources"], "others",
+    ]  # fmt: skip
+
+
+def test_a_result_of_other_sources_proves_nothing_and_is_not_shown(
+    work: Callable[..., int], runs: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert work(MODELS) == 0
+    assert "net" in capsys.readouterr().out.partition("results:")[0]
+    monkeypatch.setattr(runs, "facts", lambda: {"sources": "others"})
+    assert work(MODELS, seconds=0) == 0
+    said = capsys.readouterr().out
+    assert "restructured: failed" not in said
+    assert "left for the next run: steps: net, models: net restructured" in said
+
+
+def test_warming_is_never_kept_and_not_done_for_what_is_timed(work: Callable[..., int], tmp_path: Path) -> None:
+    def warmed() -> bool:
+        return "warm: net restructured" in (tmp_path / "said").read_text()
+
+    for expected in (True, False):
+        (tmp_path / "said").write_text("")
+        with (tmp_path / "said").open("w") as said, contextlib.redirect_stderr(said):
+            assert work([*MODELS[:2], ("models", ["net restructured", "net restructured graphed"])]) == 0
+        assert warmed() is expected
+        assert found(tmp_path, "warm") == {}
+
+
+def test_a_worker_of_another_environment_is_not_used_again(runs: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, str(tmp_path / "worker.py"), str(tmp_path / "started")]
+    pool = runs.Pool(command, {}, tmp_path / "log", time.monotonic() + 60)
+    said: list[str] = []
+    for value in ("one", "two", "two"):
+        pool.run([{"name": "variable"}], 1, 30, time.monotonic() + 30, lambda _, r: said.append(r["value"]), A_VARIABLE=value)
+    pool.close()
+    assert said == ["one", "two", "two"]
+    assert len((tmp_path / "started").read_text().split()) == 2
+
+
+def test_results_are_standard_json(runs: ModuleType, tmp_path: Path) -> None:
+    runs.Results(tmp_path / "gpu.json").put("check", "a node", {"ok": False, "errors": [float("inf"), (float("nan"), -1.0)]})
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    read = json.loads((tmp_path / "gpu.json").read_text(), parse_constant=refuse)
+    assert read["check"]["a node"]["errors"] == ["infinite", ["not a number", -1.0]]
+
+
+def test_the_order_is_that_of_what_is_worth_most(runs: ModuleType) -> None:
+    from gpu_schedule import schedule
+
+    order = [(part, name) for part, names in schedule(False) for name in names]
+    place = {unit: number for number, unit in enumerate(order)}
+    in_turn = [
+        ("steps", "densenet121"),
+        ("warm", "densenet121 compile"),
+        ("models", "densenet121 restructured tuned graphed"),
+        ("warm", "resnet50 compile"),
+        ("models", "efficientnet_b0 restructured tuned graphed"),
+        ("check", "bfloat16 sweeps gelu"),
+        ("kernels", "resnet 3x3 64->64 56"),
+        ("check", "float16 sweeps gelu"),
+        ("models", "densenet201 restructured"),
+        ("warm batch 64", "densenet121 compile"),
+        ("models of batch 64", "densenet121 compile"),
+        ("largest batch", "densenet121 restructured"),
+    ]
+    assert [place[unit] for unit in in_turn] == sorted(place[unit] for unit in in_turn)
+
+
+def test_units_come_after_what_proves_them_and_have_names_of_their_own(runs: ModuleType) -> None:
+    from gpu_schedule import PARTS, VARIANTS, WARMED, proof_of, schedule, served_by, units
+
+    order = [(part, name) for part, names in schedule(False) for name in names]
+    assert len(set(order)) == len(order)
+    assert {part for part, _ in order} == set(PARTS)
+    for number, unit in enumerate(order):
+        assert set(proof_of(*unit)) <= set(order[:number]), unit
+        assert unit[0] != "kernels" or len(proof_of(*unit)) == 2
+    for part in WARMED:
+        served = [unit for name in units(part, False) if name.startswith("resnet50") for unit in served_by(part, name)]
+        assert {name.partition(" ")[2] for _, name in served} == {v for v in VARIANTS if not v.startswith("eager")}
 
 
 def script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -193,7 +312,7 @@ def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
     assert said.returncode == 0, said.stderr[-3000:] + (tmp_path / "gpu.log").read_text()[-3000:]
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert set(results) == {
-        "environment", "ceilings", "check", "steps", "warm", "models", "kernels", "models of batch 64", "largest batch",
+        "environment", "runs", "ceilings", "check", "steps", "models", "kernels", "models of batch 64", "largest batch",
     }  # fmt: skip
-    assert all(r["ok"] for part, units in results.items() if part != "environment" for r in units.values())
+    assert all(r["ok"] for part, units in results.items() if part not in ("environment", "runs") for r in units.values())
     assert "the times below mean nothing" in said.stdout

@@ -1,0 +1,190 @@
+"""Training steps of benchmarks/gpu.py, timed: ours and its rivals, their memory, and whether what was timed trains as eager does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from gpu_capture import captured_step
+from gpu_clock import convolutions_chosen
+from gpu_memory import is_out_of_memory, no_convolution_found, release_memory
+from gpu_models import make_model, restructured
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+
+import bnrestructure
+from bnrestructure.kernels import tuning
+from bnrestructure.kernels.cuda.convolution_choice import choose
+
+__all__ = ["largest_batch", "time_model", "trains_alike"]
+
+#: The variants whose whole step is one CUDA graph.
+_CAPTURED = ("eager graphed", "compile captured", "restructured graphed", "restructured tuned graphed")
+#: Steps between two events: the device is kept busy, and the host's head start counts once.
+_STEPS = 10
+_WARM_UPS = 5
+#: How many losses are compared, the first ones, and how far they may be from eager's, as a share of its first loss. At this learning
+#: rate a network unlearns its random loss in these steps, and bf16's rounding alone moved them by up to 0.3%, the first by 0.03%
+#: (a resnet18 on a CPU).
+_COMPARED, _FIRST, _FURTHER = 12, 0.005, 0.03
+_LEARNING_RATE = 0.01
+
+
+def time_model(
+    name: str,
+    batch: int,
+    variant: str,
+    rounds: int = 5,
+    device: str = "cuda",
+    choices: Path | None = None,
+    expected: list[float] | None = None,
+) -> dict[str, Any]:
+    """Milliseconds of a training step (bf16 autocast, channels_last, SGD), its peak memory in bytes, and its first losses.
+
+    ``allocated`` is the peak of the tensors' memory, ``before`` what was in use when the unit began. A captured graph holds on to its
+    memory: there ``reserved`` is what counts. ``choices`` is the folder that the tuned variant keeps its measurements in; the others
+    choose by rule. ``expected``: eager's first losses. Without rounds, only what is compiled and captured runs.
+    """
+    if device == "cpu":  # the rest of the path is the same
+        variant = variant.removesuffix(" graphed").removesuffix(" captured").replace("compile", "eager")
+    release_memory()
+    on_gpu = device != "cpu"
+    found: dict[str, Any] = {"ok": True, "before": torch.cuda.memory_allocated() if on_gpu else 0}
+    counters["inductor"].pop("cudagraph_skips", None)
+    try:
+        with convolutions_chosen(), _measurements(choices if "tuned" in variant else None):
+            losses: list[Tensor] = []
+            step, replayed = _prepared(name, batch, variant, device, losses)
+            if on_gpu:
+                torch.cuda.synchronize()
+            if not rounds:
+                return found
+            release_memory()
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            times = [_clock(step, losses, on_gpu) for _ in range(rounds)]
+            peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if on_gpu else (0, 0)
+        found |= {"step": median(times), "fastest": min(times), "allocated": peaks[0], "reserved": peaks[1], **replayed}
+        if "compile" in variant:
+            found["cudagraph_skips"] = counters["inductor"]["cudagraph_skips"]
+        series = [float(loss) for loss in losses]
+        reason = trains_alike(series, expected, replayed.get("replayed_gradients"))
+        found |= {"ok": reason is None, "compared": expected is not None, "losses": series[:_COMPARED]}
+        return found if reason is None else {**found, "reason": reason}
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return {"ok": True, "step": None, "reason": "out of memory"}
+    finally:
+        torch.compiler.reset()
+
+
+def trains_alike(losses: list[float], expected: list[float] | None, gradients: float | None) -> str | None:
+    """Why these losses are not those of eager steps from the same start, or ``gradients``, a replay's distance, is too large; or None."""
+    if not torch.tensor(losses).isfinite().all():
+        return "the loss is not finite"
+    if gradients is not None and not gradients <= 0.02:
+        return f"a replay's gradients are {gradients:.3g} away from those of the same step as it is"
+    for number, (own, eager) in enumerate(zip(losses, expected or [], strict=False)):
+        if abs(own - eager) > (_FURTHER if number else _FIRST) * expected[0]:
+            return f"the loss of step {number} is {own:.4f}, eager's {eager:.4f}"
+    return None
+
+
+@contextmanager
+def _measurements(choices: Path | None) -> Iterator[None]:
+    """Only the tuned variant may know of measurements, it must not fill the user's own file, and the next unit knows of none."""
+    before = os.environ.get("BNRESTRUCTURE_CACHE")
+    os.environ["BNRESTRUCTURE_CACHE"] = "off" if choices is None else str(choices)
+    tuning.forget()
+    choose.cache_clear()
+    try:
+        yield
+    finally:
+        del os.environ["BNRESTRUCTURE_CACHE"]
+        if before is not None:
+            os.environ["BNRESTRUCTURE_CACHE"] = before
+        tuning.forget()
+        choose.cache_clear()
+
+
+def _clock(step: Callable[[], Tensor], losses: list[Tensor], on_gpu: bool) -> float:
+    """Milliseconds a step, of some in a row between two events; on the CPU, in a dry run, of a single one."""
+    if not on_gpu:
+        return tuning.wall_clock(lambda: losses.append(step()))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(_STEPS):
+        losses.append(step().clone())  # a graph overwrites its own
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / _STEPS
+
+
+def _prepared(
+    name: str, batch: int, variant: str, device: str, losses: list[Tensor]
+) -> tuple[Callable[[], Tensor], dict[str, float]]:
+    """A warmed-up training step, and what is known of its graph. The losses of the steps that it takes go to ``losses``."""
+    model = make_model(name, device)
+    size, classes = (16, 10) if name == "tiny" else (224, 1000)
+    x = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    target = torch.randint(classes, (batch,), device=device)
+    compiled = variant.startswith("compile")
+    if variant.startswith("restructured"):
+        restructured(model, device)
+        if "tuned" in variant and device != "cpu":
+            with torch.autocast(device, torch.bfloat16):
+                bnrestructure.tune(model, x)
+    elif compiled:
+        model.compile(mode="reduce-overhead" if variant == "compile graphed" else None)
+    step = _training_step(model, x, target, marks=variant == "compile graphed")
+    for _ in range(1 if device == "cpu" else _WARM_UPS):
+        losses.append(step().clone())
+    return captured_step(step, model, losses) if variant in _CAPTURED else (step, {})
+
+
+def _training_step(model: nn.Module, x: Tensor, target: Tensor, marks: bool) -> Callable[[], Tensor]:
+    """Forward, backward and optimiser; returns the loss. ``marks``: torch.compile's own graphs are told where a step begins."""
+    optimiser = torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE)
+
+    def step() -> Tensor:
+        if marks:
+            torch.compiler.cudagraph_mark_step_begin()
+        optimiser.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            loss = F.cross_entropy(model(x), target)
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    return step
+
+
+def largest_batch(name: str, variant: str, device: str = "cuda", most: int = 2**14) -> dict[str, Any]:
+    """The largest batch, in steps of a quarter of a power of two, whose training step fits in the device's memory.
+
+    From the smallest power of two that does not fit, back: a few steps at each are all that it takes.
+    """
+
+    def fits(batch: int) -> bool:
+        try:
+            return "reason" not in time_model(name, batch, variant, 0, device)
+        except RuntimeError as error:
+            if no_convolution_found(error):
+                return False
+            raise
+
+    power = 2 if device == "cpu" else 64
+    if not fits(power):
+        return {"ok": False, "reason": f"a batch of {power} does not fit"}
+    while 2 * power <= most and fits(2 * power):
+        power *= 2
+    quarter = max(power // 4, 1)
+    batch = next((b for b in (power + 3 * quarter, power + 2 * quarter, power + quarter) if b <= most and fits(b)), power)
+    return {"ok": True, "batch": batch}

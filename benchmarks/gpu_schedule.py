@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from gpu_nodes import NODES, RAGGED, Node
 
-__all__ = ["ACTIVATIONS", "BATCHES", "DTYPES", "PARTS", "VARIANTS", "WARMED", "Part", "nodes", "proof_of", "schedule", "served_by", "units"]
+__all__ = [
+    "ACTIVATIONS", "BATCHES", "DTYPES", "PARTS", "SWEPT", "VARIANTS", "WARMED", "Part",
+    "nodes", "proof_of", "schedule", "served_by", "swept_shapes", "units",
+]  # fmt: skip
 
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu(0.1)")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -31,6 +34,10 @@ _SERVES = {
     "compile": ("compile", "compile captured"),
     "compile graphed": ("compile graphed",),
 }
+#: (act, channels, height and width) at which the kernels that are no convolution are checked and timed, too.
+SWEPT = {f"sweeps {act} {c} {size}": (act, c, size) for act, c, size in (
+    ("relu", 256, 56), ("relu", 64, 112), ("relu", 1024, 7), ("silu", 240, 28),
+)}  # fmt: skip
 _JOIN = next(node for node in NODES if node.joined)
 
 
@@ -72,9 +79,10 @@ def schedule(dry: bool) -> list[tuple[str, list[str]]]:
         found += _timed("models", name)
     first, *others = ["bfloat16"] if dry else DTYPES
     shapes = list(nodes(dry))
+    swept = list(swept_shapes(dry))
     sweeps = [f"sweeps {act}" for act in (ACTIVATIONS[1:2] if dry else ACTIVATIONS)]
-    found.append(("check", [f"{first} {name}" for name in (*shapes, *sweeps)]))
-    found.append(("kernels", [name for name in shapes if dry or name not in {node.name for node in RAGGED}]))
+    found.append(("check", [f"{first} {name}" for name in (*shapes, *sweeps, *swept)]))
+    found.append(("kernels", [*(name for name in shapes if dry or name not in {node.name for node in RAGGED}), *swept]))
     if others:
         found.append(("check", [f"{dtype} {name}" for dtype in others for name in (*shapes, *sweeps)]))
     if not dry:
@@ -117,3 +125,8 @@ def nodes(dry: bool) -> dict[str, Node]:
         return {node.name: node for node in (*NODES, *RAGGED)}
     small = [replace(node, name=f"small {node.name}", channels=4, out=4, size=5) for node in (NODES[0], NODES[3], _JOIN)]
     return {node.name: node for node in small}
+
+
+def swept_shapes(dry: bool) -> dict[str, tuple[str, int, int]]:
+    """``SWEPT``; a tiny one for a dry run."""
+    return {"sweeps relu 4 5": ("relu", 4, 5)} if dry else SWEPT

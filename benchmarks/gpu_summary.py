@@ -39,20 +39,38 @@ def summarise(found: dict[str, Any], parts: set[str]) -> list[str]:
 
 def _kernels(timed: dict[str, Any]) -> None:
     right = {name: r for name, r in timed.items() if r.get("ok")}
+    shares = []
     for name, r in right.items():
-        ways = []
-        launched = r.get("not_captured", {})
-        for way in ("forward", "backward"):
-            pairs = [(kind, f"{kind}_{way}") for kind in _KINDS if r.get(f"{kind}_{way}")]
-            times = ", ".join(f"{kind} {r[key]:.3f}{'*' if key in launched else ''}" for kind, key in pairs)
-            ways.append(f"{way} {times} (rule: {r[f'{way}_rule']}; bound {r[f'{way}_bound']:.3f})")
-        print(f"{name:34} ms: {'; '.join(ways)}")
+        print(f"{name:34} ms: {'; '.join(_ways(r) if 'times' not in r else _sweeps(r))}")
+        if "times" in r:
+            shares += [(bound / r["times"][kernel], f"{name}: {kernel}") for kernel, bound in r["bounds"].items()]
+        else:
+            shares += [(r[f"{way}_share"], f"{name} {way}") for way in ("forward", "backward")]
     reasons = [reason for r in right.values() for reason in r.get("not_captured", {}).values()]
     if reasons:
         print(f"* with its launches from Python, as it could not be captured: {reasons[0]}")
-    shares = sorted((r[f"{way}_share"], f"{name} {way}") for name, r in right.items() for way in ("forward", "backward"))
-    for share, name in shares[:3]:
+    for share, name in sorted(shares)[:3]:
         print(f"furthest from its roofline: {name}, {share:.0%}")
+
+
+def _ways(r: dict[str, Any]) -> list[str]:
+    """A convolution's times forward and backward."""
+    ways = []
+    for way in ("forward", "backward"):
+        pairs = [(kind, f"{kind}_{way}") for kind in _KINDS if r.get(f"{kind}_{way}")]
+        times = ", ".join(f"{kind} {r[key]:.3f}{_mark(r, key)}" for kind, key in pairs)
+        ways.append(f"{way} {times} (rule: {r[f'{way}_rule']}; bound {r[f'{way}_bound']:.3f})")
+    return ways
+
+
+def _sweeps(r: dict[str, Any]) -> list[str]:
+    """The times of the kernels that are no convolution."""
+    bounds = {kernel: f" (bound {bound:.3f})" for kernel, bound in r["bounds"].items()}
+    return [f"{kernel} {time:.3f}{_mark(r, kernel)}{bounds.get(kernel, '')}" for kernel, time in r["times"].items()]
+
+
+def _mark(r: dict[str, Any], key: str) -> str:
+    return "*" if key in r.get("not_captured", {}) else ""
 
 
 def compare_models(part: str, timed: dict[str, Any]) -> list[str]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from gpu_models import check_step
 from gpu_nodes import NODES, check_node
-from gpu_schedule import BATCHES, DTYPES, WARMED, nodes
+from gpu_schedule import BATCHES, DTYPES, WARMED, nodes, swept_shapes
 from gpu_steps import largest_batch, time_model
-from gpu_sweeps import check_sweeps
+from gpu_sweeps import check_sweeps, time_sweeps
 from gpu_times import time_node
 
 import bnrestructure
@@ -41,12 +41,19 @@ def run_unit(request: dict[str, Any]) -> dict[str, Any]:
         case "ceilings":
             return {"ok": True, "bytes": copy_bandwidth(device), "flops": fma_ceiling(device, torch.bfloat16)}
         case "check":
+            if rest in swept_shapes(dry):
+                act, channels, size = swept_shapes(dry)[rest]
+                return check_sweeps(act, DTYPES[first], device, (2 if dry else 16, channels, size, size))
             if rest.startswith("sweeps "):
                 return check_sweeps(rest.partition(" ")[2], DTYPES[first], device)
             node, timed = nodes(dry)[rest], not dry and first == "bfloat16" and rest in {n.name for n in NODES}
             return check_node(node, DTYPES[first], device, batch=_CHECKED_BATCH if timed else 4 if not dry else 2)
         case "kernels":
-            return time_node(nodes(dry)[name], request["ceilings"], 2 if dry else 256, device)
+            batch = 2 if dry else 256
+            if name in swept_shapes(dry):
+                act, channels, size = swept_shapes(dry)[name]
+                return time_sweeps(act, (batch, channels, size, size), request["ceilings"], device)
+            return time_node(nodes(dry)[name], request["ceilings"], batch, device)
         case "steps":
             return check_step(first, device, *((2, 16) if dry else ()))
         case "largest batch":

@@ -67,6 +67,20 @@ def test_graphs_that_were_not_used_are_told_of(gpu: dict[str, ModuleType], timed
     assert "its CUDA graphs skipped 3 times" in lines(gpu, timed)
 
 
+def test_kernels_timed_with_their_launches_are_marked(gpu: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]) -> None:
+    known = {"rule": "fused", "bound": 1.0, "share": 0.5}
+    node: dict[str, Any] = {f"{way}_{what}": value for way in ("forward", "backward") for what, value in known.items()}
+    node |= {"ok": True, "fused_forward": 2.0, "fused_backward": 3.0, "not_captured": {"fused_backward": "RuntimeError: no"}}
+    swept = {"ok": True, "times": {"normalise_forward": 4.0, "finalize_forward": 1.0}, "bounds": {"normalise_forward": 1.0}}
+    gpu["gpu_summary"].summarise({"kernels": {"a node": node, "sweeps relu 4 5": swept, "wrong": {"ok": False}}}, set())
+    said = capsys.readouterr().out
+    assert "fused 2.000 (rule" in said
+    assert "fused 3.000* (rule" in said
+    assert "* with its launches from Python, as it could not be captured: RuntimeError: no" in said
+    assert "normalise_forward 4.000 (bound 1.000); finalize_forward 1.000\n" in said
+    assert "furthest from its roofline: sweeps relu 4 5: normalise_forward, 25%" in said
+
+
 def test_what_trains_otherwise_than_eager_is_found(gpu: dict[str, ModuleType]) -> None:
     alike = gpu["gpu_steps"].trains_alike
     eager = [7.12, 5.65, 4.72, 4.07]

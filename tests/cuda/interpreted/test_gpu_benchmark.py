@@ -44,3 +44,29 @@ def test_a_wrong_kernel_does_not(nodes: ModuleType, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "conv_forward", wrong)
     for joined in (False, True):
         assert not nodes.check_node(nodes.Node("tiny", 5, 4, 5, joined=joined), torch.float32, "cpu", batch=2)["ok"]
+
+
+@pytest.mark.own_tiles
+@pytest.mark.parametrize("kernel", ["normalise_forward", "max_pool_backward", "squeeze_backward"])
+def test_a_wrong_sweep_does_not(nodes: ModuleType, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    from bnrestructure.kernels import cuda
+
+    right = getattr(cuda, kernel)
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        found = right(*args, **options)
+        return found * 1.1 if isinstance(found, torch.Tensor) else (found[0] * 1.1, *found[1:])
+
+    monkeypatch.setattr(cuda, kernel, wrong, raising=False)
+    assert not importlib.import_module("gpu_sweeps").check_sweeps("silu", torch.float32, "cpu", shape=(2, 5, 6, 5))["ok"]
+
+
+@pytest.mark.own_tiles
+def test_each_sweep_is_timed_against_its_bytes(nodes: ModuleType) -> None:
+    shape = (2, 4, 5, 6)
+    found = importlib.import_module("gpu_sweeps").time_sweeps("relu", shape, {"bytes": 1e3}, "cpu")
+    full, vector = 2 * 2 * 4 * 5 * 6, 4 * 4
+    assert found["bounds"]["statistics_forward"] == full + 2 * vector
+    assert found["bounds"]["normalise_backward"] == 4 * full + 2 * vector  # dz, x and what is added to; dx; two sums
+    assert found["bounds"]["max_pool_forward"] == full + 3 * 2 * 4 * 3 * 3  # the maxima in two bytes, their places in one
+    assert set(found["times"]) - set(found["bounds"]) == {"finalize_forward", "finalize_backward"}

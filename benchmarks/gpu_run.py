@@ -19,6 +19,8 @@ __all__ = ["run"]
 
 #: Nothing new is started this long before the end.
 _LAST_START = 20.0
+#: What this process may use; more than 16 compile nothing faster.
+_CORES = min(len(os.sched_getaffinity(0)), 16)
 
 
 def run(chosen: list[str], path: Path, seconds: float, *, dry: bool = False, retry: bool = False) -> int:
@@ -65,8 +67,7 @@ class _Run:
     def go(self, part: str, names: list[str]) -> None:
         """Run those of the units that have no result yet, or only one of other sources; those that failed side by side, again alone."""
         wanted = [name for name in names if self._is_due(part, name)]
-        cores = os.cpu_count() or 1
-        workers = min(PARTS[part].workers, max(1, cores - 2))
+        workers = min(PARTS[part].workers, max(1, _CORES - 2))
         failed = self._ask(part, wanted, workers)
         if failed and workers > 1:  # they may have been short of memory
             self._ask(part, failed, 1)
@@ -131,8 +132,7 @@ class _Run:
                 again.append(name)
 
         requests = [{"part": part, "name": name, "dry": self._dry, **self._known(part, name)} for name in names]
-        threads = max(1, (os.cpu_count() or 1) // workers)  # for compiling
-        variables = {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+        variables = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, _CORES // workers))}
         self.pool.run(requests, workers, PARTS[part].seconds, self._end - _LAST_START, report, **variables)
         return again
 

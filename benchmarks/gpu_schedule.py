@@ -17,8 +17,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 MODELS = ("densenet121", "resnet50", "mobilenet_v2", "efficientnet_b0")
 #: Timed at the large batch alone, after what takes less long to compile.
 LAST_MODEL = "densenet201"
-#: What is timed against each other. "graphed" is a CUDA graph of the whole step, for "compile" the one that it makes itself, of the
-#: model alone; "captured" is its model in a graph like ours.
+#: What is timed against each other, eager first. "graphed" is a CUDA graph of the whole step, for "compile" the one that it makes
+#: itself, of the model alone; "captured" is its model in a graph like ours.
 VARIANTS = (
     "eager", "eager graphed", "compile", "compile graphed", "compile captured",
     "restructured", "restructured graphed", "restructured tuned graphed",
@@ -94,9 +94,10 @@ def schedule(dry: bool) -> list[tuple[str, list[str]]]:
 
 
 def _timed(part: str, model: str) -> list[tuple[str, list[str]]]:
-    """What compiles the variants of a model, then what times them."""
+    """What compiles the variants of a model; then eager, whose losses the others' are compared with; then the others."""
     warming = next(warm for warm, timed in WARMED.items() if timed == part)
-    return [(warming, [f"{model} {variant}" for variant in _SERVES]), (part, [f"{model} {variant}" for variant in VARIANTS])]
+    first, *others = (f"{model} {variant}" for variant in VARIANTS)
+    return [(warming, [f"{model} {variant}" for variant in _SERVES]), (part, [first]), (part, others)]
 
 
 def units(part: str, dry: bool) -> list[str]:

@@ -315,4 +315,5 @@ def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
         "environment", "runs", "ceilings", "check", "steps", "models", "kernels", "models of batch 64", "largest batch",
     }  # fmt: skip
     assert all(r["ok"] for part, units in results.items() if part not in ("environment", "runs") for r in units.values())
+    assert all(r["compared"] for name, r in results["models"].items() if name != "tiny eager")  # with eager's losses
     assert "the times below mean nothing" in said.stdout

@@ -35,6 +35,8 @@ for line in sys.stdin:
     found = {"ok": name != "wrong"}
     if name == "raises":
         found = {"ok": False, "error": "RuntimeError: no luck"}
+    if name == "net short of memory":
+        found = {"ok": False, "reason": "out of memory"}
     if name == "variable":
         found["value"] = os.environ["A_VARIABLE"]
     if name == "environment":
@@ -233,6 +235,17 @@ def test_warming_is_never_kept_and_not_done_for_what_is_timed(work: Callable[...
             assert work([*MODELS[:2], ("models", ["net restructured", "net restructured graphed"])]) == 0
         assert warmed() is expected
         assert found(tmp_path, "warm") == {}
+
+
+def test_what_ran_out_of_memory_beside_others_is_compiled_again_alone(
+    work: Callable[..., int], runs: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "_CORES", 8)
+    monkeypatch.setattr(runs, "served_by", lambda part, name: [("models", name)])
+    assert work([("warm", ["net short of memory", "net wrong", "wrong"])]) == 0
+    said = capsys.readouterr().err
+    assert said.count("warm: net short of memory") == 2
+    assert said.count("warm: wrong") == 1
 
 
 def test_a_worker_of_another_environment_is_not_used_again(runs: ModuleType, tmp_path: Path) -> None:

@@ -68,8 +68,7 @@ class _Run:
         """Run those of the units that have no result yet, or only one of other sources; those that failed side by side, again alone."""
         wanted = [name for name in names if self._is_due(part, name)]
         workers = min(PARTS[part].workers, max(1, _CORES - 2))
-        failed = self._ask(part, wanted, workers)
-        if failed and workers > 1:  # they may have been short of memory
+        if failed := self._ask(part, wanted, workers):
             self._ask(part, failed, 1)
 
     def up_to_date(self) -> dict[str, Any]:
@@ -113,8 +112,13 @@ class _Run:
         return None
 
     def _ask(self, part: str, names: list[str], workers: int) -> list[str]:
-        """Have these run; returns those that failed otherwise than by wrong numbers."""
-        again = []
+        """Have these run; returns those to be run again alone: those that failed side by side otherwise than by wrong numbers.
+
+        They may have been short of memory, and if there is no time to try, that they failed must not be what is remembered.
+        """
+        again: list[str] = []
+        if not names:
+            return again  # and the workers of the other parts live on
 
         def report(request: dict[str, Any], result: dict[str, Any] | None) -> None:
             name = request["name"]
@@ -122,14 +126,14 @@ class _Run:
                 if PARTS[part].kept:
                     self.left.append(f"{part}: {name}")
                 return
-            if PARTS[part].kept:
+            if workers > 1 and (result.get("reason") == "out of memory" if part in WARMED else "error" in result):
+                again.append(name)
+            elif PARTS[part].kept:
                 self._put(part, name, result)
             line = json.dumps(result, default=str)[:300]  # in the run's output, too: the file may be lost
             print(f"[{time.monotonic() - self._start:4.0f} s] {part}: {name}: {line}", file=sys.stderr, flush=True)
             if part == "environment":
                 self._begin(result)
-            if result.get("reason") == "out of memory" if part in WARMED else "error" in result:
-                again.append(name)
 
         requests = [{"part": part, "name": name, "dry": self._dry, **self._known(part, name)} for name in names]
         variables = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, _CORES // workers))}

@@ -70,7 +70,8 @@ def work(runs: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> C
 
 @pytest.fixture
 def run(work: Callable[..., int], runs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """The same for units of these names in a part of their own."""
+    """The same for units of these names in a part of their own, with as many processors as it needs."""
+    monkeypatch.setattr(runs, "_CORES", 16)
 
     def go(*names: str, workers: int = 1, unit_seconds: float = 30.0, **options: Any) -> int:
         schedule = importlib.import_module("gpu_schedule")
@@ -116,6 +117,27 @@ def test_what_the_end_of_the_time_cuts_short_is_left_for_the_next_run(
     assert "2 left for the next run: own: hangs, own: another" in capsys.readouterr().out
     assert run("right", "another") == 0
     assert set(found(tmp_path)) == {"right", "another"}
+
+
+def test_a_failure_beside_others_is_no_result_if_there_is_no_time_to_try_alone(
+    run: Callable[..., int], runs: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "_LAST_START", 0.5)
+    assert run("raises", "hangs", workers=2, seconds=4) == 0
+    assert found(tmp_path) == {}
+    assert "2 left for the next run: own: hangs, own: raises" in capsys.readouterr().out
+    assert run("raises", workers=2) == 1
+    assert found(tmp_path)["raises"]["error"] == "RuntimeError: no luck"
+
+
+def test_workers_live_on_where_nothing_is_to_be_done(
+    work: Callable[..., int], runs: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runs, "_CORES", 8)
+    assert work([("steps", ["net"]), ("models", ["net restructured", "net restructured graphed"])]) == 0
+    (tmp_path / "started").unlink()
+    assert work([("models", ["net eager"]), ("warm", ["net restructured"]), ("models", ["net compile"])]) == 0
+    assert len((tmp_path / "started").read_text().split()) == 1
 
 
 def test_runs_are_resumed_and_failures_retried_on_request(run: Callable[..., int], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from bnrestructure.kernels import cuda, join, reference
 from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cuda import convolution, convolution_fused, convolution_hybrid
+from bnrestructure.kernels.cuda.device import uses_tf32
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
 __all__ = ["NODES", "RAGGED", "Node", "check_node", "compared", "distance", "draw", "implementation", "implementations", "poisoned"]
@@ -185,7 +186,7 @@ def check_node(node: Node, dtype: torch.dtype, device: str = "cuda", batch: int 
 
     truth, theirs = results(reference, wide, torch.float64), results(reference, a, dtype)
     # One rounding is granted where the reference is exact by luck.
-    unit = 2**-10 if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else torch.finfo(dtype).eps
+    unit = 2**-10 if dtype == torch.float32 and uses_tf32() else torch.finfo(dtype).eps
     found: dict[str, Any] = {"ok": True}
     for name in implementations(node):
         with poisoned(), implementation(node, name) as kernels:

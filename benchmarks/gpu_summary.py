@@ -10,8 +10,13 @@ __all__ = ["compare_models", "summarise"]
 
 _OURS = "restructured"
 _KINDS = ("fused", "hybrid", "in turn", "unfused")
-#: What is aimed at, where something is.
-_SPEED_GOALS = {("models", "densenet201"): "at least 1.6x"}
+#: What is aimed at, at the large batch; where nothing else is said, not to be slower.
+_SPEED_GOALS = {
+    ("models", "densenet121"): "at least 1.6x",
+    ("models", "densenet201"): "at least 1.6x",
+    ("models", "resnet50"): "at least 1.10x",
+    ("models", "mobilenet_v2"): "at least 1.3x",
+}
 _MEMORY_GOALS = {("models", "densenet121"): "at most 0.35x"}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from bnrestructure import ops
 from bnrestructure.graph.layers import modules_of
 from bnrestructure.kernels import registry
+from bnrestructure.kernels.folded import folded_kernels
 from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.ops.edges import ConvGeometry, Transform
 from bnrestructure.plan import Kernel
@@ -71,7 +72,7 @@ def _kernel(
         reason = registry.unavailable_reason(device)
     if reason is None and min(*x, *geometry.output_size(x[2:], weight[2:])) < 1:
         reason = "an empty tensor"
-    module = registry.implementation(device) if reason is None else None
+    module: Any = registry.implementation(device) if reason is None else None
     if module is None:
         reason = reason or f"this installation has no {device} kernels"
         return Kernel(name, x, "reference", reason, "reference", reason)
@@ -81,5 +82,7 @@ def _kernel(
     rides = torch.empty(0) if of["mean"] is not None and not joins else None
     gate = torch.empty(x[:2], device="meta") if of["gate"] is not None else None
     transform = Transform(rides, rides, rides, "identity" if joins else str(of["act"]), gate)
+    if len(x) != 4:
+        module = folded_kernels(module)
     forward, backward = module.convolution_choices(x, weight, transform, geometry, dtype, joins)
     return Kernel(name, x, *forward, *backward)

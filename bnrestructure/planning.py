@@ -108,7 +108,6 @@ def _sites(path: str, before: fx.GraphModule, after: fx.GraphModule) -> Iterator
     left = {n.meta["bnr_site"]: n for n in after.graph.nodes if "bnr_site" in n.meta and n.target is not ops.finalize}
     left |= {site: n for n in after.graph.nodes for site in n.meta.get("bnr_kept", [])}
     refusals = {r.node.meta["bnr_site"]: r.reason for r in find_batch_norms(after) if isinstance(r, Refusal)}
-    refusals |= {n.meta["bnr_site"]: n.meta["bnr_refusal"] for n in left.values() if "bnr_refusal" in n.meta}
     refusals |= {site: _LONELY for n in left.values() for site in n.meta.get("bnr_kept", [])}
     refused_statistics = {r.node: r.reason for r in find_conv_statistics(after) if isinstance(r, Refusal)}
     swept: set[fx.Node] = set()

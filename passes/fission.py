@@ -9,10 +9,10 @@ from torch import fx
 
 from bnrestructure import ops
 from bnrestructure.graph.fused import output
-from bnrestructure.graph.layers import module_path, modules_of, reference
+from bnrestructure.graph.layers import module_path, reference
 from bnrestructure.ops.synchronise import synchronise
 from bnrestructure.passes.base import Fuel, PassResult, finish
-from bnrestructure.patterns.batch_norm import BatchNormMatch, find_batch_norms, is_two_dimensional
+from bnrestructure.patterns.batch_norm import BatchNormMatch, find_batch_norms
 
 __all__ = ["Fission"]
 
@@ -21,23 +21,16 @@ __all__ = ["Fission"]
 class Fission:
     """``z = batch_norm(y)`` -> ``mean, var = statistics(y); scale, beta = finalize(...); z = normalise(y, mean, scale, beta)``.
 
-    SyncBatchNorm gains a step between the first two that merges the statistics of all ranks. ``only_2d`` leaves batch norms of 1-D and
-    3-D data alone: only the reference kernels have them, and those are slower than the layer itself.
+    SyncBatchNorm gains a step between the first two that merges the statistics of all ranks.
     """
 
     name: ClassVar[str] = "fission"
-    only_2d: bool = False
     fuel: Fuel = field(default_factory=Fuel, compare=False)
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         count = 0
-        modules = modules_of(graph_module)
         for match in find_batch_norms(graph_module):
-            if not isinstance(match, BatchNormMatch):
-                continue
-            if self.only_2d and not is_two_dimensional(match, modules):
-                match.node.meta["bnr_refusal"] = "the fast kernels are 2-D; backend='reference' would restructure it for memory's sake"
-            elif self.fuel.take():
+            if isinstance(match, BatchNormMatch) and self.fuel.take():
                 _split(graph_module.graph, match)
                 count += 1
         return finish(graph_module, count)

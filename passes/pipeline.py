@@ -74,7 +74,7 @@ def steps(names: Sequence[str], backend: str = "auto", fuel: int | None = None) 
     rewrites = {p.name: p for p in _REWRITES}
     for name in names:
         if name == Fission.name:
-            yield Fission(only_2d=backend != "reference", fuel=tank)
+            yield Fission(fuel=tank)
         elif name != SelectKernels.name:
             yield rewrites[name](fuel=tank)
     if backend != "auto" or SelectKernels.name in names:

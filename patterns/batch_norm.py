@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import fx
 
-from bnrestructure.graph.layers import BatchNormLayer, ConvLayer, batch_norm_of, conv_of, modules_of
+from bnrestructure.graph.layers import BatchNormLayer, batch_norm_of, modules_of
 from bnrestructure.patterns.base import Refusal
 
-__all__ = ["BatchNormMatch", "find_batch_norms", "is_two_dimensional"]
+__all__ = ["BatchNormMatch", "find_batch_norms"]
 
 
 @dataclass(frozen=True)
@@ -18,20 +18,6 @@ class BatchNormMatch:
 
     node: fx.Node
     layer: BatchNormLayer
-
-
-def is_two_dimensional(match: BatchNormMatch, modules: dict[str, nn.Module]) -> bool:
-    """Whether the layer normalises [N, C, H, W], as far as the graph tells: functional forms are taken at their producer's word."""
-    module = modules.get(str(match.node.target)) if match.node.op == "call_module" else None
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm3d):
-        return False
-    if isinstance(module, nn.BatchNorm2d):
-        return True
-    producer = conv_of(match.layer.input, modules)
-    if isinstance(producer, ConvLayer):
-        return len(producer.stride) == 2
-    example = match.layer.input.meta.get("example_value")
-    return example is None or example.dim() == 4
 
 
 def find_batch_norms(gm: fx.GraphModule) -> list[BatchNormMatch | Refusal]:

@@ -42,10 +42,12 @@ def pool_reader(node: fx.Node, normalise: fx.Node, z: fx.Node, modules: dict[str
     """What ``node`` is, if it pools z, the result of ``normalise``, and can do without z in memory."""
     window = max_pool_of(node, modules)
     if window is not None and window["input"] is z:
+        if _is_4d(normalise, modules) is False:
+            return None
         return PoolReader(normalise, node, "max", window)
     window = avg_pool_of(node, modules)
     if window is not None and window["input"] is z:
-        divisible = is_homogeneous(str(normalise.kwargs["act"])) and _is_4d(normalise, modules)
+        divisible = is_homogeneous(str(normalise.kwargs["act"])) and _is_4d(normalise, modules) is True
         return PoolReader(normalise, node, "average", window) if divisible else None
     average = averages_of(node, normalise, z, modules)
     if average is not None and len(z.users) == 1:
@@ -58,21 +60,28 @@ def averages_of(reader: fx.Node, normalise: fx.Node, z: fx.Node, modules: dict[s
     average = global_average_of(reader, modules)
     if average is None or average.input is not z:
         return None
-    return average if _is_4d(normalise, modules) or not average.only_4d else None
+    is_4d = _is_4d(normalise, modules)
+    return average if is_4d or (is_4d is None and not average.only_4d) else None
 
 
-def _is_4d(normalise: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether a normalise is of [N, C, H, W] for certain: its batch norm is a BatchNorm2d or 2-D convolutions made its input."""
+def _is_4d(normalise: fx.Node, modules: dict[str, nn.Module]) -> bool | None:
+    """Whether a normalise is of [N, C, H, W], by the class of its batch norm or the convolutions that made its input; None: nobody knows.
+
+    A 2-D pool takes [N, C, L] for one image of N channels.
+    """
     finalize = produced_by(normalise.kwargs["scale"], ops.finalize, "scale")
-    if finalize is not None and finalize.kwargs.get("dimensions") == (4,):
-        return True
+    dimensions: Any = () if finalize is None else finalize.kwargs.get("dimensions", ())
+    if dimensions:
+        return dimensions == (4,)
     source: fx.Node = normalise.kwargs["x"]  # type: ignore[assignment]
-    return any(_is_made_by_2d_convolution(segment, modules) for segment in concat_of(source) or [source])
+    sizes = {_convolution_dimensions(segment, modules) for segment in concat_of(source) or [source]} - {None}
+    return 2 in sizes if sizes else None
 
 
-def _is_made_by_2d_convolution(tensor: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _convolution_dimensions(tensor: fx.Node, modules: dict[str, nn.Module]) -> int | None:
+    """2 where a 2-D convolution made the tensor; None where none did."""
     layer = conv_of(tensor, modules)
     if isinstance(layer, ConvLayer):
-        return len(layer.stride) == 2
+        return len(layer.stride)
     fused = produced_by(tensor, ops.conv, "y")
-    return fused is not None and len(tuple(fused.kwargs["stride"])) == 2  # type: ignore[arg-type]
+    return None if fused is None else len(tuple(fused.kwargs["stride"]))  # type: ignore[arg-type]

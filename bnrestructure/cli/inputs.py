@@ -54,7 +54,7 @@ def example_inputs(
 
 
 def on_gpu(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """Both on the GPU, 4-D tensors channels_last. Raises UsageError where our kernels cannot run on one."""
+    """Both on the GPU, 4-D and 5-D tensors channels_last. Raises UsageError where our kernels cannot run on one."""
     if (reason := registry.unavailable_reason("cuda")) is not None:
         raise UsageError(f"backend 'cuda' was asked for, but {reason}")
 

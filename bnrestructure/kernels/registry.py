@@ -2,7 +2,8 @@
 
 An implementation is a module with the functions of ``kernels/reference`` and ``supports(name, args, kwargs)``, which gives a
 one-line reason when it cannot run these arguments, or None. ``auto`` takes the implementation of the tensor's device where it
-supports the call, and the reference otherwise; the reference supports everything. The CUDA kernels have to be asked for by name
+supports the call, and the reference otherwise; the reference supports everything. Devices' kernels are for 4-D activations; others reach
+them through kernels/folded. The CUDA kernels have to be asked for by name
 until they have been proved on a device.
 """
 
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from bnrestructure.kernels import reference
+from bnrestructure.kernels.folded import FoldedKernels, folded_kernels
 
 __all__ = ["BACKENDS", "implementation", "reason_for_device", "select", "unavailable_reason"]
 
@@ -25,6 +27,9 @@ _DEVICE_MODULES = {"cpu": "bnrestructure.kernels.cpu", "cuda": "bnrestructure.ke
 
 #: What ``auto`` leaves alone, and why: users get it by asking for it.
 _ON_REQUEST = {"cuda": "the CUDA kernels have not been tried on a device yet: backend='cuda' asks for them"}
+
+#: Where the first activation stands among a kernel's arguments, if not in front.
+_ACTIVATION = {"squeeze_backward": 2}
 
 
 @cache
@@ -64,11 +69,15 @@ def reason_for_device(backend: str, device: str) -> str | None:
 
 
 def select(backend: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-    """The function to call for kernel ``name`` on these arguments; ``args[0]`` is a tensor, or has a tensor's ``device``."""
-    module = _usable(backend, args[0].device.type)
-    if module is None or module.supports(name, args, kwargs) is not None:
-        module = reference
-    kernel: Callable[..., Any] = getattr(module, name)
+    """The function to call for kernel ``name`` on these arguments; ``args[0]`` is a tensor, or has a tensor's ``device`` and ``dim``."""
+    module: ModuleType | FoldedKernels | None = _usable(backend, args[0].device.type)
+    if module is not None:
+        dimensions = args[_ACTIVATION.get(name, 0)].dim()
+        if dimensions not in (4, 1):  # the finalize kernels are for vectors
+            module = folded_kernels(module)
+        if module.supports(name, args, kwargs) is not None:
+            module = None
+    kernel: Callable[..., Any] = getattr(reference if module is None else module, name)
     return kernel
 
 

@@ -100,6 +100,10 @@ class Join:
         """Of its tensors: kernels are chosen by it, as by a tensor's."""
         return self.y.device
 
+    def dim(self) -> int:
+        """Of its tensors, likewise."""
+        return self.y.dim()
+
     @property
     def operands(self) -> tuple[Tensor, Transform, Tensor, Transform, str]:
         """What ``residual_forward`` takes."""

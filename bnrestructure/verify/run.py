@@ -72,10 +72,11 @@ class Run:
                 loss.backward()
 
     def to_channels_last(self) -> None:
-        """The same model and inputs with their 4-D tensors laid out so: other kernels, other rounding, the same function."""
+        """The same model and inputs with their 4-D tensors laid out so, and their 5-D ones likewise: other kernels, other rounding, the same function."""
 
         def convert(t: Tensor) -> Tensor:
-            return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+            last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+            return t if last is None else t.contiguous(memory_format=last)
 
         for parameter in self.model.parameters():  # Module.to() refuses models that have 5-D ones too
             parameter.data = convert(parameter.data)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from bnrestructure.bench.contenders import to_channels_last
 from bnrestructure.cli.models import builder_module, call_factory, load_factory
 from bnrestructure.errors import UsageError
 from bnrestructure.kernels import registry
@@ -58,10 +59,7 @@ def on_gpu(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[
     if (reason := registry.unavailable_reason("cuda")) is not None:
         raise UsageError(f"backend 'cuda' was asked for, but {reason}")
 
-    def moved(x: Tensor) -> Tensor:
-        return x.to("cuda", memory_format=torch.channels_last if x.dim() == 4 else torch.preserve_format)
-
-    return model.to("cuda").to(memory_format=torch.channels_last), pytree.tree_map_only(Tensor, moved, inputs)
+    return to_channels_last(model.to("cuda"), pytree.tree_map_only(Tensor, lambda x: x.to("cuda"), inputs))
 
 
 def _usual_size(model_name: str, model: Any, small: bool, kind: str) -> tuple[int, int]:

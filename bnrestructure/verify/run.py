@@ -72,7 +72,7 @@ class Run:
                 loss.backward()
 
     def to_channels_last(self) -> None:
-        """The same model and inputs with their 4-D tensors laid out so, and their 5-D ones likewise: other kernels, other rounding, the same function."""
+        """The same model and inputs with their 4-D and 5-D tensors laid out so: other kernels, other rounding, the same function."""
 
         def convert(t: Tensor) -> Tensor:
             last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())

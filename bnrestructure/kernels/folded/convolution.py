@@ -90,7 +90,7 @@ def conv_backward(
         dx = unfolded(dx, x.shape)
     elif dx is not None:
         read = unfolded(dx, folding.read(x).shape)
-        dx = channels_last_buffer(tuple(x.shape), x.dtype, x.device).zero_()
+        dx = alias(channels_last_buffer(tuple(x.shape), x.dtype, x.device)).zero_()
         folding.read(dx).copy_(read)
     if dgate is not None:
         dgate = dgate.view(x.shape[0], -1, dgate.shape[1]).sum(1)

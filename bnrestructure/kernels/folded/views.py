@@ -20,7 +20,7 @@ Fold = Callable[[Sequence[int]], tuple[int, int, int, int]]
 
 
 def image(sizes: Sequence[int]) -> tuple[int, int, int, int]:
-    """[N, C, *spatial] as [N, C, all but the last spatial dimension, the last one]: images stay apart, rows do not. [N, C] has one pixel."""
+    """[N, C, *spatial] as [N, C, all but the last spatial dimension, the last one]: images stay apart. [N, C] has one pixel."""
     n, c, *spatial = sizes
     return n, c, prod(spatial[:-1]), spatial[-1] if spatial else 1
 
@@ -44,7 +44,7 @@ def folded(x: Tensor, fold: Fold) -> Tensor:
 
 
 def stand_in(x: Tensor, fold: Fold) -> Tensor:
-    """What :func:`folded` would give, for questions about its sizes, dtype and device: no element of it may be read, and none was copied."""
+    """What :func:`folded` would give, for questions about its sizes, dtype and device: none of its elements may be read."""
     return x.as_strided(fold(x.shape), (0, 0, 0, 0))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnrestructure.kernels.aten_convolution import convolution_backward
-from bnrestructure.kernels.rounding import gradient_factor, restored
+from bnrestructure.kernels.rounding import gradient_factor
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform, values_per_channel
 
 __all__ = ["conv_backward", "conv_forward", "unsupported"]
@@ -79,14 +79,18 @@ def conv_backward(
         return ConvGradients(bias=db)
     d = _output_gradient(sweeps, p, edge, factor).contiguous(memory_format=_LAST)
     z = _transformed(sweeps, source, transform) if need_weight else source
-    # The factor is taken out of the input's gradient by the weight, which only that gradient is made with: no sweep of its own.
-    undone = weight if factor == 1 else weight.float() / factor
-    undone = undone.to(dtype).contiguous(memory_format=_LAST)
-    g, dw = convolution_backward(d, z, undone, geometry, need_input=need_x, need_weight=need_weight)
+    # The factor is taken out of the input's gradient by the weight, which only that gradient is made with, if the weight is the smaller.
+    by_weight = factor != 1 and weight.numel() < x.numel()
+    used = (weight.float() / factor if by_weight else weight).to(dtype).contiguous(memory_format=_LAST)
+    g, dw = convolution_backward(d, z, used, geometry, need_input=need_x, need_weight=need_weight)
     if dw is not None:
-        dw = torch.empty_like(weight).copy_(restored(dw, factor, weight.dtype))
+        dw = torch.empty_like(weight).copy_(dw)
+        if factor != 1:
+            dw.div_(factor)
     if g is None:
         return ConvGradients(weight=dw, bias=db)
+    if factor != 1 and not by_weight:
+        g.div_(factor)
     if transform.is_identity:
         dx = g.contiguous(memory_format=_LAST).to(x.dtype) if accumulate is None else accumulate.add_(g.to(accumulate.dtype))
         return ConvGradients(dx, weight=dw, bias=db)

@@ -106,6 +106,41 @@ def test_a_training_step_equals_eager(rest: str, graphs: list[fx.GraphModule]) -
     assert len(graphs) <= 2, "one graph for the first batch size, one for all others"
 
 
+class Clip(nn.Module):
+    """3-D convolutions of each kind that kernels/folded tells apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.volume, self.bn0 = nn.Conv3d(2, 5, 3, padding=1, bias=False), nn.BatchNorm3d(5)
+        self.space, self.bn1 = nn.Conv3d(5, 6, (1, 3, 3), padding=(0, 1, 1)), nn.BatchNorm3d(6)
+        self.time, self.bn2 = nn.Conv3d(6, 5, (3, 1, 1), padding=(1, 0, 0)), nn.BatchNorm3d(5)
+        self.half = nn.Conv3d(5, 3, 1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.bn0(self.volume(x)))
+        x = x + self.bn2(self.time(F.silu(self.bn1(self.space(x)))))
+        return self.half(x)
+
+
+def test_three_dimensions_on_the_cpu_kernels(graphs: list[fx.GraphModule]) -> None:
+    """The registered operators return no views, whose aliases torch.compile would not know of."""
+    torch.manual_seed(0)
+    model = Clip()
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=dynamo.bnrestructure, options={"rest": "eager", "backend": "auto"})
+    for batch in (2, 3):
+        x = torch.randn(batch, 2, 4, 6, 6)
+        for m in (model, eager):
+            m.zero_grad()
+        out, expected = compiled(x), eager(x)
+        out.square().mean().backward()
+        expected.square().mean().backward()
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert any(is_fused(node) for node in graphs[0].graph.nodes)
+
+
 def test_found_by_name() -> None:
     assert "bnrestructure" in torch._dynamo.list_backends(exclude_tags=()) or _registered_by_the_project_file()
 

@@ -1,0 +1,206 @@
+"""Models of 1-D and 3-D data with ``backend="auto"``: float32 and bfloat16 autocast, on the folded CPU kernels, as the plan says."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from equivalence import assert_same_training, restructured_copy, training_step
+from small_models import Signal, Video
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bnrestructure
+from bnrestructure.bench.contenders import to_channels_last
+from bnrestructure.kernels import reference, registry
+from bnrestructure.kernels.registry import unavailable_reason
+
+needs_kernels = pytest.mark.skipif(unavailable_reason("cpu") is not None, reason=f"no CPU kernels: {unavailable_reason('cpu')}")
+
+
+def conv_bn(inputs: int, outputs: int, kernel: Any, stride: Any = 1) -> nn.Sequential:
+    kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
+    conv = nn.Conv3d(inputs, outputs, kernel, stride, tuple(k // 2 for k in kernel), bias=False)
+    return nn.Sequential(conv, nn.BatchNorm3d(outputs), nn.ReLU(inplace=True))
+
+
+class UNet3d(nn.Module):
+    """Down by a pool, up by a transposed convolution, with a concat skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(conv_bn(1, 4, 3), conv_bn(4, 6, 3))
+        self.bottom = nn.Sequential(conv_bn(6, 8, 3), conv_bn(8, 8, 1))
+        self.up, self.merge, self.out = nn.ConvTranspose3d(8, 6, 2, 2), conv_bn(12, 6, 3), nn.Conv3d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.down(x)
+        return self.out(self.merge(torch.cat([self.up(self.bottom(F.max_pool3d(a, 2))), a], 1)))
+
+
+class R2Plus1D(nn.Module):
+    """Space and time in convolutions of their own; a residual block, and one that halves the frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv_bn(3, 5, (1, 3, 3), (1, 2, 2)), conv_bn(5, 8, (3, 1, 1)))
+        self.first = nn.Sequential(conv_bn(8, 9, (1, 3, 3)), conv_bn(9, 8, (3, 1, 1))[:2])
+        self.second = nn.Sequential(conv_bn(8, 9, (1, 3, 3), (1, 2, 2)), conv_bn(9, 12, (3, 1, 1), (2, 1, 1))[:2])
+        self.shortcut = conv_bn(8, 12, 1, 2)[:2]
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(self.first(x) + x)
+        x = F.relu(self.second(x) + self.shortcut(x))
+        return self.fc(F.adaptive_avg_pool3d(x, 1).flatten(1))
+
+
+class Waves(nn.Module):
+    """1-D: a depthwise convolution, a residual join and growing concats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn0 = nn.Conv1d(2, 8, 7, 2, 3), nn.BatchNorm1d(8)
+        self.depthwise, self.bn1 = nn.Conv1d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm1d(8)
+        self.point, self.bn2 = nn.Conv1d(8, 8, 1, bias=False), nn.BatchNorm1d(8)
+        self.left, self.right, self.bn3 = nn.Conv1d(8, 4, 3, padding=1), nn.Conv1d(8, 5, 1), nn.BatchNorm1d(9)
+        self.out = nn.Conv1d(9, 3, 3, dilation=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.bn0(self.stem(x)))
+        x = x + self.bn2(self.point(F.relu(self.bn1(self.depthwise(x)))))
+        return self.out(F.relu(self.bn3(torch.cat([self.left(x), self.right(x)], 1))))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "unet": (UNet3d, (3, 1, 4, 8, 8)),
+    "r2plus1d": (R2Plus1D, (3, 3, 4, 12, 12)),
+    "waves": (Waves, (4, 2, 40)),
+    "video": (Video, (4, 3, 3, 10, 10)),
+    "signal": (Signal, (6, 3, 24)),
+}
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    made, shape = MODELS[name]
+    return made().train(), torch.randn(shape)
+
+
+@pytest.fixture
+def kernels_run(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the folded kernels ran, and the reference."""
+    found: Counter[str] = Counter()
+    select = registry.select
+
+    def counted(backend: str, name: str, args: Any, kwargs: Any) -> Any:
+        kernel = select(backend, name, args, kwargs)
+        if not name.startswith("finalize"):
+            found["reference" if kernel is getattr(reference, name) else "folded"] += 1
+        return kernel
+
+    monkeypatch.setattr(registry, "select", counted)
+    return found
+
+
+@needs_kernels
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_trains_the_same(name: str, channels_last: bool, kernels_run: Counter[str]) -> None:
+    model, x = build(name)
+    if channels_last:
+        model, (x,) = to_channels_last(model, (x,))
+    assert_same_training(model, x, tolerance=1e-3, options={"backend": "auto"}, allow_noise=True)
+    assert kernels_run["folded"] > 0
+    assert kernels_run["reference"] == 0
+
+
+def _distances(found: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
+    wanted = {name: t for name, t in truth.items() if t.is_floating_point() and t.norm() > 1e-6}
+    return torch.stack([(found[name].double() - t).norm() / t.norm() for name, t in wanted.items()])
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast_is_no_farther_from_the_truth(name: str, kernels_run: Counter[str]) -> None:
+    """The median tensor's distance to the float64 truth."""
+    model, x = build(name)
+    truth = training_step(copy.deepcopy(model).double(), x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = training_step(copy.deepcopy(model), x)
+        ours = training_step(restructured_copy(model, backend="auto"), x)
+    assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in eager.items()}
+    assert kernels_run["folded"] > 0
+    assert kernels_run["reference"] == 0
+    assert _distances(ours, truth).median() <= 1.5 * _distances(eager, truth).median() + 1e-3
+
+
+def test_the_plan_names_what_runs() -> None:
+    model, x = build("r2plus1d")
+    plan = bnrestructure.explain(model, x)
+    print(plan)
+    assert plan.counts["kept"] == 0
+    if unavailable_reason("cpu") is None:
+        assert {kernel.forward for kernel in plan.kernels} <= {"fused", "hybrid", "winograd"}
+    model, x = build("unet")
+    kernels = {kernel.name: kernel for kernel in bnrestructure.explain(model, x).kernels}
+    if unavailable_reason("cpu") is None:
+        assert "3-D kernel" in kernels["down.1.0"].forward_reason
+        assert "3-D kernel" not in kernels["bottom.1.0"].forward_reason
+        assert "3-D kernel" in str(bnrestructure.explain(model, x).kernels[0].backward_reason)
+
+
+def test_a_batch_norm_behind_a_linear_layer_is_kept_whole() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3))
+    plan = bnrestructure.explain(model)
+    assert plan.counts["kept"] == 1
+    assert "neighbour to ride on" in str(plan.sites[0].reason)
+    assert_same_training(model.train(), torch.randn(6, 5), tolerance=1e-3, options={"backend": "auto"}, allow_noise=True)
+
+
+class _LinearResidual(nn.Module):
+    """[N, C] activations whose batch norms ride on a join."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.bn1, self.fc2, self.bn2 = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x + self.bn1(self.fc1(x)))
+        return F.relu(x + self.bn2(self.fc2(x)))
+
+
+def test_two_dimensional_activations_train_the_same() -> None:
+    torch.manual_seed(0)
+    assert_same_training(_LinearResidual().train(), torch.randn(9, 6), tolerance=1e-3, options={"backend": "auto"}, allow_noise=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(2), nn.AvgPool2d(2)], ids=lambda p: type(p).__name__)
+def test_a_2d_pool_of_1d_data_pools_over_channels_as_eager_does(pool: nn.Module, backend: str) -> None:
+    """PyTorch takes [N, C, L] for one image of N channels: no pool of [N, C, H, W] that could normalise what it reads."""
+    model = nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), pool).train()
+    assert_same_training(model, torch.randn(4, 3, 10), tolerance=1e-3, options={"backend": backend}, allow_noise=True)
+
+
+@needs_kernels
+def test_what_the_kernels_refuse_the_reference_runs(kernels_run: Counter[str]) -> None:
+    model, x = build("unet")
+    assert_same_training(model.double(), x.double(), options={"backend": "auto"})
+    assert kernels_run["folded"] == 0
+    assert kernels_run["reference"] > 0
+
+
+@needs_kernels
+def test_users_may_write_to_outputs() -> None:
+    """What a node returns is no view: autograd would refuse."""
+    model = nn.Sequential(nn.BatchNorm3d(3), nn.ReLU(), nn.Conv3d(3, 4, (1, 3, 3), padding=(0, 1, 1))).train()
+    restructured = restructured_copy(model, backend="auto")
+    y = restructured(torch.randn(2, 3, 4, 5, 5))
+    y.mul_(2.0)
+    y.sum().backward()

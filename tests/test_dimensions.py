@@ -128,7 +128,7 @@ def _distances(found: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
 @needs_kernels
 @pytest.mark.parametrize("name", MODELS)
 def test_autocast_is_no_farther_from_the_truth(name: str, kernels_run: Counter[str]) -> None:
-    """The median tensor's distance to the float64 truth."""
+    """The mean over the tensors of their distance to the float64 truth."""
     model, x = build(name)
     truth = training_step(copy.deepcopy(model).double(), x.double())
     with torch.autocast("cpu", torch.bfloat16):
@@ -137,7 +137,7 @@ def test_autocast_is_no_farther_from_the_truth(name: str, kernels_run: Counter[s
     assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in eager.items()}
     assert kernels_run["folded"] > 0
     assert kernels_run["reference"] == 0
-    assert _distances(ours, truth).median() <= 1.5 * _distances(eager, truth).median() + 1e-3
+    assert _distances(ours, truth).mean() <= 1.5 * _distances(eager, truth).mean()
 
 
 def test_the_plan_names_what_runs() -> None:

@@ -114,12 +114,12 @@ class Clip(nn.Module):
         self.volume, self.bn0 = nn.Conv3d(2, 5, 3, padding=1, bias=False), nn.BatchNorm3d(5)
         self.space, self.bn1 = nn.Conv3d(5, 6, (1, 3, 3), padding=(0, 1, 1)), nn.BatchNorm3d(6)
         self.time, self.bn2 = nn.Conv3d(6, 5, (3, 1, 1), padding=(1, 0, 0)), nn.BatchNorm3d(5)
-        self.half = nn.Conv3d(5, 3, 1, stride=2)
+        self.last = nn.Conv3d(5, 3, 1, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.silu(self.bn0(self.volume(x)))
         x = x + self.bn2(self.time(F.silu(self.bn1(self.space(x)))))
-        return self.half(x)
+        return self.last(x)
 
 
 def test_three_dimensions_on_the_cpu_kernels(graphs: list[fx.GraphModule]) -> None:

@@ -140,7 +140,7 @@ def test_three_dimensions_are_two_where_they_can_be() -> None:
     with torch.device("meta"):
         network = nn.Sequential(nn.Conv3d(2, 4, 3), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 4, (1, 3, 3)))
     kernels = bnrestructure.explain(network, torch.empty(2, 2, 5, 5, 5, device="meta"), backend="cuda").kernels
-    assert [k.x for k in kernels] == [(2, 2, 5, 5, 5), (2, 4, 3, 3, 3)]
+    assert [k.shape for k in kernels] == [(2, 2, 5, 5, 5), (2, 4, 3, 3, 3)]
     assert (kernels[0].forward, kernels[0].backward) == ("hybrid", "hybrid")
     assert "3-D kernel" in kernels[0].forward_reason
     assert "by rule" in kernels[1].forward_reason

@@ -171,3 +171,14 @@ def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     assert all(k["forward_reason"].startswith("measured: ") for k in kernels)
     assert main([*command[:-2], "--kernels"]) == 0
     assert "measured: fused" in capsys.readouterr().out
+
+
+def test_convolutions_of_1d_and_3d_data_are_measured_as_those_of_images() -> None:
+    clip = nn.Sequential(nn.Conv3d(2, 4, (1, 3, 3), bias=False), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 5, (3, 1, 1)))
+    found = {m.call.partition(",")[0] for m in bnrestructure.tune(clip, torch.randn(2, 2, 4, 6, 6))}
+    assert "conv forward float32 8x2x6x6 as it is" in found
+    assert "conv forward float32 2x4x4x16 transformed" in found
+    assert bnrestructure.tune(clip, torch.randn(2, 2, 4, 6, 6)) == []
+    signal = nn.Sequential(nn.Conv1d(2, 4, 3, bias=False), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 5, 3))
+    calls = [m.call for m in bnrestructure.tune(signal, torch.randn(3, 2, 9))]
+    assert any("3x4x1x7 transformed, to 5 by 1x3" in call for call in calls)

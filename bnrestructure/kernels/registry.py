@@ -3,8 +3,7 @@
 An implementation is a module with the functions of ``kernels/reference`` and ``supports(name, args, kwargs)``, which gives a
 one-line reason when it cannot run these arguments, or None. ``auto`` takes the implementation of the tensor's device where it
 supports the call, and the reference otherwise; the reference supports everything. Devices' kernels are for 4-D activations; others reach
-them through kernels/folded. The CUDA kernels have to be asked for by name
-until they have been proved on a device.
+them through kernels/folded. The CUDA kernels have to be asked for by name until they have been proved on a device.
 """
 
 from __future__ import annotations
@@ -13,10 +12,12 @@ import importlib
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnrestructure.kernels import reference
-from bnrestructure.kernels.folded import FoldedKernels, folded_kernels
+
+if TYPE_CHECKING:  # it imports ops, which import this
+    from bnrestructure.kernels.folded import FoldedKernels
 
 __all__ = ["BACKENDS", "implementation", "reason_for_device", "select", "unavailable_reason"]
 
@@ -74,11 +75,19 @@ def select(backend: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     if module is not None:
         dimensions = args[_ACTIVATION.get(name, 0)].dim()
         if dimensions not in (4, 1):  # the finalize kernels are for vectors
-            module = folded_kernels(module)
+            module = _folded(module)
         if module.supports(name, args, kwargs) is not None:
             module = None
     kernel: Callable[..., Any] = getattr(reference if module is None else module, name)
     return kernel
+
+
+@cache
+def _folded(module: ModuleType) -> FoldedKernels:
+    """The implementation for activations that are not 4-D."""
+    from bnrestructure.kernels.folded import folded_kernels
+
+    return folded_kernels(module)
 
 
 @cache

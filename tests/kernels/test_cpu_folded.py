@@ -145,7 +145,7 @@ def test_what_is_added_to_in_place_by_position(shape: tuple[int, ...], layout: s
             found = getattr(module, name)(*given, **options)
             assert (found if place == 4 else found[0]) is given[place]
             results.append(found)
-        assert_as_good(name, *results, factor=8.0)
+        assert_as_good(name, *results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

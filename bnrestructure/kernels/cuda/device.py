@@ -40,7 +40,7 @@ def uses_tf32() -> bool:
 
     ``torch.backends.cudnn.allow_tf32`` raises RuntimeError once the newer ``fp32_precision`` switches have been used.
     """
-    precision: str = torch.backends.cudnn.conv.fp32_precision
+    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # put there when torch is imported
     return precision == "tf32"
 
 

@@ -203,3 +203,26 @@ def test_users_may_write_to_outputs() -> None:
     y = restructured(torch.randn(2, 3, 4, 5, 5))
     y.mul_(2.0)
     y.sum().backward()
+
+
+class ImageAndSignal(nn.Module):
+    """An image and a sound, each through convolutions of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        self.signal = nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 1))
+
+    def forward(self, image: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
+        return self.image(image), self.signal(signal)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_signals_beside_channels_last_images_are_laid_out_as_eager_does(memory_format: torch.memory_format, backend: str) -> None:
+    model = ImageAndSignal().to(memory_format=memory_format)
+    rewritten = bnrestructure.restructure(copy.deepcopy(model), backend=backend)
+    inputs = torch.randn(2, 3, 6, 7).to(memory_format=memory_format), torch.randn(2, 3, 9)
+    for ours, eager in zip(rewritten(*inputs), model(*inputs), strict=True):
+        assert ours.stride() == eager.stride()
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)

@@ -21,9 +21,17 @@ def uses_channels_last(*arguments: object) -> bool:
     return False
 
 
-def eager_format(x: object, channels_last: bool) -> object:
-    """``x`` contiguous, unless the model runs in channels_last (or x is no tensor)."""
-    return x if channels_last or not isinstance(x, Tensor) else x.contiguous()
+def eager_format(x: object, channels_last: bool, fused_1d: bool) -> object:
+    """``x`` contiguous, unless the model runs in channels_last (or x is no tensor). Eager knows no such format of 1-D data."""
+    if not isinstance(x, Tensor) or (channels_last and not (fused_1d and x.dim() == 3)):
+        return x
+    return x.contiguous()
+
+
+def _is_1d(node: fx.Node) -> bool:
+    """Whether a fused node answers in [N, C, L] or may do so: what a 1-D convolution or a BatchNorm1d became."""
+    stride, dimensions = node.kwargs.get("stride"), node.kwargs.get("dimensions")
+    return (isinstance(stride, tuple) and len(stride) == 1) or (isinstance(dimensions, tuple) and 3 in dimensions)
 
 
 #: Elementwise random numbers are drawn in memory order: in another layout the same seed would give another mask.
@@ -49,6 +57,7 @@ def restore_formats(gm: fx.GraphModule) -> None:
     fused = [node for node in gm.graph.nodes if is_fused(node)]
     if not fused:
         return
+    fused_1d = any(_is_1d(node) for node in fused)
     modules = dict(gm.named_modules(remove_duplicate=False))
     deciding = [node for node in gm.graph.nodes if node.op == "placeholder"]
     weight = next((n.kwargs["weight"] for n in fused if n.kwargs.get("weight") is not None), None)
@@ -65,7 +74,7 @@ def restore_formats(gm: fx.GraphModule) -> None:
                 if source.op in ("placeholder", "get_attr") or (shared and "bnr_shared" in source.meta):
                     continue
                 with gm.graph.inserting_before(node):
-                    restored = gm.graph.call_function(eager_format, (source, flag))
+                    restored = gm.graph.call_function(eager_format, (source, flag, fused_1d))
                 node.replace_input_with(source, restored)
     gm.recompile()
 

@@ -51,7 +51,7 @@ def conv_forward(
     """(y, mean, var) as kernels/reference says; x [N, C_in, T, H, W], the weight [C_out, C_in / groups, kt, kh, kw]."""
     z = _transformed(sweeps, x.to(dtype), transform)
     bias = None if bias is None else bias.to(dtype)
-    y = torch.convolution(z, weight.to(dtype).contiguous(memory_format=_LAST), bias, *geometry.aten_arguments)
+    y = torch.convolution(z, _weight(weight, dtype), bias, *geometry.aten_arguments)
     y = y.contiguous(memory_format=_LAST) if out is None else out.copy_(y)
     mean, var = sweeps.statistics_forward(y) if statistics else (None, None)
     return y, mean, var
@@ -78,17 +78,20 @@ def conv_backward(
     if not (need_x or need_weight):
         return ConvGradients(bias=db)
     d = _output_gradient(sweeps, p, edge, factor).contiguous(memory_format=_LAST)
-    z = _transformed(sweeps, source, transform) if need_weight else source
     # The factor is taken out of the input's gradient by the weight, which only that gradient is made with, if the weight is the smaller.
     by_weight = factor != 1 and weight.numel() < x.numel()
-    used = (weight.float() / factor if by_weight else weight).to(dtype).contiguous(memory_format=_LAST)
-    g, dw = convolution_backward(d, z, used, geometry, need_input=need_x, need_weight=need_weight)
-    if dw is not None:
-        dw = torch.empty_like(weight).copy_(dw)
-        if factor != 1:
-            dw.div_(factor)
-    if g is None:
+    used = _weight(weight, dtype, 1 / factor if by_weight else 1.0)
+    dw = None
+    if need_weight:  # before the input's gradient, so that it and z are not in memory at the same time
+        _, found = convolution_backward(d, _transformed(sweeps, source, transform), used, geometry, need_input=False, need_weight=True)
+        assert found is not None
+        dw = _weight_gradient(found, weight, factor)
+        del found
+    if not need_x:
         return ConvGradients(weight=dw, bias=db)
+    g, _ = convolution_backward(d, source, used, geometry, need_input=True, need_weight=False)
+    assert g is not None
+    del d
     if factor != 1 and not by_weight:
         g.div_(factor)
     if transform.is_identity:
@@ -99,6 +102,22 @@ def conv_backward(
     if dx is not accumulate:
         dx = dx.to(x.dtype) if accumulate is None else accumulate.add_(dx.to(accumulate.dtype))
     return ConvGradients(dx, sum_p, sum_px, weight=dw, bias=db)
+
+
+def _weight(weight: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """In the compute dtype, times ``factor``, and channels_last, so that the result is channels_last, too."""
+    if factor == 1:
+        return weight.to(dtype).contiguous(memory_format=_LAST)
+    made = torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=_LAST)
+    return torch.mul(weight, factor, out=made)
+
+
+def _weight_gradient(found: Tensor, weight: Tensor, factor: float) -> Tensor:
+    """``found`` without the factor, in the weight's dtype and memory format."""
+    if factor == 1 and found.dtype == weight.dtype and found.stride() == weight.stride():
+        return found
+    # A tensor of one element decides the dtype that is multiplied in, which a number would not.
+    return torch.mul(found, torch.full((1,), 1 / factor, device=found.device), out=torch.empty_like(weight))
 
 
 def _transformed(sweeps: Any, x: Tensor, transform: Transform) -> Tensor:

@@ -12,6 +12,7 @@ from bnrestructure import ops
 from bnrestructure.graph.layers import modules_of
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.folded import folded_kernels
+from bnrestructure.kernels.folded.views import folded, image
 from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.ops.edges import ConvGeometry, Transform
 from bnrestructure.plan import Kernel
@@ -39,7 +40,7 @@ def planned_device(model: nn.Module, backend: str, inputs: tuple[Any, ...]) -> t
         here = "" if missing is None else f" (here they cannot run: {missing})"
         notes.append(f"the model is on {device}, where backend 'cuda' means the reference; its kernels are planned for a GPU{here}")
     for x in inputs:
-        if isinstance(x, Tensor) and x.dim() == 4 and not pitch_of(x):
+        if isinstance(x, Tensor) and x.dim() in (4, 5) and not pitch_of(folded(x, image) if x.dim() == 5 else x):
             notes.append(f"an input {list(x.shape)} of strides {list(x.stride())} is not channels_last: each step copies it first")
     return "cuda", notes
 

@@ -217,6 +217,60 @@ class ImageAndSignal(nn.Module):
         return self.image(image), self.signal(signal)
 
 
+class ImageAndVideo(nn.Module):
+    """An image and a video, each through convolutions of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        self.video = nn.Sequential(nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 2, 1))
+
+    def forward(self, image: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
+        return self.image(image), self.video(video)
+
+
+@pytest.mark.parametrize("video_last", [False, True])
+@pytest.mark.parametrize("image_last", [False, True])
+def test_images_and_videos_keep_their_own_formats(image_last: bool, video_last: bool) -> None:
+    model = ImageAndVideo()
+    rewritten = bnrestructure.restructure(copy.deepcopy(model))
+    image = torch.randn(2, 3, 6, 7).to(memory_format=torch.channels_last if image_last else torch.contiguous_format)
+    video = torch.randn(2, 3, 5, 6, 7).to(memory_format=torch.channels_last_3d if video_last else torch.contiguous_format)
+    for ours, eager in zip(rewritten(image, video), model(image, video), strict=True):
+        # With a single thread PyTorch takes another convolution for a video so small, which answers in contiguous tensors.
+        assert ours.stride() == eager.stride() or (video_last and ours.dim() == 5)
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 3)], ids=str)
+def test_autocast_does_not_round_what_is_normalised(kernel: tuple[int, ...]) -> None:
+    """A batch norm that reads images in float32, far from zero: in bfloat16 they would be all alike."""
+    dimensions = len(kernel)
+    conv, norm = (nn.Conv3d, nn.BatchNorm3d) if dimensions == 3 else (nn.Conv2d, nn.BatchNorm2d)
+    model = nn.Sequential(norm(3), nn.ReLU(), conv(3, 4, kernel), norm(4), nn.ReLU(), conv(4, 2, 1))
+    rewritten = bnrestructure.restructure(copy.deepcopy(model))
+    x = torch.randn(2, 3, *(7, 8, 9)[-dimensions:]) + 100
+    truth = copy.deepcopy(model).double()(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, eager = rewritten(x), model(x)
+    assert (ours - truth).abs().max() <= 2 * (eager - truth).abs().max()
+
+
+@pytest.mark.parametrize("layers", [(nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d), (nn.Conv1d, nn.BatchNorm1d)], ids=str)
+def test_an_empty_batch_trains(layers: tuple[Any, Any]) -> None:
+    conv, norm = layers
+    model = nn.Sequential(conv(3, 4, 1), norm(4), nn.ReLU(), conv(4, 2, 1), norm(2))
+    rewritten = bnrestructure.restructure(copy.deepcopy(model))
+    x = torch.randn(0, 3, *(5, 6, 7)[: len(model[0].stride)])
+    for own in (model, rewritten):
+        own(x).sum().backward()
+    for (name, p), q in zip(model.named_parameters(), rewritten.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+    for (name, p), q in zip(model.named_buffers(), rewritten.buffers(), strict=True):
+        assert torch.equal(p, q), name
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_signals_beside_channels_last_images_are_laid_out_as_eager_does(memory_format: torch.memory_format, backend: str) -> None:

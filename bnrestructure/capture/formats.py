@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -11,21 +13,29 @@ from bnrestructure.graph.fused import is_fused
 __all__ = ["restore_formats"]
 
 
-def uses_channels_last(*arguments: object) -> bool:
-    """Whether any 4-D or 5-D tensor of these is laid out channels_last: eager convolutions then answer in channels_last too."""
-    for t in arguments:  # sizes are arguments as well in the graphs that Dynamo makes
-        if isinstance(t, Tensor) and t.dim() in (4, 5) and not t.is_contiguous():
-            last = torch.channels_last if t.dim() == 4 else torch.channels_last_3d
-            if t.is_contiguous(memory_format=last):
-                return True
-    return False
+def channels_last_dimensions(arguments: tuple[object, ...], weights: tuple[object, ...]) -> frozenset[int]:
+    """Of 4 and 5 dimensions, those of the tensors that eager convolutions lay out channels_last.
+
+    They do where an argument or a weight of as many is laid out so; and where anything is, if no argument has as many: frames are made
+    of a video. Sizes are arguments as well in the graphs that Dynamo makes.
+    """
+    last = {t.dim() for t in (*arguments, *weights) if _is_channels_last(t)}
+    given = {t.dim() for t in arguments if isinstance(t, Tensor)}
+    return frozenset(d for d in (4, 5) if d in last or (last and d not in given))
 
 
-def eager_format(x: object, channels_last: bool, fused_1d: bool) -> object:
-    """``x`` contiguous, unless the model runs in channels_last (or x is no tensor). Eager knows no such format of 1-D data."""
-    if not isinstance(x, Tensor) or (channels_last and not (fused_1d and x.dim() == 3)):
+def _is_channels_last(t: object) -> TypeGuard[Tensor]:
+    if not isinstance(t, Tensor) or t.dim() not in (4, 5) or t.is_contiguous():
+        return False
+    return t.is_contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
+
+
+def eager_format(x: object, channels_last: frozenset[int], fused_1d: bool) -> object:
+    """``x`` contiguous, unless tensors of its dimensions are channels_last (or x is no tensor). Eager knows no such format of 1-D data."""
+    if not isinstance(x, Tensor):
         return x
-    return x.contiguous()
+    kept = x.dim() in channels_last if x.dim() in (4, 5) else channels_last and not (fused_1d and x.dim() == 3)
+    return x if kept else x.contiguous()
 
 
 def _is_1d(node: fx.Node) -> bool:
@@ -59,13 +69,16 @@ def restore_formats(gm: fx.GraphModule) -> None:
         return
     fused_1d = any(_is_1d(node) for node in fused)
     modules = dict(gm.named_modules(remove_duplicate=False))
-    deciding = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    weight = next((n.kwargs["weight"] for n in fused if n.kwargs.get("weight") is not None), None)
+    arguments = tuple(node for node in gm.graph.nodes if node.op == "placeholder")
+    read: dict[int, str] = {}  # the first convolution's weight of each number of dimensions
+    for node in fused:
+        weight, stride = node.kwargs.get("weight"), node.kwargs.get("stride")
+        if isinstance(weight, fx.Node) and weight.op == "get_attr" and isinstance(stride, tuple):
+            read.setdefault(len(stride), str(weight.target))
     start = next(node for node in gm.graph.nodes if node.op != "placeholder")
     with gm.graph.inserting_before(start):
-        if weight is not None and weight.op == "get_attr":
-            deciding.append(gm.graph.create_node("get_attr", weight.target))
-        flag = gm.graph.call_function(uses_channels_last, tuple(deciding))
+        weights = tuple(gm.graph.create_node("get_attr", target) for target in read.values())
+        flag = gm.graph.call_function(channels_last_dimensions, (arguments, weights))
     for node in list(gm.graph.nodes):
         opaque = node.op == "call_module" and not is_library_leaf(modules[str(node.target)])
         shared = "bnr_shared" in node.meta

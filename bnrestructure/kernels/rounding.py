@@ -16,10 +16,15 @@ So values here must not lie on representable ones either when they are rounded:
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-__all__ = ["GRADIENT_FACTOR", "dithered", "gradient_factor", "restored"]
+if TYPE_CHECKING:  # ops imports the kernels
+    from bnrestructure.ops.edges import Transform
+
+__all__ = ["GRADIENT_FACTOR", "dithered", "gradient_factor", "narrowed", "restored"]
 
 #: Irrational, so that the multiples of no grid fall on the grid; 1 / sqrt(2) keeps small corrections best among the simple ones: on
 #: average over bfloat16 mantissas a correction of any size is kept to within 0.015 units in the last place (with a factor of 1: 0.43).
@@ -51,3 +56,13 @@ def dithered(value: Tensor, dtype: torch.dtype) -> Tensor:
     unit = torch.ldexp(torch.full_like(value, limits.eps), exponent - 1)
     moved = value + unit.clamp(min=limits.tiny * limits.eps) * offset.view(n, 1, *value.shape[2:])
     return torch.where(torch.isfinite(value) & (value != 0), moved, value).to(dtype)
+
+
+def narrowed(x: Tensor, transform: Transform, dtype: torch.dtype) -> str | None:
+    """Why kernels that round x to ``dtype`` before they normalise it must not run, or None.
+
+    Under autocast a batch norm may read float32, of images say: values around 100 would lose in bfloat16 what sets them apart.
+    """
+    if x.dtype.itemsize <= dtype.itemsize or transform.mean is None:
+        return None
+    return f"an input in {x.dtype} that is normalised for a convolution in {dtype}"

@@ -137,7 +137,7 @@ def check_shapes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> None:
 
 
 class PlainConv(torch.autograd.Function):
-    """The convolution without a residual join, of 4 or 5 dimensions; :func:`conv` says what its arguments mean."""
+    """The convolution without a residual join; :func:`conv` says what its arguments mean."""
 
     @staticmethod
     def forward(  # autograd.Function's forward takes whatever the node takes

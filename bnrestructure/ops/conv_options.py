@@ -50,7 +50,7 @@ def backward_edge(dgain: Any, dmean: Any, dvar: Any, y: Any, ymean: Any) -> Back
     """The backward edge of y. From the statistics' gradients: a = 2 dvar / M, b = dmean / M."""
     if dmean is None and dvar is None:
         return BackwardEdge(s=dgain)
-    count = values_per_channel(y)
+    count = max(values_per_channel(y), 1)
     a = torch.zeros_like(ymean) if dvar is None else dvar * (2.0 / count)
     b = torch.zeros_like(ymean) if dmean is None else dmean / count
     return BackwardEdge(s=dgain, a=a, b=b, y=y, mean=ymean)

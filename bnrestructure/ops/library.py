@@ -122,7 +122,7 @@ def conv_backward(
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     edge = BackwardEdge()
     if dmean is not None and dvar is not None and y is not None:
-        count = values_per_channel(y)
+        count = max(values_per_channel(y), 1)
         edge = BackwardEdge(None, dvar * (2.0 / count), dmean / count, y, y_mean)
     g = call_kernel(
         backend, "conv_backward", dy, edge, x, Transform(mean, scale, beta, act, gate), weight,
@@ -178,7 +178,7 @@ def _(x, backend):  # type: ignore[no-untyped-def]
 @_custom_op("bnrestructure::statistics_backward", mutates_args=())
 def statistics_backward(x: Tensor, mean: Tensor, dmean: Tensor, dvar: Tensor, backend: str) -> Tensor:
     """``2 dvar / M * (x - mean) + dmean / M`` in x's dtype."""
-    count = values_per_channel(x)
+    count = max(values_per_channel(x), 1)
     return _last(call_kernel(backend, "statistics_backward", x, mean, dvar * (2.0 / count), dmean / count, None))
 
 

@@ -118,7 +118,7 @@ class _Residual(torch.autograd.Function):
         out = y if out is None else out  # the same shape and dtype
         statistics = None
         if dmean is not None or dvar is not None:
-            count = values_per_channel(out)
+            count = max(values_per_channel(out), 1)
             a = torch.zeros_like(omean) if dvar is None else dvar * (2.0 / count)
             b = torch.zeros_like(omean) if dmean is None else dmean / count
             statistics = (a, b, omean)

@@ -49,7 +49,7 @@ class _Statistics(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         if dmean is None and dvar is None:
             return guard_second_derivative((dpassed, None, None))
-        count = values_per_channel(x)
+        count = max(values_per_channel(x), 1)
         a = torch.zeros_like(mean) if dvar is None else dvar * (2.0 / count)
         b = torch.zeros_like(mean) if dmean is None else dmean / count
         dx = call_kernel(ctx.backend, "statistics_backward", x, mean, a, b, dpassed)
@@ -92,6 +92,8 @@ def finalize(
         if count == 1:
             shown = torch.Size((size[0], mean.shape[0], *size[2:]))
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shown}")
+        if count == 0:  # PyTorch's layer leaves the running statistics as they are
+            running_mean = running_var = None
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if momentum is None:

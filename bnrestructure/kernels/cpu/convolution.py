@@ -26,6 +26,7 @@ from bnrestructure.kernels.cpu.convolution_choice import (
     identify_machine,
     instruction_set,
 )
+from bnrestructure.kernels.rounding import narrowed
 from bnrestructure.ops.activation import unsupported_activation
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
@@ -44,7 +45,7 @@ def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
         return f"computing in {kwargs['dtype']} with an input in {x.dtype} and a weight in {weight.dtype}"
     if x.numel() == 0 or weight.numel() == 0 or args[0].numel() == 0:
         return "an empty tensor"
-    return unsupported_activation(transform.act)
+    return narrowed(x, transform, kwargs["dtype"]) or unsupported_activation(transform.act)
 
 
 def choice(

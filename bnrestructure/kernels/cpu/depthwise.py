@@ -17,6 +17,7 @@ from bnrestructure.kernels.cpu.layout import (
     pointer,
 )
 from bnrestructure.kernels.layout import pitch_of, vector
+from bnrestructure.kernels.rounding import narrowed
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 from bnrestructure.ops.kept import kept_activation
 
@@ -57,7 +58,7 @@ def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
         return f"computing in {kwargs['dtype']}; the CPU kernels take float32 and bfloat16"
     if transform.gate is not None and transform.gate.shape != x.shape[:2]:
         return "the gate is not one factor a channel of each image"
-    return None
+    return narrowed(x, transform, kwargs["dtype"])
 
 
 def conv_forward(

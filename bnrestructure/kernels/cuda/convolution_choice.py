@@ -106,6 +106,8 @@ def forms_sum(node: Node) -> bool:
 def candidates(node: Node, direction: str) -> list[str]:
     """What can run the node in ``direction``, the one that needs no memory of its own first. The hybrid has no gate."""
     own = "depthwise" if node.geometry.is_depthwise(node.weight) else "fused"
+    if own == "depthwise" and direction == "backward" and math.prod(node.weight[2:]) > _MOST_TAPS:
+        return ["reference"] if node.gated else ["hybrid", "reference"]
     if node.gated:
         return [own, "reference"]
     if direction == "forward" or own == "depthwise":

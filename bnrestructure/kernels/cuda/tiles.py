@@ -51,7 +51,7 @@ def _power(n: int, low: int, high: int) -> int:
 
 
 def _width(channels: int, widest: int) -> int:
-    """Channels of an elementwise tile: the widest power of two that is not mostly beyond the last channel, 16 at least.
+    """Channels of an elementwise tile: the widest power of two that is not mostly beyond the last channel, 16 where there are many.
 
     Each lane beyond costs as much as one within: 72 channels are five tiles of 16 and eight lanes, or two of 64 and 56.
     """

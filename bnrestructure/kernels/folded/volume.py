@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnrestructure.kernels.aten_convolution import convolution_backward
-from bnrestructure.kernels.rounding import gradient_factor
+from bnrestructure.kernels.rounding import gradient_factor, narrowed
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform, values_per_channel
 
 __all__ = ["conv_backward", "conv_forward", "unsupported"]
@@ -30,6 +30,8 @@ def unsupported(sweeps: Any, name: str, args: tuple[Any, ...], kwargs: dict[str,
         return "an empty tensor"
     if weight.dtype is torch.float64:
         return f"a weight in {weight.dtype}"
+    if reason := narrowed(x, transform, dtype):
+        return reason
     # x is converted before it is swept: ask about the sizes in the dtype that it will have.
     converted = x if x.dtype == dtype else x.new_empty(1, dtype=dtype).as_strided(x.shape, (0,) * x.dim())
     reason: str | None = sweeps.supports("normalise_forward", (converted, transform), {"dtype": dtype})
@@ -57,6 +59,7 @@ def conv_forward(
     return y, mean, var
 
 
+@torch.no_grad()  # under create_graph=True autograd runs backward with gradients on, and would refuse ``out=``
 def conv_backward(
     sweeps: Any,
     dy: Tensor,

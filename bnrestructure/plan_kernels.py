@@ -69,6 +69,8 @@ def _kernel(
     stride, padding, dilation = (tuple(of[key]) for key in ("stride", "padding", "dilation"))
     geometry = ConvGeometry(stride, padding, dilation, of["groups"])
     reason = registry.reason_for_device(backend, device)
+    if reason is None and len(x) < len(weight):
+        reason = "no batch dimension: PyTorch's convolution"
     if reason is None and here:
         reason = registry.unavailable_reason(device)
     if reason is None and min(*x, *geometry.output_size(x[2:], weight[2:])) < 1:

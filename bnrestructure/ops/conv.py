@@ -19,6 +19,7 @@ from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_
 from bnrestructure.ops.edges import ConvGeometry, Transform, accumulation_dtype
 from bnrestructure.ops.join import JoinConv, join_is_fusible
 from bnrestructure.ops.residual import residual
+from bnrestructure.ops.unbatched import unbatched_conv
 
 __all__ = ["ConvOutputs", "PlainConv", "check_shapes", "conv"]
 
@@ -72,6 +73,7 @@ def conv(
     """``y = conv(act((x - mean) * scale + beta) * gate, weight) + bias``; the transformed input never reaches memory.
 
     x [N, C_in, *spatial] raw; mean, scale, beta [C_in] or all None; gate [N, C_in] or None; weight [C_out, C_in / groups, *kernel].
+    x [C_in, *spatial], one image without a batch dimension, runs in its parts (ops/unbatched.py); not into a concat's buffer.
     ``statistics`` adds y's biased mean and variance. ``thread`` returns x for its next reader, whose gradient this node's dgrad
     then accumulates into in place. ``into``/``offset``/``channels``/``visible`` write y as channels ``[offset, offset + C_out)`` of a
     concat buffer: of ``into``, or of a new one of ``channels`` channels, returned as its first ``visible`` channels. ``offset`` None
@@ -95,6 +97,11 @@ def conv(
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    if x.dim() == weight.dim() - 1 and gate is None and into is None and channels is None:
+        transform = Transform(mean, scale, beta, act)
+        return ConvOutputs(*unbatched_conv(
+            x, transform, weight, bias, geometry, wants_statistics=statistics, thread=thread, gain=gain, backend=backend
+        ))  # fmt: skip
     check_shapes(x, weight, geometry)
     if gate is not None:
         gate = gate.to(accumulation_dtype(x.dtype))

@@ -46,7 +46,7 @@ class Clock:
                 with torch.cuda.graph(graph, stream=self._stream):
                     kept = work()
                 run: Callable[[], object] = graph.replay
-            except Exception as error:
+            except Exception as error:  # whatever a capture forbids: the same work is timed launch by launch, and says so
                 if is_out_of_memory(error):
                     raise
                 torch.cuda.synchronize()  # an error that stays would come up here

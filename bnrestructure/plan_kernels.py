@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 from bnrestructure import ops
 from bnrestructure.graph.layers import modules_of
 from bnrestructure.kernels import registry
-from bnrestructure.kernels.folded import folded_kernels
 from bnrestructure.kernels.folded.views import folded, image
 from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.ops.edges import ConvGeometry, Transform
@@ -40,7 +39,7 @@ def planned_device(model: nn.Module, backend: str, inputs: tuple[Any, ...]) -> t
         here = "" if missing is None else f" (here they cannot run: {missing})"
         notes.append(f"the model is on {device}, where backend 'cuda' means the reference; its kernels are planned for a GPU{here}")
     for x in inputs:
-        if isinstance(x, Tensor) and x.dim() in (4, 5) and not pitch_of(folded(x, image) if x.dim() == 5 else x):
+        if isinstance(x, Tensor) and x.dim() in (4, 5) and not pitch_of(folded(x, image)):
             notes.append(f"an input {list(x.shape)} of strides {list(x.stride())} is not channels_last: each step copies it first")
     return "cuda", notes
 
@@ -86,6 +85,6 @@ def _kernel(
     gate = torch.empty(x[:2], device="meta") if of["gate"] is not None else None
     transform = Transform(rides, rides, rides, "identity" if joins else str(of["act"]), gate)
     if len(x) != 4:
-        module = folded_kernels(module)
+        module = registry.folded(module)
     forward, backward = module.convolution_choices(x, weight, transform, geometry, dtype, joins)
     return Kernel(name, x, *forward, *backward)

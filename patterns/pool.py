@@ -79,7 +79,7 @@ def _is_4d(normalise: fx.Node, modules: dict[str, nn.Module]) -> bool | None:
 
 
 def _convolution_dimensions(tensor: fx.Node, modules: dict[str, nn.Module]) -> int | None:
-    """2 where a 2-D convolution made the tensor; None where none did."""
+    """The number of spatial dimensions of the convolution that made the tensor; None where none did."""
     layer = conv_of(tensor, modules)
     if isinstance(layer, ConvLayer):
         return len(layer.stride)

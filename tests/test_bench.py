@@ -26,6 +26,7 @@ from bnrestructure.bench.workload import TrainingStep, Workload, training_loss
 from bnrestructure.cli.main import main
 from bnrestructure.errors import UsageError
 from bnrestructure.kernels import reference
+from bnrestructure.memory_format import to_channels_last
 
 FACTORY = """
 import torch
@@ -156,7 +157,7 @@ def test_memory_efficient_is_found_where_torchvision_has_it() -> None:
 
 
 def test_channels_last_reaches_parameters_and_inputs() -> None:
-    model, (x,) = contenders.to_channels_last(small_model(), (torch.randn(2, 3, 8, 8),))
+    model, (x,) = to_channels_last(small_model(), (torch.randn(2, 3, 8, 8),))
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.dim() == 4)
 

@@ -10,16 +10,14 @@ from typing import Any
 import pytest
 import torch
 from equivalence import assert_same_training, restructured_copy, training_step
+from needs import needs_kernels
 from small_models import Signal, Video
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnrestructure
-from bnrestructure.bench.contenders import to_channels_last
 from bnrestructure.kernels import reference, registry
-from bnrestructure.kernels.registry import unavailable_reason
-
-needs_kernels = pytest.mark.skipif(unavailable_reason("cpu") is not None, reason=f"no CPU kernels: {unavailable_reason('cpu')}")
+from bnrestructure.memory_format import to_channels_last
 
 
 def conv_bn(inputs: int, outputs: int, kernel: Any, stride: Any = 1) -> nn.Sequential:
@@ -144,11 +142,11 @@ def test_the_plan_names_what_runs() -> None:
     model, x = build("r2plus1d")
     plan = bnrestructure.explain(model, x)
     assert plan.counts == {"fused": 6, "partial": 1, "kept": 0}
-    if unavailable_reason("cpu") is None:
+    if registry.unavailable_reason("cpu") is None:
         assert {kernel.forward for kernel in plan.kernels} <= {"fused", "hybrid", "winograd"}
     model, x = build("unet")
     kernels = {kernel.name: kernel for kernel in bnrestructure.explain(model, x).kernels}
-    if unavailable_reason("cpu") is None:
+    if registry.unavailable_reason("cpu") is None:
         assert "3-D kernel" in kernels["down.1.0"].forward_reason
         assert "3-D kernel" not in kernels["bottom.1.0"].forward_reason
         assert "3-D kernel" in str(bnrestructure.explain(model, x).kernels[0].backward_reason)

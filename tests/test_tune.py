@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from equivalence import relative_errors, training_step
+from needs import needs_kernels
 from torch import nn
 
 import bnrestructure
-from bnrestructure.kernels import registry, tuning
+from bnrestructure.kernels import tuning
 from bnrestructure.kernels.choice import BACKWARD
 from bnrestructure.kernels.cpu import convolution, convolution_choice
 
-# Without a compiler there are no kernels to choose from; tests/kernels/test_cpu_build.py fails if one is there.
-pytestmark = pytest.mark.skipif(registry.unavailable_reason("cpu") is not None, reason="no compiled CPU kernels")
+pytestmark = needs_kernels
 
 
 def _model() -> nn.Module:

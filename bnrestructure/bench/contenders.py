@@ -7,12 +7,13 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bnrestructure.api import restructure
 from bnrestructure.bench.settings import Settings
 from bnrestructure.bench.workload import TrainingStep, Workload
+from bnrestructure.memory_format import to_channels_last
 from bnrestructure.passes.pipeline import LADDER
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
     "has_memory_efficient",
     "moved",
     "rungs",
-    "to_channels_last",
 ]
 
 EAGER_LAST = "eager channels_last"
@@ -89,19 +89,6 @@ def build(name: str, workload: Workload, settings: Settings) -> TrainingStep:
 def moved(inputs: tuple[Any, ...], device: str) -> tuple[Any, ...]:
     """The arguments with their tensors on the device."""
     return pytree.tree_map_only(Tensor, lambda t: t.to(device), inputs)
-
-
-def to_channels_last(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """The model and its 4-D (5-D) inputs in channels_last (channels_last_3d)."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    for parameter in model.parameters():
-        if parameter.dim() in formats:
-            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
-
-    def convert(t: Tensor) -> Tensor:
-        return t.contiguous(memory_format=formats[t.dim()]) if t.dim() in formats else t
-
-    return model, pytree.tree_map_only(Tensor, convert, inputs)
 
 
 def autocast_dtype(settings: Settings) -> torch.dtype | None:

@@ -23,6 +23,7 @@ from bnrestructure.bench.resident import peak_growth
 from bnrestructure.bench.settings import MALLOC, Settings
 from bnrestructure.bench.workload import TrainingStep, Workload
 from bnrestructure.kernels import registry, tuning
+from bnrestructure.memory_format import to_channels_last
 from bnrestructure.report.memory import saved_for_backward
 
 __all__ = ["JOBS", "Progress"]
@@ -48,9 +49,7 @@ def check(settings: Settings, progress: Progress) -> dict[str, Any]:
     """Whether what would be timed computes the right numbers, on a batch of two of the same images."""
     workload = load_workload(settings)
     model = workload.model.to(settings.device)
-    model, inputs = contenders.to_channels_last(
-        model, contenders.moved(workload.first(_CHECKED_BATCH), settings.device)
-    )
+    model, inputs = to_channels_last(model, contenders.moved(workload.first(_CHECKED_BATCH), settings.device))
     selections: dict[str, str | None] = {RESTRUCTURED: None}
     selections |= {name: rung for rung, name in contenders.rungs(settings).items() if name != RESTRUCTURED}
     progress.total(len(selections))

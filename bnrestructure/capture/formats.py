@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
-
 import torch
 from torch import Tensor, fx, nn
 
 from bnrestructure.capture.boundaries import is_library_leaf
 from bnrestructure.graph.fused import is_fused
+from bnrestructure.memory_format import is_channels_last
 
 __all__ = ["restore_formats"]
 
@@ -19,15 +18,9 @@ def channels_last_dimensions(arguments: tuple[object, ...], weights: tuple[objec
     They do where an argument or a weight of as many is laid out so; and where anything is, if no argument has as many: frames are made
     of a video. Sizes are arguments as well in the graphs that Dynamo makes.
     """
-    last = {t.dim() for t in (*arguments, *weights) if _is_channels_last(t)}
+    last = {t.dim() for t in (*arguments, *weights) if is_channels_last(t)}
     given = {t.dim() for t in arguments if isinstance(t, Tensor)}
     return frozenset(d for d in (4, 5) if d in last or (last and d not in given))
-
-
-def _is_channels_last(t: object) -> TypeGuard[Tensor]:
-    if not isinstance(t, Tensor) or t.dim() not in (4, 5) or t.is_contiguous():
-        return False
-    return t.is_contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
 
 
 def eager_format(x: object, channels_last: frozenset[int], fused_1d: bool) -> object:

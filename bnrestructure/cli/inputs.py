@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bnrestructure.bench.contenders import to_channels_last
 from bnrestructure.cli.models import builder_module, call_factory, load_factory
 from bnrestructure.errors import UsageError
 from bnrestructure.kernels import registry
+from bnrestructure.memory_format import to_channels_last
 
 __all__ = ["example_inputs", "on_gpu"]
 

@@ -19,7 +19,7 @@ from bnrestructure.kernels import reference
 if TYPE_CHECKING:  # it imports ops, which import this
     from bnrestructure.kernels.folded import FoldedKernels
 
-__all__ = ["BACKENDS", "implementation", "reason_for_device", "select", "unavailable_reason"]
+__all__ = ["BACKENDS", "folded", "implementation", "reason_for_device", "select", "unavailable_reason"]
 
 #: What ``restructure(backend=...)`` accepts.
 BACKENDS = ("auto", "reference", "cpu", "cuda")
@@ -75,7 +75,7 @@ def select(backend: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     if module is not None:
         dimensions = args[_ACTIVATION.get(name, 0)].dim()
         if dimensions not in (4, 1):  # the finalize kernels are for vectors
-            module = _folded(module)
+            module = folded(module)
         if module.supports(name, args, kwargs) is not None:
             module = None
     kernel: Callable[..., Any] = getattr(reference if module is None else module, name)
@@ -83,11 +83,11 @@ def select(backend: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 @cache
-def _folded(module: ModuleType) -> FoldedKernels:
+def folded(module: ModuleType) -> FoldedKernels:
     """The implementation for activations that are not 4-D."""
-    from bnrestructure.kernels.folded import folded_kernels
+    from bnrestructure.kernels.folded import FoldedKernels
 
-    return folded_kernels(module)
+    return FoldedKernels(module)
 
 
 @cache

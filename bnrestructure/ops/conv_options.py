@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bnrestructure.ops.aliases import channel_slice
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, values_per_channel
+from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, statistics_factors
 from bnrestructure.ops.kept import kept_activation
 
 __all__ = ["ConvOptions", "backward_edge", "destination", "incoming_gradient", "remember"]
@@ -47,12 +47,10 @@ def destination(
 
 
 def backward_edge(dgain: Any, dmean: Any, dvar: Any, y: Any, ymean: Any) -> BackwardEdge:
-    """The backward edge of y. From the statistics' gradients: a = 2 dvar / M, b = dmean / M."""
+    """The backward edge of y, from the gradients of its gain and of its statistics."""
     if dmean is None and dvar is None:
         return BackwardEdge(s=dgain)
-    count = max(values_per_channel(y), 1)
-    a = torch.zeros_like(ymean) if dvar is None else dvar * (2.0 / count)
-    b = torch.zeros_like(ymean) if dmean is None else dmean / count
+    a, b = statistics_factors(y, ymean, dmean, dvar)
     return BackwardEdge(s=dgain, a=a, b=b, y=y, mean=ymean)
 
 

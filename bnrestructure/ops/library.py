@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.memory_format import in_channels_last
 from bnrestructure.ops.dispatch import call_kernel
 from bnrestructure.ops.edges import (
     BackwardEdge,
     ConvGeometry,
     Transform,
     accumulation_dtype,
-    values_per_channel,
+    statistics_factors,
 )
 
 __all__ = ["conv", "conv_backward", "normalise", "normalise_backward", "statistics", "statistics_backward"]
@@ -29,9 +30,7 @@ _custom_op = torch.library.custom_op
 
 def _last(x: Tensor) -> Tensor:
     """x with the strides that the fake functions promise."""
-    if x.dim() == 4:
-        return x.contiguous(memory_format=torch.channels_last)
-    return x.contiguous(memory_format=torch.channels_last_3d) if x.dim() == 5 else x.contiguous()
+    return in_channels_last(x) if x.dim() in (4, 5) else x.contiguous()
 
 
 def _fake(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -121,9 +120,8 @@ def conv_backward(
     """(dx, SP, SPX, dgate, dweight, dbias) of ``ops.conv``; those that do not apply are empty."""
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     edge = BackwardEdge()
-    if dmean is not None and dvar is not None and y is not None:
-        count = max(values_per_channel(y), 1)
-        edge = BackwardEdge(None, dvar * (2.0 / count), dmean / count, y, y_mean)
+    if dmean is not None and dvar is not None and y is not None and y_mean is not None:
+        edge = BackwardEdge(None, *statistics_factors(y, y_mean, dmean, dvar), y, y_mean)
     g = call_kernel(
         backend, "conv_backward", dy, edge, x, Transform(mean, scale, beta, act, gate), weight,
         geometry, dtype=dtype, needs=(True, True, needs_bias),
@@ -178,8 +176,7 @@ def _(x, backend):  # type: ignore[no-untyped-def]
 @_custom_op("bnrestructure::statistics_backward", mutates_args=())
 def statistics_backward(x: Tensor, mean: Tensor, dmean: Tensor, dvar: Tensor, backend: str) -> Tensor:
     """``2 dvar / M * (x - mean) + dmean / M`` in x's dtype."""
-    count = max(values_per_channel(x), 1)
-    return _last(call_kernel(backend, "statistics_backward", x, mean, dvar * (2.0 / count), dmean / count, None))
+    return _last(call_kernel(backend, "statistics_backward", x, mean, *statistics_factors(x, mean, dmean, dvar), None))
 
 
 @statistics_backward.register_fake

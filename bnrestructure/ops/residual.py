@@ -10,7 +10,7 @@ from torch import Tensor
 from bnrestructure.ops.activation import activate
 from bnrestructure.ops.concat import own_gradient
 from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative, in_format_of
-from bnrestructure.ops.edges import Transform, per_channel, values_per_channel
+from bnrestructure.ops.edges import Transform, per_channel, statistics_factors
 from bnrestructure.ops.statistics import statistics as compute_statistics
 from bnrestructure.ops.sweeps import normalise
 
@@ -118,10 +118,7 @@ class _Residual(torch.autograd.Function):
         out = y if out is None else out  # the same shape and dtype
         statistics = None
         if dmean is not None or dvar is not None:
-            count = max(values_per_channel(out), 1)
-            a = torch.zeros_like(omean) if dvar is None else dvar * (2.0 / count)
-            b = torch.zeros_like(omean) if dmean is None else dmean / count
-            statistics = (a, b, omean)
+            statistics = (*statistics_factors(out, omean, dmean, dvar), omean)
         if dout is None:
             if statistics is None:
                 return (None,) * 13

@@ -12,7 +12,7 @@ from bnrestructure.ops import library
 from bnrestructure.ops.activation import activate
 from bnrestructure.ops.aliases import alias
 from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative, in_format_of
-from bnrestructure.ops.edges import values_per_channel
+from bnrestructure.ops.edges import statistics_factors
 
 __all__ = ["StatisticsOutputs", "batch_norm", "finalize", "statistics"]
 
@@ -49,10 +49,7 @@ class _Statistics(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         if dmean is None and dvar is None:
             return guard_second_derivative((dpassed, None, None))
-        count = max(values_per_channel(x), 1)
-        a = torch.zeros_like(mean) if dvar is None else dvar * (2.0 / count)
-        b = torch.zeros_like(mean) if dmean is None else dmean / count
-        dx = call_kernel(ctx.backend, "statistics_backward", x, mean, a, b, dpassed)
+        dx = call_kernel(ctx.backend, "statistics_backward", x, mean, *statistics_factors(x, mean, dmean, dvar), dpassed)
         return guard_second_derivative((in_format_of(x, dx), None, None))
 
 

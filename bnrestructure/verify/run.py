@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from bnrestructure.memory_format import to_channels_last
 from bnrestructure.verify.draws import SameDraws, seeded
 from bnrestructure.verify.loss import named_tensors
 from bnrestructure.verify.widen import everything_in
@@ -73,14 +74,7 @@ class Run:
 
     def to_channels_last(self) -> None:
         """The same model and inputs with their 4-D and 5-D tensors laid out so: other kernels, other rounding, the same function."""
-
-        def convert(t: Tensor) -> Tensor:
-            last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
-            return t if last is None else t.contiguous(memory_format=last)
-
-        for parameter in self.model.parameters():  # Module.to() refuses models that have 5-D ones too
-            parameter.data = convert(parameter.data)
-        self.inputs = pytree.tree_map_only(Tensor, convert, self.inputs)
+        _, self.inputs = to_channels_last(self.model, self.inputs)
 
     def learning_rate(self) -> float:
         """The rate at which a step with the present gradients changes the parameters by 1e-3 of their length."""

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from bnrestructure.kernels.cpu import library
 from bnrestructure.ops.edges import BackwardEdge, Transform
-
-#: Without a compiler the package installs all the same, without these kernels: there is nothing to test then. With a
-#: compiler they must be there: test_cpu_build.py says so.
-needs_kernels = pytest.mark.skipif(
-    library.unavailable_reason() is not None, reason=f"no CPU kernels: {library.unavailable_reason()}"
-)
 
 LAYOUTS = ("channels_last", "slice", "nchw")
 #: Where an activation's derivative jumps.

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cpu_checks import needs_kernels
+from needs import needs_kernels
 
 from bnrestructure.kernels.cpu import build, library, processor
 

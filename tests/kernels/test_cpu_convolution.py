@@ -8,7 +8,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from cpu_checks import LAYOUTS, assert_as_good, in_layout, needs_kernels, to_double
+from cpu_checks import LAYOUTS, assert_as_good, in_layout, to_double
+from needs import needs_kernels
 from torch import Tensor
 
 from bnrestructure.kernels import reference

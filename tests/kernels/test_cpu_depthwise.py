@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cpu_checks import needs_kernels
 from depthwise_cases import GRADIENTS, Shape, check, check_backward, check_forward, make
+from needs import needs_kernels
 from torch import Tensor
 
 from bnrestructure.kernels import reference

@@ -7,7 +7,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from cpu_checks import assert_as_good, needs_kernels, to_double
+from cpu_checks import assert_as_good, to_double
+from needs import needs_kernels
 from torch import Tensor
 
 from bnrestructure.kernels import cpu, reference

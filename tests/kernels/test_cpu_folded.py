@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_checks import assert_as_good, needs_kernels, to_double
+from cpu_checks import assert_as_good, to_double
+from needs import needs_kernels
 from torch import Tensor
 
 from bnrestructure.kernels import cpu, reference, registry
-from bnrestructure.kernels.folded import folded_kernels
 from bnrestructure.kernels.folded.geometry import folding_of
 from bnrestructure.kernels.folded.views import folded, frames, image, lines, unfolded
 from bnrestructure.ops.aliases import channels_last_buffer
@@ -19,7 +19,7 @@ from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, PoolGeomet
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 
-kernels = folded_kernels(cpu)
+kernels = registry.folded(cpu)
 DTYPES = (torch.float32, torch.bfloat16)
 #: Between nodes; a channel slice of a wider tensor; NCDHW; rows with gaps between them, which no view can fold.
 LAYOUTS = ("last", "slice", "contiguous", "gaps")

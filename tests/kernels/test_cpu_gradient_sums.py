@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cpu_checks import needs_kernels, to_double
+from cpu_checks import to_double
+from needs import needs_kernels
 from torch import Tensor
 
 from bnrestructure.kernels import cpu, reference

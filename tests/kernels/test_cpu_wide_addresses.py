@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_checks import needs_kernels
+from needs import needs_kernels
 from torch import Tensor
 from torch.utils import _pytree as pytree
 

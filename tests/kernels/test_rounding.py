@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from cpu_checks import needs_kernels
+from needs import needs_kernels
 from small_corrections import kept, total
 from torch import Tensor
 

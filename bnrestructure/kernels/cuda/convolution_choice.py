@@ -58,10 +58,8 @@ _SCALAR_FORWARD = 2.4
 #: The hybrid must promise this share of the fused kernel's time: it needs temporaries, and the promise is rough.
 _MARGIN = 0.9
 
-
 #: Of a depthwise kernel whose weight gradient keeps a sum for each: four warps then hold half of their registers in sums.
 _MOST_TAPS = 256
-_TOO_MANY_TAPS = "by rule: a sum for each tap of so large a kernel would not fit the registers"
 
 
 class Node(NamedTuple):
@@ -106,13 +104,18 @@ def forms_sum(node: Node) -> bool:
 def candidates(node: Node, direction: str) -> list[str]:
     """What can run the node in ``direction``, the one that needs no memory of its own first. The hybrid has no gate."""
     own = "depthwise" if node.geometry.is_depthwise(node.weight) else "fused"
-    if own == "depthwise" and direction == "backward" and math.prod(node.weight[2:]) > _MOST_TAPS:
+    if own == "depthwise" and _has_too_many_taps(node, direction):
         return ["reference"] if node.gated else ["hybrid", "reference"]
     if node.gated:
         return [own, "reference"]
     if direction == "forward" or own == "depthwise":
         return [own, "hybrid", "reference"]
     return [*DENSE_BACKWARD, "reference"]
+
+
+def _has_too_many_taps(node: Node, direction: str) -> bool:
+    """Whether the depthwise kernels leave this one alone."""
+    return direction == "backward" and math.prod(node.weight[2:]) > _MOST_TAPS
 
 
 @lru_cache(maxsize=4096)
@@ -127,8 +130,9 @@ def choose(node: Node, direction: str, gpu: str | None) -> Choice:
         if found is not None:
             return Choice(found.choice, found.reason)
     if node.geometry.is_depthwise(node.weight):
-        if direction == "backward" and math.prod(node.weight[2:]) > _MOST_TAPS:
-            return Choice("reference" if node.gated else "hybrid", _TOO_MANY_TAPS)
+        if _has_too_many_taps(node, direction):
+            first = candidates(node, direction)[0]
+            return Choice(first, "by rule: a sum for each tap of so large a kernel would not fit the registers")
         return Choice("depthwise", "by rule: depthwise convolutions have kernels of their own")
     if node.gated:
         return Choice("fused", "by rule: only the fused kernel has a gate")

@@ -19,6 +19,7 @@ from bnrestructure.kernels.cuda.layout import empty_pixels, packed_weight, pixel
 from bnrestructure.kernels.cuda.merge import partial_sums
 from bnrestructure.kernels.cuda.precision import in_units, offset, rounded_gradient
 from bnrestructure.kernels.cuda.problem import unit_of
+from bnrestructure.kernels.cuda.programs import tile_and_channels
 from bnrestructure.kernels.cuda.residual import residual_backward
 from bnrestructure.kernels.cuda.statistics import statistics_forward
 from bnrestructure.kernels.cuda.sweeps import normalise_backward, normalise_forward
@@ -103,10 +104,8 @@ def _output_gradient_kernel(
 ):  # fmt: skip
     p_pitch, y_pitch = in_units(p_pitch, UNIT), in_units(y_pitch, UNIT)
     d_pitch, channels = in_units(d_pitch, UNIT), in_units(channels, UNIT)
-    channel_tiles = tl.cdiv(channels, BC)
-    tile = tl.program_id(0) // channel_tiles
+    tile, columns = tile_and_channels(channels, BC)
     row = (tile * BR + tl.arange(0, BR))[:, None]
-    columns = tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC)
     channel = columns[None, :]
     valid = channel < channels
     inside = (row < rows) & valid

@@ -24,7 +24,8 @@ from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, packed_weight, pixels, vectors
 from bnrestructure.kernels.cuda.merge import partial_sums
 from bnrestructure.kernels.cuda.precision import in_units, multiply, restored_gradient, rounded_gradient
-from bnrestructure.kernels.cuda.problem import is_heavy, precision_of, tile_and_group, unit_of
+from bnrestructure.kernels.cuda.problem import is_heavy, precision_of, unit_of
+from bnrestructure.kernels.cuda.programs import tile_and_group
 from bnrestructure.ops.edges import ConvGeometry, Join, Transform
 
 __all__ = ["InputGradient", "dgrad"]

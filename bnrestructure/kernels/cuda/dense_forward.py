@@ -19,7 +19,8 @@ from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, empty_pixels, packed_weight, pixels, vectors
 from bnrestructure.kernels.cuda.merge import merge_statistics, partial_statistics, store_partial_statistics
 from bnrestructure.kernels.cuda.precision import in_units, multiply, offset, rounded
-from bnrestructure.kernels.cuda.problem import geometry_constants, is_gathered, is_heavy, is_padded, precision_of, tile_and_group, unit_of
+from bnrestructure.kernels.cuda.problem import geometry_constants, is_gathered, is_heavy, is_padded, precision_of, unit_of
+from bnrestructure.kernels.cuda.programs import tile_and_group
 from bnrestructure.ops.edges import ConvGeometry, Join, Transform
 
 __all__ = ["conv_forward"]

@@ -25,6 +25,7 @@ from bnrestructure.kernels.cuda.merge import (
 )
 from bnrestructure.kernels.cuda.precision import in_units, offset, rounded
 from bnrestructure.kernels.cuda.problem import geometry_constants, unit_of
+from bnrestructure.kernels.cuda.programs import tile_and_channels
 from bnrestructure.ops.edges import ConvGeometry, Transform
 
 __all__ = ["conv_forward", "dgrad"]
@@ -40,10 +41,8 @@ def _depthwise_forward_kernel(
     WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     x_pitch, y_pitch, channels = in_units(x_pitch, UNIT), in_units(y_pitch, UNIT), in_units(channels, UNIT)
-    channel_tiles = tl.cdiv(channels, BC)
-    tile = tl.program_id(0) // channel_tiles
+    tile, channel = tile_and_channels(channels, BC)
     row = tile * BR + tl.arange(0, BR)
-    channel = (tl.program_id(0) % channel_tiles) * BC + tl.arange(0, BC)
     valid = channel < channels
     stored = (row < rows)[:, None] & valid[None, :]
     n = row // (OH * OW)
@@ -88,11 +87,9 @@ def _depthwise_dgrad_kernel(
 ):  # fmt: skip
     p_pitch, y_pitch, channels = in_units(p_pitch, UNIT), in_units(y_pitch, UNIT), in_units(channels, UNIT)
     x_pitch, dx_pitch = in_units(x_pitch, UNIT), in_units(dx_pitch, UNIT)
-    channel_tiles = tl.cdiv(channels, BC)
-    tile = tl.program_id(0) // channel_tiles
+    tile, channel = tile_and_channels(channels, BC)
     n = tile // image_tiles  # no tile spans two images, so that a tile's sum for the gate belongs to one of them
     position = (tile - n * image_tiles) * BR + tl.arange(0, BR)
-    channel = (tl.program_id(0) % channel_tiles) * BC + tl.arange(0, BC)
     valid = channel < channels
     stored = (position < H * W)[:, None] & valid[None, :]
     h = position // W

@@ -8,7 +8,7 @@ would have got.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +57,5 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stag
         return
     first: Tensor = arguments[0]
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": FP_FUSION}
-    if first.is_cuda:
-        with torch.cuda.device(first.device):
-            kernel[grid](*arguments, **options, **constants)
-    else:  # Triton's interpreter
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():  # elsewhere: Triton's interpreter
         kernel[grid](*arguments, **options, **constants)

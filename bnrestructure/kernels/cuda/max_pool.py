@@ -15,6 +15,7 @@ from bnrestructure.kernels.cuda.layout import destination, empty_pixels, pixels,
 from bnrestructure.kernels.cuda.merge import partial_sums
 from bnrestructure.kernels.cuda.precision import in_units, offset, rounded
 from bnrestructure.kernels.cuda.problem import unit_of
+from bnrestructure.kernels.cuda.programs import tile_and_channels
 from bnrestructure.ops.edges import PoolGeometry, Transform
 
 __all__ = ["max_pool_backward", "max_pool_forward"]
@@ -30,9 +31,8 @@ def _max_pool_kernel(
     WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     pitch, channels = in_units(pitch, UNIT), in_units(channels, UNIT)
-    channel_tiles = tl.cdiv(channels, BC)
-    row = tl.program_id(0) // channel_tiles * BR + tl.arange(0, BR)
-    channel = tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC)
+    tile, channel = tile_and_channels(channels, BC)
+    row = tile * BR + tl.arange(0, BR)
     valid = channel < channels
     stored = (row < rows)[:, None] & valid[None, :]
     n = row // (OH * OW)
@@ -103,10 +103,8 @@ def _max_pool_backward_kernel(
 ):  # fmt: skip
     dy_pitch, index_pitch = in_units(dy_pitch, UNIT), in_units(index_pitch, UNIT)
     x_pitch, dx_pitch, channels = in_units(x_pitch, UNIT), in_units(dx_pitch, UNIT), in_units(channels, UNIT)
-    channel_tiles = tl.cdiv(channels, BC)
-    tile = tl.program_id(0) // channel_tiles
+    tile, channel = tile_and_channels(channels, BC)
     row = tile * BR + tl.arange(0, BR)
-    channel = tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC)
     row_valid = row < rows
     valid = channel < channels
     n = row // (H * W)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 
 from bnrestructure.kernels.cuda.device import uses_tf32
 from bnrestructure.ops.edges import ConvGeometry, Transform
 
-__all__ = ["geometry_constants", "is_gathered", "is_heavy", "is_padded", "precision_of", "tile_and_group", "triton_dtype", "unit_of"]
+__all__ = ["geometry_constants", "is_gathered", "is_heavy", "is_padded", "precision_of", "triton_dtype", "unit_of"]
 
 
 def geometry_constants(geometry: ConvGeometry, kernel: Sequence[int]) -> dict[str, int]:
@@ -60,19 +59,3 @@ def precision_of(dtype: torch.dtype) -> str:
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     """Triton's name for an element type that the kernels take."""
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
-
-
-@triton.jit
-def tile_and_group(column_tiles, GROUPS: tl.constexpr):
-    """(tile of rows, group) of a program on a grid of (tiles * GROUPS * column_tiles, 1), in this order.
-
-    Groups stand side by side, since narrow ones share the very sectors of memory that their pixels lie in. A single group is taken from the
-    grid's other dimension: where Triton 3.6 knows that it is 0 the code comes out with spilled registers on sm_80.
-    """
-    if GROUPS > 1:
-        tile = tl.program_id(0) // (column_tiles * GROUPS)
-        group = tl.program_id(0) // column_tiles % GROUPS
-    else:
-        tile = tl.program_id(0) // column_tiles
-        group = tl.program_id(1)
-    return tile, group

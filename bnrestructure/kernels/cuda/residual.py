@@ -19,6 +19,7 @@ from bnrestructure.kernels.cuda.merge import (
 )
 from bnrestructure.kernels.cuda.precision import dithered, in_units, offset, rounded
 from bnrestructure.kernels.cuda.problem import unit_of
+from bnrestructure.kernels.cuda.programs import tile_and_channels
 from bnrestructure.ops.edges import Transform
 
 __all__ = ["residual_backward", "residual_forward"]
@@ -32,10 +33,8 @@ def _residual_kernel(
 ):  # fmt: skip
     y_pitch, r_pitch = in_units(y_pitch, UNIT), in_units(r_pitch, UNIT)
     out_pitch, channels = in_units(out_pitch, UNIT), in_units(channels, UNIT)
-    channel_tiles = tl.cdiv(channels, BC)
-    tile = tl.program_id(0) // channel_tiles
+    tile, columns = tile_and_channels(channels, BC)
     row = (tile * BR + tl.arange(0, BR))[:, None]
-    columns = tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC)
     channel = columns[None, :]
     valid = channel < channels
     inside = (row < rows) & valid
@@ -93,10 +92,8 @@ def _residual_backward_kernel(
     dout_pitch, more_pitch, y_pitch = in_units(dout_pitch, UNIT), in_units(more_pitch, UNIT), in_units(y_pitch, UNIT)
     r_pitch, out_pitch = in_units(r_pitch, UNIT), in_units(out_pitch, UNIT)
     g_pitch, channels = in_units(g_pitch, UNIT), in_units(channels, UNIT)
-    channel_tiles = tl.cdiv(channels, BC)
-    tile = tl.program_id(0) // channel_tiles
+    tile, columns = tile_and_channels(channels, BC)
     row = (tile * BR + tl.arange(0, BR))[:, None]
-    columns = tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC)
     channel = columns[None, :]
     valid = channel < channels
     inside = (row < rows) & valid

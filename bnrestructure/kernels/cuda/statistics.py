@@ -15,6 +15,7 @@ from bnrestructure.kernels.cuda.layout import destination, pixels, vector, vecto
 from bnrestructure.kernels.cuda.merge import merge_statistics, partial_statistics, store_partial_statistics
 from bnrestructure.kernels.cuda.precision import dithered, in_units, offset, rounded
 from bnrestructure.kernels.cuda.problem import unit_of
+from bnrestructure.kernels.cuda.programs import tile_and_channels
 
 __all__ = ["finalize_backward", "finalize_forward", "statistics_backward", "statistics_forward"]
 
@@ -27,10 +28,8 @@ def _statistics_kernel(
     WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     pitch, channels = in_units(pitch, UNIT), in_units(channels, UNIT)
-    channel_tiles = tl.cdiv(channels, BC)
-    tile = tl.program_id(0) // channel_tiles
+    tile, channel = tile_and_channels(channels, BC)
     row = tile * BR + tl.arange(0, BR)
-    channel = tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC)
     valid = channel < channels
     inside = (row < rows)[:, None] & valid[None, :]
     x = tl.load(x_ptr + offset(row[:, None], pitch, WIDE) + channel[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -59,9 +58,9 @@ def _statistics_backward_kernel(
     ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     x_pitch, dx_pitch, channels = in_units(x_pitch, UNIT), in_units(dx_pitch, UNIT), in_units(channels, UNIT)
-    channel_tiles = tl.cdiv(channels, BC)
-    row = (tl.program_id(0) // channel_tiles * BR + tl.arange(0, BR))[:, None]
-    channel = (tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC))[None, :]
+    tile, columns = tile_and_channels(channels, BC)
+    row = (tile * BR + tl.arange(0, BR))[:, None]
+    channel = columns[None, :]
     valid = channel < channels
     inside = (row < rows) & valid
     x = tl.load(x_ptr + offset(row, x_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)

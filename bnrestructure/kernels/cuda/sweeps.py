@@ -15,6 +15,7 @@ from bnrestructure.kernels.cuda.layout import Pixels, destination, pixels, vecto
 from bnrestructure.kernels.cuda.merge import partial_sums
 from bnrestructure.kernels.cuda.precision import in_units, offset, rounded
 from bnrestructure.kernels.cuda.problem import unit_of
+from bnrestructure.kernels.cuda.programs import tile_and_channels
 from bnrestructure.ops.edges import Transform
 
 __all__ = ["normalise_backward", "normalise_forward", "squeeze_backward", "squeeze_forward"]
@@ -28,9 +29,9 @@ def _normalise_kernel(
     ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     x_pitch, z_pitch, channels = in_units(x_pitch, UNIT), in_units(z_pitch, UNIT), in_units(channels, UNIT)
-    channel_tiles = tl.cdiv(channels, BC)
-    row = (tl.program_id(0) // channel_tiles * BR + tl.arange(0, BR))[:, None]
-    channel = (tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC))[None, :]
+    tile, columns = tile_and_channels(channels, BC)
+    row = (tile * BR + tl.arange(0, BR))[:, None]
+    channel = columns[None, :]
     valid = channel < channels
     inside = (row < rows) & valid
     x = tl.load(x_ptr + offset(row, x_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
@@ -65,10 +66,8 @@ def _normalise_backward_kernel(
 ):  # fmt: skip
     dz_pitch, x_pitch = in_units(dz_pitch, UNIT), in_units(x_pitch, UNIT)
     dx_pitch, channels = in_units(dx_pitch, UNIT), in_units(channels, UNIT)
-    channel_tiles = tl.cdiv(channels, BC)
-    tile = tl.program_id(0) // channel_tiles
+    tile, channel = tile_and_channels(channels, BC)
     row = tile * BR + tl.arange(0, BR)
-    channel = tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC)
     row_valid = row < rows
     valid = channel < channels
     inside = row_valid[:, None] & valid[None, :]
@@ -126,9 +125,7 @@ def _squeeze_kernel(
     ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     pitch, channels = in_units(pitch, UNIT), in_units(channels, UNIT)
-    channel_tiles = tl.cdiv(channels, BC)
-    image = tl.program_id(0) // channel_tiles
-    channel = tl.program_id(0) % channel_tiles * BC + tl.arange(0, BC)
+    image, channel = tile_and_channels(channels, BC)
     valid = channel < channels
     total = tl.zeros((BR, BC), dtype=tl.float32)
     for start in range(0, positions, BR):

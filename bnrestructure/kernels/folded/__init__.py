@@ -6,7 +6,6 @@ images of one long row block; convolutions are 2-D ones of other images (geometr
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from bnrestructure.kernels.folded.geometry import Folding, folding_of
 from bnrestructure.kernels.folded.views import delivered, folded, image, stand_in, unfolded
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
-__all__ = ["FoldedKernels", "folded_kernels"]
+__all__ = ["FoldedKernels"]
 
 
 class _Sweep(NamedTuple):
@@ -44,12 +43,6 @@ _SWEEPS = {
 _CONVOLUTIONS = {"conv_forward": (2, 4), "conv_backward": (4, 5), "join_forward": (1, 3), "join_backward": (4, 5)}
 
 
-@cache
-def folded_kernels(kernels: Any) -> FoldedKernels:
-    """The one for an implementation of 4-D kernels."""
-    return FoldedKernels(kernels)
-
-
 class FoldedKernels:
     """``kernels``, an implementation of 4-D kernels, for activations [N, C, *spatial] of any other number of dimensions."""
 
@@ -68,12 +61,11 @@ class FoldedKernels:
             return convolution.unsupported(self.kernels, folding, name, args, kwargs)
         if name not in _SWEEPS:
             return f"{name} is for 4-D tensors"
+        activations, into, _ = _SWEEPS[name]
         inside = list(args)
-        for i in _SWEEPS[name].activations:
+        for i in (*activations, into) if isinstance(into, int) else activations:
             if inside[i] is not None:
                 inside[i] = stand_in(inside[i], image)
-        if name == "statistics_backward" and inside[4] is not None:
-            inside[4] = stand_in(inside[4], image)
         reason: str | None = self.kernels.supports(name, tuple(inside), kwargs)
         return reason
 

@@ -30,11 +30,12 @@ def unsupported(sweeps: Any, name: str, args: tuple[Any, ...], kwargs: dict[str,
         return "an empty tensor"
     if weight.dtype is torch.float64:
         return f"a weight in {weight.dtype}"
-    if reason := narrowed(x, transform, dtype):
+    reason: str | None = narrowed(x, transform, dtype)
+    if reason is not None:
         return reason
     # x is converted before it is swept: ask about the sizes in the dtype that it will have.
     converted = x if x.dtype == dtype else x.new_empty(1, dtype=dtype).as_strided(x.shape, (0,) * x.dim())
-    reason: str | None = sweeps.supports("normalise_forward", (converted, transform), {"dtype": dtype})
+    reason = sweeps.supports("normalise_forward", (converted, transform), {"dtype": dtype})
     return reason
 
 

@@ -14,7 +14,8 @@ __all__ = ["finalize_backward", "finalize_forward", "statistics_backward", "stat
 def statistics_forward(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of ``x`` [N, C, *spatial], each [C], in the accumulation dtype; centred sums; zeros of no values."""
     if x.numel() == 0:
-        return x.new_zeros((2, x.shape[1]), dtype=accumulation_dtype(x.dtype)).unbind()
+        zeros = x.new_zeros(x.shape[1], dtype=accumulation_dtype(x.dtype))
+        return zeros, zeros.clone()
     dims = [d for d in range(x.dim()) if d != 1]
     var, mean = torch.var_mean(x.to(accumulation_dtype(x.dtype)), dim=dims, correction=0)
     return mean, var

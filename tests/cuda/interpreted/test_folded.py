@@ -10,12 +10,11 @@ import torch
 from kernels.cpu_checks import assert_as_good, to_double
 from torch import Tensor
 
-from bnrestructure.kernels import cuda, reference
-from bnrestructure.kernels.folded import folded_kernels
+from bnrestructure.kernels import cuda, reference, registry
 from bnrestructure.ops.aliases import channels_last_buffer
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, Transform
 
-kernels = folded_kernels(cuda)
+kernels = registry.folded(cuda)
 # x, outputs, kernel, stride, padding
 CONVOLUTIONS: dict[str, tuple[Any, ...]] = {
     "1-D": ((2, 5, 7), 6, (3,), (2,), (1,)),

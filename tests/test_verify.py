@@ -19,7 +19,7 @@ import bnrestructure
 from bnrestructure import UsageError, VerificationReport, verify
 from bnrestructure.kernels import reference
 from bnrestructure.kernels.reference import elementwise
-from bnrestructure.ops import conv_options, join
+from bnrestructure.ops import conv_options, edges, join
 from bnrestructure.ops.edges import BackwardEdge
 from bnrestructure.verify import distance, verifier
 
@@ -173,8 +173,8 @@ def without_s(e: BackwardEdge) -> BackwardEdge:
 
 
 def wrong_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = conv_options.values_per_channel
-    monkeypatch.setattr(conv_options, "values_per_channel", lambda x: original(x) + 1)
+    original = edges.values_per_channel
+    monkeypatch.setattr(edges, "values_per_channel", lambda x: original(x) + 1)
 
 
 def wrong_slice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from bnrestructure.kernels.cuda.precision import exponential, reciprocal
 from bnrestructure.ops.activation import PLAIN_ACTIVATIONS, negative_slope
 
 __all__ = ["activate", "activation_constants", "pre_activation", "pull_back"]
@@ -48,10 +49,16 @@ def pre_activation(x, mean_ptr, scale_ptr, beta_ptr, channel, valid):
 @triton.jit
 def _sigmoid(w):
     """(sigmoid(w), 1 - sigmoid(w)) by one exponential that cannot overflow, the second without cancellation."""
-    e = tl.exp(-tl.abs(w))
-    large = 1.0 / (1.0 + e)
+    e = exponential(-tl.abs(w))
+    large = reciprocal(1.0 + e)
     small = e * large
     return tl.where(w < 0.0, small, large), tl.where(w < 0.0, large, small)
+
+
+@triton.jit
+def _logistic(w):
+    """sigmoid(w) alone: 0 below -88, where its product with w rounds to nothing."""
+    return reciprocal(1.0 + exponential(-w))
 
 
 @triton.jit
@@ -70,16 +77,14 @@ def activate(u, ACT: tl.constexpr, SLOPE: tl.constexpr):
         z = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
         z = tl.minimum(z, 6.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "silu":
-        s, _ = _sigmoid(u)
-        z = u * s
+        z = u * _logistic(u)
     elif ACT == "hardswish":
         inside = tl.maximum(u + 3.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
         z = u * tl.minimum(inside, 6.0, propagate_nan=tl.PropagateNan.ALL) * (1.0 / 6.0)
     elif ACT == "gelu":
         z = 0.5 * u * (1.0 + tl.erf(u * _SQRT_HALF))
     elif ACT == "gelu_tanh":
-        s, _ = _sigmoid(_tanh_argument(u))
-        z = u * s
+        z = u * _logistic(_tanh_argument(u))
     elif ACT == "leaky_relu":
         z = tl.where(u > 0.0, u, u * SLOPE)
     else:
@@ -104,7 +109,7 @@ def pull_back(g, u, ACT: tl.constexpr, SLOPE: tl.constexpr):
         p = tl.where(u <= -3.0, 0.0, tl.where(u < 3.0, inside, g))
     elif ACT == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(u * _SQRT_HALF))
-        p = g * tl.fma(u, tl.exp(-0.5 * u * u) * _INVERSE_SQRT_TWO_PI, cdf)
+        p = g * tl.fma(u, exponential(-0.5 * u * u) * _INVERSE_SQRT_TWO_PI, cdf)
     elif ACT == "gelu_tanh":
         s, rest = _sigmoid(_tanh_argument(u))
         # Far out the product of s and the rest is 0; u is clamped so that it does not meet an infinity there.

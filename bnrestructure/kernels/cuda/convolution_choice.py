@@ -16,7 +16,6 @@ was timed as a whole on a GPU**: tune() is how to know.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -58,8 +57,8 @@ _SCALAR_FORWARD = 2.4
 #: The hybrid must promise this share of the fused kernel's time: it needs temporaries, and the promise is rough.
 _MARGIN = 0.9
 
-#: Of a depthwise kernel whose weight gradient keeps a sum for each: four warps then hold half of their registers in sums.
-_MOST_TAPS = 256
+#: The widest depthwise kernel, and the longest stride, whose sums and addresses leave the depthwise kernels without spilled registers.
+_MOST_COLUMNS = 15
 
 
 class Node(NamedTuple):
@@ -104,7 +103,7 @@ def forms_sum(node: Node) -> bool:
 def candidates(node: Node, direction: str) -> list[str]:
     """What can run the node in ``direction``, the one that needs no memory of its own first. The hybrid has no gate."""
     own = "depthwise" if node.geometry.is_depthwise(node.weight) else "fused"
-    if own == "depthwise" and _has_too_many_taps(node, direction):
+    if own == "depthwise" and _is_too_wide(node):
         return ["reference"] if node.gated else ["hybrid", "reference"]
     if node.gated:
         return [own, "reference"]
@@ -113,9 +112,9 @@ def candidates(node: Node, direction: str) -> list[str]:
     return [*DENSE_BACKWARD, "reference"]
 
 
-def _has_too_many_taps(node: Node, direction: str) -> bool:
+def _is_too_wide(node: Node) -> bool:
     """Whether the depthwise kernels leave this one alone."""
-    return direction == "backward" and math.prod(node.weight[2:]) > _MOST_TAPS
+    return max(node.weight[3], node.geometry.stride[1]) > _MOST_COLUMNS
 
 
 @lru_cache(maxsize=4096)
@@ -130,9 +129,9 @@ def choose(node: Node, direction: str, gpu: str | None) -> Choice:
         if found is not None:
             return Choice(found.choice, found.reason)
     if node.geometry.is_depthwise(node.weight):
-        if _has_too_many_taps(node, direction):
+        if _is_too_wide(node):
             first = candidates(node, direction)[0]
-            return Choice(first, "by rule: a sum for each tap of so large a kernel would not fit the registers")
+            return Choice(first, "by rule: what so wide a kernel, or so long a stride, keeps would not fit the registers")
         return Choice("depthwise", "by rule: depthwise convolutions have kernels of their own")
     if node.gated:
         return Choice("fused", "by rule: only the fused kernel has a gate")

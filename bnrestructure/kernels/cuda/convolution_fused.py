@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrestructure.kernels.cuda import dense_dgrad, dense_forward, dense_wgrad, depthwise, depthwise_wgrad
+from bnrestructure.kernels.cuda import (
+    dense_dgrad,
+    dense_forward,
+    dense_wgrad,
+    depthwise_dgrad,
+    depthwise_forward,
+    depthwise_wgrad,
+)
 from bnrestructure.kernels.cuda.edges import edge_pixels
 from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
@@ -18,7 +25,7 @@ def conv_forward(
     x: Tensor, transform: Transform, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, **options: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, mean, var): see kernels/reference/convolution.py. x [N, C_in, H, W] of any strides; fp32, bf16 or fp16."""
-    module = depthwise if geometry.is_depthwise(weight.shape) else dense_forward
+    module = depthwise_forward if geometry.is_depthwise(weight.shape) else dense_forward
     return module.conv_forward(x, transform, weight, bias, geometry, **options)
 
 
@@ -47,7 +54,7 @@ def conv_backward(
     if not need_x:
         return ConvGradients(weight=dw if need_weight else None, bias=db)
     options = {} if own else {"join": join}
-    found = (depthwise if own else dense_dgrad).dgrad(
+    found = (depthwise_dgrad if own else dense_dgrad).dgrad(
         gradient, x, transform, weight, geometry, dtype=dtype, accumulate=accumulate, **options
     )
     return ConvGradients(found.dx, found.sum_p, found.sum_px, found.gate, dw if need_weight else None, db, found.sum_pr)

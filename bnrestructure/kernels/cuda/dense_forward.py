@@ -18,7 +18,7 @@ from bnrestructure.kernels.cuda.activation import activate, activation_constants
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, empty_pixels, packed_weight, pixels, vectors
 from bnrestructure.kernels.cuda.merge import merge_statistics, partial_statistics, store_partial_statistics
-from bnrestructure.kernels.cuda.precision import in_units, multiply, offset, rounded
+from bnrestructure.kernels.cuda.precision import in_units, multiply, offset, representable, rounded
 from bnrestructure.kernels.cuda.problem import geometry_constants, is_gathered, is_heavy, is_padded, precision_of, unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_group
 from bnrestructure.ops.edges import ConvGeometry, Join, Transform
@@ -102,13 +102,13 @@ def _dense_forward_kernel(
     out_channel = group * group_outputs + column
     if bias_ptr is not None:
         total += tl.load(bias_ptr + out_channel, mask=column_valid, other=0.0)[None, :]
-    y = rounded(total, y_ptr.dtype.element_ty)
+    y = representable(total, y_ptr.dtype.element_ty)
     stored = row_valid[:, None] & column_valid[None, :]
-    tl.store(y_ptr + offset(row[:, None], y_pitch, WIDE) + out_channel[None, :], y, mask=stored)
+    tl.store(y_ptr + offset(row[:, None], y_pitch, WIDE) + out_channel[None, :], y.to(y_ptr.dtype.element_ty), mask=stored)
     if partial_ptr is not None:
         count = tl.minimum(rows - tile * BM, BM).to(tl.float32)
         store_partial_statistics(
-            partial_ptr, y.to(tl.float32), stored, tile, row_tiles, count, out_channel, outputs, column_valid
+            partial_ptr, (y,), (stored,), tile, row_tiles, count, out_channel, outputs, column_valid
         )
 
 

@@ -13,7 +13,10 @@ from bnrestructure.kernels.cuda.layout import Pixels, pixels, vectors
 from bnrestructure.kernels.cuda.precision import dithered, offset, rounded
 from bnrestructure.ops.edges import BackwardEdge
 
-__all__ = ["EdgePixels", "edge_pixels", "output_gradient", "store_input_gradient", "store_join_gradient"]
+__all__ = [
+    "EdgePixels", "edge_pixels", "input_gradient", "output_gradient",
+    "store_gradient", "store_input_gradient", "store_join_gradient", "store_sums",
+]  # fmt: skip
 
 
 class EdgePixels(NamedTuple):
@@ -75,41 +78,74 @@ def output_gradient(
 
 
 @triton.jit
-def store_input_gradient(
-    g, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, dx_ptr, partial_ptr, gate_partial_ptr,
-    x_pitch, dx_pitch, pixel, channel, row_valid, valid, image, tile, tiles, channels,
-    ACT: tl.constexpr, SLOPE: tl.constexpr, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, DITHER: tl.constexpr = False,
+def input_gradient(
+    g, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, x_pitch, pixel, channel, row_valid, valid, image, channels,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """From ``g`` [rows, channels] in fp32, the gradient at z, to the gradient of raw x, stored or added to dx.
+    """From ``g`` [rows, channels] in fp32, the gradient at z, to (the gradient of raw x, two blocks whose sums over the rows are due).
 
-    With vectors: P is scaled, and its sums SP and SPX are tile ``tile``'s in ``partial_ptr`` [2, tiles, channels].
-    With a gate (all rows are of ``image``): the gradient at the gate's input, the mask *not* applied, and the gate's
-    own sum in ``gate_partial_ptr`` [tiles, channels].
+    With vectors: P scaled; P and P * (x - mean). With a gate (all rows are of ``image``): the gradient at the gate's input, the mask *not*
+    applied; the gate's own, twice. With neither nothing is due.
     """
     stored = row_valid[:, None] & valid[None, :]
     column = channel[None, :]
+    first, second = g, g
     if mean_ptr is not None or gate_ptr is not None or ACT != "identity":
         x = tl.load(x_ptr + offset(pixel[:, None], x_pitch, WIDE) + column, mask=stored, other=0.0).to(tl.float32)
         u = pre_activation(x, mean_ptr, scale_ptr, beta_ptr, column, valid[None, :])
         if gate_ptr is not None:
-            share = tl.where(stored, g * activate(u, ACT, SLOPE), 0.0)
-            tl.store(gate_partial_ptr + tile * channels + channel, tl.sum(share, 0), mask=valid)
+            first = tl.where(stored, g * activate(u, ACT, SLOPE), 0.0)
+            second = first
             g *= tl.load(gate_ptr + image * channels + channel, mask=valid, other=0.0)[None, :]
         else:
             g = tl.where(stored, pull_back(g, u, ACT, SLOPE), 0.0)
             if mean_ptr is not None:
-                mean = tl.load(mean_ptr + channel, mask=valid, other=0.0)[None, :]
-                sums = partial_ptr + tile * channels + channel
-                tl.store(sums, tl.sum(g, 0), mask=valid)
-                tl.store(sums + tiles * channels, tl.sum(g * (x - mean), 0), mask=valid)
+                first = g
+                second = g * (x - tl.load(mean_ptr + channel, mask=valid, other=0.0)[None, :])
                 g *= tl.load(scale_ptr + channel, mask=valid, other=0.0)[None, :]
-    place = dx_ptr + offset(pixel[:, None], dx_pitch, WIDE) + column
+    return g, first, second
+
+
+@triton.jit
+def store_sums(first, second, mean_ptr, gate_ptr, partial_ptr, gate_partial_ptr, channel, valid, tile, tiles, channels):
+    """The sums over the rows of what :func:`input_gradient` says is due, as tile ``tile``'s: SP and SPX in ``partial_ptr``
+    [2, tiles, channels], or the gate's in ``gate_partial_ptr`` [tiles, channels].
+    """
+    if gate_ptr is not None:
+        tl.store(gate_partial_ptr + tile * channels + channel, tl.sum(first, 0), mask=valid)
+    elif mean_ptr is not None:
+        sums = partial_ptr + tile * channels + channel
+        tl.store(sums, tl.sum(first, 0), mask=valid)
+        tl.store(sums + tiles * channels, tl.sum(second, 0), mask=valid)
+
+
+@triton.jit
+def store_gradient(
+    g, dx_ptr, dx_pitch, pixel, channel, row_valid, valid, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, DITHER: tl.constexpr = False
+):  # fmt: skip
+    """``g`` stored in dx's dtype, or added to what is there."""
+    stored = row_valid[:, None] & valid[None, :]
+    place = dx_ptr + offset(pixel[:, None], dx_pitch, WIDE) + channel[None, :]
     if ACCUMULATE:
         g += tl.load(place, mask=stored, other=0.0).to(tl.float32)
     if DITHER:  # what all pixels have in common is kept on average
         tl.store(place, dithered(g, pixel[:, None], dx_ptr.dtype.element_ty), mask=stored)
     else:
         tl.store(place, rounded(g, dx_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def store_input_gradient(
+    g, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, dx_ptr, partial_ptr, gate_partial_ptr,
+    x_pitch, dx_pitch, pixel, channel, row_valid, valid, image, tile, tiles, channels,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, DITHER: tl.constexpr = False,
+):  # fmt: skip
+    """The three above for a tile of one block."""
+    g, first, second = input_gradient(
+        g, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, x_pitch, pixel, channel, row_valid, valid, image, channels, ACT, SLOPE, WIDE
+    )
+    store_sums(first, second, mean_ptr, gate_ptr, partial_ptr, gate_partial_ptr, channel, valid, tile, tiles, channels)
+    store_gradient(g, dx_ptr, dx_pitch, pixel, channel, row_valid, valid, ACCUMULATE, WIDE, DITHER)
 
 
 @triton.jit

@@ -82,7 +82,7 @@ def max_pool_forward(
     )
     y = empty_pixels((batch, channels, h, w), dtype, x.device)
     index = empty_pixels((batch, channels, h, w), torch.uint8, x.device)
-    tile = tiles.depthwise(channels, streams=2)  # the largest value, and its place
+    tile = tiles.max_pool(channels)
     launch(
         _max_pool_kernel, (triton.cdiv(y.rows, tile.rows) * triton.cdiv(channels, tile.channels),),
         source.tensor, *vectors(transform.mean, transform.scale, transform.beta), y.tensor, index.tensor,
@@ -143,7 +143,7 @@ def max_pool_backward(
     dx = destination(x, x.dtype, accumulate)
     in_place = accumulate is not None and dx.tensor is accumulate
     _, channels, *size = x.shape
-    tile = tiles.depthwise(channels, streams=2)
+    tile = tiles.max_pool(channels)
     row_tiles = triton.cdiv(source.rows, tile.rows)
     partial = None if transform.mean is None else partial_sums(2, row_tiles, channels, x.device)
     operands = (gradient, taken, source, dx)

@@ -1,9 +1,9 @@
 """From the partial results of tiles to per-channel totals: Chan's formula for statistics, plain sums for gradients.
 
 A tile's mean is kept as two numbers, the fp32 mean and what its rounding left out: where |mean| is large beside the
-deviation, the rounding alone would show in the variance between tiles. Tile i covers the rows from i * unit
-up to (i + 1) * unit, the last one fewer, so the counts need not be stored. Nothing here is atomic: the same input gives
-the same bits.
+deviation, the rounding alone would show in the variance between tiles. Where tile i covers the rows from i * unit
+up to (i + 1) * unit, the last one fewer, the counts need not be stored; tiles of patches store them. Nothing here is
+atomic: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -30,12 +30,22 @@ def partial_statistics(count: int, channels: int, device: torch.device) -> Tenso
 
 
 @triton.jit
-def store_partial_statistics(partial_ptr, v, inside, tile, tiles, count, channel, channels, valid):
-    """Mean, remainder and M2 of the ``count`` rows ``inside`` an fp32 block v [rows, channels], as tile ``tile``'s."""
-    mean = tl.sum(tl.where(inside, v, 0.0), 0) / count
-    d = tl.where(inside, v - mean[None, :], 0.0)
+def store_partial_statistics(
+    partial_ptr, blocks, inside, tile, tiles, count, channel, channels, valid, BLOCKS: tl.constexpr = 1
+):  # fmt: skip
+    """Mean, remainder and M2 of the ``count`` rows ``inside`` some fp32 blocks [rows, channels], as tile ``tile``'s. Of each a tuple."""
+    total = tl.where(inside[0], blocks[0], 0.0)
+    for i in tl.static_range(1, BLOCKS):
+        total += tl.where(inside[i], blocks[i], 0.0)
+    mean = tl.sum(total, 0) / count
+    d = tl.where(inside[0], blocks[0] - mean[None, :], 0.0)
+    square = d * d
+    for i in tl.static_range(1, BLOCKS):
+        more = tl.where(inside[i], blocks[i] - mean[None, :], 0.0)
+        d += more
+        square = tl.fma(more, more, square)
     remainder = tl.sum(d, 0) / count
-    m2 = tl.sum(d * d, 0) - count * remainder * remainder
+    m2 = tl.sum(square, 0) - count * remainder * remainder
     place = partial_ptr + tile * channels + channel
     plane = tiles * channels
     tl.store(place, mean, mask=valid)
@@ -45,16 +55,18 @@ def store_partial_statistics(partial_ptr, v, inside, tile, tiles, count, channel
 
 @triton.jit(do_not_specialize=("tiles", "rows", "unit", "out_tiles"))
 def _merge_kernel(
-    partial_ptr, out_ptr, tiles, channels, rows, unit, out_tiles,
+    partial_ptr, count_ptr, out_ptr, out_count_ptr, tiles, channels, rows, unit, out_tiles,
     FINAL: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
     tile = group * BT + tl.arange(0, BT)
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     valid = channel < channels
-    # In 64 bits: the tiles beyond the last one may lie beyond 2^31 rows.
-    left = rows - tile.to(tl.int64) * unit
-    count = tl.minimum(tl.maximum(left, 0), unit).to(tl.float32)[:, None]
+    if count_ptr is not None:
+        count = tl.load(count_ptr + tile, mask=tile < tiles, other=0.0)[:, None]
+    else:  # in 64 bits: the tiles beyond the last one may lie beyond 2^31 rows
+        left = rows - tile.to(tl.int64) * unit
+        count = tl.minimum(tl.maximum(left, 0), unit).to(tl.float32)[:, None]
     inside = (tile < tiles)[:, None] & valid[None, :]
     place = partial_ptr + tile[:, None] * channels + channel[None, :]
     plane = tiles * channels
@@ -77,21 +89,26 @@ def _merge_kernel(
     else:
         tl.store(out + plane, (origin - mean) + shift, mask=valid)
         tl.store(out + 2 * plane, m2, mask=valid)
+        if count_ptr is not None:
+            tl.store(out_count_ptr + group, tl.sum(tl.sum(count, 0), 0))
 
 
-def merge_statistics(partial: Tensor, rows: int, unit: int) -> tuple[Tensor, Tensor]:
-    """(mean, biased variance), each [C] fp32, from ``partial`` [3, tiles, C] of tiles of ``unit`` rows."""
+def merge_statistics(partial: Tensor, rows: int = 0, unit: int = 1, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(mean, biased variance), each [C] fp32, from ``partial`` [3, tiles, C] of tiles of ``counts`` [tiles] fp32 rows each, or of
+    ``unit`` of all ``rows``.
+    """
     while True:
         _, count, channels = partial.shape
         tile = tiles.merge(count, channels)
         groups = triton.cdiv(count, tile.rows)
         out = partial_sums(2 if groups == 1 else 3, groups, channels, partial.device)
+        merged = None if counts is None else torch.empty(groups, dtype=torch.float32, device=partial.device)
         launch(
             _merge_kernel, (groups, triton.cdiv(channels, tile.channels)),
-            partial, out, count, channels, rows, unit, groups,
+            partial, counts, out, merged, count, channels, rows, unit, groups,
             FINAL=groups == 1, BT=tile.rows, BC=tile.channels, warps=tile.warps,
         )  # fmt: skip
         if groups == 1:
             mean, var = out.view(2, channels).unbind()
             return mean, var
-        partial, unit = out, unit * tile.rows
+        partial, counts, unit = out, merged, unit * tile.rows

@@ -2,7 +2,7 @@
 
 Kernels compute in fp32 and touch narrower types only here. Triton's interpreter (TRITON_INTERPRET=1) holds bf16 as
 raw 16-bit integers: it truncates where hardware rounds, and its dot multiplies the integers. Compiled, these helpers
-are one instruction.
+are an instruction or two, some of which Triton has no words for: those are PTX.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import triton.language as tl
 
 from bnrestructure.kernels.rounding import GRADIENT_FACTOR
 
-__all__ = ["INTERPRETED", "dithered", "in_units", "multiply", "offset", "restored_gradient", "rounded", "rounded_gradient"]
+__all__ = [
+    "INTERPRETED", "dithered", "exponential", "in_units", "multiply", "offset",
+    "reciprocal", "representable", "restored_gradient", "rounded", "rounded_gradient",
+]  # fmt: skip
 
 #: Fixed when triton is imported: one mode per process.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -26,6 +29,52 @@ def rounded(x, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
+
+
+#: Two numbers at a time, by an instruction that one alone has no fast form of on sm_90: it would share a unit of an eighth of the rate
+#: with the exponentials.
+_PAIR_OF_BF16 = tl.constexpr(
+    "{ .reg .b32 pair; cvt.rn.bf16x2.f32 pair, $3, $2; shl.b32 $0, pair, 16; and.b32 $1, pair, 0xffff0000; }"
+)
+_PAIR_OF_FP16 = tl.constexpr(
+    "{ .reg .b32 pair; .reg .b16 low, high; cvt.rn.f16x2.f32 pair, $3, $2; "
+    "mov.b32 {low, high}, pair; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }"
+)
+
+
+@triton.jit
+def representable(x, dtype: tl.constexpr):
+    """fp32 ``x`` as :func:`rounded` to ``dtype``, still in fp32: to compute with what is stored."""
+    if INTERPRETED or dtype == tl.float32:
+        x = rounded(x, dtype).to(tl.float32)
+    elif dtype == tl.bfloat16:
+        x = tl.inline_asm_elementwise(_PAIR_OF_BF16, "=r,=r,r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+    else:
+        x = tl.inline_asm_elementwise(_PAIR_OF_FP16, "=r,=r,r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+    return x
+
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exponential(x):
+    """e^x of fp32 as the hardware's 2^x gives it (2 ulp, and what rounding ``x * log2(e)`` does): 0 for subnormal results."""
+    if INTERPRETED:
+        e = tl.exp(x)
+    else:
+        e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x * _LOG2_E], dtype=tl.float32, is_pure=True, pack=1)
+    return e
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x of fp32 to 1 ulp, for what is neither subnormal nor beyond 2^126."""
+    if INTERPRETED:
+        r = 1.0 / x
+    else:
+        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return r
 
 
 _FACTOR = tl.constexpr(GRADIENT_FACTOR)

@@ -17,7 +17,7 @@ from bnrestructure.kernels.cuda.merge import (
     partial_sums,
     store_partial_statistics,
 )
-from bnrestructure.kernels.cuda.precision import dithered, in_units, offset, rounded
+from bnrestructure.kernels.cuda.precision import dithered, in_units, offset, representable, rounded
 from bnrestructure.kernels.cuda.problem import unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_channels
 from bnrestructure.ops.edges import Transform
@@ -42,12 +42,12 @@ def _residual_kernel(
     r = tl.load(r_ptr + offset(row, r_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
     u = pre_activation(y, y_mean_ptr, y_scale_ptr, y_beta_ptr, channel, valid)
     u += pre_activation(r, r_mean_ptr, r_scale_ptr, r_beta_ptr, channel, valid)
-    out = rounded(activate(u, ACT, SLOPE), out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offset(row, out_pitch, WIDE) + channel, out, mask=inside)
+    out = representable(activate(u, ACT, SLOPE), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offset(row, out_pitch, WIDE) + channel, out.to(out_ptr.dtype.element_ty), mask=inside)
     if partial_ptr is not None:
         count = tl.minimum(rows - tile * BR, BR).to(tl.float32)
         store_partial_statistics(
-            partial_ptr, out.to(tl.float32), inside, tile, row_tiles, count, columns, channels, columns < channels
+            partial_ptr, (out,), (inside,), tile, row_tiles, count, columns, channels, columns < channels
         )
 
 

@@ -34,14 +34,14 @@ def _statistics_kernel(
     inside = (row < rows)[:, None] & valid[None, :]
     x = tl.load(x_ptr + offset(row[:, None], pitch, WIDE) + channel[None, :], mask=inside, other=0.0).to(tl.float32)
     count = tl.minimum(rows - tile * BR, BR).to(tl.float32)
-    store_partial_statistics(partial_ptr, x, inside, tile, row_tiles, count, channel, channels, valid)
+    store_partial_statistics(partial_ptr, (x,), (inside,), tile, row_tiles, count, channel, channels, valid)
 
 
 def statistics_forward(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of x [N, C, H, W], each [C] fp32, from centred sums."""
     source = pixels(x)
     channels = x.shape[1]
-    tile = tiles.sweep(channels)
+    tile = tiles.statistics(channels)
     row_tiles = triton.cdiv(source.rows, tile.rows)
     partial = partial_statistics(row_tiles, channels, x.device)
     launch(

@@ -11,20 +11,26 @@ from typing import NamedTuple
 
 __all__ = [
     "DotTile",
+    "PatchTile",
     "SweepTile",
     "dense_dgrad",
     "dense_forward",
     "dense_wgrad",
-    "depthwise",
+    "depthwise_dgrad",
+    "depthwise_forward",
     "depthwise_wgrad",
+    "max_pool",
     "merge",
     "splits",
+    "statistics",
     "steps_per_split",
     "sweep",
 ]
 
 #: Programs that keep the largest parts busy: a few for each of some 140 multiprocessors.
 _ENOUGH_PROGRAMS = 512
+#: Depthwise kernels of so many taps have code of their own for each; larger ones a loop over the rows of taps.
+_UNROLLED_TAPS = 25
 
 
 class DotTile(NamedTuple):
@@ -43,6 +49,22 @@ class SweepTile(NamedTuple):
     rows: int
     channels: int
     warps: int
+
+
+class PatchTile(NamedTuple):
+    """A tile of a depthwise kernel: rows of patches (patches.py), each ``height`` x ``width`` pixels, by channels."""
+
+    rows: int
+    channels: int
+    warps: int
+    height: int
+    width: int
+    unrolled: bool
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernels' compile-time arguments."""
+        return {"UNROLLED": self.unrolled, "HEIGHT": self.height, "WIDTH": self.width, "BR": self.rows, "BC": self.channels}
 
 
 def _power(n: int, low: int, high: int) -> int:
@@ -123,17 +145,53 @@ def sweep(channels: int) -> SweepTile:
     return SweepTile(8192 // width, width, 8)
 
 
-def depthwise(channels: int, streams: int) -> SweepTile:
-    """Output pixels by channels of a depthwise convolution (one stream), or input pixels of its dgrad (two streams)."""
+def statistics(channels: int) -> SweepTile:
+    """The sweep that only reads. What it adds up among threads would take longer than memory does: few threads, with more rows each."""
     width = _width(channels, 64)
-    # Two streams: with more threads in a block the one or the other version of Triton spills; fewer rows mean more partial sums.
-    return SweepTile(4096 // width, width, 8) if streams == 1 else SweepTile(2048 // width, width, 4)
+    return SweepTile(8192 // width, width, 4)
 
 
-def depthwise_wgrad(channels: int, taps: int) -> SweepTile:
-    """Pixels at a time by channels; the accumulator holds this for every tap."""
-    width = _width(channels, 32)
-    return SweepTile(max(1, 8192 // (width * _power(taps, 1, 4096))), width, 4)
+def max_pool(channels: int) -> SweepTile:
+    """Pixels by channels of a max pool: two streams, forward the largest value and its place."""
+    width = _width(channels, 64)
+    # With more threads in a block the one or the other version of Triton spills; fewer rows mean more partial sums.
+    return SweepTile(2048 // width, width, 4)
+
+
+def _patches(channels: int, height: int, width: int, unrolled: bool, elements: int) -> PatchTile:
+    """Four warps, ``elements`` channels for each thread: 4, or 2 where a lane keeps so much that there are no registers for 4."""
+    columns = _width(channels, 32)
+    return PatchTile(128 * elements // columns, columns, 4, height, width, unrolled)
+
+
+def depthwise_forward(
+    channels: int, size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], element: int
+) -> PatchTile:
+    """Patches of outputs; ``size`` is that of the output, ``element`` the bytes of a number."""
+    unrolled = kernel[0] * kernel[1] <= _UNROLLED_TAPS
+    height = 2 if unrolled and stride[0] <= 2 and size[0] > 1 else 1
+    widest = {1: 4, 2: 2}.get(stride[1], 1) if unrolled else {1: 16 // element, 2: 4}.get(stride[1], 1)
+    width = _power(size[1], 1, widest)
+    return _patches(channels, height, width, unrolled, 4 if kernel[1] <= 5 or (kernel[1] <= 7 and stride[1] == 1) else 2)
+
+
+def depthwise_dgrad(channels: int, size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...]) -> PatchTile:
+    """Patches of inputs, whole multiples of the stride, so that every patch meets the same taps; ``size`` is that of the input."""
+    taps, strides = kernel[0] * kernel[1], stride[0] * stride[1]
+    unrolled = taps <= min(9 * strides, _UNROLLED_TAPS) and strides <= 4
+    height = 1 if not unrolled else stride[0] if stride[0] > 1 else _power(size[0], 1, 2)
+    widest = {1: 4 if unrolled else 8, 2: 2}.get(stride[1], 1)
+    width = stride[1] * _power(size[1] // stride[1], 1, widest)
+    return _patches(channels, height, width, unrolled, 4 if kernel[1] <= 7 and width <= 8 else 2)
+
+
+def depthwise_wgrad(channels: int, size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...]) -> PatchTile:
+    """Patches of outputs at a time; a lane keeps a sum for every tap, or for those of one row of them."""
+    unrolled = kernel[0] * kernel[1] <= _UNROLLED_TAPS
+    height = 2 if unrolled and stride[0] <= 2 and size[0] > 1 else 1
+    width = _power(size[1], 1, {1: 4, 2: 2}.get(stride[1], 1))
+    sums = (kernel[0] if unrolled else 1) * kernel[1]
+    return _patches(channels, height, width, unrolled, 4 if sums <= 9 else 2)
 
 
 def merge(count: int, channels: int) -> SweepTile:

@@ -1,0 +1,56 @@
+"""Depthwise convolutions by patches: a lane has some neighbouring pixels to make, so that what several of them read is read once.
+
+Each pixel that a depthwise convolution reads counts for every tap, and a fused one has a transform to apply to it first: with a lane to
+each output pixel a 3x3 kernel transforms everything nine times, and that, not memory, is what it takes. In a patch of 2 x 4 outputs it is
+three times. Which of a patch's pixels and taps meet is known at compile time; the functions here say so.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["first_read", "is_any_read", "last_read", "patches_in", "tap_at", "with_added_product", "with_last"]
+
+
+def patches_in(size: tuple[int, ...], height: int, width: int) -> int:
+    """How many patches cover an image of this size."""
+    return triton.cdiv(size[0], height) * triton.cdiv(size[1], width)
+
+
+@triton.constexpr_function
+def tap_at(distance, dilation, kernel):
+    """The tap that lies ``distance`` pixels behind a kernel's first one, along one dimension; -1 where none does."""
+    return distance // dilation if distance % dilation == 0 and 0 <= distance // dilation < kernel else -1
+
+
+@triton.constexpr_function
+def is_any_read(place, size, stride, kernel, dilation):
+    """Whether a row of ``size`` outputs reads the input pixel at ``place``, counted from the first one that it reads."""
+    return any(
+        (place - output * stride) % dilation == 0 and 0 <= place - output * stride < kernel * dilation for output in range(size)
+    )
+
+
+@triton.constexpr_function
+def first_read(stride, padding, kernel, dilation):
+    """The first output that reads any input pixel from number 0 on, a multiple of the stride; outputs before number 0 are negative."""
+    return -((dilation * (kernel - 1) - padding) // stride)
+
+
+@triton.constexpr_function
+def last_read(size, stride, padding):
+    """The last output that reads any of the input pixels 0 to ``size`` - 1."""
+    return (size - 1 + padding) // stride
+
+
+@triton.jit
+def with_added_product(totals, at: tl.constexpr, a, b):
+    """The tuple ``totals`` with ``a * b`` added to what stands at ``at``."""
+    return totals[:at] + (tl.fma(a, b, totals[at]),) + totals[at + 1 :]  # noqa: RUF005 Triton does not unpack
+
+
+@triton.jit
+def with_last(blocks, block):
+    """The tuple ``blocks`` and one more."""
+    return blocks + (block,)  # noqa: RUF005 Triton does not unpack

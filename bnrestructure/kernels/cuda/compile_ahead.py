@@ -57,7 +57,8 @@ class Compiled:
     """One kernel variant on one part. ``spills`` counts loads and stores of spilled registers; ``shared`` are bytes.
 
     ``cycles``: what a multiprocessor's four schedulers need to issue one turn of the longest loop, for all warps; 0 without a loop.
-    ``narrow``: accesses to global memory of 16 bits or less, each of which could have been an eighth of one.
+    ``narrow``: accesses to global memory of 16 bits or less, each of which could have been an eighth of one. ``single``: conversions of one
+    number to 16 bits, which sm_90 makes at an eighth of the rate of two at once.
     """
 
     variant: str
@@ -71,6 +72,7 @@ class Compiled:
     instructions: dict[str, int]
     cycles: int
     narrow: int
+    single: int
 
     @property
     def expected_instruction(self) -> str:
@@ -139,6 +141,7 @@ def compile_launch(launch: Launch, part: int, variant: str) -> Compiled:
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)), shared=compiled.metadata.shared,
         instructions={name: len(re.findall(pattern, code)) for name, pattern in _TENSOR_CORE.items()},
         cycles=_longest_loop(code) * warps // 4, narrow=len(re.findall(r"\b(?:LDG|STG)\S*\.[US](?:8|16)\b", code)),
+        single=len(re.findall(r"\bF2F\.B?F16\.F32\b", code)),
     )  # fmt: skip
 
 
@@ -233,6 +236,7 @@ def _print_table(found: Iterable[Compiled]) -> int:
         "shared KB",
         "loop cycles",
         "narrow",
+        "single",
         "tensor cores",
         "faults",
         box=None,
@@ -244,7 +248,7 @@ def _print_table(found: Iterable[Compiled]) -> int:
         faults += bool(complaints)
         table.add_row(
             row.variant, row.kernel, f"sm_{row.part}", row.tile, str(row.warps), str(row.registers), str(row.spills),
-            f"{row.shared / 1024:.0f}", str(row.cycles or ""), str(row.narrow or ""), cores, f"[red]{complaints}[/]",
+            f"{row.shared / 1024:.0f}", str(row.cycles or ""), str(row.narrow or ""), str(row.single or ""), cores, f"[red]{complaints}[/]",
         )  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(table)

@@ -7,7 +7,9 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -428,6 +430,16 @@ def test_autocast(dtype: torch.dtype) -> None:
     report = check(built(Net), dtype=dtype)
     assert report.ok, report
     assert {c.stage for c in report.comparisons} == {"float64", str(dtype).split(".")[1], "eval"}
+
+
+@pytest.mark.parametrize("context", [partial(torch.autocast, "cpu", torch.bfloat16), torch.no_grad, torch.inference_mode])
+def test_the_context_of_the_caller_does_not_count(context: Callable[[], AbstractContextManager[None]]) -> None:
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(4, 3, 10, 10)
+    with context():
+        report = verify(model, x)
+    assert report.ok, report
+    assert {c.stage for c in report.comparisons} == {"float64", "float32", "eval"}
 
 
 def test_a_float64_model_has_no_training_stage() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -76,6 +77,8 @@ def verify(
     dtype      the training dtype: None for the model's own; bfloat16 and float16 mean autocast over float32
     progress   called with a few words before each part of the work
 
+    Contexts that the caller is in, ``torch.autocast`` or ``torch.no_grad``, do not reach the runs.
+
     Raises UsageError for arguments that cannot be used, and when the original model itself fails on these inputs.
     """
     arguments = _checked(model, inputs, steps, factor, dtype)
@@ -83,7 +86,7 @@ def verify(
     cast, autocast = (own, None) if dtype is None else (torch.float32, dtype) if dtype.itemsize < 4 else (dtype, None)
     loss = default_loss if loss_fn is None else (loss_fn if targets is None else lambda out: loss_fn(out, targets))
     setting = Setting(loss, steps, seed, cast, autocast, progress or (lambda _: None))
-    with preserved_generators():
+    with preserved_generators(), _plain_context(model):
         original, candidate = _pair(model, backend, passes)
         plan = explain(candidate, backend=backend or "auto", passes=passes)
         report = VerificationReport(original_class(model).__name__, factor, sites=plan.counts, notes=list(plan.notes))
@@ -125,6 +128,17 @@ def _checked(model: Any, inputs: Any, steps: int, factor: float, dtype: torch.dt
     if any(p.is_meta for p in model.parameters()):
         raise UsageError("the model is on the meta device and has no values to compare")
     return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+@contextmanager
+def _plain_context(model: nn.Module) -> Iterator[None]:
+    """With gradients, and without the autocast of any device that the model is on."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in {"cpu", *(p.device.type for p in model.parameters())}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _pair(model: nn.Module, backend: str | None, passes: str | Sequence[str] | None) -> tuple[nn.Module, nn.Module]:

@@ -56,7 +56,9 @@ _POINTERS = {
 class Compiled:
     """One kernel variant on one part. ``spills`` counts loads and stores of spilled registers; ``shared`` are bytes.
 
-    ``cycles``: what a multiprocessor's four schedulers need to issue one turn of the longest loop, for all warps; 0 without a loop.
+    ``tile`` is rows by channels (by depth), of a depthwise kernel also by the height and the width of a patch.
+    ``cycles``: what a multiprocessor's four schedulers need to issue one turn of the longest loop, or without a loop the whole program, for
+    all warps.
     ``narrow``: accesses to global memory of 16 bits or less, each of which could have been an eighth of one. ``single``: conversions of one
     number to 16 bits, which sm_90 makes at an eighth of the rate of two at once.
     """
@@ -135,18 +137,18 @@ def compile_launch(launch: Launch, part: int, variant: str) -> Compiled:
     compiled = triton.compile(source, target=GPUTarget("cuda", part, 32), options=options)
     usage, code = _disassembled(compiled.asm["cubin"])
     registers = int(usage.partition("REG:")[2].split()[0])
-    tile = "x".join(str(constants[name]) for name in ("BM", "BN", "BK", "BT", "BR", "BC", "BLOCK") if name in constants)
+    tile = "x".join(str(constants[name]) for name in ("BM", "BN", "BK", "BT", "BR", "BC", "HEIGHT", "WIDTH", "BLOCK") if name in constants)
     return Compiled(
         variant, kernel.strip("_"), part, tile, warps, registers,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)), shared=compiled.metadata.shared,
         instructions={name: len(re.findall(pattern, code)) for name, pattern in _TENSOR_CORE.items()},
-        cycles=_longest_loop(code) * warps // 4, narrow=len(re.findall(r"\b(?:LDG|STG)\S*\.[US](?:8|16)\b", code)),
+        cycles=_turn(code) * warps // 4, narrow=len(re.findall(r"\b(?:LDG|STG)\S*\.[US](?:8|16)\b", code)),
         single=len(re.findall(r"\bF2F\.B?F16\.F32\b", code)),
     )  # fmt: skip
 
 
-def _longest_loop(code: str) -> int:
-    """Instructions from a label to the last branch back to it, of the label for which they are most; 0 where no branch goes back."""
+def _turn(code: str) -> int:
+    """Instructions from a label to the last branch back to it, of the label for which they are most; all where no branch goes back."""
     labels: dict[str, int] = {}
     longest = count = 0
     for line in code.splitlines():
@@ -156,7 +158,7 @@ def _longest_loop(code: str) -> int:
             count += 1
             if (target := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and target[1] in labels:
                 longest = max(longest, count - labels[target[1]])
-    return longest if longest > 1 else 0  # every kernel ends in a branch to itself
+    return longest if longest > 1 else count  # every kernel ends in a branch to itself
 
 
 def _disassembled(cubin: bytes) -> tuple[str, str]:
@@ -234,7 +236,7 @@ def _print_table(found: Iterable[Compiled]) -> int:
         "registers",
         "spills",
         "shared KB",
-        "loop cycles",
+        "cycles",
         "narrow",
         "single",
         "tensor cores",
@@ -248,7 +250,7 @@ def _print_table(found: Iterable[Compiled]) -> int:
         faults += bool(complaints)
         table.add_row(
             row.variant, row.kernel, f"sm_{row.part}", row.tile, str(row.warps), str(row.registers), str(row.spills),
-            f"{row.shared / 1024:.0f}", str(row.cycles or ""), str(row.narrow or ""), str(row.single or ""), cores, f"[red]{complaints}[/]",
+            f"{row.shared / 1024:.0f}", str(row.cycles), str(row.narrow or ""), str(row.single or ""), cores, f"[red]{complaints}[/]",
         )  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(table)

@@ -10,11 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from bnrestructure.kernels.cuda import tiles
-from bnrestructure.kernels.cuda.activation import activate, activation_constants, pre_activation
+from bnrestructure.kernels.cuda.activation import activation_constants
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, empty_pixels, pixels, vectors
 from bnrestructure.kernels.cuda.merge import merge_statistics, partial_statistics, store_partial_statistics
-from bnrestructure.kernels.cuda.patches import is_any_read, patches_in, tap_at, with_added_product, with_last
+from bnrestructure.kernels.cuda.patches import is_any_read, patches_in, tap_at, transformed_pixel, with_added_product, with_last
 from bnrestructure.kernels.cuda.precision import in_units, offset, representable
 from bnrestructure.kernels.cuda.problem import geometry_constants, is_padded, unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_channels
@@ -35,18 +35,10 @@ def _add_row(
     """
     for column in tl.static_range((WIDTH - 1) * SW + (KW - 1) * DW + 1):
         if is_any_read(column, WIDTH, SW, KW, DW):
-            iw = left + column
-            meets = lanes & (ih < H) & (iw < W)
-            if PADDED:
-                meets = meets & (ih >= 0) & (iw >= 0)
-            inside = meets[:, None] & valid[None, :]
-            pixel = ((n * H + ih) * W + iw)[:, None]
-            x = tl.load(x_ptr + offset(pixel, x_pitch, WIDE) + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-            u = pre_activation(x, mean_ptr, scale_ptr, beta_ptr, channel[None, :], valid[None, :])
-            z = activate(u, ACT, SLOPE)
-            if gate_ptr is not None:
-                z *= tl.load(gate_ptr + n[:, None] * channels + channel[None, :], mask=inside, other=0.0)
-            z = representable(tl.where(inside, z, 0.0), w_ptr.dtype.element_ty)
+            z = transformed_pixel(
+                x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, x_pitch, n, ih, left + column, channel, channels, lanes, valid, H, W,
+                ACT, SLOPE, PADDED, w_ptr.dtype.element_ty, WIDE,
+            )  # fmt: skip
             for output in tl.static_range(HEIGHT * WIDTH):
                 if tap_at(column - output % WIDTH * SW, DW, KW) >= 0:
                     if not UNROLLED:

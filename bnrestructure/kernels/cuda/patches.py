@@ -10,7 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["first_read", "is_any_read", "last_read", "patches_in", "tap_at", "with_added_product", "with_last"]
+from bnrestructure.kernels.cuda.activation import activate, pre_activation
+from bnrestructure.kernels.cuda.precision import offset, representable
+
+__all__ = [
+    "first_read", "is_any_read", "last_read", "patches_in", "tap_at", "transformed_pixel", "with_added_product", "with_last",
+]  # fmt: skip
 
 
 def patches_in(size: tuple[int, ...], height: int, width: int) -> int:
@@ -42,6 +47,27 @@ def first_read(stride, padding, kernel, dilation):
 def last_read(size, stride, padding):
     """The last output that reads any of the input pixels 0 to ``size`` - 1."""
     return (size - 1 + padding) // stride
+
+
+@triton.jit
+def transformed_pixel(
+    x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, x_pitch, n, h, w, channel, channels, lanes, valid, H, W,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """What the convolution multiplies of pixel (h, w) of image n, each [rows], as a block [rows, channels] of fp32 that DTYPE can hold: 0
+    outside the image, where alone PADDED lets h and w be negative.
+    """
+    meets = lanes & (h < H) & (w < W)
+    if PADDED:
+        meets = meets & (h >= 0) & (w >= 0)
+    inside = meets[:, None] & valid[None, :]
+    pixel = ((n * H + h) * W + w)[:, None]
+    x = tl.load(x_ptr + offset(pixel, x_pitch, WIDE) + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    u = pre_activation(x, mean_ptr, scale_ptr, beta_ptr, channel[None, :], valid[None, :])
+    z = activate(u, ACT, SLOPE)
+    if gate_ptr is not None:
+        z *= tl.load(gate_ptr + n[:, None] * channels + channel[None, :], mask=inside, other=0.0)
+    return representable(tl.where(inside, z, 0.0), DTYPE)
 
 
 @triton.jit

@@ -89,7 +89,7 @@ def test_channels_are_accessed_several_at_once(table: list[dict[str, Any]], vari
 
 
 def test_numbers_are_rounded_two_at_a_time(table: list[dict[str, Any]]) -> None:
-    """But for a max pool's, which are compared one by one, and a channel's statistics."""
+    """But for a max pool's, which are compared one by one, and a squeeze's averages."""
     kernels = {row["kernel"] for row in table if row["part"] == 90 and row["single"]}
     assert kernels <= {"max_pool_kernel", "squeeze_kernel"}, kernels
     assert any(row["single"] for row in table if row["kernel"] == "max_pool_kernel")  # it would be seen

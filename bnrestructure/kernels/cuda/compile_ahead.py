@@ -60,7 +60,7 @@ class Compiled:
     ``cycles``: what a multiprocessor's four schedulers need to issue one turn of the longest loop, or without a loop the whole program, for
     all warps.
     ``narrow``: accesses to global memory of 16 bits or less, each of which could have been an eighth of one. ``single``: conversions of one
-    number to 16 bits, which sm_90 makes at an eighth of the rate of two at once.
+    number to 16 bits, which sm_90 leaves to the unit that makes the exponentials.
     """
 
     variant: str

@@ -15,7 +15,7 @@ from bnrestructure.kernels.cuda.edges import EdgePixels, input_gradient, output_
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, pixels, vectors
 from bnrestructure.kernels.cuda.merge import partial_sums
-from bnrestructure.kernels.cuda.patches import first_read, last_read, patches_in, tap_at, with_added_product
+from bnrestructure.kernels.cuda.patches import first_read, last_read, patches_in, tap_at, with_added_tap
 from bnrestructure.kernels.cuda.precision import in_units
 from bnrestructure.kernels.cuda.problem import geometry_constants, unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_channels
@@ -49,12 +49,10 @@ def _add_row(
             if tap_at(own % WIDTH + PW - column * SW, DW, KW) >= 0:
                 if not UNROLLED:
                     tap = row * KW + tap_at(own % WIDTH + PW - column * SW, DW, KW)
-                    w = tl.load(w_ptr + tap * channels + channel, mask=valid, other=0.0).to(tl.float32)
-                    totals = with_added_product(totals, own, d, w[None, :])
+                    totals = with_added_tap(totals, own, d, w_ptr, tap, channel, channels, valid)
                 elif tap_at(own // WIDTH + PH - row * SH, DH, KH) >= 0:
                     tap = tap_at(own // WIDTH + PH - row * SH, DH, KH) * KW + tap_at(own % WIDTH + PW - column * SW, DW, KW)
-                    w = tl.load(w_ptr + tap * channels + channel, mask=valid, other=0.0).to(tl.float32)
-                    totals = with_added_product(totals, own, d, w[None, :])
+                    totals = with_added_tap(totals, own, d, w_ptr, tap, channel, channels, valid)
     return totals
 
 

@@ -14,7 +14,7 @@ from bnrestructure.kernels.cuda.activation import activation_constants
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, empty_pixels, pixels, vectors
 from bnrestructure.kernels.cuda.merge import merge_statistics, partial_statistics, store_partial_statistics
-from bnrestructure.kernels.cuda.patches import is_any_read, patches_in, tap_at, transformed_pixel, with_added_product, with_last
+from bnrestructure.kernels.cuda.patches import is_any_read, patches_in, tap_at, transformed_pixel, with_added_tap, with_last
 from bnrestructure.kernels.cuda.precision import in_units, offset, representable
 from bnrestructure.kernels.cuda.problem import geometry_constants, is_padded, unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_channels
@@ -43,12 +43,10 @@ def _add_row(
                 if tap_at(column - output % WIDTH * SW, DW, KW) >= 0:
                     if not UNROLLED:
                         tap = row * KW + tap_at(column - output % WIDTH * SW, DW, KW)
-                        w = tl.load(w_ptr + tap * channels + channel, mask=valid, other=0.0).to(tl.float32)
-                        totals = with_added_product(totals, output, z, w[None, :])
+                        totals = with_added_tap(totals, output, z, w_ptr, tap, channel, channels, valid)
                     elif tap_at(row - output // WIDTH * SH, DH, KH) >= 0:
                         tap = tap_at(row - output // WIDTH * SH, DH, KH) * KW + tap_at(column - output % WIDTH * SW, DW, KW)
-                        w = tl.load(w_ptr + tap * channels + channel, mask=valid, other=0.0).to(tl.float32)
-                        totals = with_added_product(totals, output, z, w[None, :])
+                        totals = with_added_tap(totals, output, z, w_ptr, tap, channel, channels, valid)
     return totals
 
 

@@ -102,7 +102,7 @@ def merge_statistics(partial: Tensor, rows: int = 0, unit: int = 1, counts: Tens
         tile = tiles.merge(count, channels)
         groups = triton.cdiv(count, tile.rows)
         out = partial_sums(2 if groups == 1 else 3, groups, channels, partial.device)
-        merged = None if counts is None else torch.empty(groups, dtype=torch.float32, device=partial.device)
+        merged = None if counts is None or groups == 1 else torch.empty(groups, dtype=torch.float32, device=partial.device)
         launch(
             _merge_kernel, (groups, triton.cdiv(channels, tile.channels)),
             partial, counts, out, merged, count, channels, rows, unit, groups,

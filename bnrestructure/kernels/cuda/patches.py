@@ -14,7 +14,8 @@ from bnrestructure.kernels.cuda.activation import activate, pre_activation
 from bnrestructure.kernels.cuda.precision import offset, representable
 
 __all__ = [
-    "first_read", "is_any_read", "last_read", "patches_in", "tap_at", "transformed_pixel", "with_added_product", "with_last",
+    "first_read", "is_any_read", "last_read", "patches_in", "tap_at", "transformed_pixel",
+    "with_added_product", "with_added_tap", "with_last",
 ]  # fmt: skip
 
 
@@ -74,6 +75,13 @@ def transformed_pixel(
 def with_added_product(totals, at: tl.constexpr, a, b):
     """The tuple ``totals`` with ``a * b`` added to what stands at ``at``."""
     return totals[:at] + (tl.fma(a, b, totals[at]),) + totals[at + 1 :]  # noqa: RUF005 Triton does not unpack
+
+
+@triton.jit
+def with_added_tap(totals, at: tl.constexpr, block, w_ptr, tap, channel, channels, valid):
+    """The same with the product of ``block`` and the weights [channels] of tap number ``tap``."""
+    w = tl.load(w_ptr + tap * channels + channel, mask=valid, other=0.0).to(tl.float32)
+    return with_added_product(totals, at, block, w[None, :])
 
 
 @triton.jit

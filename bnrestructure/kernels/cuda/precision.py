@@ -31,8 +31,7 @@ def rounded(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
-#: Two numbers at a time, by an instruction that one alone has no fast form of on sm_90: it would share a unit of an eighth of the rate
-#: with the exponentials.
+#: Two numbers at a time: one alone is converted by another instruction on sm_90 (F2F), that of the unit that makes the exponentials.
 _PAIR_OF_BF16 = tl.constexpr(
     "{ .reg .b32 pair; cvt.rn.bf16x2.f32 pair, $3, $2; shl.b32 $0, pair, 16; and.b32 $1, pair, 0xffff0000; }"
 )

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Transform
 from bnrestructure.kernels import reference
 from bnrestructure.kernels.reference.elementwise import affine
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
 
 @dataclass(frozen=True)

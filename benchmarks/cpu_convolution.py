@@ -21,8 +21,8 @@ from convolution_case import Case, Node
 from torch import Tensor
 from torch.nn import functional as F
 
+from bnrestructure.core.activation import activate
 from bnrestructure.kernels.cpu import convolution, convolution_fused, convolution_hybrid
-from bnrestructure.ops.activation import activate
 
 NODES = (
     *(Node(f"densenet 1x1 {c}->128 {s}", c, 128, s, pitch=p)

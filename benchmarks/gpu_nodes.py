@@ -13,11 +13,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 from bnrestructure.kernels import cuda, join, reference
 from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cuda import convolution, convolution_fused, convolution_hybrid
 from bnrestructure.kernels.cuda.device import uses_tf32
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
 __all__ = ["NODES", "RAGGED", "Node", "check_node", "compared", "distance", "draw", "implementation", "implementations", "poisoned"]
 

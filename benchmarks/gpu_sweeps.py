@@ -10,8 +10,8 @@ from gpu_clock import clock_for
 from gpu_nodes import compared, poisoned
 from torch import Tensor
 
+from bnrestructure.core.edges import PoolGeometry, Transform
 from bnrestructure.kernels import cuda, reference
-from bnrestructure.ops.edges import PoolGeometry, Transform
 
 __all__ = ["RAGGED_SHAPE", "Sweep", "check_sweeps", "draw_sweeps", "sweeps", "time_sweeps"]
 

@@ -10,8 +10,8 @@ from gpu_nodes import Node, draw, implementation, implementations
 from torch import Tensor
 from torch.nn import functional as F
 
+from bnrestructure.core.activation import activate
 from bnrestructure.kernels.cuda.convolution_choice import choose, node_of
-from bnrestructure.ops.activation import activate
 
 __all__ = ["bounds", "time_node"]
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bnrestructure.api import explain, restructure, unrestructure
-    from bnrestructure.errors import BNRestructureError, CaptureError, NotFullyFusedError, UsageError
+    from bnrestructure.core.errors import BNRestructureError, CaptureError, NotFullyFusedError, UsageError
     from bnrestructure.measure_kernels import tune
-    from bnrestructure.plan import Plan, Site
-    from bnrestructure.verify import VerificationReport, verify
+    from bnrestructure.plan.plan import Plan, Site
+    from bnrestructure.verification import VerificationReport, verify
 
 __version__ = "0.1.0"
 
@@ -33,10 +33,10 @@ __all__ = [
 
 _HOMES = {
     "bnrestructure.api": ("explain", "restructure", "unrestructure"),
-    "bnrestructure.errors": ("BNRestructureError", "CaptureError", "NotFullyFusedError", "UsageError"),
-    "bnrestructure.plan": ("Plan", "Site"),
+    "bnrestructure.core.errors": ("BNRestructureError", "CaptureError", "NotFullyFusedError", "UsageError"),
+    "bnrestructure.plan.plan": ("Plan", "Site"),
     "bnrestructure.measure_kernels": ("tune",),
-    "bnrestructure.verify": ("VerificationReport", "verify"),
+    "bnrestructure.verification": ("VerificationReport", "verify"),
 }
 
 

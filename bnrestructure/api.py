@@ -1,4 +1,4 @@
-"""The functions that users call: restructure, unrestructure, explain. (verify is in ``bnrestructure.verify``.)"""
+"""The functions that users call: restructure, unrestructure, explain. (``verify`` is in verification/.)"""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import nn
 
 from bnrestructure.capture.regions import Options
 from bnrestructure.capture.swap import is_restructured, region_of, swap_in, swap_out
-from bnrestructure.errors import NotFullyFusedError, UsageError
+from bnrestructure.core.errors import NotFullyFusedError, UsageError
 from bnrestructure.kernels import registry
 from bnrestructure.passes import pipeline
-from bnrestructure.plan import Plan
-from bnrestructure.planning import make_plan
+from bnrestructure.plan.plan import Plan
+from bnrestructure.plan.planning import make_plan
 
 __all__ = ["explain", "restructure", "unrestructure"]
 

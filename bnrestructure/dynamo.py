@@ -19,7 +19,7 @@ from torch.fx.passes.split_module import split_module
 from bnrestructure import ops
 from bnrestructure.capture.formats import restore_formats
 from bnrestructure.capture.program import use_reshape
-from bnrestructure.errors import UsageError
+from bnrestructure.core.errors import UsageError
 from bnrestructure.graph.fused import is_fused
 from bnrestructure.graph.inplace import functionalise, inplace_target
 from bnrestructure.graph.layers import modules_of

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bnrestructure.api import restructure
-from bnrestructure.errors import UsageError, first_line
+from bnrestructure.core.errors import UsageError, first_line
 from bnrestructure.kernels import registry, tuning
 from bnrestructure.kernels.tuning import Measurement
-from bnrestructure.verify.draws import preserved_generators
-from bnrestructure.verify.loss import default_loss
+from bnrestructure.verification.draws import preserved_generators
+from bnrestructure.verification.loss import default_loss
 
 __all__ = ["tune"]
 

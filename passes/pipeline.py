@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import fx
 
-from bnrestructure.errors import UsageError
+from bnrestructure.core.errors import UsageError
 from bnrestructure.passes.base import Fuel, Pass, PassResult
 from bnrestructure.passes.eliminate_concat import EliminateConcat
 from bnrestructure.passes.fission import Fission

@@ -8,10 +8,10 @@ from typing import Any
 from torch import fx, nn
 
 from bnrestructure import ops
+from bnrestructure.core.activation import is_homogeneous
 from bnrestructure.graph.fused import normalised_tensors, produced_by, tensor_readers
 from bnrestructure.graph.layers import ConvLayer, conv_of, modules_of
 from bnrestructure.graph.operations import GlobalAverage, avg_pool_of, concat_of, global_average_of, max_pool_of
-from bnrestructure.ops.activation import is_homogeneous
 
 __all__ = ["PoolReader", "averages_of", "find_pool_readers", "pool_reader"]
 

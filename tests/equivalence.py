@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import bnrestructure
-from bnrestructure.verify.rounding import INSIDE, RandomRounding
+from bnrestructure.verification.rounding import INSIDE, RandomRounding
 
 __all__ = [
     "assert_same_training",

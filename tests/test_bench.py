@@ -24,9 +24,9 @@ from bnrestructure.bench.settings import MALLOC, Settings
 from bnrestructure.bench.table import verdicts
 from bnrestructure.bench.workload import TrainingStep, Workload, training_loss
 from bnrestructure.cli.main import main
-from bnrestructure.errors import UsageError
+from bnrestructure.core.errors import UsageError
+from bnrestructure.core.memory_format import to_channels_last
 from bnrestructure.kernels import reference
-from bnrestructure.memory_format import to_channels_last
 
 FACTORY = """
 import torch

@@ -16,9 +16,9 @@ from torch import nn
 
 from bnrestructure.cli import inputs as example
 from bnrestructure.cli.main import main
-from bnrestructure.cli.models import load_model
 from bnrestructure.cli.options import input_size
 from bnrestructure.kernels import registry
+from bnrestructure.models.models import load_model
 
 MODELS = """
 import torch

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnrestructure
+from bnrestructure.core.memory_format import to_channels_last
 from bnrestructure.kernels import reference, registry
-from bnrestructure.memory_format import to_channels_last
 
 
 def conv_bn(inputs: int, outputs: int, kernel: Any, stride: Any = 1) -> nn.Sequential:

@@ -13,11 +13,11 @@ from torch import nn
 
 import bnrestructure
 from bnrestructure.bench.settings import MALLOC
-from bnrestructure.ops.kept import kept_activation
+from bnrestructure.core.kept import kept_activation
 
 _REUSE = """
 import torch
-from bnrestructure.ops.kept import kept_activation
+from bnrestructure.core.kept import kept_activation
 
 shape, here = (2, 32, 128, 128), torch.device("cpu")
 kept, between = [], []

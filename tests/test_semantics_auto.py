@@ -27,7 +27,7 @@ from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import bnrestructure
-from bnrestructure.memory_format import to_channels_last
+from bnrestructure.core.memory_format import to_channels_last
 
 TOLERANCE = 1e-3
 FORMATS = pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import bnrestructure
 from bnrestructure import ops
 from bnrestructure.capture.regions import Options
-from bnrestructure.planning import region_graphs
+from bnrestructure.plan.planning import region_graphs
 
 
 class Parts(nn.Module):

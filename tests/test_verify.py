@@ -19,11 +19,12 @@ from torch.nn import functional as F
 
 import bnrestructure
 from bnrestructure import UsageError, VerificationReport, verify
+from bnrestructure.core import edges
+from bnrestructure.core.edges import BackwardEdge
 from bnrestructure.kernels import reference
 from bnrestructure.kernels.reference import elementwise
-from bnrestructure.ops import conv_options, edges, join
-from bnrestructure.ops.edges import BackwardEdge
-from bnrestructure.verify import distance, verifier
+from bnrestructure.ops import conv_options, join
+from bnrestructure.verification import distance, verifier
 
 conv_ops = sys.modules["bnrestructure.ops.conv"]  # ``bnrestructure.ops.conv`` names the function
 
@@ -523,7 +524,7 @@ def test_distances_of_what_cannot_be_subtracted() -> None:
 
 
 def test_dropout_draws_the_same_in_every_dtype_and_layout() -> None:
-    from bnrestructure.verify.draws import SameDraws, seeded
+    from bnrestructure.verification.draws import SameDraws, seeded
 
     x = torch.ones(2, 8, 5, 5)
     masks = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnrestructure.verify.draws import SameDraws
+from bnrestructure.verification.draws import SameDraws
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_quick_depthwise_convolution_is_pytorchs(layer: nn.Module, size: tuple[i
 #: In PyTorch 2.15 on AVX-512 the third part of these weight gradients or so ends such a process (oneDNN issue 6035).
 STRIDED = """
 import torch
-from bnrestructure.verify.draws import SameDraws
+from bnrestructure.verification.draws import SameDraws
 
 torch.set_num_threads(1)
 layer = torch.nn.Conv2d(3, 64, 1, 2)

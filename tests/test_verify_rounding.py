@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from bnrestructure import VerificationReport, verify
 from bnrestructure.kernels import reference
-from bnrestructure.verify.judge import FLOAT64_LIMIT, judge_double
-from bnrestructure.verify.rounding import RandomRounding
-from bnrestructure.verify.trial import Trial
+from bnrestructure.verification.judge import FLOAT64_LIMIT, judge_double
+from bnrestructure.verification.rounding import RandomRounding
+from bnrestructure.verification.trial import Trial
 
 
 def check(spread: float) -> VerificationReport:

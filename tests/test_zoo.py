@@ -91,7 +91,7 @@ def test_the_papers_two_models_keep_no_site(name: str, sites: int) -> None:
 def test_densenets_concats_are_gone_and_its_statistics_are_computed_once() -> None:
     from bnrestructure import ops
     from bnrestructure.capture.regions import Options
-    from bnrestructure.planning import region_graphs
+    from bnrestructure.plan.planning import region_graphs
 
     ((_, before, after),) = region_graphs(build_on_meta("densenet121"), Options("reference"))
 

@@ -11,10 +11,10 @@ from torch import nn
 from bnrestructure.api import explain, restructure
 from bnrestructure.bench.contenders import autocast_dtype
 from bnrestructure.bench.settings import Settings
-from bnrestructure.verify import VerificationReport, verify
-from bnrestructure.verify.judge import judge_training
-from bnrestructure.verify.loss import default_loss
-from bnrestructure.verify.trial import Setting, run_trial
+from bnrestructure.verification import VerificationReport, verify
+from bnrestructure.verification.judge import judge_training
+from bnrestructure.verification.loss import default_loss
+from bnrestructure.verification.trial import Setting, run_trial
 
 __all__ = ["check_numbers"]
 

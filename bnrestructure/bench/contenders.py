@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from bnrestructure.api import restructure
 from bnrestructure.bench.settings import Settings
 from bnrestructure.bench.workload import TrainingStep, Workload
-from bnrestructure.memory_format import to_channels_last
+from bnrestructure.core.memory_format import to_channels_last
 from bnrestructure.passes.pipeline import LADDER
 
 __all__ = [

@@ -22,8 +22,8 @@ from bnrestructure.bench.paired import time_paired
 from bnrestructure.bench.resident import peak_growth
 from bnrestructure.bench.settings import MALLOC, Settings
 from bnrestructure.bench.workload import TrainingStep, Workload
+from bnrestructure.core.memory_format import to_channels_last
 from bnrestructure.kernels import registry, tuning
-from bnrestructure.memory_format import to_channels_last
 from bnrestructure.report.memory import saved_for_backward
 
 __all__ = ["JOBS", "Progress"]

@@ -9,9 +9,9 @@ from torch import nn
 
 from bnrestructure.bench.settings import Settings
 from bnrestructure.bench.workload import Workload
-from bnrestructure.cli.inputs import example_inputs
-from bnrestructure.cli.models import load_model
-from bnrestructure.cli.shapes import check_shapes
+from bnrestructure.models.inputs import example_inputs
+from bnrestructure.models.models import load_model
+from bnrestructure.models.shapes import check_shapes
 
 __all__ = ["load_workload"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bnrestructure.bench.contenders import RESTRUCTURED
 from bnrestructure.bench.kinds import KINDS
-from bnrestructure.errors import UsageError
+from bnrestructure.core.errors import UsageError
 
 __all__ = ["check_picture", "draw"]
 

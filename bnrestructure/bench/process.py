@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from bnrestructure.bench.settings import MALLOC, Settings
-from bnrestructure.errors import BNRestructureError, UsageError
+from bnrestructure.core.errors import BNRestructureError, UsageError
 
 __all__ = ["JobFailedError", "run_job"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bnrestructure.errors import UsageError
+from bnrestructure.core.errors import UsageError
 
 __all__ = ["DTYPES", "MALLOC", "Settings"]
 

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from bnrestructure.bench.settings import Settings
-from bnrestructure.errors import BNRestructureError
+from bnrestructure.core.errors import BNRestructureError
 
 __all__ = ["main"]
 

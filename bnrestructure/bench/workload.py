@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from bnrestructure.errors import UsageError
+from bnrestructure.core.errors import UsageError
 
 __all__ = ["TrainingStep", "Workload", "training_loss"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from bnrestructure.capture.boundaries import is_library_leaf
+from bnrestructure.core.memory_format import is_channels_last
+from bnrestructure.graph.boundaries import is_library_leaf
 from bnrestructure.graph.fused import is_fused
-from bnrestructure.memory_format import is_channels_last
 
 __all__ = ["restore_formats"]
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from bnrestructure.capture.boundaries import any_global_hooks, boundary_reason, is_library_leaf
 from bnrestructure.capture.formats import restore_formats
 from bnrestructure.capture.program import Program, use_reshape
 from bnrestructure.capture.state import ModuleState
 from bnrestructure.capture.tracer import Arguments, capture, is_capturing
-from bnrestructure.errors import CaptureError
+from bnrestructure.core.errors import CaptureError
+from bnrestructure.graph.boundaries import any_global_hooks, boundary_reason, is_library_leaf
 from bnrestructure.graph.inplace import functionalise
 from bnrestructure.graph.layers import module_path
 from bnrestructure.passes import pipeline

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnrestructure.capture.boundaries import has_hooks, is_library_leaf
 from bnrestructure.capture.side_effects import is_plain_object
+from bnrestructure.graph.boundaries import has_hooks, is_library_leaf
 
 __all__ = ["ModuleState"]
 

@@ -14,10 +14,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from bnrestructure.capture.boundaries import is_library_leaf
 from bnrestructure.capture.regions import Options, Region, has_batch_norm, subregions
 from bnrestructure.capture.tracer import Arguments, capture
-from bnrestructure.errors import CaptureError
+from bnrestructure.core.errors import CaptureError
+from bnrestructure.graph.boundaries import is_library_leaf
 
 __all__ = ["find_regions", "is_restructured", "original_class", "region_of", "swap_in", "swap_out", "training_flags"]
 

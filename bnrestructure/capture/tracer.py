@@ -21,9 +21,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpoint_module
 
-from bnrestructure.capture.boundaries import boundary_reason, is_library_leaf
 from bnrestructure.capture.side_effects import Attributes, ambient_modes
-from bnrestructure.errors import CaptureError
+from bnrestructure.core.errors import CaptureError
+from bnrestructure.graph.boundaries import boundary_reason, is_library_leaf
 
 __all__ = ["Arguments", "capture", "is_capturing"]
 

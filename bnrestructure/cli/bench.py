@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     from bnrestructure.bench.run import run_benchmark
     from bnrestructure.bench.table import render
     from bnrestructure.cli.output import print_json, stdout
-    from bnrestructure.errors import UsageError
+    from bnrestructure.core.errors import UsageError
 
     if arguments.plot is not None:
         check_picture(arguments.plot)
@@ -99,7 +99,7 @@ def settings_of(arguments: argparse.Namespace) -> Any:
     import torch
 
     from bnrestructure.bench.settings import Settings
-    from bnrestructure.errors import UsageError
+    from bnrestructure.core.errors import UsageError
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device 'cuda' was asked for, but PyTorch sees no CUDA device here")

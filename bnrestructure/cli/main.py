@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     run = importlib.import_module(f"bnrestructure.cli.{arguments.subcommand}").run
-    from bnrestructure.errors import BNRestructureError
+    from bnrestructure.core.errors import BNRestructureError
 
     try:
         return int(run(arguments))

@@ -25,11 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan. Exit status 0, or 1 with --strict when a site is not fully fused."""
     from bnrestructure.api import explain
-    from bnrestructure.cli.inputs import example_inputs, on_gpu
-    from bnrestructure.cli.models import load_model
     from bnrestructure.cli.output import print_json, progress, stdout
-    from bnrestructure.cli.shapes import check_shapes
     from bnrestructure.measure_kernels import tune
+    from bnrestructure.models.inputs import example_inputs, on_gpu
+    from bnrestructure.models.models import load_model
+    from bnrestructure.models.shapes import check_shapes
     from bnrestructure.report.plan_table import print_kernels, print_plan
 
     with progress(arguments.model) as say:

@@ -11,7 +11,7 @@ from bnrestructure.cli.options import add_model_arguments, pass_names
 if TYPE_CHECKING:
     from torch import nn
 
-    from bnrestructure.plan import Plan
+    from bnrestructure.plan.plan import Plan
     from bnrestructure.report.graph_view import RegionView
 
 __all__ = ["add_arguments", "run"]
@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print or write the graph. Exit status 0."""
-    from bnrestructure.cli.models import load_model
     from bnrestructure.cli.output import progress, stdout
-    from bnrestructure.errors import UsageError
+    from bnrestructure.core.errors import UsageError
+    from bnrestructure.models.models import load_model
 
     with progress(arguments.model) as say:
         say("building the model")
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _passes(arguments: argparse.Namespace) -> str | list[str] | None:
     """The passes whose result is to be shown."""
-    from bnrestructure.errors import UsageError
+    from bnrestructure.core.errors import UsageError
     from bnrestructure.passes.pipeline import LADDER, PASSES, resolve
 
     if arguments.before:
@@ -83,7 +83,7 @@ def _views(arguments: argparse.Namespace, model: nn.Module) -> tuple[Plan, list[
     from dataclasses import replace
 
     from bnrestructure.api import _options
-    from bnrestructure.planning import make_plan, region_graphs
+    from bnrestructure.plan.planning import make_plan, region_graphs
     from bnrestructure.report.graph_view import view_region
 
     options = _options(model, arguments.backend, _passes(arguments), None)

@@ -35,12 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from torch.utils import _pytree as pytree
 
-    from bnrestructure.cli.inputs import example_inputs
-    from bnrestructure.cli.models import load_model
     from bnrestructure.cli.output import print_json, progress, stdout
-    from bnrestructure.errors import UsageError
+    from bnrestructure.core.errors import UsageError
+    from bnrestructure.models.inputs import example_inputs
+    from bnrestructure.models.models import load_model
     from bnrestructure.report.verification_table import print_report
-    from bnrestructure.verify import verify
+    from bnrestructure.verification import verify
 
     if arguments.device.split(":")[0] not in ("cpu", "cuda"):
         raise UsageError(f"unknown device {arguments.device!r} (devices: cpu, cuda)")

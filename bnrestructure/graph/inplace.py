@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bnrestructure.capture.boundaries import boundary_reason
+from bnrestructure.graph.boundaries import boundary_reason
 
 __all__ = ["functionalise", "inplace_target"]
 

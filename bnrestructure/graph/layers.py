@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from bnrestructure.capture.boundaries import boundary_reason
+from bnrestructure.graph.boundaries import boundary_reason
 
 __all__ = [
     "BatchNormLayer",

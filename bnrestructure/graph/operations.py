@@ -10,9 +10,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from bnrestructure.capture.boundaries import boundary_reason
+from bnrestructure.core.activation import leaky_relu_name
+from bnrestructure.graph.boundaries import boundary_reason
 from bnrestructure.graph.layers import arguments_of, per_dimension
-from bnrestructure.ops.activation import leaky_relu_name
 
 __all__ = ["GlobalAverage", "activation_of", "add_of", "avg_pool_of", "concat_of", "global_average_of", "max_pool_of"]
 

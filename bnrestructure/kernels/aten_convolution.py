@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # ops imports the kernels
-    from bnrestructure.ops.edges import ConvGeometry
+    from bnrestructure.core.edges import ConvGeometry
 
 __all__ = ["convolution_backward", "sampled_weight_gradient", "weight_gradient_overruns"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, Transform
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, Transform
 
 __all__ = ["JoinGradients", "join_backward", "join_forward", "unsupported_part"]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # ops imports the kernels
-    from bnrestructure.ops.edges import Transform
+    from bnrestructure.core.edges import Transform
 
 __all__ = ["GRADIENT_FACTOR", "dithered", "gradient_factor", "narrowed", "restored"]
 

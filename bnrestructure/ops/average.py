@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from bnrestructure.core.activation import is_homogeneous
+from bnrestructure.core.edges import ConvGeometry
 from bnrestructure.ops import library
-from bnrestructure.ops.activation import is_homogeneous
 from bnrestructure.ops.conv import PlainConv, check_shapes
 from bnrestructure.ops.conv_options import ConvOptions
-from bnrestructure.ops.edges import ConvGeometry
 
 __all__ = ["avg_pool"]
 

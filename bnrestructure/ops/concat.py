@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrestructure.ops.aliases import channel_slice, channels_last_buffer
+from bnrestructure.core.aliases import channel_slice, channels_last_buffer
+from bnrestructure.core.edges import accumulation_dtype
+from bnrestructure.core.kept import kept_activation
 from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative
-from bnrestructure.ops.edges import accumulation_dtype
-from bnrestructure.ops.kept import kept_activation
 
 __all__ = ["concat_buffer", "own_gradient", "unchanged"]
 

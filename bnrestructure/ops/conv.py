@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bnrestructure.core.aliases import alias
+from bnrestructure.core.edges import ConvGeometry, Transform, accumulation_dtype
 from bnrestructure.ops import library
-from bnrestructure.ops.aliases import alias
 from bnrestructure.ops.conv_options import ConvOptions, backward_edge, destination, incoming_gradient, remember
 from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative, in_format_of
-from bnrestructure.ops.edges import ConvGeometry, Transform, accumulation_dtype
 from bnrestructure.ops.join import JoinConv, join_is_fusible
 from bnrestructure.ops.residual import residual
 from bnrestructure.ops.unbatched import unbatched_conv

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnrestructure.ops.aliases import channel_slice
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, statistics_factors
-from bnrestructure.ops.kept import kept_activation
+from bnrestructure.core.aliases import channel_slice
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, statistics_factors
+from bnrestructure.core.kept import kept_activation
 
 __all__ = ["ConvOptions", "backward_edge", "destination", "incoming_gradient", "remember"]
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import Join, Transform, accumulation_dtype
 from bnrestructure.ops.conv_options import ConvOptions, backward_edge, destination, incoming_gradient, remember
 from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative
-from bnrestructure.ops.edges import Join, Transform, accumulation_dtype
 from bnrestructure.ops.residual import operand_gradients
 
 __all__ = ["JoinConv", "join_is_fusible"]

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrestructure.memory_format import in_channels_last
-from bnrestructure.ops.dispatch import call_kernel
-from bnrestructure.ops.edges import (
+from bnrestructure.core.edges import (
     BackwardEdge,
     ConvGeometry,
     Transform,
     accumulation_dtype,
     statistics_factors,
 )
+from bnrestructure.core.memory_format import in_channels_last
+from bnrestructure.ops.dispatch import call_kernel
 
 __all__ = ["conv", "conv_backward", "normalise", "normalise_backward", "statistics", "statistics_backward"]
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnrestructure.ops.activation import activate
+from bnrestructure.core.activation import activate
+from bnrestructure.core.edges import Transform, per_channel, statistics_factors
 from bnrestructure.ops.concat import own_gradient
 from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative, in_format_of
-from bnrestructure.ops.edges import Transform, per_channel, statistics_factors
 from bnrestructure.ops.statistics import statistics as compute_statistics
 from bnrestructure.ops.sweeps import normalise
 

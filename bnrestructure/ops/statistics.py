@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bnrestructure.core.activation import activate
+from bnrestructure.core.aliases import alias
+from bnrestructure.core.edges import statistics_factors
 from bnrestructure.ops import library
-from bnrestructure.ops.activation import activate
-from bnrestructure.ops.aliases import alias
 from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative, in_format_of
-from bnrestructure.ops.edges import statistics_factors
 
 __all__ = ["StatisticsOutputs", "batch_norm", "finalize", "statistics"]
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.core.aliases import alias
+from bnrestructure.core.edges import PoolGeometry, Transform
 from bnrestructure.ops import library
-from bnrestructure.ops.aliases import alias
 from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative, in_format_of
-from bnrestructure.ops.edges import PoolGeometry, Transform
 
 __all__ = ["max_pool", "normalise", "squeeze"]
 

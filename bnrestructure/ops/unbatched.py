@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnrestructure.ops.aliases import alias
+from bnrestructure.core.aliases import alias
+from bnrestructure.core.edges import ConvGeometry, Transform, accumulation_dtype, per_channel
 from bnrestructure.ops.dispatch import guard_second_derivative
-from bnrestructure.ops.edges import ConvGeometry, Transform, accumulation_dtype, per_channel
 from bnrestructure.ops.statistics import statistics
 from bnrestructure.ops.sweeps import normalise
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from bnrestructure.plan import Plan
+from bnrestructure.plan.plan import Plan
 from bnrestructure.report.graph_text import graph_text
 from bnrestructure.report.graph_view import Entry, RegionView
 from bnrestructure.report.plan_table import STATUS_STYLE

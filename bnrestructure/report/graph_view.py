@@ -11,7 +11,7 @@ from bnrestructure import ops
 from bnrestructure.graph.fused import is_fused
 from bnrestructure.graph.layers import ConvLayer, batch_norm_of, conv_of, module_path, modules_of
 from bnrestructure.graph.operations import activation_of, add_of, avg_pool_of, concat_of, max_pool_of
-from bnrestructure.plan import Site
+from bnrestructure.plan.plan import Site
 from bnrestructure.report.graph_backward import backward_of
 from bnrestructure.report.graph_edges import data_inputs, is_tucked, normalised_sites, source_of, sources_of
 from bnrestructure.report.graph_words import by, conv_words, fused_words, notes_of, part_of_reason, plain_words, strided

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bnrestructure.plan import Kernel, Plan, Site
+from bnrestructure.plan.plan import Kernel, Plan, Site
 
 __all__ = ["STATUS_STYLE", "print_kernels", "print_plan"]
 

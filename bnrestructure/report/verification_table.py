@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bnrestructure.verify.report import VerificationReport
+from bnrestructure.verification.report import VerificationReport
 
 __all__ = ["print_report"]
 

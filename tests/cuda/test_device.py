@@ -49,9 +49,9 @@ def test_a_run_is_timed_between_two_events_after_the_cache_was_flushed(monkeypat
 
 def test_tuning_uses_that_clock_for_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
+    from bnrestructure.core.edges import ConvGeometry
     from bnrestructure.kernels.cuda import convolution
     from bnrestructure.kernels.cuda.convolution_choice import node_of
-    from bnrestructure.ops.edges import ConvGeometry
 
     node = node_of((2, 3, 4, 4), (5, 3, 1, 1), ConvGeometry((1, 1), (0, 0), (1, 1), 1), True, False, torch.bfloat16, True)
     seen: list[Any] = []

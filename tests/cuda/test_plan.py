@@ -13,11 +13,11 @@ from needs import needs_no_gpu
 from torch import nn
 
 import bnrestructure
+from bnrestructure.core.edges import ConvGeometry
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.cuda import convolution_choice
 from bnrestructure.kernels.cuda.convolution_choice import candidates, choose, node_of
-from bnrestructure.ops.edges import ConvGeometry
-from bnrestructure.plan import Plan
+from bnrestructure.plan.plan import Plan
 
 
 def model(stride: int = 1, groups: int = 1, channels: int = 256) -> nn.Module:
@@ -97,7 +97,7 @@ def test_very_wide_depthwise_kernels_are_not_ours(size: int, stride: int, gated:
 def test_tf32_may_be_chosen_by_the_newer_switch(precision: str, tf32: bool) -> None:
     """In a process of its own: once it was used, torch.backends.cudnn.allow_tf32 raises for good."""
     code = (
-        "import torch; from bnrestructure.kernels import cuda; from bnrestructure.ops.edges import ConvGeometry, Transform\n"
+        "import torch; from bnrestructure.kernels import cuda; from bnrestructure.core.edges import ConvGeometry, Transform\n"
         f"torch.backends.cudnn.conv.fp32_precision = {precision!r}\n"
         "geometry = ConvGeometry((1, 1), (1, 1), (1, 1), 1)\n"
         "forward, _ = cuda.convolution_choices((256, 64, 56, 56), (64, 64, 3, 3), Transform(), geometry, torch.float32)\n"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, PoolGeometry, Transform
 from bnrestructure.kernels import cuda, reference
 from bnrestructure.kernels.cuda import limits as rules
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, PoolGeometry, Transform
 
 GEOMETRY = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
 

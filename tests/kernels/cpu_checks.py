@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrestructure.ops.edges import BackwardEdge, Transform
+from bnrestructure.core.edges import BackwardEdge, Transform
 
 LAYOUTS = ("channels_last", "slice", "nchw")
 #: Where an activation's derivative jumps.

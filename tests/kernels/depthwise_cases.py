@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Transform
 from bnrestructure.kernels import reference
 from bnrestructure.kernels.cpu import depthwise
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
 FACTOR = 2.0
 ULPS = 4.0

@@ -9,8 +9,8 @@ from itertools import product
 import pytest
 import torch
 
+from bnrestructure.core.edges import ConvGeometry
 from bnrestructure.kernels.aten_convolution import _has_idle_positions, convolution_backward
-from bnrestructure.ops.edges import ConvGeometry
 
 
 def test_idle_positions_are_those_that_no_output_reads() -> None:
@@ -52,7 +52,7 @@ def test_idle_positions_have_a_zero_gradient(dtype: torch.dtype, size: int, kern
 STRIDED = """
 import torch
 from bnrestructure.kernels.aten_convolution import convolution_backward
-from bnrestructure.ops.edges import ConvGeometry
+from bnrestructure.core.edges import ConvGeometry
 
 torch.set_num_threads(1)
 geometry = ConvGeometry((2, 2), (0, 0), (1, 1), 1)

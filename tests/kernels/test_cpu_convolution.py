@@ -12,10 +12,10 @@ from cpu_checks import LAYOUTS, assert_as_good, in_layout, to_double
 from needs import needs_kernels
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 from bnrestructure.kernels import reference
 from bnrestructure.kernels.cpu import convolution, convolution_fused, convolution_hybrid, convolution_winograd, library
 from bnrestructure.kernels.cpu.convolution_choice import Node, candidates, choose
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 

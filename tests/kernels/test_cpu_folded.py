@@ -11,11 +11,11 @@ from cpu_checks import assert_as_good, to_double
 from needs import needs_kernels
 from torch import Tensor
 
+from bnrestructure.core.aliases import channels_last_buffer
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, PoolGeometry, Transform
 from bnrestructure.kernels import cpu, reference, registry
 from bnrestructure.kernels.folded.geometry import folding_of
 from bnrestructure.kernels.folded.views import folded, frames, image, lines, unfolded
-from bnrestructure.ops.aliases import channels_last_buffer
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, PoolGeometry, Transform
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 

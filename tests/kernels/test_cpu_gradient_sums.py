@@ -13,9 +13,9 @@ from cpu_checks import to_double
 from needs import needs_kernels
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, Transform
 from bnrestructure.kernels import cpu, reference
 from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, Transform
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 

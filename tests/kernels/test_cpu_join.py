@@ -10,10 +10,10 @@ from cpu_checks import KINKS, LAYOUTS, assert_as_good, in_layout, to_double
 from needs import needs_kernels
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 from bnrestructure.kernels import cpu, reference
 from bnrestructure.kernels.cpu import convolution, library
 from bnrestructure.kernels.cpu.convolution_choice import candidates
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 

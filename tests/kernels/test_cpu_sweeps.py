@@ -12,10 +12,10 @@ from cpu_checks import KINKS, LAYOUTS, assert_as_good, in_layout, to_double
 from needs import needs_kernels
 from torch import Tensor
 
+from bnrestructure.core.activation import activate, activation_gradient
+from bnrestructure.core.edges import PoolGeometry, Transform
 from bnrestructure.kernels import cpu, reference
 from bnrestructure.kernels.cpu import library
-from bnrestructure.ops.activation import activate, activation_gradient
-from bnrestructure.ops.edges import PoolGeometry, Transform
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 

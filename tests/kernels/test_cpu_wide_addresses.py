@@ -17,9 +17,9 @@ from needs import needs_kernels
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, PoolGeometry, Transform
 from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, convolution_winograd, depthwise, sweeps
 from bnrestructure.kernels.layout import pitch_of
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, PoolGeometry, Transform
 
 pytestmark = needs_kernels
 

@@ -10,10 +10,10 @@ from needs import needs_kernels
 from small_corrections import kept, total
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Transform
 from bnrestructure.kernels import reference
 from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, depthwise, sweeps
 from bnrestructure.kernels.rounding import GRADIENT_FACTOR, dithered
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
 KERNELS = [
     pytest.param(convolution_fused, id="fused", marks=needs_kernels),

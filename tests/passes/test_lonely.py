@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import bnrestructure
 from bnrestructure import ops
 from bnrestructure.capture.regions import Options
-from bnrestructure.planning import region_graphs
+from bnrestructure.plan.planning import region_graphs
 
 
 class _SharedInput(nn.Module):

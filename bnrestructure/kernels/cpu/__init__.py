@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 from bnrestructure.kernels import tuning
 from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cpu import convolution, depthwise, finalize, library, sweeps
@@ -32,7 +33,6 @@ from bnrestructure.kernels.cpu.sweeps import (
     statistics_forward,
 )
 from bnrestructure.kernels.join import unsupported_part
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = [
     "conv_backward",

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.core.activation import unsupported_activation
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 from bnrestructure.kernels import tuning
 from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, convolution_winograd, layout, library
@@ -27,8 +29,6 @@ from bnrestructure.kernels.cpu.convolution_choice import (
     instruction_set,
 )
 from bnrestructure.kernels.rounding import narrowed
-from bnrestructure.ops.activation import unsupported_activation
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
 __all__ = ["choice", "conv_backward", "conv_forward", "forget_choices", "node_of", "supports"]
 

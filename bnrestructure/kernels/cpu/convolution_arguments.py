@@ -11,9 +11,9 @@ import struct
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, Transform
 from bnrestructure.kernels.cpu import layout, library
 from bnrestructure.kernels.layout import vector
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, Transform
 
 __all__ = ["Pixels", "backward_arguments", "forward_arguments", "named_sums", "pixels"]
 

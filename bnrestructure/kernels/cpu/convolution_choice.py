@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import torch
 
+from bnrestructure.core.edges import ConvGeometry
 from bnrestructure.kernels import tuning
 from bnrestructure.kernels.choice import BACKWARD, Choice
 from bnrestructure.kernels.cpu import library, processor
-from bnrestructure.ops.edges import ConvGeometry
 
 __all__ = ["IMPLEMENTATIONS", "Node", "call_of", "candidates", "choose", "identify_machine", "instruction_set", "rule"]
 

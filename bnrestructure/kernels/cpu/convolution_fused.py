@@ -6,12 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
+from bnrestructure.core.kept import kept_activation
 from bnrestructure.kernels.cpu import layout, library
 from bnrestructure.kernels.cpu.convolution_arguments import backward_arguments, forward_arguments, named_sums, pixels
 from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.kernels.rounding import gradient_factor
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
-from bnrestructure.ops.kept import kept_activation
 
 __all__ = ["conv_backward", "conv_forward"]
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
+from bnrestructure.core.kept import kept_activation
 from bnrestructure.kernels.cpu import library
 from bnrestructure.kernels.cpu.layout import (
     ELEMENT_CODES,
@@ -18,8 +20,6 @@ from bnrestructure.kernels.cpu.layout import (
 )
 from bnrestructure.kernels.layout import pitch_of, vector
 from bnrestructure.kernels.rounding import narrowed
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
-from bnrestructure.ops.kept import kept_activation
 
 __all__ = ["conv_backward", "conv_forward", "is_depthwise", "supports"]
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, Transform
+from bnrestructure.core.kept import kept_activation
 from bnrestructure.kernels import cpu, tuning
 from bnrestructure.kernels import join as in_turn
 from bnrestructure.kernels.cpu import convolution, convolution_fused
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, Transform
-from bnrestructure.ops.kept import kept_activation
 
 __all__ = ["join_backward", "join_forward"]
 

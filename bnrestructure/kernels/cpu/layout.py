@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bnrestructure.core.activation import PLAIN_ACTIVATIONS, negative_slope
 from bnrestructure.kernels.layout import pitch_of
-from bnrestructure.ops.activation import PLAIN_ACTIVATIONS, negative_slope
 
 __all__ = [
     "ACTIVATIONS",

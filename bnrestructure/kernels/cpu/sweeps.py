@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.core.activation import unsupported_activation
+from bnrestructure.core.edges import PoolGeometry, Transform
+from bnrestructure.core.kept import kept_activation
 from bnrestructure.kernels.cpu.layout import (
     ELEMENT_CODES,
     activation_code,
@@ -22,9 +25,6 @@ from bnrestructure.kernels.cpu.layout import (
 )
 from bnrestructure.kernels.cpu.library import declare, threads
 from bnrestructure.kernels.layout import pitch_of, vector
-from bnrestructure.ops.activation import unsupported_activation
-from bnrestructure.ops.edges import PoolGeometry, Transform
-from bnrestructure.ops.kept import kept_activation
 
 __all__ = [
     "max_pool_backward",

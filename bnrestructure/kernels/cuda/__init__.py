@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Transform
 from bnrestructure.kernels import tuning
 from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cuda.convolution_choice import choose, node_of
 from bnrestructure.kernels.cuda.device import gpu_here, identify_machine, uses_tf32
 from bnrestructure.kernels.cuda.limits import supports, unavailable_reason
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
 if TYPE_CHECKING:
     from bnrestructure.kernels.cuda.convolution import conv_backward, conv_forward

@@ -1,4 +1,4 @@
-"""The activations of ops/activation.py on fp32 blocks: value and derivative, with PyTorch's conventions at kinks and
+"""The activations of core/activation.py on fp32 blocks: value and derivative, with PyTorch's conventions at kinks and
 for NaN.
 
 Forward and backward both take their argument from :func:`pre_activation`, whose multiply-add is explicit, so that the
@@ -12,8 +12,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from bnrestructure.core.activation import PLAIN_ACTIVATIONS, negative_slope
 from bnrestructure.kernels.cuda.precision import exponential, reciprocal
-from bnrestructure.ops.activation import PLAIN_ACTIVATIONS, negative_slope
 
 __all__ = ["activate", "activation_constants", "pre_activation", "pull_back"]
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 from bnrestructure.kernels import reference, tuning
 from bnrestructure.kernels.cuda import convolution_fused, convolution_hybrid, device
 from bnrestructure.kernels.cuda.convolution_choice import BACKWARD, Node, call_of, candidates, choose, forms_sum, node_of
 from bnrestructure.kernels.cuda.residual import residual_backward, residual_forward
 from bnrestructure.kernels.join import join_backward
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
 

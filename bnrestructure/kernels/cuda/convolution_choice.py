@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 import torch
 
+from bnrestructure.core.edges import ConvGeometry
 from bnrestructure.kernels import tuning
 from bnrestructure.kernels.choice import BACKWARD as DENSE_BACKWARD
 from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cuda.device import identify_machine
-from bnrestructure.ops.edges import ConvGeometry
 
 __all__ = ["BACKWARD", "ISSUED", "Node", "call_of", "candidates", "choose", "forms_sum", "node_of", "step_cycles"]
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 from bnrestructure.kernels.cuda import (
     dense_dgrad,
     dense_forward,
@@ -16,7 +17,6 @@ from bnrestructure.kernels.cuda import (
     depthwise_wgrad,
 )
 from bnrestructure.kernels.cuda.edges import edge_pixels
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.edges import EdgePixels, edge_pixels, output_gradient
 from bnrestructure.kernels.cuda.launch import launch
@@ -24,7 +25,6 @@ from bnrestructure.kernels.cuda.residual import residual_backward
 from bnrestructure.kernels.cuda.statistics import statistics_forward
 from bnrestructure.kernels.cuda.sweeps import normalise_backward, normalise_forward
 from bnrestructure.kernels.rounding import gradient_factor, restored
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
 

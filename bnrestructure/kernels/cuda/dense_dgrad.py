@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bnrestructure.core.edges import ConvGeometry, Join, Transform
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.activation import activation_constants
 from bnrestructure.kernels.cuda.edges import EdgePixels, output_gradient, store_input_gradient, store_join_gradient
@@ -26,7 +27,6 @@ from bnrestructure.kernels.cuda.merge import partial_sums
 from bnrestructure.kernels.cuda.precision import in_units, multiply, restored_gradient, rounded_gradient
 from bnrestructure.kernels.cuda.problem import is_heavy, precision_of, unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_group
-from bnrestructure.ops.edges import ConvGeometry, Join, Transform
 
 __all__ = ["InputGradient", "dgrad"]
 

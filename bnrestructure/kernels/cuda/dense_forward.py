@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bnrestructure.core.edges import ConvGeometry, Join, Transform
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.activation import activate, activation_constants, pre_activation
 from bnrestructure.kernels.cuda.launch import launch
@@ -21,7 +22,6 @@ from bnrestructure.kernels.cuda.merge import merge_statistics, partial_statistic
 from bnrestructure.kernels.cuda.precision import in_units, multiply, offset, representable, rounded
 from bnrestructure.kernels.cuda.problem import geometry_constants, is_gathered, is_heavy, is_padded, precision_of, unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_group
-from bnrestructure.ops.edges import ConvGeometry, Join, Transform
 
 __all__ = ["conv_forward"]
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bnrestructure.core.edges import ConvGeometry, Transform
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.activation import activate, activation_constants, pre_activation
 from bnrestructure.kernels.cuda.edges import EdgePixels, output_gradient
@@ -27,7 +28,6 @@ from bnrestructure.kernels.cuda.problem import (
     triton_dtype,
     unit_of,
 )
-from bnrestructure.ops.edges import ConvGeometry, Transform
 
 __all__ = ["weight_gradient", "wgrad"]
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bnrestructure.core.edges import ConvGeometry, Transform
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.activation import activation_constants
 from bnrestructure.kernels.cuda.dense_dgrad import InputGradient
@@ -19,7 +20,6 @@ from bnrestructure.kernels.cuda.patches import first_read, last_read, patches_in
 from bnrestructure.kernels.cuda.precision import in_units
 from bnrestructure.kernels.cuda.problem import geometry_constants, unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_channels
-from bnrestructure.ops.edges import ConvGeometry, Transform
 
 __all__ = ["dgrad"]
 

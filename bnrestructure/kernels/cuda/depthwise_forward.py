@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bnrestructure.core.edges import ConvGeometry, Transform
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.activation import activation_constants
 from bnrestructure.kernels.cuda.launch import launch
@@ -18,7 +19,6 @@ from bnrestructure.kernels.cuda.patches import is_any_read, patches_in, tap_at, 
 from bnrestructure.kernels.cuda.precision import in_units, offset, representable
 from bnrestructure.kernels.cuda.problem import geometry_constants, is_padded, unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_channels
-from bnrestructure.ops.edges import ConvGeometry, Transform
 
 __all__ = ["conv_forward", "weight_by_tap"]
 

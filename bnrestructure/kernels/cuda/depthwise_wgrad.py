@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bnrestructure.core.edges import ConvGeometry, Transform
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.activation import activation_constants
 from bnrestructure.kernels.cuda.dense_wgrad import weight_gradient
@@ -19,7 +20,6 @@ from bnrestructure.kernels.cuda.layout import pixels, vectors
 from bnrestructure.kernels.cuda.patches import is_any_read, patches_in, tap_at, transformed_pixel, with_added_product, with_last
 from bnrestructure.kernels.cuda.precision import in_units
 from bnrestructure.kernels.cuda.problem import geometry_constants, is_padded, triton_dtype, unit_of
-from bnrestructure.ops.edges import ConvGeometry, Transform
 
 __all__ = ["wgrad"]
 

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge
 from bnrestructure.kernels.cuda.activation import activate, pre_activation, pull_back
 from bnrestructure.kernels.cuda.layout import Pixels, pixels, vectors
 from bnrestructure.kernels.cuda.precision import dithered, offset, rounded
-from bnrestructure.ops.edges import BackwardEdge
 
 __all__ = [
     "EdgePixels", "edge_pixels", "input_gradient", "output_gradient",

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, Transform
 from bnrestructure.kernels.cuda.convolution import conv_backward, conv_forward
 from bnrestructure.kernels.cuda.layout import empty_pixels
 from bnrestructure.kernels.join import JoinGradients
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, Transform
 
 __all__ = ["join_backward", "join_forward"]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.core.activation import unsupported_activation
 from bnrestructure.kernels import join
-from bnrestructure.ops.activation import unsupported_activation
 
 __all__ = ["ELEMENT_TYPES", "supports", "unavailable_reason"]
 

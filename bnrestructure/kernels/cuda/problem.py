@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 import triton.language as tl
 
+from bnrestructure.core.edges import ConvGeometry, Transform
 from bnrestructure.kernels.cuda.device import uses_tf32
-from bnrestructure.ops.edges import ConvGeometry, Transform
 
 __all__ = ["geometry_constants", "is_gathered", "is_heavy", "is_padded", "precision_of", "triton_dtype", "unit_of"]
 

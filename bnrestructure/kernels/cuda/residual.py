@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bnrestructure.core.edges import Transform
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.activation import activate, activation_constants, pre_activation, pull_back
 from bnrestructure.kernels.cuda.launch import launch
@@ -20,7 +21,6 @@ from bnrestructure.kernels.cuda.merge import (
 from bnrestructure.kernels.cuda.precision import dithered, in_units, offset, representable, rounded
 from bnrestructure.kernels.cuda.problem import unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_channels
-from bnrestructure.ops.edges import Transform
 
 __all__ = ["residual_backward", "residual_forward"]
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bnrestructure.core.edges import Transform
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.activation import activate, activation_constants, pre_activation
 from bnrestructure.kernels.cuda.edges import store_input_gradient
@@ -16,7 +17,6 @@ from bnrestructure.kernels.cuda.merge import partial_sums
 from bnrestructure.kernels.cuda.precision import in_units, offset, rounded
 from bnrestructure.kernels.cuda.problem import unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_channels
-from bnrestructure.ops.edges import Transform
 
 __all__ = ["normalise_backward", "normalise_forward", "squeeze_backward", "squeeze_forward"]
 

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, PoolGeometry, Transform
 from bnrestructure.kernels.cuda import convolution_fused, convolution_hybrid
 from bnrestructure.kernels.cuda.max_pool import max_pool_backward, max_pool_forward
 from bnrestructure.kernels.cuda.residual import residual_backward, residual_forward
@@ -27,7 +28,6 @@ from bnrestructure.kernels.cuda.sweeps import (
     squeeze_backward,
     squeeze_forward,
 )
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, PoolGeometry, Transform
 
 __all__ = ["VARIANTS", "Variant"]
 

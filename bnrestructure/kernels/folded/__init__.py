@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 from bnrestructure.kernels import join as in_turn
 from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.folded import convolution, volume
 from bnrestructure.kernels.folded.geometry import Folding, folding_of
 from bnrestructure.kernels.folded.views import delivered, folded, image, stand_in, unfolded
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = ["FoldedKernels"]
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from bnrestructure.core.aliases import alias, channels_last_buffer
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 from bnrestructure.kernels.folded.geometry import Folding
 from bnrestructure.kernels.folded.views import Fold, delivered, folded, stand_in, unfolded
 from bnrestructure.kernels.join import JoinGradients
-from bnrestructure.ops.aliases import alias, channels_last_buffer
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
 
 __all__ = ["conv_backward", "conv_forward", "join_backward", "join_forward", "unsupported"]
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from bnrestructure.core.edges import ConvGeometry, Transform
 from bnrestructure.kernels.folded.views import Fold, frames, image, lines
-from bnrestructure.ops.edges import ConvGeometry, Transform
 
 __all__ = ["Folding", "folding_of"]
 

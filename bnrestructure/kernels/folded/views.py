@@ -11,7 +11,7 @@ from math import prod
 
 from torch import Tensor
 
-from bnrestructure.ops.aliases import alias
+from bnrestructure.core.aliases import alias
 
 __all__ = ["Fold", "delivered", "folded", "frames", "image", "lines", "stand_in", "unfolded"]
 

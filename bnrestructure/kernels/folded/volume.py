@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform, values_per_channel
 from bnrestructure.kernels.aten_convolution import convolution_backward
 from bnrestructure.kernels.rounding import gradient_factor, narrowed
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform, values_per_channel
 
 __all__ = ["conv_backward", "conv_forward", "unsupported"]
 

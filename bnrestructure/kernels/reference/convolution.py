@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 from bnrestructure.kernels.aten_convolution import convolution_backward
 from bnrestructure.kernels.reference.elementwise import (
     apply_transform,
@@ -15,7 +16,6 @@ from bnrestructure.kernels.reference.elementwise import (
 )
 from bnrestructure.kernels.reference.statistics import statistics_forward
 from bnrestructure.kernels.rounding import gradient_factor, restored
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 
 __all__ = ["conv_backward", "conv_forward"]
 

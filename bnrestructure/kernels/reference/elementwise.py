@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bnrestructure.ops.activation import activate, activation_gradient
-from bnrestructure.ops.edges import BackwardEdge, Transform, accumulation_dtype, per_channel
+from bnrestructure.core.activation import activate, activation_gradient
+from bnrestructure.core.edges import BackwardEdge, Transform, accumulation_dtype, per_channel
 
 __all__ = ["affine", "apply_transform", "channel_sum", "input_gradient", "output_gradient", "write"]
 

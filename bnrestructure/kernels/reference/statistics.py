@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import accumulation_dtype, per_channel
 from bnrestructure.kernels.rounding import dithered
-from bnrestructure.ops.edges import accumulation_dtype, per_channel
 
 __all__ = ["finalize_backward", "finalize_forward", "statistics_backward", "statistics_forward"]
 

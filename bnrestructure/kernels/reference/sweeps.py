@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bnrestructure.core.activation import activate, activation_gradient
+from bnrestructure.core.edges import PoolGeometry, Transform, accumulation_dtype, per_channel
 from bnrestructure.kernels.reference.elementwise import affine, apply_transform, channel_sum, input_gradient, write
 from bnrestructure.kernels.reference.statistics import statistics_forward
 from bnrestructure.kernels.rounding import dithered
-from bnrestructure.ops.activation import activate, activation_gradient
-from bnrestructure.ops.edges import PoolGeometry, Transform, accumulation_dtype, per_channel
 
 __all__ = [
     "max_pool_backward",

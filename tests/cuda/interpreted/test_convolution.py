@@ -10,11 +10,11 @@ import torch
 from kernels.cpu_checks import LAYOUTS, assert_as_good, in_layout, to_double
 from torch import Tensor
 
+from bnrestructure.core.activation import PLAIN_ACTIVATIONS
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Transform
 from bnrestructure.kernels import reference
 from bnrestructure.kernels.cuda import convolution_fused
 from bnrestructure.kernels.cuda.layout import Pixels
-from bnrestructure.ops.activation import PLAIN_ACTIVATIONS
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
 ACTIVATIONS = (*PLAIN_ACTIVATIONS, "leaky_relu(0.1)")
 

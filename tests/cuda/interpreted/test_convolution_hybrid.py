@@ -11,11 +11,11 @@ import torch
 from kernels.cpu_checks import LAYOUTS, assert_as_good, in_layout, to_double
 from test_convolution import CASES, Case, doubled, draw, draw_edge, run_backward, run_forward
 
+from bnrestructure.core.edges import BackwardEdge
 from bnrestructure.kernels import cuda, reference, tuning
 from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cuda import convolution, convolution_choice, convolution_hybrid
 from bnrestructure.kernels.cuda.convolution_choice import BACKWARD
-from bnrestructure.ops.edges import BackwardEdge
 
 
 def check(implementation: Any, case: Case, act: str, dtype: torch.dtype, **options: bool) -> None:

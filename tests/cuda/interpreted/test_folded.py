@@ -10,9 +10,9 @@ import torch
 from kernels.cpu_checks import assert_as_good, to_double
 from torch import Tensor
 
+from bnrestructure.core.aliases import channels_last_buffer
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, Transform
 from bnrestructure.kernels import cuda, reference, registry
-from bnrestructure.ops.aliases import channels_last_buffer
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Join, Transform
 
 kernels = registry.folded(cuda)
 # x, outputs, kernel, stride, padding

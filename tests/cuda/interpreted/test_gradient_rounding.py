@@ -9,9 +9,9 @@ import torch
 from small_corrections import kept, total
 from torch import Tensor
 
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Transform
 from bnrestructure.kernels import cuda, reference
 from bnrestructure.kernels.cuda import convolution_fused, convolution_hybrid
-from bnrestructure.ops.edges import BackwardEdge, ConvGeometry, Transform
 
 N, CHANNELS, SIZE = 2, 24, 16
 NARROW = [torch.bfloat16, torch.float16]

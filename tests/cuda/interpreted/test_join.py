@@ -11,13 +11,13 @@ from kernels.cpu_checks import assert_as_good, in_layout, to_double
 from test_convolution import CASES, Case, draw_edge
 from torch import Tensor
 
+from bnrestructure.core.activation import PLAIN_ACTIVATIONS
+from bnrestructure.core.edges import BackwardEdge, Join, Transform
 from bnrestructure.kernels import cuda, reference
 from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.cuda import convolution
 from bnrestructure.kernels.cuda.convolution_choice import BACKWARD, forms_sum
 from bnrestructure.kernels.cuda.layout import Pixels
-from bnrestructure.ops.activation import PLAIN_ACTIVATIONS
-from bnrestructure.ops.edges import BackwardEdge, Join, Transform
 
 POINT = ("1x1", "1x1, one channel")
 

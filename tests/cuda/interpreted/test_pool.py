@@ -8,9 +8,9 @@ from kernels.cpu_checks import LAYOUTS, assert_as_good, in_layout, to_double
 from torch import Tensor
 from torch.nn import functional as F
 
+from bnrestructure.core.activation import PLAIN_ACTIVATIONS
+from bnrestructure.core.edges import PoolGeometry, Transform
 from bnrestructure.kernels import cuda, reference
-from bnrestructure.ops.activation import PLAIN_ACTIVATIONS
-from bnrestructure.ops.edges import PoolGeometry, Transform
 
 ACTIVATIONS = (*PLAIN_ACTIVATIONS, "leaky_relu(0.1)")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,9 +9,9 @@ import torch
 from kernels.cpu_checks import LAYOUTS, assert_as_good, in_layout, to_double
 from torch import Tensor
 
+from bnrestructure.core.activation import PLAIN_ACTIVATIONS
+from bnrestructure.core.edges import Transform
 from bnrestructure.kernels import cuda, reference
-from bnrestructure.ops.activation import PLAIN_ACTIVATIONS
-from bnrestructure.ops.edges import Transform
 
 ACTIVATIONS = (*PLAIN_ACTIVATIONS, "leaky_relu(0.1)")
 #: The last two: channels that are multiples of 8 and of 4 alone, in several tiles.

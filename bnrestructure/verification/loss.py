@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bnrestructure.errors import UsageError
+from bnrestructure.core.errors import UsageError
 
 __all__ = ["default_loss", "named_tensors"]
 

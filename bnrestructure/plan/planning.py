@@ -21,15 +21,15 @@ from bnrestructure.capture.swap import (
     training_flags,
 )
 from bnrestructure.capture.tracer import Arguments
-from bnrestructure.errors import first_line
+from bnrestructure.core.errors import first_line
 from bnrestructure.graph.fused import is_fused, outputs_of, tensor_readers
 from bnrestructure.graph.layers import modules_of
 from bnrestructure.passes import pipeline
 from bnrestructure.patterns.base import Refusal
 from bnrestructure.patterns.batch_norm import find_batch_norms
 from bnrestructure.patterns.statistics import describe, find_conv_statistics
-from bnrestructure.plan import Plan, Site
-from bnrestructure.plan_kernels import Shapes, convolution_kernels, planned_device
+from bnrestructure.plan.kernels import Shapes, convolution_kernels, planned_device
+from bnrestructure.plan.plan import Plan, Site
 
 __all__ = ["layer_shapes", "make_plan", "region_graphs"]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from bnrestructure import ops
+from bnrestructure.core.edges import ConvGeometry, Transform
 from bnrestructure.graph.layers import modules_of
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.folded.views import folded, image
 from bnrestructure.kernels.layout import pitch_of
-from bnrestructure.ops.edges import ConvGeometry, Transform
-from bnrestructure.plan import Kernel
+from bnrestructure.plan.plan import Kernel
 
 __all__ = ["Shapes", "convolution_kernels", "planned_device"]
 

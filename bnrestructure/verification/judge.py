@@ -7,8 +7,8 @@ import statistics
 
 import torch
 
-from bnrestructure.verify.report import Comparison
-from bnrestructure.verify.trial import Key, Trial, name_of
+from bnrestructure.verification.report import Comparison
+from bnrestructure.verification.trial import Key, Trial, name_of
 
 __all__ = ["FLOAT64_LIMIT", "FLOOR", "judge_double", "judge_training"]
 

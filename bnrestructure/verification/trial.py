@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnrestructure.errors import UsageError, first_line
-from bnrestructure.verify.distance import distances, units
-from bnrestructure.verify.rounding import RandomRounding
-from bnrestructure.verify.run import Run, as_dtype
+from bnrestructure.core.errors import UsageError, first_line
+from bnrestructure.verification.distance import distances, units
+from bnrestructure.verification.rounding import RandomRounding
+from bnrestructure.verification.run import Run, as_dtype
 
 __all__ = ["Key", "Setting", "Trial", "name_of", "run_rounded", "run_trial"]
 

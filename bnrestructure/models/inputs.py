@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bnrestructure.cli.models import builder_module, call_factory, load_factory
-from bnrestructure.errors import UsageError
+from bnrestructure.core.errors import UsageError
+from bnrestructure.core.memory_format import to_channels_last
 from bnrestructure.kernels import registry
-from bnrestructure.memory_format import to_channels_last
+from bnrestructure.models.models import builder_module, call_factory, load_factory
 
 __all__ = ["example_inputs", "on_gpu"]
 

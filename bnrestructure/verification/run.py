@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bnrestructure.memory_format import to_channels_last
-from bnrestructure.verify.draws import SameDraws, seeded
-from bnrestructure.verify.loss import named_tensors
-from bnrestructure.verify.widen import everything_in
+from bnrestructure.core.memory_format import to_channels_last
+from bnrestructure.verification.draws import SameDraws, seeded
+from bnrestructure.verification.loss import named_tensors
+from bnrestructure.verification.widen import everything_in
 
 __all__ = ["Run", "as_dtype"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnrestructure.errors import UsageError
+from bnrestructure.core.errors import UsageError
 
 __all__ = ["builder_module", "call_factory", "load_factory", "load_model"]
 

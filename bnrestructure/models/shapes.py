@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from bnrestructure.capture.swap import swap_out
-from bnrestructure.errors import UsageError, first_line
+from bnrestructure.core.errors import UsageError, first_line
 
 __all__ = ["check_shapes"]
 

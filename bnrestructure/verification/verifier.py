@@ -14,13 +14,13 @@ from torch.utils import _pytree as pytree
 
 from bnrestructure.api import explain, restructure, unrestructure
 from bnrestructure.capture.swap import is_restructured, original_class
-from bnrestructure.errors import UsageError, first_line
-from bnrestructure.verify.draws import preserved_generators, seeded
-from bnrestructure.verify.judge import FLOAT64_LIMIT, judge_double, judge_training
-from bnrestructure.verify.loss import default_loss, named_tensors
-from bnrestructure.verify.report import Comparison, VerificationReport
-from bnrestructure.verify.run import as_dtype
-from bnrestructure.verify.trial import Setting, Trial, run_rounded, run_trial
+from bnrestructure.core.errors import UsageError, first_line
+from bnrestructure.verification.draws import preserved_generators, seeded
+from bnrestructure.verification.judge import FLOAT64_LIMIT, judge_double, judge_training
+from bnrestructure.verification.loss import default_loss, named_tensors
+from bnrestructure.verification.report import Comparison, VerificationReport
+from bnrestructure.verification.run import as_dtype
+from bnrestructure.verification.trial import Setting, Trial, run_rounded, run_trial
 
 __all__ = ["verify"]
 
@@ -52,7 +52,7 @@ def verify(
     gradient of every parameter and of every floating input, every buffer, and the parameters after the step.
 
     float64         The restructured copy in float64: relative error at most 1e-9. If a tensor is beyond it, the original runs thrice
-                    beside itself with every operation's result rounded at random (verify/rounding.py); where that alone goes
+                    beside itself with every operation's result rounded at random (verification/rounding.py); where that alone goes
                     further than the limit, ``factor`` times as far is the limit, and a note says so.
     training dtype  The restructured copy's distance to the float64 truth is at most ``factor`` times eager's own
                     distance plus 4 machine epsilons. Eager's distance on a tensor is the larger of that tensor's and
@@ -65,7 +65,7 @@ def verify(
                     state_dict (strictly) are bit-identical.
 
     A relative error divides by ``max(||t||, 1e-3 * r * sqrt(numel))``, r being the largest root mean square among
-    tensors of that kind; see verify/distance.py for why. NaN and infinity must stand in the same places as in eager.
+    tensors of that kind; see verification/distance.py for why. NaN and infinity must stand in the same places as in eager.
     Dropout draws the same numbers in every run.
 
     model      plain, or restructured (then with its own backend and passes unless others are given); if in eval mode,

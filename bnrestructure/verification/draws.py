@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnrestructure.verify.convolutions import own_convolution
+from bnrestructure.verification.convolutions import own_convolution
 
 __all__ = ["SameDraws", "preserved_generators", "seeded"]
 
@@ -46,7 +46,7 @@ class SameDraws(TorchDispatchMode):
 
     PyTorch fills memory in order, so that a dropout mask depends on the layout, and draws of another dtype may differ.
     Here every operation that draws is run on contiguous float64 tensors and its result is copied to where it was
-    wanted. Some convolutions take another way here, too (verify/convolutions.py).
+    wanted. Some convolutions take another way here, too (verification/convolutions.py).
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

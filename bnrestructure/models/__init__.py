@@ -1,0 +1,1 @@
+"""Models by the names that commands take, and example inputs for them."""

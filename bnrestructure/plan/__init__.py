@@ -1,0 +1,1 @@
+"""The plan: where the halves of each batch norm went, why not onto a neighbour, and which kernels run."""

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from bnrestructure import dynamo
-from bnrestructure.graph.fused import is_fused
+from bnrestructure.graph.ir import is_fused
+from bnrestructure.graph.provenance import provenance
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +27,13 @@ def fresh_dynamo() -> Iterator[None]:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
     """The graphs that the backend rewrote, as they ran."""
     seen: list[fx.GraphModule] = []
-    original = dynamo.pipeline.run
+    original = dynamo.pipeline.rewrite
 
-    def run(gm: fx.GraphModule, *args: Any) -> Any:
+    def rewrite(gm: fx.GraphModule, *args: Any) -> Any:
         seen.append(gm)
         return original(gm, *args)
 
-    monkeypatch.setattr(dynamo.pipeline, "run", run)
+    monkeypatch.setattr(dynamo.pipeline, "rewrite", rewrite)
     return seen
 
 
@@ -101,7 +102,7 @@ def test_a_training_step_equals_eager(rest: str, graphs: list[fx.GraphModule]) -
     for batch in (2, 3) if rest == "inductor" else (2, 3, 5):
         assert_same_step(compiled, model, eager, torch.randn(batch, 3, 9, 8, dtype=torch.float64))
     assert any(is_fused(node) for node in graphs[0].graph.nodes)
-    statistics = [s for node in graphs[0].graph.nodes for s in node.meta.get("bnr_statistics_of", [])]
+    statistics = [s for node in graphs[0].graph.nodes for s in provenance(node).statistics_of]
     assert {"bn0", "bn1", "bn2", "bn3"} <= set(statistics)
     assert len(graphs) <= 2, "one graph for the first batch size, one for all others"
 

@@ -191,7 +191,7 @@ def wrong_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     import bnrestructure.passes.share_statistics as share
 
     original = share._grown
-    monkeypatch.setattr(share, "_grown", lambda graph, parts, before: original(graph, parts[::-1], before))
+    monkeypatch.setattr(share, "_grown", lambda parts: original(parts[::-1]))
 
 
 def finalize(change: Callable[..., Any]) -> Patch:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["Program", "use_reshape"]
+__all__ = ["Program"]
 
 
 class Program:
@@ -64,14 +63,3 @@ def _attributes_to_arguments(graph: fx.Graph, gm: fx.GraphModule) -> list[tuple[
         node.replace_all_uses_with(arguments[target])
         graph.erase_node(node)
     return slots
-
-
-def use_reshape(gm: fx.GraphModule) -> None:
-    """Turn ``x.view(...)`` into ``x.reshape(...)``: fused nodes may hand on channels_last tensors where eager has contiguous ones.
-
-    Not where memory is shared with something that is written to: a copy would lose what is written (``restore_formats`` sees to those).
-    """
-    for node in gm.graph.nodes:
-        is_view = node.op == "call_method" and node.target == "view" and "bnr_shared" not in node.meta
-        if is_view and not any(isinstance(a, torch.dtype) for a in node.args[1:]):
-            node.target = "reshape"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -13,16 +12,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from bnrestructure.capture.formats import restore_formats
-from bnrestructure.capture.program import Program, use_reshape
+from bnrestructure.capture.program import Program
 from bnrestructure.capture.state import ModuleState
 from bnrestructure.capture.tracer import Arguments, capture, is_capturing
 from bnrestructure.core.errors import CaptureError
 from bnrestructure.graph.boundaries import any_global_hooks, boundary_reason, is_library_leaf
-from bnrestructure.graph.inplace import functionalise
-from bnrestructure.graph.layers import module_path
 from bnrestructure.passes import pipeline
-from bnrestructure.patterns.batch_norm import find_batch_norms
+from bnrestructure.passes.prepare import prepare
+from bnrestructure.passes.restore_formats import RESTORE_FORMATS
 
 __all__ = ["Options", "Region", "captured", "has_batch_norm", "rewritten", "subregions"]
 
@@ -60,29 +57,8 @@ def _calls_batch_norm(cls: type[nn.Module]) -> bool:
 def captured(module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> tuple[fx.GraphModule, dict[nn.Module, str]]:
     """The captured graph, made ready for patterns: out-of-place, views that are only read as reshapes, nn.Identity gone."""
     gm, opaque = capture(module, forward, arguments)
-    _drop_identities(gm)
-    functionalise(gm)
-    use_reshape(gm)
-    _name_sites(gm)
+    prepare(gm)
     return gm, opaque
-
-
-def _name_sites(gm: fx.GraphModule) -> None:
-    """Give each batch norm call a name of its own: its module's path, with #2, #3 ... for further calls of a shared module."""
-    calls: Counter[str] = Counter()
-    for match in find_batch_norms(gm):
-        path = module_path(match.node)
-        calls[path] += 1
-        match.node.meta["bnr_site"] = path if calls[path] == 1 else f"{path}#{calls[path]}"
-
-
-def _drop_identities(gm: fx.GraphModule) -> None:
-    modules = dict(gm.named_modules(remove_duplicate=False))
-    for node in list(gm.graph.nodes):
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if type(module) is nn.Identity and boundary_reason(module) is None and len(node.args) == 1:
-            node.replace_all_uses_with(node.args[0])
-            gm.graph.erase_node(node)
 
 
 def rewritten(
@@ -90,7 +66,7 @@ def rewritten(
 ) -> tuple[fx.GraphModule, dict[nn.Module, str]]:
     """The captured graph after the passes of ``options``, and the submodules that stayed calls with why."""
     gm, opaque = captured(module, forward, arguments)
-    pipeline.run(gm, options.passes, options.backend, options.fuel)
+    pipeline.rewrite(gm, options.passes, options.backend, options.fuel)
     return gm, opaque
 
 
@@ -172,7 +148,7 @@ class Region:
             program = None
         else:
             inner = [child for child, _ in subregions(module, opaque)]
-            restore_formats(gm)
+            RESTORE_FORMATS.rewrite(gm)
             program = Program(gm, type(module).__name__)
         if self.on_opaque is not None:
             for child in inner:

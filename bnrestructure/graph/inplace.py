@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from bnrestructure.graph.boundaries import boundary_reason
+from bnrestructure.graph.layers import input_of, module_of
+from bnrestructure.graph.provenance import provenance, remember
 
 __all__ = ["functionalise", "inplace_target"]
 
@@ -52,17 +56,13 @@ _FRESH_METHODS = {"add", "sub", "mul", "div", "relu", "sigmoid", "tanh", "mean",
 _METHODS_NOT_IN_PLACE = {"requires_grad_", "retain_grad_"}
 
 
-def _module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
-    return modules.get(str(node.target)) if node.op == "call_module" else None
-
-
-def inplace_target(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+def inplace_target(node: fx.Node) -> fx.Node | None:
     """The node whose tensor this node overwrites, or None."""
-    argument = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(argument, fx.Node):
+    argument = input_of(node)
+    if argument is None:
         return None
     if node.op == "call_module":
-        return argument if getattr(_module(node, modules), "inplace", False) is True else None
+        return argument if getattr(module_of(node), "inplace", False) is True else None
     if node.op == "call_method":
         name = str(node.target)
         own = name.endswith("_") and not name.startswith("_") and name not in _METHODS_NOT_IN_PLACE
@@ -85,19 +85,27 @@ def _inplace_argument(node: fx.Node) -> bool:
 
 def _inplace_position(node: fx.Node) -> int:
     """Where the function takes ``inplace`` by position; behind all arguments if it does not."""
-    try:
-        parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return len(node.args)
+    parameters = _parameters(node.target) if callable(node.target) else ()
     return parameters.index("inplace") if "inplace" in parameters else len(node.args)
 
 
-def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+@cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a function's parameters; none where Python cannot tell."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def _is_fresh(node: fx.Node) -> bool:
     """Whether this node's output certainly has memory of its own."""
-    if inplace_target(node, modules) is not None:
+    if provenance(node).functionalised:
+        return True
+    if inplace_target(node) is not None:
         return False
     if node.op == "call_module":
-        module = _module(node, modules)
+        module = module_of(node)
         return isinstance(module, _FRESH_MODULES) or type(module) in _ACTIVATIONS
     if node.op == "call_method":
         return node.target in _FRESH_METHODS
@@ -106,49 +114,34 @@ def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     )
 
 
-def functionalise(gm: fx.GraphModule) -> None:
+def functionalise(graph: fx.Graph) -> None:
     """Replace in-place operations by their out-of-place forms, with their results where the overwritten tensors were read later.
 
     Values stay the same. An in-place operation on a tensor that something else may share memory with is left alone, and every node of that
-    group gets ``meta["bnr_shared"]``, the name of the operation: patterns must keep away from those.
+    group remembers it as ``changed_by``: patterns must keep away from those.
     """
-    modules = dict(gm.named_modules(remove_duplicate=False))
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    for node in list(gm.graph.nodes):
-        target = inplace_target(node, modules)
+    for node in graph.nodes:
+        target = inplace_target(node)
         if target is None:
             continue
-        group = _sharing(target, modules, exclude=node)
-        if group != {target} or (not _is_fresh(target, modules) and not _was_functionalised(target)):
-            for member in group | {node}:
-                member.meta["bnr_shared"] = node.name
-            continue
-        if not _make_out_of_place(node, modules):
-            for member in (target, node):
-                member.meta["bnr_shared"] = node.name
+        group = _sharing(target, exclude=node)
+        alone = group == {target} and _is_fresh(target)
+        if not alone or not _make_out_of_place(node):
+            for member in (*group, node):
+                remember(member, changed_by=node.name)
             continue
         for user in list(target.users):
-            if user is not node and order[user] > order[node]:
+            if node < user:
                 user.replace_input_with(target, node)
-    gm.graph.lint()
-    gm.recompile()
 
 
-def _was_functionalised(node: fx.Node) -> bool:
-    return bool(node.meta.get("bnr_functional", False))
-
-
-def _sharing(node: fx.Node, modules: dict[str, nn.Module], exclude: fx.Node) -> set[fx.Node]:
+def _sharing(node: fx.Node, exclude: fx.Node) -> set[fx.Node]:
     """Every node whose tensor may share memory with ``node``'s, through views and passed-on inputs."""
     group, stack = {node}, [node]
     while stack:
         current = stack.pop()
-        fresh = _is_fresh(current, modules) or _was_functionalised(current)
-        up = [] if fresh or current.op in ("placeholder", "get_attr") else current.all_input_nodes
-        down = [
-            u for u in current.users
-            if u is not exclude and u.op != "output" and not _is_fresh(u, modules) and not _was_functionalised(u)
-        ]  # fmt: skip
+        up = [] if _is_fresh(current) or current.op in ("placeholder", "get_attr") else current.all_input_nodes
+        down = [u for u in current.users if u is not exclude and u.op != "output" and not _is_fresh(u)]
         for other in [*up, *down]:
             if other not in group:
                 group.add(other)
@@ -156,14 +149,14 @@ def _sharing(node: fx.Node, modules: dict[str, nn.Module], exclude: fx.Node) -> 
     return group
 
 
-def _make_out_of_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _make_out_of_place(node: fx.Node) -> bool:
     """Turn one in-place node into its out-of-place form; False when it has none."""
     if node.op == "call_module":
-        module = _module(node, modules)
+        module = module_of(node)
         if module is None or type(module) not in _ACTIVATIONS or boundary_reason(module) is not None:
             return False
         function, attributes = _ACTIVATIONS[type(module)]
-        node.meta["bnr_module"] = str(node.target)
+        remember(node, module=str(node.target))
         node.op, node.target = "call_function", function
         node.kwargs = {**node.kwargs, **{name: getattr(module, name) for name in attributes}}
     elif node.op == "call_method":
@@ -183,5 +176,5 @@ def _make_out_of_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         if out_of_place is None or node.target is operator.setitem:
             return False
         node.target = out_of_place
-    node.meta["bnr_functional"] = True
+    remember(node, functionalised=True)
     return True

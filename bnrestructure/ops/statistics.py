@@ -14,16 +14,16 @@ from bnrestructure.core.edges import statistics_factors
 from bnrestructure.ops import library
 from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative, in_format_of
 
-__all__ = ["StatisticsOutputs", "batch_norm", "finalize", "statistics"]
+__all__ = ["FinalizeOutputs", "StatisticsOutputs", "batch_norm", "finalize", "statistics"]
 
 
 class StatisticsOutputs(NamedTuple):
-    """mean and var (biased) are [C] in the accumulation dtype, size is x's, x is passed through when threaded."""
+    """mean and var (biased) are [C] in the accumulation dtype, size is x's, passed is x for its next reader when threaded."""
 
     mean: Tensor
     var: Tensor
     size: torch.Size
-    x: Tensor | None
+    passed: Tensor | None
 
 
 def statistics(x: Tensor, *, thread: bool = False, backend: str = "auto") -> StatisticsOutputs:
@@ -53,6 +53,13 @@ class _Statistics(torch.autograd.Function):
         return guard_second_derivative((in_format_of(x, dx), None, None))
 
 
+class FinalizeOutputs(NamedTuple):
+    """What normalisation multiplies by and adds, each [C] in the accumulation dtype."""
+
+    scale: Tensor
+    beta: Tensor
+
+
 def finalize(
     mean: Tensor,
     var: Tensor,
@@ -67,7 +74,7 @@ def finalize(
     *,
     dimensions: tuple[int, ...] = (),
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> FinalizeOutputs:
     """The per-channel step between the halves of a batch norm: (scale, beta), each [C]; running statistics updated in place.
 
     ``size`` is the size of the tensor that mean and var are of, or, for statistics merged across ranks, the number of values per
@@ -95,7 +102,7 @@ def finalize(
         num_batches_tracked.add_(1)
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
-    return _Finalize.apply(mean, var, count, weight, bias, running_mean, running_var, momentum, eps, backend)
+    return FinalizeOutputs(*_Finalize.apply(mean, var, count, weight, bias, running_mean, running_var, momentum, eps, backend))
 
 
 def _check_dimensions(found: int, allowed: tuple[int, ...]) -> None:

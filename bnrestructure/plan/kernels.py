@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bnrestructure import ops
 from bnrestructure.core.edges import ConvGeometry, Transform
-from bnrestructure.graph.layers import modules_of
+from bnrestructure.graph.ir import Conv
+from bnrestructure.graph.provenance import provenance
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.folded.views import folded, image
 from bnrestructure.kernels.layout import pitch_of
@@ -49,24 +49,22 @@ def convolution_kernels(path: str, after: fx.GraphModule, shapes: Shapes, backen
 
     The dtype is autocast's where that is on. Functional convolutions have no path to know their shapes by, and are left out.
     """
-    modules = modules_of(after)
+    modules = dict(after.named_modules(remove_duplicate=False))
     prefix = f"{path}." if path else ""
-    for node in after.graph.nodes:
-        name = node.meta.get("bnr_module")
-        if node.target is not ops.conv or prefix + str(name) not in shapes or str(name) not in modules:
+    for conv in Conv.every(after.graph):
+        name = provenance(conv.node).module
+        if name is None or prefix + name not in shapes or name not in modules:
             continue
-        shape, dtype = shapes[prefix + str(name)]
-        weight: Any = modules[str(name)].weight
+        shape, dtype = shapes[prefix + name]
+        weight: Any = modules[name].weight
         here = weight.device.type == device
-        yield _kernel(prefix + str(name), node, tuple(shape), tuple(weight.shape), dtype, backend, device, here)
+        yield _kernel(prefix + name, conv, tuple(shape), tuple(weight.shape), dtype, backend, device, here)
 
 
 def _kernel(
-    name: str, node: fx.Node, x: tuple[int, ...], weight: tuple[int, ...], dtype: torch.dtype, backend: str, device: str, here: bool
+    name: str, conv: Conv, x: tuple[int, ...], weight: tuple[int, ...], dtype: torch.dtype, backend: str, device: str, here: bool
 ) -> Kernel:
-    of: dict[str, Any] = dict(node.kwargs)
-    stride, padding, dilation = (tuple(of[key]) for key in ("stride", "padding", "dilation"))
-    geometry = ConvGeometry(stride, padding, dilation, of["groups"])
+    geometry = ConvGeometry(conv.stride, conv.padding, conv.dilation, conv.groups)
     reason = registry.reason_for_device(backend, device)
     if reason is None and len(x) < len(weight):
         reason = "no batch dimension: PyTorch's convolution"
@@ -80,10 +78,10 @@ def _kernel(
         return Kernel(name, x, "reference", reason, "reference", reason)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    joins = of.get("r") is not None  # then the product reads the sum as it is
-    rides = torch.empty(0) if of["mean"] is not None and not joins else None
-    gate = torch.empty(x[:2], device="meta") if of["gate"] is not None else None
-    transform = Transform(rides, rides, rides, "identity" if joins else str(of["act"]), gate)
+    joins = conv.r is not None  # then the product reads the sum as it is
+    rides = torch.empty(0) if conv.mean is not None and not joins else None
+    gate = torch.empty(x[:2], device="meta") if conv.gate is not None else None
+    transform = Transform(rides, rides, rides, "identity" if joins else conv.act, gate)
     if len(x) != 4:
         module = registry.folded(module)
     forward, backward = module.convolution_choices(x, weight, transform, geometry, dtype, joins)

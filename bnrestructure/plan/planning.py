@@ -1,4 +1,4 @@
-"""Reading a plan off rewritten graphs: where each half of each batch norm ended up, and why not on a neighbour."""
+"""The plan of a model: the sites of its regions, those outside, and their shapes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from bnrestructure import ops
 from bnrestructure.capture.regions import Options, captured
 from bnrestructure.capture.swap import (
     find_regions,
@@ -22,26 +21,13 @@ from bnrestructure.capture.swap import (
 )
 from bnrestructure.capture.tracer import Arguments
 from bnrestructure.core.errors import first_line
-from bnrestructure.graph.fused import is_fused, outputs_of, tensor_readers
-from bnrestructure.graph.layers import modules_of
 from bnrestructure.passes import pipeline
-from bnrestructure.patterns.base import Refusal
-from bnrestructure.patterns.batch_norm import find_batch_norms
-from bnrestructure.patterns.statistics import describe, find_conv_statistics
+from bnrestructure.patterns.batch_norm import site_names
 from bnrestructure.plan.kernels import Shapes, convolution_kernels, planned_device
 from bnrestructure.plan.plan import Plan, Site
+from bnrestructure.plan.sites import kept_site, sites_of
 
 __all__ = ["layer_shapes", "make_plan", "region_graphs"]
-
-# Sweeps over the normalised tensor in one training step, beyond the convolutions' own reads and writes. Before: BN reads twice and writes
-# (3), its backward reads gradient and input twice and writes (5); an activation out of place adds 2 and 3.
-_BEFORE_BATCH_NORM, _BEFORE_ACTIVATION = 8, 5
-# After: an epilogue costs nothing forward and one read of y in backward; a prologue one read of x in the dgrad epilogue; sweeps of their
-# own read and write (statistics 1 + 3, normalise 2 + 3).
-_AFTER_STATISTICS = {"epilogue": 1, "shared": 0, "sweep": 4}
-_AFTER_NORMALISE = {"prologue": 1, "sweep": 5}
-
-_LONELY = "neither half has a neighbour to ride on: no convolution before it, and none (nor a pool or a residual join) after it"
 
 
 def region_graphs(model: nn.Module, options: Options) -> Iterator[tuple[str, fx.GraphModule, fx.GraphModule]]:
@@ -52,7 +38,7 @@ def region_graphs(model: nn.Module, options: Options) -> Iterator[tuple[str, fx.
             forward = original_class(region).forward
             before, _ = captured(region, forward, Arguments.assumed(forward))
             after, _ = captured(region, forward, Arguments.assumed(forward))
-            pipeline.run(after, options.passes, options.backend, options.fuel)
+            pipeline.rewrite(after, options.passes, options.backend, options.fuel)
             yield paths[region], before, after
 
 
@@ -70,7 +56,7 @@ def make_plan(model: nn.Module, options: Options, inputs: tuple[Any, ...] | None
     plan.notes += notes
     for path, before, after in region_graphs(model, options):
         plan.regions.append(path or "the whole model")
-        for site in _sites(path, before, after):
+        for site in sites_of(path, site_names(before.graph), after):
             seen.add(site.name.split("#")[0])
             plan.sites.append(site)
         if device is not None:
@@ -98,98 +84,7 @@ def _kept_outside(model: nn.Module, seen: set[str]) -> Iterator[Site]:
         blamed = next((paths[p] for p in parents if paths.get(p) in reasons), None)
         if blamed is not None and not (inside and blamed is model):
             reason = reasons[blamed]
-        yield Site(name, "bn", "kept", reason, sweeps_before=_BEFORE_BATCH_NORM, sweeps_after=_BEFORE_BATCH_NORM)
-
-
-def _sites(path: str, before: fx.GraphModule, after: fx.GraphModule) -> Iterator[Site]:
-    prefix = f"{path}." if path else ""
-    statistics = _carriers(after, "bnr_statistics_of")
-    normalises = _carriers(after, "bnr_normalises")
-    left = {n.meta["bnr_site"]: n for n in after.graph.nodes if "bnr_site" in n.meta and n.target is not ops.finalize}
-    left |= {site: n for n in after.graph.nodes for site in n.meta.get("bnr_kept", [])}
-    refusals = {r.node.meta["bnr_site"]: r.reason for r in find_batch_norms(after) if isinstance(r, Refusal)}
-    refusals |= {site: _LONELY for n in left.values() for site in n.meta.get("bnr_kept", [])}
-    refused_statistics = {r.node: r.reason for r in find_conv_statistics(after) if isinstance(r, Refusal)}
-    swept: set[fx.Node] = set()
-    for match in find_batch_norms(before):
-        name = match.node.meta["bnr_site"]
-        if name in left:
-            reason = refusals.get(name, "the passes that were asked for leave it")
-            yield Site(prefix + name, "bn", "kept", reason, sweeps_before=_BEFORE_BATCH_NORM, sweeps_after=_BEFORE_BATCH_NORM)
-        else:
-            yield _site(prefix + name, statistics.get(name, []), normalises.get(name, []), refused_statistics, swept, after)
-
-
-def _carriers(gm: fx.GraphModule, key: str) -> dict[str, list[fx.Node]]:
-    found: dict[str, list[fx.Node]] = {}
-    for node in gm.graph.nodes:
-        for site in node.meta.get(key, []) if is_fused(node) else []:
-            found.setdefault(site, []).append(node)
-    return found
-
-
-def _site(
-    name: str,
-    statistics: list[fx.Node],
-    normalises: list[fx.Node],
-    refused: dict[fx.Node, str],
-    swept: set[fx.Node],
-    gm: fx.GraphModule,
-) -> Site:
-    modules = modules_of(gm)
-    reasons = []
-    own_sweeps = [n for n in statistics if n.target is ops.statistics and n not in swept]
-    swept.update(own_sweeps)
-    for node in own_sweeps:
-        reasons.append(f"its statistics take a sweep: {refused.get(node, 'fuse-statistics was not run')}")
-    shared = len(statistics) > 1 or any(n.meta.get("bnr_shared_statistics") for n in statistics)
-    where = "sweep" if own_sweeps else "shared" if shared else "epilogue"
-    act = str(normalises[0].kwargs["act"]) if normalises else "identity"
-    alone = [n for n in normalises if n.target is ops.normalise]
-    for node in alone:
-        readers = sorted({describe(u, modules) for u in tensor_readers(outputs_of(node)["z"])}) if "z" in outputs_of(node) else []
-        reasons.append(f"its normalised tensor is kept in memory for {', '.join(readers) or 'nobody'}")
-    rides_statistics, rides_normalise = not own_sweeps, not alone and bool(normalises)
-    status = "fused" if rides_statistics and rides_normalise else "partial" if rides_statistics or rides_normalise else "kept"
-    before = _BEFORE_BATCH_NORM + (0 if act == "identity" else _BEFORE_ACTIVATION)
-    after = _AFTER_STATISTICS[where] + _AFTER_NORMALISE["sweep" if alone else "prologue"]
-    return Site(
-        name=name,
-        pattern=_pattern(statistics, shared, act, normalises),
-        status=status,
-        reason="; ".join(reasons) or None,
-        statistics=", ".join(sorted({_label(n) for n in statistics})[:3]) or None,
-        normalise=", ".join(_label(n) for n in normalises[:3]) or None,
-        sweeps_before=before,
-        sweeps_after=min(after, before),
-    )
-
-
-def _label(node: fx.Node) -> str:
-    return str(node.meta.get("bnr_module", node.name))
-
-
-def _pattern(statistics: list[fx.Node], shared: bool, act: str, normalises: list[fx.Node]) -> str:
-    kinds = {n.target for n in statistics}
-    start = "concat" if shared and len(statistics) > 1 else "conv" if kinds == {ops.conv} else "add" if ops.residual in kinds else "any"
-    ends = []
-    for node in normalises:
-        if node.target is ops.residual or node.kwargs.get("r") is not None:
-            own = node.kwargs["act"]
-            end = "add" if own == "identity" else f"add-{str(own).split('(')[0]}"
-        elif node.target is ops.conv:
-            layer = node.meta.get("bnr_conv")
-            end = "depthwise" if layer is not None and layer.depthwise else "conv"
-            end = f"squeeze-excite-{end}" if node.kwargs["gate"] is not None else end
-        else:
-            others: dict[Any, str] = {
-                ops.max_pool: "max_pool", ops.avg_pool: "avg_pool", ops.squeeze: "avg_pool", ops.normalise: "other",
-            }  # fmt: skip
-            end = others[node.target]
-        if end not in ends:
-            ends.append(end)
-    middle = [] if act == "identity" or "add" in (e.split("-")[0] for e in ends) else [act.split("(")[0]]
-    return "-".join([start, "bn", *middle, "|".join(ends) or "other"])
+        yield kept_site(name, reason)
 
 
 def _add_bytes(site: Site, known: tuple[torch.Size, torch.dtype] | None) -> None:

@@ -18,7 +18,9 @@ __all__ = ["after", "graph_text", "make_pass", "prefix_before", "run_pass", "sit
 
 def site_graph(model: nn.Module) -> fx.GraphModule:
     """The captured, functionalised graph of a model that takes one tensor, before any pass."""
-    return captured(model, type(model).forward, Arguments((torch.empty(0),), {}))[0]
+    gm, _ = captured(model, type(model).forward, Arguments((torch.empty(0),), {}))
+    gm.recompile()
+    return gm
 
 
 def make_pass(name: str, fuel: int | None = None) -> Pass:

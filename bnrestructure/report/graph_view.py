@@ -33,7 +33,7 @@ class Entry:
     inputs           ids of the entries that it reads; ``shortcut`` is the one among them that a residual join adds
     prologue         what is applied to its input as it is read: ``bn1 norm + relu``, and the sites in question
     epilogue         what is computed of its result on the way out: ``bn2 statistics``
-    notes            threads, shared buffers, gains
+    notes            chains, shared buffers, gains
     status, reason   of the site that this entry leaves unfused, None elsewhere
     backward         what its backward does: (prologue, work, epilogue)
     """

@@ -96,11 +96,14 @@ class Pass:
 
     def rewrite(self, graph_module: fx.GraphModule) -> PassResult:
         """Apply the rules, then verify the graph. Raises BrokenGraphError where a rule of the IR does not hold any more."""
-        graph = graph_module.graph
-        count = sum(rule.apply(graph, self.fuel) for rule in self.rules)
+        count = self.apply(graph_module.graph)
         if count:
-            verify(graph, self.name)
+            verify(graph_module.graph, self.name)
         return PassResult(graph_module, count > 0, count)
+
+    def apply(self, graph: fx.Graph) -> int:
+        """Apply the rules and nothing else; returns how many rewrites were made."""
+        return sum(rule.apply(graph, self.fuel) for rule in self.rules)
 
 
 def erase_dead(*nodes: fx.Node) -> None:

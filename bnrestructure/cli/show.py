@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--after", metavar="PASS", help="the graph after the pipeline up to this pass, or after a rung of the ladder"
     )
+    parser.add_argument("--check", action="store_true", help="verify the graph after each pass, and list the rules that do not hold")
     parser.add_argument("--backward", action="store_true", help="what each node's backward does, in backward order")
     parser.add_argument(
         "--format", choices=("text", "dot", "svg", "json"), default="text", help="(default: %(default)s)"
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print or write the graph. Exit status 0."""
+    """Print or write the graph: exit status 0. With --check verify it: 0 if every rule holds, 1 if one does not."""
     from bnrestructure.cli.output import progress, stdout
     from bnrestructure.core.errors import UsageError
     from bnrestructure.models.models import load_model
@@ -42,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         say("building the model")
         model = load_model(arguments.model)
         say("capturing and rewriting")
+        if arguments.check:
+            return _check(arguments, model)
         plan, views = _views(arguments, model)
     form = "json" if arguments.json else arguments.format
     if form == "text" and arguments.output is None:
@@ -58,6 +62,25 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"cannot write {arguments.output}: {error.strerror}") from error
     return 0
+
+
+def _check(arguments: argparse.Namespace, model: nn.Module) -> int:
+    """Rewrite every region once more, look at the graph after each pass, and say what was seen."""
+    from bnrestructure.api import _options
+    from bnrestructure.cli.output import print_json, stdout
+    from bnrestructure.plan.planning import region_graphs
+    from bnrestructure.report.graph_check import check_region, print_checks
+
+    options = _options(model, arguments.backend, _passes(arguments), None)
+    captured = {path: before for path, before, _ in region_graphs(model, replace(options, passes=(), backend="auto"))}
+    stages = {path: check_region(gm, options.passes, options.backend) for path, gm in captured.items()}
+    ok = not any(stage.violations for of in stages.values() for stage in of)
+    if arguments.json:
+        regions = [{"path": path, "passes": [stage.to_json() for stage in of]} for path, of in stages.items()]
+        print_json({"model": arguments.model, "ok": ok, "regions": regions})
+    else:
+        print_checks(stdout(), arguments.model, stages)
+    return 0 if ok else 1
 
 
 def _passes(arguments: argparse.Namespace) -> str | list[str] | None:
@@ -80,8 +103,6 @@ def _passes(arguments: argparse.Namespace) -> str | list[str] | None:
 
 
 def _views(arguments: argparse.Namespace, model: nn.Module) -> tuple[Plan, list[RegionView]]:
-    from dataclasses import replace
-
     from bnrestructure.api import _options
     from bnrestructure.plan.planning import make_plan, region_graphs
     from bnrestructure.report.graph_view import view_region

@@ -80,7 +80,7 @@ class Rule(Generic[M]):
 class Pass:
     """A rewrite: alone it preserves meaning, a second run changes nothing, and the pipeline may end after it.
 
-    The rules are applied one after the other. Calling the pass rewrites a graph in place; ``rewrite`` leaves it to the caller to
+    Calling the pass rewrites a graph in place; ``rewrite`` leaves it to the caller to
     recompile the module that owns the graph.
     """
 
@@ -102,8 +102,11 @@ class Pass:
         return PassResult(graph_module, count > 0, count)
 
     def apply(self, graph: fx.Graph) -> int:
-        """Apply the rules and nothing else; returns how many rewrites were made."""
-        return sum(rule.apply(graph, self.fuel) for rule in self.rules)
+        """Apply the rules in turn, until none of them finds anything; returns how many rewrites were made."""
+        total = 0
+        while count := sum(rule.apply(graph, self.fuel) for rule in self.rules):
+            total += count
+        return total
 
 
 def erase_dead(*nodes: fx.Node) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,19 @@ class Look:
     """The views of a graph's nodes and their outputs, each taken once: rules look at the same nodes again and again."""
 
     def __init__(self, views: Iterable[Fused]) -> None:
-        self.views: dict[object, Fused] = {view.node: view for view in views}
+        self._views: dict[object, Fused] = {view.node: view for view in views}
+        self._kinds: dict[type[Fused], list[Fused]] = defaultdict(list)
+        for view in views:
+            self._kinds[type(view)].append(view)
         self._outs: dict[fx.Node, dict[str, fx.Node]] = {}
 
     def at(self, node: object) -> Fused | None:
         """The view of a node that calls one of the ops, or None."""
-        return self.views.get(node)
+        return self._views.get(node)
+
+    def of(self, kind: type[Fused]) -> Sequence[Fused]:
+        """The views of one kind, in graph order."""
+        return self._kinds.get(kind, ())
 
     def outs(self, view: Fused) -> dict[str, fx.Node]:
         """The outputs of a node that have a node of their own, by name."""

@@ -77,6 +77,11 @@ class Link(Fused):
     x: fx.Node
     chain: bool = False
 
+    @property
+    def passes_x(self) -> bool:
+        """Whether the output ``passed`` is x."""
+        return self.chain
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Conv(Reader, Link, op=ops.conv, outputs=ops.ConvOutputs):
@@ -101,6 +106,11 @@ class Conv(Reader, Link, op=ops.conv, outputs=ops.ConvOutputs):
     r_beta: fx.Node | None = None
     x_gain: fx.Node | None = None
     r_gain: fx.Node | None = None
+
+    @property
+    def passes_x(self) -> bool:
+        """Whether the output ``passed`` is x, and not the sum of a residual."""
+        return self.chain and self.r is None
 
     @property
     def in_buffer(self) -> bool:

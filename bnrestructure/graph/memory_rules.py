@@ -34,18 +34,20 @@ _HAND_BACK_THEIR_OWN = (Reader, Statistics, Residual, ConcatBuffer, OwnGradient,
 
 
 def chain(view: Link, look: Look) -> str | None:
-    """A link passes its input on, and somebody reads it; it reads the input once, and no other link reads it."""
+    """A link passes its input on, and somebody reads that; no other link reads the input."""
     if not view.chain:
         return None
     passed = look.outs(view).get("passed")
     if passed is None or not passed.users:
         return "nobody reads what it passes on"
-    if view.times_read(view.x) != 1:
-        return "it reads its input a second time, as another operand"
-    if len(view.x.users) > 1:
-        links = [reader.name for reader in view.x.users if isinstance(link := look.at(reader), Link) and link.chain and link.x is view.x]
-        return f"{' and '.join(links)} are both links at {view.x.name}" if len(links) > 1 else None
-    return None
+    if not view.passes_x:
+        return None
+    links = [reader.name for reader in view.x.users if _link_at(view.x, look.at(reader)) is not None]
+    return f"{' and '.join(links)} are both links at {view.x.name}" if len(links) > 1 else None
+
+
+def _link_at(tensor: fx.Node, view: Fused | None) -> Link | None:
+    return view if isinstance(view, Link) and view.passes_x and view.x is tensor else None
 
 
 def own_gradient(view: Link, look: Look) -> str | None:
@@ -88,7 +90,7 @@ def _links_behind(tensor: fx.Node) -> Iterator[fx.Node]:
         maker, output = maker_of(tensor)
         if isinstance(maker, Link) and output == "passed":
             yield maker.node
-            if isinstance(maker, Conv) and maker.r is not None:
+            if not maker.passes_x:
                 return  # it made the sum that it passes on
             tensor = maker.x
         elif isinstance(maker, Conv | ConcatBuffer) and maker.into is not None and output in ("y", None):
@@ -153,10 +155,11 @@ def _aliases(tensor: fx.Node | None, look: Look) -> Iterator[fx.Node]:
     yield tensor
     for reader in tensor.users:
         view = look.at(reader)
+        link = _link_at(tensor, view)
         if isinstance(view, OwnGradient):
             yield from _aliases(reader, look)
-        elif isinstance(view, Link) and view.chain and view.x is tensor:
-            yield from _aliases(look.outs(view).get("passed"), look)
+        elif link is not None:
+            yield from _aliases(look.outs(link).get("passed"), look)
 
 
 def _writers_into(buffer: fx.Node | None, look: Look) -> Iterator[Conv | ConcatBuffer]:

@@ -25,7 +25,7 @@ from bnrestructure.graph.view import Fused
 __all__ = ["RULES", "Violation", "verify", "violations"]
 
 _OF_NODES: tuple[Invariant, ...] = (*NODE_RULES, *EDGE_RULES, *MEMORY_RULES)
-_RULES_OF = {view: tuple(rule for rule in _OF_NODES if issubclass(view, rule.of)) for view in (*FUSED, *OTHERS)}
+_KINDS = {rule: [view for view in (*FUSED, *OTHERS) if issubclass(view, rule.of)] for rule in _OF_NODES}
 #: The names of all rules.
 RULES = ("order", "sites", "plain memory", *(rule.name for rule in _OF_NODES), "owners")
 
@@ -44,9 +44,23 @@ def verify(graph: fx.Graph, pass_name: str) -> None:
         raise BrokenGraphError(pass_name, node.name, rule, what)
 
 
-def violations(graph: fx.Graph) -> Iterator[Violation]:
-    """Every node that breaks a rule, by the first one that it breaks."""
+def violations(graph: fx.Graph) -> list[Violation]:
+    """Every node that breaks the first rule that does not hold: later ones rely on it."""
     views: list[Fused] = []
+    found = list(_plain(graph, views))
+    look = Look(views)
+    for rule, kinds in _KINDS.items():
+        if found:
+            return found
+        for view in (view for kind in kinds for view in look.of(kind)):
+            what = rule.broken(view, look)
+            if what is not None:
+                found.append(Violation(view.node, rule.name, what))
+    return found or list(_owners(views))
+
+
+def _plain(graph: fx.Graph, views: list[Fused]) -> Iterator[Violation]:
+    """What must hold of all nodes: operands are computed before they are read, a site is one batch norm. Collects the fused nodes."""
     computed: set[fx.Node] = set()
     sites: dict[str, fx.Node] = {}
     for node in graph.nodes:
@@ -62,14 +76,6 @@ def violations(graph: fx.Graph) -> Iterator[Violation]:
             views.append(view)
             if known.changed_by is not None:
                 yield Violation(node, "plain memory", f"{known.changed_by} changes what it makes in place")
-    look = Look(views)
-    for view in views:
-        for rule in _RULES_OF[type(view)]:
-            what = rule.broken(view, look)
-            if what is not None:
-                yield Violation(view.node, rule.name, what)
-                break
-    yield from _owners(views)
 
 
 def _owners(views: list[Fused]) -> Iterator[Violation]:

@@ -66,9 +66,7 @@ def source_of(node: fx.Node) -> fx.Node:
             node = maker.x
         elif maker is None or output is None:
             return node
-        elif isinstance(maker, Conv) and maker.r is not None:
-            return maker.node  # it passes on the sum of the residual that it forms
-        elif isinstance(maker, Link | Squeeze) and output in ("passed", "deferred"):
+        elif (isinstance(maker, Link) and output == "passed" and maker.passes_x) or (isinstance(maker, Squeeze) and output == "deferred"):
             node = maker.x
         else:
             return maker.node

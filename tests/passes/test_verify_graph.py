@@ -176,7 +176,8 @@ def _no_scale(graph: fx.Graph) -> fx.Node:
 
 
 def _swapped(graph: fx.Graph) -> fx.Node:
-    finalize = Finalize.every(graph)[0]
+    finalize, normalise = Finalize.every(graph)[0], Normalise.every(graph)[0]
+    normalise.update(mean=finalize.var)
     return finalize.update(mean=finalize.var, var=finalize.mean).node
 
 
@@ -261,9 +262,10 @@ def _shared_again(graph: fx.Graph) -> fx.Node:
 
 
 def _two_writers(graph: fx.Graph) -> fx.Node:
-    first, second = [conv for conv in Conv.every(graph) if conv.appends][:2]
-    second.update(into=first.into)
-    return next(reader for reader in ConcatBuffer.every(graph)).node
+    (buffer,) = ConcatBuffer.every(graph)
+    first = next(conv for conv in Conv.every(graph) if conv.appends)
+    ConcatBuffer.create(before=graph.output_node(), x=first.x, into=first.into, offset=8)
+    return buffer.node
 
 
 def _moved(graph: fx.Graph) -> fx.Node:

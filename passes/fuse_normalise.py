@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from torch import fx
 
+from bnrestructure.graph.activations import Activation
 from bnrestructure.graph.ir import AvgPool, Conv, MaxPool, Normalise, Squeeze
 from bnrestructure.graph.layers import ConvLayer
-from bnrestructure.graph.operations import Activation, AveragePooling, GlobalAverage, MaxPooling, Pooling
+from bnrestructure.graph.operations import AveragePooling, GlobalAverage, MaxPooling, Pooling
 from bnrestructure.graph.provenance import carry, take_halves
 from bnrestructure.graph.view import Fused
 from bnrestructure.passes.base import Pass, Rule, erase_dead

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from bnrestructure.graph.activations import activation_of
 from bnrestructure.graph.ir import Normalise
-from bnrestructure.graph.operations import MaxPooling, activation_of, concat_of, pooling_of
+from bnrestructure.graph.operations import MaxPooling, concat_of, pooling_of
 from bnrestructure.graph.provenance import provenance
 from bnrestructure.patterns.pairs import can_normalise, is_conv, normalise_making
 

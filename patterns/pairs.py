@@ -8,17 +8,10 @@ from __future__ import annotations
 from torch import fx
 
 from bnrestructure.core.activation import is_homogeneous
+from bnrestructure.graph.activations import Activation, activation_of
 from bnrestructure.graph.ir import Conv, Finalize, Normalise, Residual, Statistics
 from bnrestructure.graph.layers import ConvLayer, conv_of
-from bnrestructure.graph.operations import (
-    Activation,
-    AveragePooling,
-    GlobalAverage,
-    Pooling,
-    activation_of,
-    concat_of,
-    pooling_of,
-)
+from bnrestructure.graph.operations import AveragePooling, GlobalAverage, Pooling, concat_of, pooling_of
 from bnrestructure.graph.words import describe
 from bnrestructure.patterns.base import Pair, Refusal
 

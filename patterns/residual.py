@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from bnrestructure.graph.activations import activation_of
 from bnrestructure.graph.ir import Conv, Normalise
-from bnrestructure.graph.operations import activation_of, add_of
+from bnrestructure.graph.operations import add_of
 from bnrestructure.graph.order import readers_of
 from bnrestructure.patterns.pairs import plain_normalise
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.nn import functional as F
 
+from bnrestructure.graph.activations import activation_of
 from bnrestructure.graph.ir import Conv, Link, OwnGradient, Reader, Residual, maker_of
 from bnrestructure.graph.layers import ConvLayer, conv_of, input_of, module_of, shape_of
-from bnrestructure.graph.operations import activation_of, concat_of, pooling_of
+from bnrestructure.graph.operations import concat_of, pooling_of
 
 __all__ = ["channels_of"]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from bnrestructure.graph.activations import FUNCTIONS, MODULES
 from bnrestructure.graph.boundaries import boundary_reason
 from bnrestructure.graph.layers import input_of, module_of
 from bnrestructure.graph.provenance import provenance, remember
@@ -24,18 +25,6 @@ _OPERATORS = {
     operator.itruediv: operator.truediv,
     operator.iand: operator.and_,
     operator.ior: operator.or_,
-}
-#: Activation modules: their function, and which of the module's attributes it takes.
-_ACTIVATIONS: dict[type[nn.Module], tuple[Any, tuple[str, ...]]] = {
-    nn.ReLU: (nn.functional.relu, ()),
-    nn.ReLU6: (nn.functional.relu6, ()),
-    nn.SiLU: (nn.functional.silu, ()),
-    nn.Hardswish: (nn.functional.hardswish, ()),
-    nn.Hardsigmoid: (nn.functional.hardsigmoid, ()),
-    nn.Mish: (nn.functional.mish, ()),
-    nn.LeakyReLU: (nn.functional.leaky_relu, ("negative_slope",)),
-    nn.ELU: (nn.functional.elu, ("alpha",)),
-    nn.Hardtanh: (nn.functional.hardtanh, ("min_val", "max_val")),
 }
 #: Operations whose output never shares memory with an input. Everything else might.
 _FRESH_MODULES = (
@@ -106,12 +95,10 @@ def _is_fresh(node: fx.Node) -> bool:
         return False
     if node.op == "call_module":
         module = module_of(node)
-        return isinstance(module, _FRESH_MODULES) or type(module) in _ACTIVATIONS
+        return isinstance(module, _FRESH_MODULES) or type(module) in MODULES
     if node.op == "call_method":
         return node.target in _FRESH_METHODS
-    return node.op == "call_function" and (
-        node.target in _FRESH_FUNCTIONS or node.target in [function for function, _ in _ACTIVATIONS.values()]
-    )
+    return node.op == "call_function" and (node.target in _FRESH_FUNCTIONS or node.target in FUNCTIONS)
 
 
 def functionalise(graph: fx.Graph) -> None:
@@ -153,12 +140,12 @@ def _make_out_of_place(node: fx.Node) -> bool:
     """Turn one in-place node into its out-of-place form; False when it has none."""
     if node.op == "call_module":
         module = module_of(node)
-        if module is None or type(module) not in _ACTIVATIONS or boundary_reason(module) is not None:
+        if module is None or type(module) not in MODULES or boundary_reason(module) is not None:
             return False
-        function, attributes = _ACTIVATIONS[type(module)]
+        spelling = MODULES[type(module)]
         remember(node, module=str(node.target))
-        node.op, node.target = "call_function", function
-        node.kwargs = {**node.kwargs, **{name: getattr(module, name) for name in attributes}}
+        node.op, node.target = "call_function", spelling.function
+        node.kwargs = {**node.kwargs, **{name: getattr(module, name) for name in spelling.parameters}}
     elif node.op == "call_method":
         name = str(node.target).rstrip("_")
         if not hasattr(Tensor, name):

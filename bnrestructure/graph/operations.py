@@ -1,4 +1,4 @@
-"""Which operation without parameters a node of a captured graph is: an activation, a sum, a concat or a pool, however spelt."""
+"""Which operation without parameters a node of a captured graph is: a sum, a concat or a pool, however spelt."""
 
 from __future__ import annotations
 
@@ -10,67 +10,19 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from bnrestructure.core.activation import leaky_relu_name
 from bnrestructure.graph.boundaries import boundary_reason
 from bnrestructure.graph.layers import arguments_of, input_of, module_of, per_dimension
 from bnrestructure.graph.provenance import provenance
 
 __all__ = [
-    "Activation",
     "AveragePooling",
     "GlobalAverage",
     "MaxPooling",
     "Pooling",
-    "activation_of",
     "add_of",
     "concat_of",
     "pooling_of",
 ]
-
-#: How an activation without a parameter is spelt: as a module, as a function, as a method. One with a parameter is in ``_named`` below.
-_PLAIN_ACTIVATIONS: dict[Any, str] = {
-    nn.ReLU: "relu", F.relu: "relu", torch.relu: "relu", "relu": "relu",
-    nn.ReLU6: "relu6", F.relu6: "relu6",
-    nn.SiLU: "silu", F.silu: "silu",
-    nn.Hardswish: "hardswish", F.hardswish: "hardswish",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Activation:
-    """An activation that a prologue can apply, by its name in core/activation.py."""
-
-    node: fx.Node
-    input: fx.Node
-    name: str
-
-
-def activation_of(node: fx.Node) -> Activation | None:
-    """The activation that this node applies, None where it is something else or no prologue can."""
-    if node.op not in ("call_module", "call_method", "call_function") or provenance(node).changed_by is not None:
-        return None
-    source = input_of(node)
-    name = None if source is None or provenance(source).changed_by is not None else _named(node)
-    return None if name is None or source is None else Activation(node, source, name)
-
-
-def _named(node: fx.Node) -> str | None:
-    if node.op == "call_module":
-        module = module_of(node)
-        if module is None or boundary_reason(module) is not None:
-            return None
-        if type(module) is nn.LeakyReLU:
-            return leaky_relu_name(module.negative_slope)
-        if type(module) is nn.GELU:
-            return "gelu" if module.approximate == "none" else "gelu_tanh"
-        return _PLAIN_ACTIVATIONS.get(type(module))
-    if node.target is F.leaky_relu:
-        slope = arguments_of(node, ("input", "negative_slope", "inplace"), {"negative_slope": 0.01})["negative_slope"]
-        return leaky_relu_name(slope) if isinstance(slope, int | float) else None
-    if node.target is F.gelu:
-        return "gelu" if node.kwargs.get("approximate", "none") == "none" else "gelu_tanh"
-    return _PLAIN_ACTIVATIONS.get(node.target)
-
 
 def add_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two tensors that this node adds elementwise with weight one, else None."""

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from bnrestructure.graph.activations import activation_of
 from bnrestructure.graph.ir import BatchNorm, Conv, Normalise, Reader, Residual, Statistics, fused_of, is_fused
 from bnrestructure.graph.layers import ConvLayer, batch_norm_of, conv_of
-from bnrestructure.graph.operations import AveragePooling, MaxPooling, activation_of, add_of, concat_of, pooling_of
+from bnrestructure.graph.operations import AveragePooling, MaxPooling, add_of, concat_of, pooling_of
 from bnrestructure.graph.provenance import module_path, provenance
 from bnrestructure.graph.view import Fused
 from bnrestructure.plan.plan import Site

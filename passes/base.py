@@ -80,8 +80,7 @@ class Rule(Generic[M]):
 class Pass:
     """A rewrite: alone it preserves meaning, a second run changes nothing, and the pipeline may end after it.
 
-    Calling the pass rewrites a graph in place; ``rewrite`` leaves it to the caller to
-    recompile the module that owns the graph.
+    Calling the pass rewrites a graph in place; ``rewrite`` leaves it to the caller to recompile the module that owns the graph.
     """
 
     name: str

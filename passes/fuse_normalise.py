@@ -2,9 +2,9 @@
 
 ``conv(act(normalise(y)))`` -> ``conv(y, mean, scale, beta, act)``: the normalised tensor never reaches memory.
 
-First activations join their normalise, and a concat of normalised tensors becomes the normalise of a concat. Then every reader that
-can apply the normalise itself does: convolutions, pools, global averages, gated convolutions behind squeeze-excite. On
-a graph without fission it is the paper's RCF: bare activations move into the convolutions that read them.
+First each normalise takes the activation behind it, and a concat of normalised tensors becomes the normalise of a concat. Then every
+reader that can apply the normalise itself does: convolutions, pools, global averages, gated convolutions behind squeeze-excite. On a
+graph without fission it is the paper's RCF: bare activations move into the convolutions that read them.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from bnrestructure.patterns.residual import ResidualMatch, residual
 __all__ = ["FUSE_RESIDUAL"]
 
 
-def join(match: ResidualMatch) -> None:
+def into_residual(match: ResidualMatch) -> None:
     """Put one residual in the place of the normalise, the add and the activation."""
     main, other = match.normalise, match.other
     shortcut = {"r": match.shortcut} if other is None else _prefixed(other.edge)
@@ -33,7 +33,7 @@ def join(match: ResidualMatch) -> None:
     last.replace_all_uses_with(out)
     for conv in match.activating:
         conv.update(act="identity")
-    erase_dead(match.add, last) if last is not match.add else erase_dead(last)
+    erase_dead(*dict.fromkeys((match.add, last)))
     for normalise in normalises:
         normalise.erase_if_unread()
     _share_gradient(made, made.y, "gain")
@@ -54,4 +54,4 @@ def _share_gradient(made: Residual, operand: fx.Node, gain: str) -> None:
         made.update(**{gain: conv.out("gain")})
 
 
-FUSE_RESIDUAL = Pass("fuse-residual", (Rule(residual, join), Rule(RESIDUAL_STATISTICS, ride_on_residual, at=Statistics)))
+FUSE_RESIDUAL = Pass("fuse-residual", (Rule(residual, into_residual), Rule(RESIDUAL_STATISTICS, ride_on_residual, at=Statistics)))

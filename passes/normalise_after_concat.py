@@ -21,10 +21,10 @@ def normalise_after_concat(match: NormalisedConcat) -> None:
     vectors = [_vectors_of(tensor, normalise, concat) for tensor, normalise in match.segments]
     with graph.inserting_before(concat):
         raw = graph.call_function(torch.cat, ([tensor if normalise is None else normalise.x for tensor, normalise in match.segments], 1))
-        joined = {name: graph.call_function(torch.cat, ([of[name] for of in vectors],)) for name in _VECTORS}
-    for vector in joined.values():
+        concatenated = {name: graph.call_function(torch.cat, ([of[name] for of in vectors],)) for name in _VECTORS}
+    for vector in concatenated.values():
         remember(vector, vector=True)
-    normalise = Normalise.create(before=concat, x=raw, **joined, act=match.act)
+    normalise = Normalise.create(before=concat, x=raw, **concatenated, act=match.act)
     sources = [source for _, source in match.segments if source is not None]
     take_halves(normalise.node, *(source.node for source in sources))
     for made in (raw, normalise.node):

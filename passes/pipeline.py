@@ -40,7 +40,7 @@ _REWRITES = {
 PASSES = (*_REWRITES, SELECT_KERNELS)
 
 #: The rungs of the paper's ablation: RCF fuses ReLU into CONV, MVF computes mean and variance in one sweep, BNFF fuses both halves
-#: of BN onto convolutions, ICF crosses concats and residual joins. Fission gives a tensor two readers, whose gradients are added
+#: of BN onto convolutions, ICF crosses concats and residuals. Fission gives a tensor two readers, whose gradients are added
 #: where they arise (thread-forks) and not in memory: in bf16 a sum that was stored before it is complete loses the smaller part.
 LADDER: dict[str, tuple[str, ...]] = {
     "baseline": (),

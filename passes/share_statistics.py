@@ -54,12 +54,12 @@ def _grown(parts: list[fx.Node]) -> fx.Node:
     """The concat of per-channel vectors, as [the concat of all but the last] + [the last], sharing what is there already."""
     vector = parts[0]
     for part in parts[1:]:
-        joined = (user for user in vector.users if user.target is torch.cat and user.args and user.args[0] == [vector, part])
-        vector = next(joined, None) or _joined(vector, part)
+        existing = (user for user in vector.users if user.target is torch.cat and user.args and user.args[0] == [vector, part])
+        vector = next(existing, None) or _appended(vector, part)
     return vector
 
 
-def _joined(vector: fx.Node, part: fx.Node) -> fx.Node:
+def _appended(vector: fx.Node, part: fx.Node) -> fx.Node:
     with part.graph.inserting_after(max(vector, part)):
         made = part.graph.call_function(torch.cat, ([vector, part],))
     remember(made, vector=True)

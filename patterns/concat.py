@@ -27,7 +27,7 @@ class ConcatStatistics:
 
 @dataclass(frozen=True)
 class GrowingConcat:
-    """concat-bn-act-conv, over and over: ``concats[i]`` joins ``base`` and the first ``lengths[i]`` of the ``appended`` tensors.
+    """concat-bn-act-conv, over and over: ``concats[i]`` is of ``base`` and the first ``lengths[i]`` of the ``appended`` tensors.
 
     ``convs`` make the appended tensors, of ``extra_channels`` channels together.
     """

@@ -46,8 +46,8 @@ def _can_link(reader: fx.Node, tensor: fx.Node) -> bool:
     view = fused_of(reader)
     if not isinstance(view, Link) or view.x is not tensor or view.times_read(tensor) != 1:
         return False
-    passes_sum = isinstance(view, Conv) and view.r is not None
-    return not passes_sum and "passed" not in view.outs()
+    forms_residual = isinstance(view, Conv) and view.forms_residual  # it would pass on the sum
+    return not forms_residual and "passed" not in view.outs()
 
 
 def _can_end(reader: fx.Node, tensor: fx.Node) -> bool:

@@ -31,7 +31,7 @@ class NormalisedConcat:
 
 
 def normalised_concat(node: fx.Node) -> NormalisedConcat | None:
-    """Inception's join, and a one-shot aggregation's: at least one segment is normalised, and at least one reader can normalise.
+    """Inception's concat, and a one-shot aggregation's: at least one segment is normalised, and at least one reader can normalise.
 
     A concat that only another concat reads is taken for its segments. A segment's other readers must be able to normalise it, too:
     otherwise it is in memory anyway.

@@ -28,10 +28,10 @@ def whole_edge(view: Reader | Residual, look: Look) -> str | None:
     for mean, scale, beta in (first, *rest):
         if not (mean is None) == (scale is None) == (beta is None):
             return "an edge has some of mean, scale and beta, and not all"
-    joins = isinstance(view, Residual) or (isinstance(view, Conv) and view.r is not None)
-    if joins and first[0] is None:
+    adds = isinstance(view, Residual) or (isinstance(view, Conv) and view.forms_residual)
+    if adds and first[0] is None:
         return "a residual has no batch norm in its branch"
-    if isinstance(view, Conv) and not joins and rest[0][0] is not None:
+    if isinstance(view, Conv) and not adds and rest[0][0] is not None:
         return "there are vectors of a shortcut that is not there"
     return None
 
@@ -57,13 +57,13 @@ def one_batch_norm(view: Reader | Residual, look: Look) -> str | None:
 
 
 def one_tensor(view: Finalize, look: Look) -> str | None:
-    """mean, var and size of a batch norm are of one tensor; those of a concat are joined in the same order."""
+    """mean, var and size of a batch norm are of one tensor; those of a concat are in the same order."""
     means = [_owner(part, "mean") for part in _parts(view.mean)]
     variances = [_owner(part, "var") for part in _parts(view.var)]
     if None in means or None in variances:
         return "its mean or var is no node's"
     if means != variances:
-        return "its mean and var are of different tensors, or joined in different orders"
+        return "its mean and var are of different tensors, or in different orders"
     sizes = {_owner(view.size, "size")}
     if None in sizes or (len(means) == 1 and sizes != set(means)):
         return f"{view.size.name} is not the size of the tensor of {view.mean.name}"
@@ -75,7 +75,7 @@ def _parts(vector: fx.Node) -> list[fx.Node]:
 
 
 def _owner(vector: fx.Node, name: str) -> object:
-    """The node whose output of this name a vector is, or None. A concat of vectors is anybody's: it has been joined part by part before."""
+    """The node whose output of this name a vector is, or None. A concat of vectors stands for any: its own parts were looked at before."""
     if vector.target is torch.cat:
         return torch.cat
     output = output_of(vector)
@@ -128,7 +128,7 @@ def gain_given(view: Residual | Conv, look: Look) -> str | None:
         conv = Conv.making(operand, "y")
         if conv is None or given is not look.outs(conv).get("gain"):
             return f"{given.name} is not the gain of the convolution that makes {operand.name if operand is not None else 'it'}"
-    if isinstance(view, Conv) and view.r is None and (view.x_gain is not None or view.r_gain is not None):
+    if isinstance(view, Conv) and not view.forms_residual and (view.x_gain is not None or view.r_gain is not None):
         return "it gives a scale, and forms no residual"
     if view.r_gain is not None and view.r_mean is None:
         return "it gives the scale of a shortcut that has none"

@@ -108,9 +108,14 @@ class Conv(Reader, Link, op=ops.conv, outputs=ops.ConvOutputs):
     r_gain: fx.Node | None = None
 
     @property
+    def forms_residual(self) -> bool:
+        """Whether the prologue is a residual."""
+        return self.r is not None
+
+    @property
     def passes_x(self) -> bool:
         """Whether the output ``passed`` is x, and not the sum of a residual."""
-        return self.chain and self.r is None
+        return self.chain and not self.forms_residual
 
     @property
     def in_buffer(self) -> bool:
@@ -125,7 +130,7 @@ class Conv(Reader, Link, op=ops.conv, outputs=ops.ConvOutputs):
     @property
     def is_bare(self) -> bool:
         """Whether x is read as it is."""
-        return self.mean is None and self.act == "identity" and self.gate is None and self.r is None
+        return self.mean is None and self.act == "identity" and self.gate is None and not self.forms_residual
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

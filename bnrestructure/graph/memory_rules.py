@@ -42,12 +42,9 @@ def chain(view: Link, look: Look) -> str | None:
         return "nobody reads what it passes on"
     if not view.passes_x:
         return None
-    links = [reader.name for reader in view.x.users if _link_at(view.x, look.at(reader)) is not None]
+    others = (look.at(reader) for reader in view.x.users)
+    links = [link.node.name for link in others if isinstance(link, Link) and link.passes_x and link.x is view.x]
     return f"{' and '.join(links)} are both links at {view.x.name}" if len(links) > 1 else None
-
-
-def _link_at(tensor: fx.Node, view: Fused | None) -> Link | None:
-    return view if isinstance(view, Link) and view.passes_x and view.x is tensor else None
 
 
 def own_gradient(view: Link, look: Look) -> str | None:
@@ -58,15 +55,15 @@ def own_gradient(view: Link, look: Look) -> str | None:
 
 def _foreign_reader(tensor: fx.Node, look: Look) -> fx.Node | None:
     """A reader whose gradient of this tensor may be in anybody's memory. What writes into a buffer hands down a slice of the buffer's."""
-    for reader in tensor.users:
-        view = look.at(reader)
-        if isinstance(view, Conv | ConcatBuffer) and view.into is tensor:
-            buffer = _buffer(view, look)
-            foreign = None if buffer is None else _foreign_reader(buffer, look)
-            if foreign is not None:
-                return foreign
-        elif not (isinstance(view, _HAND_BACK_THEIR_OWN) and (view.input is tensor or getattr(view, "r", None) is tensor)):
-            return reader
+    tensors = [tensor]
+    for read in tensors:
+        for reader in read.users:
+            view = look.at(reader)
+            if isinstance(view, Conv | ConcatBuffer) and view.into is read:
+                buffer = _buffer(view, look)
+                tensors += [] if buffer is None else [buffer]
+            elif not (isinstance(view, _HAND_BACK_THEIR_OWN) and (view.input is read or getattr(view, "r", None) is read)):
+                return reader
     return None
 
 
@@ -148,23 +145,22 @@ def _buffer(view: Fused, look: Look) -> fx.Node | None:
     return view.node if isinstance(view, ConcatBuffer) else None
 
 
-def _aliases(tensor: fx.Node | None, look: Look) -> Iterator[fx.Node]:
+def _aliases(tensor: fx.Node, look: Look) -> list[fx.Node]:
     """A tensor, and what its readers pass on of it."""
-    if tensor is None:
-        return
-    yield tensor
-    for reader in tensor.users:
-        view = look.at(reader)
-        link = _link_at(tensor, view)
-        if isinstance(view, OwnGradient):
-            yield from _aliases(reader, look)
-        elif link is not None:
-            yield from _aliases(look.outs(link).get("passed"), look)
+    found = [tensor]
+    for alias in found:
+        for reader in alias.users:
+            view = look.at(reader)
+            if isinstance(view, OwnGradient):
+                found.append(reader)
+            elif isinstance(view, Link) and view.passes_x and view.x is alias:
+                found += [item for name, item in look.outs(view).items() if name == "passed"]
+    return found
 
 
 def _writers_into(buffer: fx.Node | None, look: Look) -> Iterator[Conv | ConcatBuffer]:
     """The nodes that write into a buffer as it is at this node."""
-    for alias in _aliases(buffer, look):
+    for alias in [] if buffer is None else _aliases(buffer, look):
         for reader in alias.users:
             view = look.at(reader)
             if isinstance(view, Conv | ConcatBuffer) and view.into is alias:

@@ -78,7 +78,7 @@ def _kernel(
         return Kernel(name, x, "reference", reason, "reference", reason)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    joins = conv.r is not None  # then the product reads the sum as it is
+    joins = conv.forms_residual  # then the product reads the sum as it is
     rides = torch.empty(0) if conv.mean is not None and not joins else None
     gate = torch.empty(x[:2], device="meta") if conv.gate is not None else None
     transform = Transform(rides, rides, rides, "identity" if joins else conv.act, gate)

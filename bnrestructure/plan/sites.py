@@ -107,13 +107,13 @@ def _pattern(statistics: list[fx.Node], shared: bool, act: str, readers: list[Fu
     else:
         start = "add" if any(Residual.of(node) is not None for node in statistics) else "any"
     ends = list(dict.fromkeys(_reader_word(reader) for reader in readers))
-    joins = any(end.split("-")[0] == "add" for end in ends)
-    middle = [] if act == "identity" or joins else [act.split("(")[0]]
+    added = any(end.split("-")[0] == "add" for end in ends)  # the activation is then the residual's
+    middle = [] if act == "identity" or added else [act.split("(")[0]]
     return "-".join([start, "bn", *middle, "|".join(ends) or "other"])
 
 
 def _reader_word(reader: Fused) -> str:
-    if isinstance(reader, Residual) or (isinstance(reader, Conv) and reader.r is not None):
+    if isinstance(reader, Residual) or (isinstance(reader, Conv) and reader.forms_residual):
         return "add" if reader.act == "identity" else f"add-{reader.act.split('(')[0]}"
     if isinstance(reader, Conv):
         word = "depthwise" if is_depthwise(shape_of(reader.weight), reader.groups) else "conv"

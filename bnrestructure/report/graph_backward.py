@@ -63,7 +63,7 @@ def _conv(conv: Conv, read: str, made: str) -> Words:
         edge = f"dY = {'s*P' if conv.gain else 'P'} + a*(y - mean) + b of {made}"
     elif conv.gain:
         edge = "dY = s*P"
-    if conv.r is not None:  # the gradient of the residual is completed, masked and summed where it arises
+    if conv.forms_residual:  # the gradient of the residual is completed, masked and summed where it arises
         added = "the other readers' gradient added, " if conv.chain else ""
         return _words(edge, "wgrad, dgrad", f"{added}{_operands(conv.act, conv.x_gain)}, SP, SPY of {read}")
     work = "wgrad, dgrad if the input needs one" if conv.x.op == "placeholder" else "wgrad, dgrad"

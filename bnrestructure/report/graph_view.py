@@ -191,7 +191,7 @@ class _Builder:
 def _prologue(view: Fused, sites: str) -> str | None:
     """What a node applies to its input as it reads it; ``sites`` are the names of the batch norms."""
     parts = [f"{sites} norm"] if sites else []
-    if isinstance(view, Conv) and view.r is not None:
+    if isinstance(view, Conv) and view.forms_residual:
         parts.append("shortcut")
     if isinstance(view, Reader) and view.act != "identity":
         parts.append(view.act)

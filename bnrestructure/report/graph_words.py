@@ -81,7 +81,7 @@ def notes_of(view: Fused, group: str) -> list[str]:
     notes = []
     conv = view if isinstance(view, Conv) else None
     if isinstance(view, Link) and view.chain:
-        notes.append("passes its input on" if conv is None or conv.r is None else "passes the sum on")
+        notes.append("passes its input on" if view.passes_x else "passes the sum on")
     if conv is not None and conv.into is not None:
         place = "appended" if conv.appends else f"channels {conv.offset}.."
         notes.append(f"written into {_buffer_name(conv.into, group)}, {place}")

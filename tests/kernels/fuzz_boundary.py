@@ -33,8 +33,8 @@ __all__ = ["Findings", "fuzz", "outcome"]
 #: A case's share of models: they take ten times as long.
 _MODELS = 0.1
 
-#: What PyTorch's own convolutions refuse and the kernels can do.
-_LIMITS_OF_PYTORCH = ("grad_weight must be contiguous",)
+#: What PyTorch's own operators refuse and the kernels can do: odd strides of a weight, an average over no dimensions.
+_LIMITS_OF_PYTORCH = ("grad_weight must be contiguous", "expected to be in range of [-2, 1], but got 2")
 
 
 @dataclass

@@ -7,6 +7,7 @@
 #   make lint       ruff, and mypy on the installed wheel
 #   make sanitize   the kernel tests under the address and undefined-behaviour sanitizers
 #   make bench      timings against eager
+#   make fuzz       100,000 spoiled calls of the CPU kernels, in child processes (ARGS="--cases 1000 --seed 1")
 #   make cuda       every CUDA kernel compiled for every supported part (no GPU needed): registers, spills, shared memory
 #   make cuda-oldest   the same, and the interpreted tests, with the oldest PyTorch and Triton, in a venv of their own (ARGS: other tests)
 #   make cuda-models   whole models through the CUDA kernels in Triton's interpreter: a part of make test (no GPU needed)
@@ -30,7 +31,7 @@ ARGS ?=
 
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test zoo lint sanitize bench cuda cuda-oldest cuda-models gpu clean setup
+.PHONY: help demo test zoo lint sanitize fuzz bench cuda cuda-oldest cuda-models gpu clean setup
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -82,6 +83,9 @@ zoo: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	@$(BIN)/bnrestructure bench $(or $(ARGS),densenet121)
+
+fuzz: $(VENV)/.ready
+	@$(BIN)/python tests/kernels/fuzz_boundary.py $(ARGS)
 
 cuda: $(VENV)/.ready
 	@$(BIN)/python -m bnrestructure.kernels.cuda.compile_ahead $(ARGS)

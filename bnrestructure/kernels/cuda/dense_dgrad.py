@@ -83,7 +83,7 @@ def _dense_dgrad_kernel(
     shift_h, shift_w, shift_step_h, shift_step_w,
     ACT: tl.constexpr, SLOPE: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     ACCUMULATE: tl.constexpr, BY_IMAGE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    GROUPS: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUPS: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     p_pitch, y_pitch = in_units(p_pitch, UNIT), in_units(y_pitch, UNIT)
     x_pitch, r_pitch, dx_pitch = in_units(x_pitch, UNIT), in_units(r_pitch, UNIT), in_units(dx_pitch, UNIT)
@@ -144,7 +144,7 @@ def _dense_dgrad_kernel(
             None, :
         ]
         w = tl.load(w_ptr + w_offset, mask=k_valid[:, None] & column_valid[None, :], other=0.0)
-        total = multiply(rounded_gradient(d, a_ptr, w_ptr.dtype.element_ty), w, total, PRECISION)
+        total = multiply(rounded_gradient(d, a_ptr, w_ptr.dtype.element_ty), w, total, PRECISION, True, PART)
 
     pixel = (n * H + ch * SH + first_h) * W + cw * SW + first_w
     total = restored_gradient(total, a_ptr, w_ptr.dtype.element_ty)

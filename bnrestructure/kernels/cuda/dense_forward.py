@@ -35,7 +35,7 @@ def _dense_forward_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     GATHERED: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    GROUPS: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUPS: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     x_pitch, r_pitch = in_units(x_pitch, UNIT), in_units(r_pitch, UNIT)
     sum_pitch, y_pitch = in_units(sum_pitch, UNIT), in_units(y_pitch, UNIT)
@@ -55,6 +55,8 @@ def _dense_forward_kernel(
     depth = group_inputs * (KH * KW) if GATHERED else group_inputs
     blocks = tl.cdiv(depth, BK)
     steps = blocks if GATHERED else blocks * (KH * KW)
+    TRANSFORMED: tl.constexpr = mean_ptr is not None or gate_ptr is not None or r_ptr is not None or ACT != "identity"
+    SAME_TYPE: tl.constexpr = x_ptr.dtype.element_ty == w_ptr.dtype.element_ty
     total = tl.zeros((BM, BN), dtype=tl.float32)
     for step in range(0, steps):
         if GATHERED:  # a step runs through taps and channels alike
@@ -79,7 +81,7 @@ def _dense_forward_kernel(
             inside = inside & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
         in_channel = (group * group_inputs + channel)[None, :]
         x = tl.load(x_ptr + offset(pixel, x_pitch, WIDE) + in_channel, mask=inside, other=0.0)
-        if mean_ptr is not None or gate_ptr is not None or r_ptr is not None or ACT != "identity":
+        if TRANSFORMED:
             u = pre_activation(x.to(tl.float32), mean_ptr, scale_ptr, beta_ptr, in_channel, k_valid[None, :])
             if r_ptr is not None:
                 r = tl.load(r_ptr + offset(pixel, r_pitch, WIDE) + in_channel, mask=inside, other=0.0).to(tl.float32)
@@ -93,11 +95,13 @@ def _dense_forward_kernel(
             if sum_ptr is not None:  # one tile of columns stores what all of them form
                 first = tl.program_id(0) % column_tiles + tl.zeros((BM, 1), dtype=tl.int32) == 0
                 tl.store(sum_ptr + offset(pixel, sum_pitch, WIDE) + in_channel, a, mask=inside & first)
+        elif SAME_TYPE:
+            a = x
         else:
             a = rounded(x.to(tl.float32), w_ptr.dtype.element_ty)
         w_offset = (group * group_outputs + column)[None, :] * (KH * KW * group_inputs) + weight_row[:, None]
         b = tl.load(w_ptr + w_offset, mask=k_valid[:, None] & column_valid[None, :], other=0.0)
-        total = multiply(a, b, total, PRECISION)
+        total = multiply(a, b, total, PRECISION, TRANSFORMED or not SAME_TYPE, PART)
 
     out_channel = group * group_outputs + column
     if bias_ptr is not None:

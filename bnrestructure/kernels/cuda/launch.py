@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,13 +25,18 @@ FP_FUSION = True
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: the jitted function, its run-time arguments in order, its constants and its options."""
+    """One kernel launch: the jitted function, its run-time arguments in order, its constants, its options and its grid."""
 
     kernel: Any
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     warps: int
     stages: int
+    grid: tuple[int, ...] = (1,)
+
+    def on(self, part: int) -> Launch:
+        """The launch as that part would get it: kernels that differ from part to part take its compute capability as PART."""
+        return replace(self, constants={**self.constants, **_part_constant(self.kernel, part)})
 
 
 _recorded: list[Launch] | None = None
@@ -53,9 +59,21 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stag
     A None argument is a compile-time constant to Triton: kernels ask ``if pointer is not None``.
     """
     if _recorded is not None:
-        _recorded.append(Launch(kernel, arguments, constants, warps, stages))
+        _recorded.append(Launch(kernel, arguments, constants, warps, stages, grid))
         return
     first: Tensor = arguments[0]
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": FP_FUSION}
+    constants |= _part_constant(kernel, _part(first.device.index or 0) if first.is_cuda else 0)
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():  # elsewhere: Triton's interpreter
         kernel[grid](*arguments, **options, **constants)
+
+
+def _part_constant(kernel: Any, part: int) -> dict[str, int]:
+    return {"PART": part} if "PART" in kernel.arg_names else {}
+
+
+@cache
+def _part(device: int) -> int:
+    """The compute capability of a device as a number: 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

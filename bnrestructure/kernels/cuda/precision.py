@@ -110,12 +110,20 @@ def dithered(x, pixel, dtype: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, b, total, PRECISION: tl.constexpr):
-    """``total + a @ b`` with fp32 accumulation. PRECISION is what fp32 operands are multiplied in: ieee or tf32."""
+def multiply(a, b, total, PRECISION: tl.constexpr, COMPUTED: tl.constexpr, PART: tl.constexpr):
+    """``total + a @ b`` with fp32 accumulation. PRECISION is what fp32 operands are multiplied in: ieee or tf32.
+
+    COMPUTED: ``a`` is not what a load brought. On sm_90 (PART, see launch.py) the product then reads ``a`` from registers, and Triton lets
+    it run on while the next turn of the loop computes into them (triton-lang/triton#9433). A use of the result, here an empty one, makes
+    it wait. The loads of the next turns are under way meanwhile, as before.
+    """
     if INTERPRETED:  # widening is exact
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
+    total = tl.dot(a, b, total, input_precision=PRECISION)
+    if PART == 90 and COMPUTED:
+        total = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [total], dtype=tl.float32, is_pure=True, pack=1)
+    return total
 
 
 @triton.jit

@@ -2,12 +2,12 @@
 
 Recording is how kernels are compiled ahead of time for devices that are not there (compile_ahead.py): the wrappers
 run on meta tensors, and every launch they would make is noted with the arguments, constants and options that a device
-would have got.
+would have got. Emulated (emulator/), it is run on CPU tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FP_FUSION", "Launch", "launch", "recording"]
+__all__ = ["FP_FUSION", "Launch", "launch", "received_by", "recording"]
 
 #: Whether Triton may contract a product and a sum. Its default is to change in 3.10; what must not differ from kernel to kernel is an
 #: explicit multiply-add anyway (activation.py).
@@ -39,18 +39,26 @@ class Launch:
         return replace(self, constants={**self.constants, **_part_constant(self.kernel, part)})
 
 
-_recorded: list[Launch] | None = None
+_receiver: Callable[[Launch], object] | None = None
+
+
+@contextmanager
+def received_by(receiver: Callable[[Launch], object]) -> Iterator[None]:
+    """Hand launches to ``receiver`` instead of running them. Not for use from several threads."""
+    global _receiver
+    before, _receiver = _receiver, receiver
+    try:
+        yield
+    finally:
+        _receiver = before
 
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Note launches in the list that is yielded, and run none. Not for use from several threads."""
-    global _recorded
-    before, _recorded = _recorded, []
-    try:
-        yield _recorded
-    finally:
-        _recorded = before
+    """Note launches in the list that is yielded, and run none."""
+    recorded: list[Launch] = []
+    with received_by(recorded.append):
+        yield recorded
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:
@@ -58,8 +66,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stag
 
     A None argument is a compile-time constant to Triton: kernels ask ``if pointer is not None``.
     """
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, arguments, constants, warps, stages, grid))
+    if _receiver is not None:
+        _receiver(Launch(kernel, arguments, constants, warps, stages, grid))
         return
     first: Tensor = arguments[0]
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": FP_FUSION}

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+#: A compute capability: then it is the compiled code that these tests run, in the emulator, with the tiles that a device would get.
+EMULATED_PART = int(os.environ.get("BNR_EMULATED_PART", "0"))
+
+if os.environ.get("TRITON_INTERPRET") != "1" and not EMULATED_PART:
     collect_ignore_glob = ["test_*.py"]  # the mode is fixed once triton is imported, and other tests import it compiled
 
 
@@ -31,9 +34,24 @@ def _poisoned() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _emulated() -> Iterator[None]:
+    if not EMULATED_PART:
+        yield
+        return
+    from bnrestructure.kernels.cuda.emulator.run import emulate
+    from bnrestructure.kernels.cuda.launch import received_by
+
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # what the interpreter multiplies fp32 in, whatever is asked for
+    with received_by(lambda launch: emulate(launch, EMULATED_PART)):
+        yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.fixture(autouse=True)
 def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that small shapes have several of them, and ragged ones. ``own_tiles`` leaves the rules' own."""
-    if request.node.get_closest_marker("own_tiles"):
+    if request.node.get_closest_marker("own_tiles") or EMULATED_PART:
         return
     from bnrestructure.kernels.cuda import tiles
 

@@ -163,6 +163,20 @@ def _shuffle(instruction: Instruction) -> Run:
     return run
 
 
+def _reduce(instruction: Instruction) -> Run:
+    """REDUX.SUM.S32 UR4, R2: a warp's sum."""
+    if instruction.modifiers[0] != "SUM":
+        raise ValueError(f"not emulated: {instruction}")
+    write, value = store(instruction.operands[0]), words(instruction.operands[1])
+
+    def run(block: Block, mask: Array | None) -> None:
+        values = np.broadcast_to(np.asarray(value(block.state), np.uint32), (block.state.threads,))
+        values = values if mask is None else np.where(mask, values, np.uint32(0))
+        write(block.state, np.repeat(values.reshape(-1, 32).sum(1, dtype=np.uint32), 32), None)
+
+    return run
+
+
 def _matrix_rows(block: Block, where: Callable[[Block], Array], count: int) -> Array:
     """[warps, count, 8, 16] positions of the rows of ``count`` matrices, whose addresses threads 0 to 8 * count - 1 of a warp hold."""
     addresses = where(block).reshape(-1, 32)[:, : 8 * count]
@@ -215,7 +229,33 @@ def _fence(instruction: Instruction) -> Run:
     return lambda block, mask: block.shared.fence(block.warps_of(mask))
 
 
+def _spill(instruction: Instruction) -> Run:
+    """STL [R1+0x8], R4: a thread's own memory, by word."""
+    where, source = address(instruction.operands[0]), instruction.operands[1]
+    reads = [words(source, i) for i in range(size_of(instruction) // 4)]
+
+    def run(block: Block, mask: Array | None) -> None:
+        who = chosen(block, mask)
+        at = where(block)[who].astype(np.int64) // 4
+        for i, read in enumerate(reads):
+            block.local[at + i, who] = np.broadcast_to(np.asarray(read(block.state)), (block.state.threads,))[who]
+
+    return run
+
+
+def _restore(instruction: Instruction) -> Run:
+    where = address(instruction.operands[1])
+    writes = [store(instruction.operands[0], i) for i in range(size_of(instruction) // 4)]
+
+    def run(block: Block, mask: Array | None) -> None:
+        at = where(block).astype(np.int64) // 4 % len(block.local)
+        for i, write in enumerate(writes):
+            write(block.state, block.local[at + i, np.arange(block.state.threads)], mask)
+
+    return run
+
+
 ACCESSES: dict[str, Callable[[Instruction], Run]] = {
-    "LDG": _load, "LDS": _load, "STG": _store, "STS": _store, "LDGSTS": _copy, "LDGDEPBAR": _commit, "DEPBAR": _wait, "SHFL": _shuffle,
-    "LDSM": _load_matrices, "STSM": _store_matrices, "FENCE": _fence,
+    "LDG": _load, "LDS": _load, "STG": _store, "STS": _store, "LDGSTS": _copy, "LDGDEPBAR": _commit, "DEPBAR": _wait, "SHFL": _shuffle, "REDUX": _reduce,
+    "LDSM": _load_matrices, "STSM": _store_matrices, "FENCE": _fence, "STL": _spill, "LDL": _restore,
 }  # fmt: skip

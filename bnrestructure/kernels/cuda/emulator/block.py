@@ -12,7 +12,10 @@ from bnrestructure.kernels.cuda.emulator.memory import GlobalMemory, SharedMemor
 from bnrestructure.kernels.cuda.emulator.state import Array, State
 from bnrestructure.kernels.cuda.machine_code.sass import Instruction
 
-__all__ = ["Block", "Product"]
+__all__ = ["STACK", "Block", "Product"]
+
+#: Where a thread's stack begins, which grows downwards, in bytes.
+STACK = 4096
 
 
 @dataclass(eq=False)
@@ -40,7 +43,11 @@ class Block:
     sectors: Counter[int] = field(default_factory=Counter)
     wavefronts: Counter[int] = field(default_factory=Counter)
     products: list[Product] = field(default_factory=list)
+    local: Array = field(init=False)
     _copies: dict[int, list[list[tuple[Array, Array]]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.local = np.zeros((STACK // 2, self.state.threads), np.uint32)
 
     def warps_of(self, mask: Array | None) -> Array:
         """Numbers of the warps with a thread in the mask."""

@@ -17,6 +17,7 @@ from bnrestructure.kernels.cuda.machine_code.sass import Code, Instruction
 __all__ = ["Program"]
 
 _NOTHING = ("NOP", "MEMBAR", "ERRBAR", "WARPSYNC", "BSSY", "BSYNC", "CCTL", "YIELD", "ACQBULK", "PREEXIT")
+_WAYS = ("EXIT", "BRA", "CALL")  # a CALL.REL.NOINC never returns
 _MOST_STEPS = 2_000_000
 
 
@@ -56,7 +57,7 @@ class Program:
                     arrived = {}
                 continue
             active = self._active(block, index, mask)
-            if instruction.opcode in ("EXIT", "BRA"):
+            if instruction.opcode in _WAYS:
                 taken = np.ones(block.state.threads, bool) if active is None else active
                 staying = (np.ones(block.state.threads, bool) if mask is None else mask) & ~taken
                 block.executed[index] += len(block.warps_of(mask))
@@ -106,7 +107,7 @@ def _join(groups: dict[int, Array | None], index: int, mask: Array | None) -> No
 def _step(instruction: Instruction) -> Callable[[Block, Array | None], None] | None:
     """What an instruction does, or None where that is nothing, or the program's own business."""
     opcode = instruction.opcode
-    if opcode in _NOTHING or opcode in ("BAR", "EXIT", "BRA"):
+    if opcode in _NOTHING or opcode in ("BAR", *_WAYS):
         return None
     if opcode in ACCESSES:
         return ACCESSES[opcode](instruction)

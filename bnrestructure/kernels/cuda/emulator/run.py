@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bnrestructure.kernels.cuda.compiled import disassembled
-from bnrestructure.kernels.cuda.emulator.block import Block
+from bnrestructure.kernels.cuda.emulator.block import STACK, Block
 from bnrestructure.kernels.cuda.emulator.memory import GlobalMemory, Region, SharedMemory
 from bnrestructure.kernels.cuda.emulator.program import Program
 from bnrestructure.kernels.cuda.emulator.state import State
@@ -25,7 +25,7 @@ from bnrestructure.kernels.cuda.specialisation import Specialisation
 __all__ = ["Emulation", "emulate"]
 
 #: Where a kernel's parameters begin in its constant bank.
-_PARAMETERS = {80: 0x160, 86: 0x160, 89: 0x160, 90: 0x210}
+_PARAMETERS = {80: 0x160, 86: 0x160, 89: 0x160, 90: 0x210, 100: 0x380, 120: 0x380}
 
 
 @dataclass
@@ -69,7 +69,8 @@ def emulate(launch: Launch, part: int = 90, order: Callable[[int], list[int]] = 
     for number in order(len(places)):
         z, y, x = places[number]
         block = Block(State(special.warps, constants, (x, y, z)), memory, SharedMemory(max(ready.shared, 1), special.warps), counting)
-        ready.program.run(block)
+        with np.errstate(all="ignore"):  # numbers wrap around, and NaN and infinities are numbers like others
+            ready.program.run(block)
         blocks.append(block)
     return Emulation(blocks, regions)
 
@@ -85,6 +86,7 @@ def _constants(launch: Launch, special: Specialisation, ready: _Ready, regions: 
     bank = bytearray(_PARAMETERS[part])
     grid = (*launch.grid, 1, 1)[:3]
     struct.pack_into("<6I", bank, 0, 32 * special.warps, 1, 1, *grid)
+    struct.pack_into("<I", bank, 0x28, STACK)
     given = _arguments(launch, special, regions)
     for kind in re.findall(r"\.param\s+\.(\w+)", ready.entry.partition(".entry")[2].partition(")")[0]):
         size, form = {"u64": (8, "Q"), "b64": (8, "Q"), "u32": (4, "I"), "b32": (4, "I"), "f32": (4, "f")}[kind]

@@ -14,7 +14,7 @@ _LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P(?:\d|T))\s+)?([A-Z]\S*
 _TARGET = re.compile(r"`\(([^)]+)\)")
 
 #: After these the next instruction is never reached.
-_ENDS = ("EXIT", "BRA", "RET", "JMP", "BRX")
+_ENDS = ("EXIT", "BRA", "CALL", "RET", "JMP", "BRX")
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Code:
         return self.labels.get(found[1]) if found else None
 
     def successors(self, index: int) -> tuple[int, ...]:
-        """Indices of the instructions that may come next. A call comes back."""
+        """Indices of the instructions that may come next. CALL.REL.NOINC is a branch, too: Triton's kernels have no functions."""
         instruction = self.instructions[index]
         after = (index + 1,) if index + 1 < len(self.instructions) else ()
         target = self.target(instruction)
         always = instruction.guard in (None, "PT", "UPT") and not any(o.startswith(("P", "UP", "!P", "!UP")) for o in instruction.operands[:-1])
-        if instruction.opcode not in _ENDS or instruction.opcode == "CALL":
-            return after if target is None else (*after, target)
+        if instruction.opcode not in _ENDS:
+            return after
         found = () if target is None else (target,)
         return found if always else (*after, *found)
 

@@ -146,7 +146,7 @@ def max_pool_backward(
     dx = destination(x, x.dtype, accumulate)
     in_place = accumulate is not None and dx.tensor is accumulate
     _, channels, *size = x.shape
-    tile = tiles.max_pool(channels)
+    tile = tiles.max_pool_backward(channels)
     row_tiles = triton.cdiv(source.rows, tile.rows)
     partial = None if transform.mean is None else partial_sums(2, row_tiles, channels, x.device)
     operands = (gradient, taken, source, dx)

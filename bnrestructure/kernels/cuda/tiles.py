@@ -20,6 +20,7 @@ __all__ = [
     "depthwise_forward",
     "depthwise_wgrad",
     "max_pool",
+    "max_pool_backward",
     "merge",
     "splits",
     "statistics",
@@ -154,10 +155,15 @@ def statistics(channels: int) -> SweepTile:
 
 
 def max_pool(channels: int) -> SweepTile:
-    """Pixels by channels of a max pool: two streams, forward the largest value and its place."""
+    """Pixels by channels of a max pool's outputs: the largest value and its place."""
     width = _width(channels, 64)
-    # With more threads in a block the one or the other version of Triton spills; fewer rows mean more partial sums.
     return SweepTile(2048 // width, width, 4)
+
+
+def max_pool_backward(channels: int) -> SweepTile:
+    """Pixels by channels of a max pool's inputs: twice as many rows, since their sums cost as much for few."""
+    width = _width(channels, 64)
+    return SweepTile(4096 // width, width, 4)
 
 
 def _patches(channels: int, height: int, width: int, unrolled: bool, elements: int) -> PatchTile:

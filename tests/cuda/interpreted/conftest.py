@@ -62,7 +62,7 @@ def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     for name in ("depthwise_forward", "depthwise_dgrad", "depthwise_wgrad"):
         rule = getattr(tiles, name)
         monkeypatch.setattr(tiles, name, lambda *shape, rule=rule: rule(*shape)._replace(rows=4, channels=4))
-    for name in ("sweep", "statistics", "max_pool"):
+    for name in ("sweep", "statistics", "max_pool", "max_pool_backward"):
         monkeypatch.setattr(tiles, name, lambda *_, **__: sweep)
     monkeypatch.setattr(tiles, "merge", lambda *_: tiles.SweepTile(2, 4, 4))
     monkeypatch.setattr(tiles, "splits", lambda programs, steps, least=8: min(steps, 3))

@@ -11,6 +11,7 @@
 #   make cuda-oldest   the same, and the interpreted tests, with the oldest PyTorch and Triton, in a venv of their own (ARGS: other tests)
 #   make cuda-models   whole models through the CUDA kernels in Triton's interpreter: a part of make test (no GPU needed)
 #   make gpu        checks and times everything on the GPU at hand
+#   make wheel      a wheel and a source distribution in dist/, the wheel installed and checked where there is no compiler
 #   make clean      remove .venv, .venv-oldest and everything that was built
 #
 # ARGS reaches the command behind a target: make test ARGS="tests/passes -x"
@@ -30,7 +31,7 @@ ARGS ?=
 
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test zoo lint sanitize bench cuda cuda-oldest cuda-models gpu clean setup
+.PHONY: help demo test zoo wheel lint sanitize bench cuda cuda-oldest cuda-models gpu clean setup
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -100,6 +101,23 @@ cuda-models: $(VENV)/.ready
 gpu: $(VENV)/.ready
 	@$(BIN)/python benchmarks/gpu.py $(ARGS)
 
+# What a venv that borrows from this one puts into a .pth file.
+BORROWED := import sys; print(*(path for path in sys.path if path.endswith("site-packages")), sep="\n")
+
+# The wheel as a stranger gets it: in a venv of its own, which borrows PyTorch, with nothing on the path but that venv.
+WHEEL := $(VENV)/wheel
+
+wheel: $(VENV)/.tools
+	@rm -rf dist build/lib* $(WHEEL)
+	@BNRESTRUCTURE_REQUIRE_KERNELS=1 $(BIN)/python -m build --outdir dist .
+	@$(BIN)/python -m venv --without-pip $(WHEEL)
+	@site=$$($(WHEEL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	$(PIP) install --no-deps --target "$$site" dist/*.whl; \
+	$(BIN)/python -c '$(BORROWED)' > "$$site/borrowed.pth"
+	@root=$$PWD; cd "$$(mktemp -d)"; export PATH="$$root/$(WHEEL)/bin"; \
+	python "$$root/.ci/check_wheel.py" && python -m bnrestructure.cli.main doctor
+	@ls -l dist
+
 # mypy reads the wheel as a user's installation has it, from outside the tree: the folders passes/ and patterns/ only become
 # bnrestructure.passes and bnrestructure.patterns there. The wheel goes into a venv of its own that borrows .venv's packages,
 # and needs no compiled kernels (CXX=false).
@@ -111,7 +129,7 @@ lint: $(VENV)/.tools
 	@CXX=false $(PIP) wheel --no-deps --wheel-dir $(LINT)/dist .
 	@$(BIN)/python -m venv --without-pip $(LINT)/venv
 	@site=$$($(LINT)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/borrowed.pth"; \
+	$(BIN)/python -c '$(BORROWED)' > "$$site/borrowed.pth"; \
 	$(PIP) install --no-deps --target "$$site" $(LINT)/dist/*.whl
 	@root=$$PWD; cd "$$(mktemp -d)"; \
 	"$$root/$(BIN)/mypy" --config-file "$$root/pyproject.toml" --cache-dir "$$root/.mypy_cache" \

@@ -14,10 +14,11 @@ import torch
 from needs import needs_no_gpu
 from torch import nn
 
-from bnrestructure.models import inputs as example
+import bnrestructure
 from bnrestructure.cli.main import main
 from bnrestructure.cli.options import input_size
 from bnrestructure.kernels import registry
+from bnrestructure.models import inputs as example
 from bnrestructure.models.models import load_model
 
 MODELS = """
@@ -94,7 +95,7 @@ def test_help_does_not_wait_for_torch() -> None:
 
 
 def test_version_and_missing_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, "--version")[:2] == (0, "bnrestructure 0.1.0\n")
+    assert run(capsys, "--version")[:2] == (0, f"bnrestructure {bnrestructure.__version__}\n")
     status, _, err = run(capsys)
     assert status == 2
     assert "COMMAND" in err

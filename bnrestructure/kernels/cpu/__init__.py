@@ -121,8 +121,7 @@ def convolution_choices(
 def description() -> str:
     """The instruction set in use and where tuned choices are kept, for ``doctor``."""
     identify_machine()
-    file = tuning.cache_file()
-    return f"{instruction_set()}; measured choices in {file}" if file is not None else instruction_set()
+    return f"{instruction_set()}; {tuning.where_kept()}"
 
 
 def _convolutions(weight: Tensor, geometry: ConvGeometry) -> ModuleType:

@@ -1,0 +1,136 @@
+"""The measured figures that the README, the documentation and the demo quote: all of them come from here, and here from benchmarks/results.
+
+    python benchmarks/figures.py            the README's table, in Markdown
+    python benchmarks/figures.py --all      every row of every results file
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FILES", "FRONT", "LADDER_ROW", "Row", "front_rows", "ladder", "markdown", "rows", "worst"]
+
+RESULTS = Path(__file__).parent / "results"
+
+#: Results file -> the machine as a table names it.
+FILES = {
+    "amd-epyc-2-cores-2026-11-22.json": "EPYC",
+    "intel-xeon-2-cores-2026-11-23.json": "Xeon",
+    "intel-xeon-2-cores-video-2026-11-23.json": "Xeon",
+}
+#: The README's rows (model, dtype, machine): one of each family, and the worst of all.
+FRONT = (
+    ("densenet121", "fp32", "EPYC"),
+    ("mobilenet_v2", "fp32", "EPYC"),
+    ("efficientnet_b0", "fp32", "EPYC"),
+    ("resnet50", "fp32", "EPYC"),
+    ("resnet50", "bf16", "EPYC"),
+    ("vgg16_bn", "bf16", "EPYC"),
+    ("r3d_18", "bf16", "Xeon"),
+)
+LADDER_ROW = ("densenet121 fp32", "amd-epyc-2-cores-2026-11-22.json")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison with the fastest rival. Times are median seconds of a step, memory is bytes, (before, after)."""
+
+    model: str
+    dtype: str
+    machine: str
+    malloc: str
+    rival: str
+    step: tuple[float, float]
+    speedup: float
+    saved: tuple[int, int]
+    peak: tuple[int, int]
+    date: str
+    commit: str
+    file: str
+
+    @property
+    def memory(self) -> float:
+        """Peak memory as a share of eager's."""
+        return self.peak[1] / self.peak[0]
+
+
+def rows() -> list[Row]:
+    """Every row of every results file, in the files' order."""
+    return [row for name in FILES for row in _rows_of(name)]
+
+
+def _rows_of(name: str) -> Iterator[Row]:
+    for key, result in json.loads((RESULTS / name).read_text()).items():
+        model, dtype = key.split()
+        environment = result["environment"]
+        for section in result["sections"]:
+            compared = section["comparison"]
+            sides = {figure: (compared[figure]["theirs"], compared[figure]["ours"]) for figure in ("step", "saved_bytes", "peak_bytes")}
+            yield Row(
+                model, dtype, FILES[name], section["malloc"], compared["against"], sides["step"], compared["step"]["ratio"]["median"],
+                sides["saved_bytes"], sides["peak_bytes"], environment["date"][:10], environment["commit"], name,
+            )  # fmt: skip
+
+
+def front_rows() -> list[Row]:
+    """The README's rows; where both allocator settings were timed, the tuned one (the lower speed-up)."""
+    found = {(row.model, row.dtype, row.machine): row for row in rows() if row.malloc == "tuned"}
+    return [found[key] for key in FRONT]
+
+
+def worst() -> Row:
+    """The lowest speed-up of all rows."""
+    return min(rows(), key=lambda row: row.speedup)
+
+
+def ladder() -> dict[str, dict[str, Any]]:
+    """The paper's ladder under the tuned allocator: rung -> ``step`` (seconds), ``sweeps``, ``saved`` and ``peak`` (bytes)."""
+    key, name = LADDER_ROW
+    result = json.loads((RESULTS / name).read_text())[key]
+    section = next(section for section in result["sections"] if section["malloc"] == "tuned")
+    found = {}
+    for rung, variant in section["ladder"].items():
+        plan = result["plan"]["restructured"]["bytes_before"] if rung == "baseline" else result["plan"][rung]["bytes_after"]
+        measured = section["variants"][variant]
+        found[rung] = {
+            "step": measured["step"]["median"], "sweeps": plan, "saved": measured["saved_bytes"], "peak": measured["peak_bytes"],
+        }  # fmt: skip
+    return found
+
+
+def markdown(chosen: Iterable[Row], *, full: bool = False) -> Iterator[str]:
+    """The lines of a table; ``full`` adds the allocator, what is saved for backward, and where the row is from."""
+    heads = ["model", "dtype", "machine", "fastest rival", "step, ms", "speed-up", "peak memory"]
+    heads[4:4] = ["malloc"] if full else []
+    heads += ["saved for backward", "date", "commit"] if full else []
+    left = ("model", "dtype", "machine", "fastest rival", "malloc", "date", "commit")
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + "|".join("---" if head in left else "--:" for head in heads) + "|"
+    for row in chosen:
+        cells = [
+            row.model, row.dtype, row.machine, row.rival.removeprefix("eager "),
+            f"{row.step[0] * 1e3:.0f} → {row.step[1] * 1e3:.0f}", f"**{row.speedup:.2f}x**" + (", slower" if row.speedup < 1 else ""),
+            _memory(row.peak),
+        ]  # fmt: skip
+        cells[4:4] = [row.malloc] if full else []
+        cells += [_memory(row.saved), row.date, row.commit.removesuffix("-dirty")] if full else []
+        yield f"| {' | '.join(cells)} |"
+
+
+def _memory(sides: tuple[int, int]) -> str:
+    return f"{sides[1] / sides[0]:.2f}x ({sides[0] / 1e6:.0f} → {sides[1] / 1e6:.0f} MB)"
+
+
+def main() -> int:
+    everything = "--all" in sys.argv[1:]
+    print("\n".join(markdown(rows() if everything else front_rows(), full=everything)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,6 +15,7 @@ from bnrestructure.bench import contenders
 from bnrestructure.bench.ceilings import copy_bandwidth, fma_ceiling
 from bnrestructure.bench.check import check_numbers
 from bnrestructure.bench.contenders import COMPILED, EAGER_LAST, RESTRUCTURED
+from bnrestructure.bench.curves import memory_curve
 from bnrestructure.bench.kinds import time_by_kind
 from bnrestructure.bench.loading import load_workload
 from bnrestructure.bench.machine import environment
@@ -97,6 +98,10 @@ def _sweeps(workload: Workload, settings: Settings) -> dict[str, Any]:
             "bytes_before": round(width * sum(site.bytes_before or 0 for site in sites)),
             "bytes_after": round(width * sum(site.bytes_after or 0 for site in sites)),
         }
+        if name == RESTRUCTURED:
+            found[name]["by_site"] = [
+                [site.name, round(width * (site.bytes_before or 0)), round(width * (site.bytes_after or 0))] for site in sites
+            ]
     return found
 
 
@@ -152,6 +157,17 @@ def memory(settings: Settings, progress: Progress, variant: str) -> dict[str, An
     return {"peak_bytes": peak, "saved_bytes": saved_for_backward(step.model, step)}
 
 
+def curve(settings: Settings, progress: Progress, variant: str) -> dict[str, Any]:
+    """Memory over one step of a variant, after steps that make what is made once."""
+    progress.total(_MEMORY_STEPS + 1)
+    step = contenders.build(variant, load_workload(settings), settings)
+    for _ in range(_MEMORY_STEPS):
+        progress.run(f"warm-up of {variant}")
+        step()
+    progress.run(f"memory over a step of {variant}")
+    return {"curve": memory_curve(step)}
+
+
 def compilation(settings: Settings, progress: Progress) -> dict[str, Any]:
     """Compile with torch.compile, which leaves the model in the compiler's cache on disk; how long that took."""
     progress.total(1)
@@ -163,5 +179,5 @@ def compilation(settings: Settings, progress: Progress) -> dict[str, Any]:
 
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
-    job.__name__: job for job in (check, ceilings, timing, memory, compilation)
+    job.__name__: job for job in (check, ceilings, timing, memory, curve, compilation)
 }

@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print or write the graph. Exit status 0."""
     from bnrestructure.cli.output import progress, stdout
     from bnrestructure.core.errors import UsageError
+    from bnrestructure.core.progress import listening
     from bnrestructure.models.models import load_model
 
     form = "json" if arguments.json else arguments.format
@@ -49,10 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
     with progress(arguments.model) as say:
         say("building the model")
         model = load_model(arguments.model)
-        say("capturing and rewriting")
-        if form == "html":
-            return _write(arguments, _html(arguments, model))
-        plan, views = _views(arguments, model)
+        with listening(say, say.expect):
+            if form == "html":
+                return _write(arguments, _html(arguments, model))
+            plan, views = _views(arguments, model)
     if form == "text" and arguments.output is None:
         from bnrestructure.report.graph_page import print_page
 

@@ -34,7 +34,7 @@ _MEMORY_STEPS = 2
 
 
 class Progress:
-    """How far a job is: ``send`` takes {"total": runs} once and {"run": name} before each run."""
+    """How far a job is: ``send`` takes {"total": runs} once and {"run": name} before each run, the check's a step's seconds first."""
 
     def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
         self._send = send
@@ -45,10 +45,19 @@ class Progress:
     def run(self, name: str) -> None:
         self._send({"run": name})
 
+    def step(self, seconds: float, batch: int, memory_efficient: bool) -> None:
+        """What is known of the work to come once an eager step of ``batch`` samples was taken."""
+        self._send({"step_seconds": seconds, "batch": batch, "memory_efficient": memory_efficient})
+
 
 def check(settings: Settings, progress: Progress) -> dict[str, Any]:
     """Whether what would be timed computes the right numbers, on a batch of two of the same images."""
     workload = load_workload(settings)
+    batch = min(_CHECKED_BATCH, settings.batch)
+    small = Workload(workload.model, workload.first(batch))
+    step = contenders.build(EAGER_LAST, small, settings)
+    step()
+    progress.step(step()["step"], batch, contenders.has_memory_efficient(workload))
     model = workload.model.to(settings.device)
     model, inputs = to_channels_last(model, contenders.moved(workload.first(_CHECKED_BATCH), settings.device))
     selections: dict[str, str | None] = {RESTRUCTURED: None}
@@ -61,7 +70,7 @@ def check(settings: Settings, progress: Progress) -> dict[str, Any]:
         reports[name] = report.to_json() | {"text": str(report)}
     return {
         "ok": all(report["ok"] for report in reports.values()),
-        "batch": min(_CHECKED_BATCH, settings.batch),
+        "batch": batch,
         "reports": reports,
     }
 
@@ -168,11 +177,11 @@ def curve(settings: Settings, progress: Progress, variant: str) -> dict[str, Any
     return {"curve": memory_curve(step)}
 
 
-def compilation(settings: Settings, progress: Progress) -> dict[str, Any]:
+def compilation(settings: Settings, progress: Progress, variant: str = COMPILED) -> dict[str, Any]:
     """Compile with torch.compile, which leaves the model in the compiler's cache on disk; how long that took."""
     progress.total(1)
     progress.run("compiling (minutes)")
-    step = contenders.build(COMPILED, load_workload(settings), settings)
+    step = contenders.build(variant, load_workload(settings), settings)
     start = time.perf_counter()
     step()
     return {"seconds": time.perf_counter() - start}

@@ -62,7 +62,8 @@ def sites(axes: Any, plan: dict[str, Any]) -> None:
     axes.bar(places, before, width=1.0, color=_THEIRS, alpha=0.45, label=f"eager, {sum(before):,.0f} MB in all")
     axes.bar(places, after, width=1.0, color=_OURS, label=f"restructured, {sum(after):,.0f} MB")
     axes.set_xlim(-0.5, len(found) - 0.5)
-    axes.set_xlabel("batch norms in the order of the model")
+    axes.set_xticks([])
+    axes.set_xlabel(f"{len(found)} batch norms in the order of the model")
     axes.set_ylabel("MB a step")
     axes.set_title("what each batch norm's sweeps move", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -76,9 +77,9 @@ def curves(axes: Any, found: dict[str, list[tuple[float, int]]]) -> None:
         colour = _OURS if name == RESTRUCTURED else _THEIRS if name == EAGER_LAST else next(others)
         places, sizes = zip(*curve, strict=True)
         megabytes = [size / 1e6 for size in sizes]
-        axes.plot(places, megabytes, color=colour, linewidth=1.6, label=f"{name}, at most {max(megabytes):,.0f} MB")
+        axes.plot(places, megabytes, color=colour, linewidth=1.6, drawstyle="steps-post", label=f"{name}, at most {max(megabytes):,.0f} MB")
         if name in (RESTRUCTURED, EAGER_LAST):
-            axes.fill_between(places, megabytes, color=colour, alpha=0.12, linewidth=0)
+            axes.fill_between(places, megabytes, color=colour, alpha=0.12, linewidth=0, step="post")
     axes.axvline(1, color="#888888", linewidth=0.8, linestyle=":")
     axes.set_xlim(0, 2)
     axes.set_ylim(bottom=0)

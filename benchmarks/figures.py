@@ -1,6 +1,6 @@
 """The measured figures that the README, the documentation and the demo quote: all of them come from here, and here from benchmarks/results.
 
-    python benchmarks/figures.py            the README's table, in Markdown
+    python benchmarks/figures.py            the README's tables, in Markdown
     python benchmarks/figures.py --all      every row of every results file
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FILES", "FRONT", "LADDER_ROW", "Row", "front_rows", "ladder", "markdown", "rows", "worst"]
+__all__ = ["FAMILIES", "FILES", "FRONT", "LADDER_ROW", "Row", "families", "front_rows", "ladder", "markdown", "rows", "worst"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,6 +33,16 @@ FRONT = (
     ("vgg16_bn", "bf16", "EPYC"),
     ("r3d_18", "bf16", "Xeon"),
 )
+#: Who gains how much: family -> models of the results files.
+FAMILIES = {
+    "DenseNets": ("densenet121", "densenet201"),
+    "depthwise: MobileNet, EfficientNet, MnasNet": ("mobilenet_v2", "efficientnet_b0", "mnasnet1_0"),
+    "ShuffleNet": ("shufflenet_v2_x1_0",),
+    "Inception": ("googlenet", "inception_v3"),
+    "residual: ResNet, ResNeXt, RegNet": ("resnet50", "resnext50_32x4d", "regnet_y_400mf"),
+    "VGG with batch norm": ("vgg16_bn",),
+    "video: R(2+1)D, R3D": ("r2plus1d_18", "r3d_18"),
+}
 LADDER_ROW = ("densenet121 fp32", "amd-epyc-2-cores-2026-11-22.json")
 
 
@@ -88,6 +98,19 @@ def worst() -> Row:
     return min(rows(), key=lambda row: row.speedup)
 
 
+def families() -> Iterator[str]:
+    """The lines of a table: for each family the least and the largest of all its rows, of both dtypes and machines."""
+    yield "| family | speed-up | peak memory |"
+    yield "|---|--:|--:|"
+    for family, models in FAMILIES.items():
+        own = [row for row in rows() if row.model in models]
+        yield f"| {family} | {_range([row.speedup for row in own])} | {_range([row.memory for row in own])} |"
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.2f}x to {max(values):.2f}x"
+
+
 def ladder() -> dict[str, dict[str, Any]]:
     """The paper's ladder under the tuned allocator: rung -> ``step`` (seconds), ``sweeps``, ``saved`` and ``peak`` (bytes)."""
     key, name = LADDER_ROW
@@ -129,6 +152,7 @@ def _memory(sides: tuple[int, int]) -> str:
 def main() -> int:
     everything = "--all" in sys.argv[1:]
     print("\n".join(markdown(rows() if everything else front_rows(), full=everything)))
+    print("", *families(), sep="\n")
     return 0
 
 

@@ -1,0 +1,67 @@
+"""The README: short, its figures and pictures those of benchmarks/results, its links to something that is there."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "docs" / "pictures"))
+
+import figures
+from draw import PICTURES
+
+README = (ROOT / "README.md").read_text()
+
+
+def between(mark: str) -> list[str]:
+    """The lines of a generated table."""
+    return README.partition(f"<!-- {mark} -->\n")[2].partition("\n<!-- end -->")[0].splitlines()
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) < 120
+    assert len(README.split()) < 900
+
+
+def test_tables_are_the_results() -> None:
+    """After new measurements: ``python benchmarks/figures.py`` prints both."""
+    assert between("figures") == list(figures.markdown(figures.front_rows()))
+    assert between("families") == list(figures.families())
+
+
+def test_the_worst_of_everything_measured_is_in_the_table() -> None:
+    worst = figures.worst()
+    assert worst in figures.front_rows()
+    assert f"{worst.model} is the worst of all that was measured" in README
+
+
+def test_the_headline_is_the_results() -> None:
+    rows = {(row.model, row.dtype): row for row in figures.front_rows()}
+    said = re.search(r"\*\*densenet121 trains (\S+) as fast in (\S+) of the memory, resnet50 (\S+) as fast in (\S+)\*\*", README)
+    assert said is not None
+    dense, residual = rows["densenet121", "fp32"], rows["resnet50", "fp32"]
+    assert said.groups() == (f"{dense.speedup:.2f}x", f"{dense.memory:.2f}x", f"{residual.speedup:.2f}x", f"{residual.memory:.2f}x")
+
+
+def test_every_row_has_a_family() -> None:
+    named = [model for models in figures.FAMILIES.values() for model in models]
+    assert sorted(named) == sorted({row.model for row in figures.rows()})
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_what_their_script_draws(name: str) -> None:
+    """``python docs/pictures/draw.py`` draws them anew."""
+    assert (ROOT / "docs" / "pictures" / name).read_text(encoding="utf-8") == PICTURES[name]()
+    assert f"docs/pictures/{name}" in README
+
+
+@pytest.mark.parametrize("page", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_local_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) if "://" not in link]
+    assert [link for link in links if not (ROOT / link).exists()] == []

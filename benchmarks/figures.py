@@ -127,22 +127,19 @@ def ladder() -> dict[str, dict[str, Any]]:
 
 
 def markdown(chosen: Iterable[Row], *, full: bool = False) -> Iterator[str]:
-    """The lines of a table; ``full`` adds the allocator, what is saved for backward, and where the row is from."""
-    heads = ["model", "dtype", "machine", "fastest rival", "step, ms", "speed-up", "peak memory"]
-    heads[4:4] = ["malloc"] if full else []
-    heads += ["saved for backward", "date", "commit"] if full else []
-    left = ("model", "dtype", "machine", "fastest rival", "malloc", "date", "commit")
+    """The lines of a table; ``full``: of one machine, with the allocator, what is saved for backward, and where the row is from."""
+    heads = {"model": "---", "dtype": "---", "fastest rival": "---", "step, ms": "--:", "speed-up": "--:", "peak memory": "--:"}
+    more = {"saved for backward": "--:", "malloc": "---", "date": "---", "commit": "---"} if full else {"machine": "---"}
+    heads |= more
     yield f"| {' | '.join(heads)} |"
-    yield "|" + "|".join("---" if head in left else "--:" for head in heads) + "|"
+    yield f"|{'|'.join(heads.values())}|"
     for row in chosen:
         cells = [
-            row.model, row.dtype, row.machine, row.rival.removeprefix("eager "),
-            f"{row.step[0] * 1e3:.0f} → {row.step[1] * 1e3:.0f}", f"**{row.speedup:.2f}x**" + (", slower" if row.speedup < 1 else ""),
-            _memory(row.peak),
+            row.model, row.dtype, row.rival.removeprefix("eager "), f"{row.step[0] * 1e3:.0f} → {row.step[1] * 1e3:.0f}",
+            f"**{row.speedup:.2f}x**" + (", slower" if row.speedup < 1 else ""), _memory(row.peak),
         ]  # fmt: skip
-        cells[4:4] = [row.malloc] if full else []
-        cells += [_memory(row.saved), row.date, row.commit.removesuffix("-dirty")] if full else []
-        yield f"| {' | '.join(cells)} |"
+        cells += [_memory(row.saved), row.malloc, row.date, row.commit] if full else [row.machine]
+        yield "| " + " | ".join(cell.replace(" ", "\u00a0") if full else cell for cell in cells) + " |"
 
 
 def _memory(sides: tuple[int, int]) -> str:

@@ -26,7 +26,7 @@ extensions = [
     "from_root",
 ]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
-exclude_patterns = ["_build", "generated/passes", "pictures", "gallery/*.ipynb"]
+exclude_patterns = ["_build", "generated", "pictures", "gallery/*.ipynb"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nitpicky = False
@@ -38,6 +38,7 @@ html_css_files = ["graphs.css"]
 html_show_sphinx = False
 
 autodoc_member_order = "bysource"
+autodoc_mock_imports = [] if find_spec("lightning") else ["lightning", "pytorch_lightning"]
 autodoc_typehints = "signature"
 python_maximum_signature_line_length = 88
 
@@ -51,14 +52,16 @@ sphinx_gallery_conf = {
     "examples_dirs": ["../examples"],
     "gallery_dirs": ["gallery"],
     "filename_pattern": rf"^(?!.*/({_MISSING})\w*\.py)",
-    "ignore_pattern": r"(__init__|photos|demo|test_\w+)\.py",
+    "ignore_pattern": r"^(__init__|photos|demo|tiny|test_\w+)\.py",
     "download_all_examples": False,
     "show_memory": False,
     "min_reported_time": 0,
     "remove_config_comments": True,
+    "write_computation_times": False,
     "within_subsection_order": "FileNameSortKey",
     "reset_modules": (),
-    "matplotlib_animations": False,
+    "default_thumb_file": str(HERE / "pictures" / "thumbnail.png"),
+    "image_scrapers": ("matplotlib", "written.pictures"),
     "backreferences_dir": None,
 }
 warnings.filterwarnings("ignore", category=UserWarning, message=".*non-GUI backend.*")

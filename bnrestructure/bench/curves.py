@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import accumulate
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bnrestructure.bench.workload import TrainingStep
 
 __all__ = ["PHASES", "memory_curve", "thinned"]
+
+# The profiler's library writes of every start and stop to stderr, and of a GPU that is not there.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 PHASES = ("forward", "backward")
 _POINTS = 400

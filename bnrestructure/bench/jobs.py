@@ -40,9 +40,11 @@ class Progress:
         self._send = send
 
     def total(self, runs: int) -> None:
+        """How many runs the job has."""
         self._send({"total": runs})
 
     def run(self, name: str) -> None:
+        """A run begins."""
         self._send({"run": name})
 
     def step(self, seconds: float, batch: int, memory_efficient: bool) -> None:

@@ -1,6 +1,6 @@
 """This project's docstrings are plain text with tables of names; autodoc wants reStructuredText. This makes one of the other.
 
-A row of a table is ``name    what it is``, its continuation indented as far as the text. ``code`` and :func:`roles` stay as they are.
+A row of a table is ``name    what it is``, and what follows is indented. ``code`` and :func:`roles` stay as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def to_rst(lines: list[str]) -> list[str]:
 
 
 def _converted(lines: list[str]) -> Iterator[str]:
-    column: int | None = None  # where a table's text begins
+    table: int | None = None  # how far a table's names are indented
     literal = False  # within the block behind a line that ends in ::
     for number, line in enumerate(lines):
         indent = len(line) - len(line.lstrip())
@@ -30,19 +30,19 @@ def _converted(lines: list[str]) -> Iterator[str]:
             continue
         literal = False
         row = _ROW.match(line)
-        if column is not None and line.strip() and indent >= column:
+        if table is not None and line.strip() and indent > table:
             yield "    " + _escaped(line.strip())
             continue
         if row is not None and not row["names"].rstrip().endswith((".", ",", ":")):
-            if column is None and number and lines[number - 1].strip():
+            if table is None and number and lines[number - 1].strip():
                 yield ""
-            column = row.start("text")
+            table = indent
             yield f"``{row['names'].strip().replace('`', '')}``"
             yield "    " + _escaped(row["text"])
             continue
-        if column is not None and line.strip():
+        if table is not None and line.strip():
             yield ""
-        column = None if line.strip() else column
+        table = None if line.strip() else table
         literal = line.rstrip().endswith("::")
         yield _escaped(line)
 

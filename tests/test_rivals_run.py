@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-RIVALS = Path(__file__).parent.parent / "benchmarks" / "rivals"
-sys.path.insert(0, str(RIVALS))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "rivals"))
 
 import run as rivals
+
+RIVALS = Path(rivals.__file__).parent
 
 WORKER = f"""
 import sys, time
@@ -30,7 +31,7 @@ def step():
         raise ArithmeticError("no more")
     print("a framework's chatter")
     time.sleep(0.02 if options.variant == "slow" else 0.01)
-    held.append(bytes(10_000_000))
+    held.append(b"x" * 10_000_000)
     return 6.9
 
 held = []

@@ -13,7 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FAMILIES", "FILES", "FRONT", "LADDER_ROW", "Row", "families", "front_rows", "ladder", "markdown", "rows", "worst"]
+__all__ = [
+    "FAMILIES",
+    "FILES",
+    "FRONT",
+    "LADDER_ROW",
+    "RIVAL_FILES",
+    "Row",
+    "families",
+    "front_rows",
+    "ladder",
+    "markdown",
+    "rivals",
+    "rows",
+    "worst",
+]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -23,6 +37,8 @@ FILES = {
     "intel-xeon-2-cores-2026-11-23.json": "Xeon",
     "intel-xeon-2-cores-video-2026-11-23.json": "Xeon",
 }
+#: Results files of ``bench --rivals --against no-bn`` -> the machine. None has been measured yet.
+RIVAL_FILES: dict[str, str] = {}
 #: The README's rows (model, dtype, machine): one of each family, and the worst of all.
 FRONT = (
     ("densenet121", "fp32", "EPYC"),
@@ -96,6 +112,21 @@ def front_rows() -> list[Row]:
 def worst() -> Row:
     """The lowest speed-up of all rows."""
     return min(rows(), key=lambda row: row.speedup)
+
+
+def rivals(name: str) -> Iterator[str]:
+    """The lines of a table of a rivals' results file: each variant's step, what it holds at most, and both in units of ours."""
+    yield "| model | dtype | variant | step, ms | our speed-up | memory held, MB | ours is |"
+    yield "|---|---|---|--:|--:|--:|--:|"
+    for key, result in json.loads((RESULTS / name).read_text()).items():
+        model, dtype = key.split()
+        section = result["sections"][-1]
+        ours = section["variants"]["restructured"]
+        for variant, found in section["variants"].items():
+            speedup = section["speedups"].get(variant, {"median": 1.0})["median"]
+            held = found.get("held_bytes")
+            memory = f"{held / 1e6:.0f} | {ours['held_bytes'] / held:.2f}x" if held else " | "
+            yield f"| {model} | {dtype} | {variant} | {found['step']['median'] * 1e3:.0f} | {speedup:.2f}x | {memory} |"
 
 
 def families() -> Iterator[str]:

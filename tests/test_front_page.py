@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -65,3 +66,21 @@ def test_local_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) if "://" not in link]
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_a_rivals_file_becomes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variants = {
+        "eager channels_last": {"step": {"median": 1.0}, "held_bytes": 2_000_000_000},
+        "checkpoint per block": {"step": {"median": 1.3}, "held_bytes": 800_000_000},
+        "ladder rcf": {"step": {"median": 0.9}},
+        "restructured": {"step": {"median": 0.6}, "held_bytes": 500_000_000},
+    }
+    speedups = {name: {"median": found["step"]["median"] / 0.6} for name, found in variants.items() if name != "restructured"}
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    (tmp_path / "r.json").write_text(json.dumps({"densenet121 fp32": {"sections": [{"variants": variants, "speedups": speedups}]}}))
+    assert list(figures.rivals("r.json"))[2:] == [
+        "| densenet121 | fp32 | eager channels_last | 1000 | 1.67x | 2000 | 0.25x |",
+        "| densenet121 | fp32 | checkpoint per block | 1300 | 2.17x | 800 | 0.62x |",
+        "| densenet121 | fp32 | ladder rcf | 900 | 1.50x |  |  |",
+        "| densenet121 | fp32 | restructured | 600 | 1.00x | 500 | 1.00x |",
+    ]

@@ -97,7 +97,7 @@ def ceilings(settings: Settings, progress: Progress) -> dict[str, Any]:
 def _sweeps(workload: Workload, settings: Settings) -> dict[str, Any]:
     """How many sites each selection of passes fuses, and the bytes that their sweeps move in a step."""
     selections: dict[str, str | None] = {RESTRUCTURED: None} | {r: r for r in contenders.rungs(settings)}
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, passes in selections.items():
         plan = explain(workload.model, workload.inputs, backend=settings.backend, passes=passes)
         sites = [site for site in plan.sites if site.bytes_before is not None and site.bytes_after is not None]

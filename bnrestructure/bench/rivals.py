@@ -39,7 +39,7 @@ def rebuilt(name: str, model: nn.Module) -> nn.Module:
     """The model as a rival has it, changed in place where that can be. Raises UsageError where it cannot be had."""
     if name == CHECKPOINTED:
         for block in blocks(model):
-            block.forward = _recomputed(block.forward)  # type: ignore[method-assign]
+            block.forward = _recomputed(block.forward)
         return model
     if name == NO_BATCH_NORM:
         return _without_batch_norm(model)
@@ -105,7 +105,7 @@ def _with_in_place_abn(model: nn.Module) -> nn.Module:
 
 
 def _replace(gm: fx.GraphModule, node: fx.Node, layers: dict[str, nn.Module]) -> None:
-    from inplace_abn import InPlaceABN  # type: ignore[import-not-found,unused-ignore]
+    from inplace_abn import InPlaceABN
 
     old = layers[str(node.target)]
     assert isinstance(old, nn.BatchNorm2d)

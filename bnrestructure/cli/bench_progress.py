@@ -11,15 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bnrestructure.bench.estimate import Estimate
+from bnrestructure.bench.run import Listener
 from bnrestructure.bench.settings import Settings
 
 __all__ = ["watched"]
 
-Listen = Callable[[dict[str, Any]], None]
-
 
 @contextmanager
-def watched(settings: Settings) -> Iterator[Callable[[str], Listen]]:
+def watched(settings: Settings) -> Iterator[Listener]:
     """A listener for run_benchmark; bars on stderr, if that is a terminal, and nothing otherwise."""
     console = Console(stderr=True)
     columns = (
@@ -27,7 +26,7 @@ def watched(settings: Settings) -> Iterator[Callable[[str], Listen]]:
         TextColumn("[dim]{task.fields[run]}"),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield _Watcher(settings, progress).job
+        yield _Watcher(settings, progress)
 
 
 class _Watcher:
@@ -37,7 +36,7 @@ class _Watcher:
         self.runs = progress.add_task("", total=None, run="")
         self.begun = 0
 
-    def job(self, title: str) -> Listen:
+    def __call__(self, title: str) -> Callable[[dict[str, Any]], None]:
         """A job begins; what is returned hears of its runs."""
         self.progress.update(self.jobs, completed=self.begun)
         self.begun += 1

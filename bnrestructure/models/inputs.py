@@ -44,7 +44,9 @@ def example_inputs(
     generator = torch.Generator().manual_seed(0)
     kind = builder_module(model_name).removeprefix("torchvision.models.").split(".")[0]
     if kind == "detection":
-        return _detection(batch, _fitting(batch, _image(size, 3, 96 if small else 320)), generator)
+        image = _image(size, 3, 96 if small else 320)
+        _fitting(batch, image)
+        return _detection(batch, image, generator)
     if kind == "optical_flow":
         shape = _fitting(batch, _image(size, 3, 128))
         return tuple(torch.rand(batch, *shape, generator=generator) * 2 - 1 for _ in range(2))

@@ -36,6 +36,7 @@ html_title = "bnrestructure"
 html_static_path = ["_static", "pictures"]
 html_css_files = ["graphs.css"]
 html_show_sphinx = False
+html_show_copyright = False
 
 autodoc_member_order = "bysource"
 autodoc_mock_imports = [] if find_spec("lightning") else ["lightning", "pytorch_lightning"]

@@ -121,9 +121,7 @@ def convolution_choices(
 def description() -> str:
     """The instruction set in use, libraries that cannot be, and where tuned choices are kept, for ``doctor``."""
     identify_machine()
-    file = tuning.cache_file()
-    kept = [f"measured choices in {file}"] if file is not None and file.exists() else []
-    return "; ".join([instruction_set(), *library.damaged().values(), *kept])
+    return "; ".join([instruction_set(), *library.damaged().values(), tuning.where_kept()])
 
 
 def _convolutions(weight: Tensor, geometry: ConvGeometry) -> ModuleType:

@@ -1,0 +1,179 @@
+"""What a proof is here: an original and a rewritten program run on expressions, and everything that comes out of them is the same.
+
+The original's gradients are taken from its outputs' expressions by reverse.py, so from definitions alone; the rewritten program's come out of
+PyTorch's autograd with the project's own backward functions. :func:`planted` puts an error into one of the project's functions.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import sympy as sp
+import torch
+from algebra import Level, NotProved
+from reverse import gradients
+from symbolic import Symbolic
+from pass_tools import make_pass, site_graph
+from torch import Tensor, fx, nn
+
+__all__ = ["EPS", "IMAGES", "MOMENTUM", "adopt", "after_passes", "planted", "prove", "prove_module", "symbolic"]
+
+IMAGES = 1009
+#: Numbers that stand for batch norm's parameters of these names: as symbols, for any value.
+EPS, MOMENTUM = 0.0123456789, 0.1357911
+
+
+def symbolic(images: int = IMAGES, *, defined: bool = True) -> Symbolic:
+    """A mode with symbols for eps and momentum; ``defined``: means and variances spelt out as sums."""
+    m = sp.Symbol("momentum")
+    return Symbolic(images, {EPS: sp.Symbol("eps", positive=True), MOMENTUM: m, 1 - MOMENTUM: 1 - m}, defined=defined)
+
+
+def prove(
+    s: Symbolic,
+    original: Callable[..., Any],
+    rewritten: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    buffers: Callable[[], Sequence[Tensor]] = lambda: (),
+) -> None:
+    """Raise NotProved unless both programs give the same outputs, the same gradients at ``inputs`` and leave the same ``buffers``.
+
+    ``buffers`` puts fresh ones in place, each time it is called, and returns them.
+    """
+    written = buffers()
+    with torch.no_grad():
+        expected = _tensors(original(*inputs))
+    expected_buffers = [s.read(b) for b in written]
+    written = buffers()
+    found = _tensors(rewritten(*inputs))
+    if len(expected) != len(found):
+        raise NotProved(f"{len(found)} outputs instead of {len(expected)}")
+    outputs, seeds = [], []
+    for i, (one, other) in enumerate(zip(expected, found, strict=True)):
+        if one.shape != other.shape:
+            raise NotProved(f"output {i} is {tuple(other.shape)} instead of {tuple(one.shape)}")
+        _compare(s, f"output {i}", s.read(one), s.read(other))
+        level = s._level(one.shape)
+        space = s.space(one.shape) if level is Level.PIXEL else None
+        value = s.read(one)
+        parts = {f"P{i}_{j}_{len(s.algebra.atoms)}": n or one.shape[1] for j, (n, _) in enumerate(value)}
+        seed = s.segmented(parts, *one.shape, grad=False)
+        seeds.append(seed)
+        outputs += [(e, p, level, space) for (_, e), (_, p) in zip(value, s.read(seed), strict=True)]
+    for i, (buffer, value) in enumerate(zip(written, expected_buffers, strict=True)):
+        _compare(s, f"buffer {i}", value, s.read(buffer))
+    wanted = [x for x in inputs if x.requires_grad]
+    leaves = [e for x in wanted for _, e in s.read(x)]
+    truth = gradients(s.algebra, outputs, leaves)
+    differentiable = [(y, p) for y, p in zip(found, seeds, strict=True) if y.requires_grad]
+    claimed = torch.autograd.grad(
+        [y for y, _ in differentiable], wanted, [p for _, p in differentiable], allow_unused=True
+    )
+    for x, gradient in zip(wanted, claimed, strict=True):
+        value = s.read(x)
+        zero = tuple((n, sp.Integer(0)) for n, _ in value)
+        name = ", ".join(str(e) for _, e in value)
+        _compare(s, f"the gradient at {name}", tuple((n, truth[e]) for n, e in value), zero if gradient is None else s.read(gradient))
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
+
+
+def _compare(s: Symbolic, what: str, expected: Any, found: Any) -> None:
+    from meanings import runs
+
+    for _, (one, other) in runs([expected, found]):
+        if not s.algebra.is_zero(one - other):
+            raise NotProved(
+                f"{what} should be\n{s.algebra.explained(sp.expand(one))}\nand is\n{s.algebra.explained(sp.expand(other))}"
+            )
+
+
+def adopt(
+    s: Symbolic, modules: Sequence[nn.Module], concats: dict[int, tuple[int, ...]] | None = None
+) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
+    """Put unknowns in the places of the parameters of ``modules``, which have the same names; (those, what renews the buffers).
+
+    ``concats`` says of each width that only concats have what segments they consist of: vectors of that many channels do likewise.
+    """
+
+    def unknown(name: str, like: Tensor, grad: bool) -> Tensor:
+        widths = (concats or {}).get(like.shape[0] if like.dim() == 1 else 0, ())
+        if widths:
+            return s.segmented({f"{name}_{i}": n for i, n in enumerate(widths)}, *like.shape, grad=grad)
+        return s.tensor(name, *like.shape, dtype=like.dtype, grad=grad)
+
+    made = {name: unknown(name, parameter, True) for name, parameter in modules[0].named_parameters()}
+    for module in modules:
+        for name, tensor in made.items():
+            path, _, own = name.rpartition(".")
+            module.get_submodule(path)._parameters[own] = tensor
+
+    def renew() -> list[Tensor]:
+        fresh = {name: unknown(name, buffer, False) for name, buffer in modules[0].named_buffers()}
+        for module in modules:
+            for name, tensor in fresh.items():
+                path, _, own = name.rpartition(".")
+                module.get_submodule(path)._buffers[own] = tensor
+        return list(fresh.values())
+
+    return list(made.values()), renew
+
+
+def prove_module(
+    original: nn.Module,
+    rewritten: nn.Module,
+    shape: Sequence[int],
+    *,
+    concats: dict[int, tuple[int, ...]] | None = None,
+    s: Symbolic | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """:func:`prove` of two modules with the same parameters and buffers, for one input of this shape (its first size is N)."""
+    s = s or symbolic(defined=False)
+    with s.running():
+        x = s.tensor("x", *shape, dtype=dtype)
+        parameters, renew = adopt(s, [original, rewritten], concats)
+        prove(s, lambda x, *_: original(x), lambda x, *_: rewritten(x), [x, *parameters], renew)
+
+
+def after_passes(model: nn.Module, names: Sequence[str]) -> fx.GraphModule:
+    """A copy of the model, captured and rewritten by these passes, every fused node on the reference kernels."""
+    gm = site_graph(copy.deepcopy(model))
+    for name in names:
+        make_pass(name)(gm)
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and "backend" in _parameters(node.target):
+            node.kwargs = {**node.kwargs, "backend": "reference"}
+    gm.recompile()
+    return gm
+
+
+def _parameters(function: Any) -> Sequence[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a built-in function
+        return []
+
+
+@contextmanager
+def planted(name: str, wrong: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace the project's function ``name``, wherever it is known under that name, by ``wrong(function)``."""
+    modules = [m for n, m in sys.modules.items() if n.partition(".")[0] == "bnrestructure" and m is not None]
+    holders = [m for m in modules if name in vars(m) and callable(vars(m)[name])]
+    found = {id(vars(m)[name]): vars(m)[name] for m in holders}
+    assert len(found) == 1, f"{len(found)} functions called {name}"
+    (function,) = found.values()
+    try:
+        for module in holders:
+            setattr(module, name, wrong(function))
+        yield
+    finally:
+        for module in holders:
+            setattr(module, name, function)

@@ -183,6 +183,12 @@ class Algebra:
             u = self.atoms[u].arguments[0]
         return self.atom(Atom("derivative", self.level(u), (u,), (name,), self.space(u)), "q")
 
+    def chain_rule(self, gradient: sp.Expr, name: str, u: sp.Expr) -> sp.Expr:
+        """``gradient`` times the derivative at u; relu's is 0 or 1, so that its square is itself."""
+        slope = self.derivative(name, u)
+        product = sp.expand(gradient * slope)
+        return product.subs(slope**2, slope) if name == "relu" else product
+
     def _is_result_of(self, wanted: str, name: str, u: sp.Expr) -> bool:
         atom = self.atoms.get(u)
         return name == wanted and atom is not None and (atom.kind, atom.data) == ("activation", (name,))

@@ -179,10 +179,9 @@ def _parts(value: Value, channels: int) -> list[tuple[tuple[int, int], sp.Expr]]
     return found
 
 
-def _pool_parts(kernel: sp.Expr, x: Tensor, value: Value, groups: int) -> list[tuple[Any, sp.Expr]]:
-    """The runs of channels that a convolution reads; a depthwise one whose filters are all the same does the same with each."""
-    parts: list[tuple[Any, sp.Expr]] = list(_parts(value, x.shape[1]))
-    return [("each", e) for _, e in parts] if not kernel.free_symbols and groups == x.shape[1] else parts
+def _is_pool(kernel: sp.Expr, x: Tensor, groups: int) -> bool:
+    """Whether a convolution does the same with each channel by itself."""
+    return not kernel.free_symbols and groups == x.shape[1]
 
 
 def _geometry(args: Sequence[Any], first: int, weight: Tensor) -> tuple[Any, ...]:
@@ -199,7 +198,9 @@ def _convolution(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) 
         _failed(value)
     geometry, space = _geometry(args, 3, weight), s.space(result.shape)
     kernel = values[1][0][1]
-    total = sum(s.algebra.convolution(kernel, e, part, geometry, space) for part, e in _pool_parts(kernel, x, values[0], geometry[-1]))
+    if _is_pool(kernel, x, geometry[-1]) and bias is None:
+        return [tuple((n, s.algebra.convolution(kernel, e, "each", geometry, space)) for n, e in values[0])]
+    total = sum(s.algebra.convolution(kernel, e, part, geometry, space) for part, e in _parts(values[0], x.shape[1]))
     if bias is not None:
         total += values[2][0][1]
     return [s.uniform(result, total)]
@@ -211,19 +212,19 @@ def _convolution_backward(s: Symbolic, args: Any, kwargs: Any, values: Any, resu
     need_input, need_weight, need_bias = args[10]
     for value in (values[0], values[2], *([values[1]] if need_weight else [])):
         _failed(value)
-    gradient, kernel = values[0][0][1], values[2][0][1]
+    kernel, space = values[2][0][1], s.space(x.shape)
+    if _is_pool(kernel, x, geometry[-1]) and not need_weight and not need_bias:
+        return [tuple((n, s.algebra.convolution_transposed(kernel, e, "each", geometry, space)) for n, e in values[0]), None, None]
     if len(values[0]) != 1:
         raise NotProved("a convolution whose output has several runs of channels")
+    gradient = values[0][0][1]
     runs_of_x: Value = ((0, sp.Integer(0)),) if isinstance(values[1], Exception) else values[1]
-    widths = [n for n, _ in runs_of_x]
-    pieces = _pool_parts(kernel, x, runs_of_x, geometry[-1])
     dx = dw = db = None
     if need_input:
-        space = s.space(x.shape)
-        parts = zip(widths, pieces, strict=True)
-        dx = tuple((n, s.algebra.convolution_transposed(kernel, gradient, part, geometry, space)) for n, (part, _) in parts)
+        parts = [(b - a, (a, b)) for (a, b), _ in _parts(runs_of_x, x.shape[1])]
+        dx = tuple((n, s.algebra.convolution_transposed(kernel, gradient, part, geometry, space)) for n, part in parts)
     if need_weight:
-        dw = ((0, sum(s.algebra.weight_gradient(gradient, e, part, geometry) for part, e in pieces)),)
+        dw = ((0, sum(s.algebra.weight_gradient(gradient, e, part, geometry) for part, e in _parts(runs_of_x, x.shape[1]))),)
     if need_bias:
         db = s.uniform(result[2], s.algebra.sum_batch(gradient, s.space(d.shape)))
     return [dx, dw, db]
@@ -298,7 +299,7 @@ def _activation_backward(name: str, parameters: int = 0, at: Callable[[Sequence[
             atom = s.algebra.atoms.get(u)
             if name in ("sigmoid", "tanh") and atom is not None and (atom.kind, atom.data) == ("activation", (name,)):
                 u = atom.arguments[0]  # PyTorch gives the result, from which the derivative at the argument follows
-            found.append((n, sp.expand(gradient * s.algebra.derivative(called, u))))
+            found.append((n, s.algebra.chain_rule(gradient, called, u)))
         return [tuple(found)]
 
     return meaning

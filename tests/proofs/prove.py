@@ -6,9 +6,11 @@ PyTorch's autograd with the project's own backward functions. :func:`planted` pu
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +23,7 @@ from symbolic import Symbolic
 from pass_tools import make_pass, site_graph
 from torch import Tensor, fx, nn
 
-__all__ = ["EPS", "IMAGES", "MOMENTUM", "adopt", "after_passes", "planted", "prove", "prove_module", "symbolic"]
+__all__ = ["EPS", "IMAGES", "MOMENTUM", "adopt", "after_passes", "edited", "planted", "prove", "prove_module", "symbolic"]
 
 IMAGES = 1009
 #: Numbers that stand for batch norm's parameters of these names: as symbols, for any value.
@@ -164,16 +166,43 @@ def _parameters(function: Any) -> Sequence[str]:
 
 @contextmanager
 def planted(name: str, wrong: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace the project's function ``name``, wherever it is known under that name, by ``wrong(function)``."""
+    """Replace the project's function ``name`` (or ``Class.method``), wherever it is known under that name, by ``wrong(function)``.
+
+    ``place:name`` is the one that is defined in a module with ``place`` in its name.
+    """
+    place, _, first = name.rpartition(":")
+    first, _, method = first.partition(".")
     modules = [m for n, m in sys.modules.items() if n.partition(".")[0] == "bnrestructure" and m is not None]
-    holders = [m for m in modules if name in vars(m) and callable(vars(m)[name])]
-    found = {id(vars(m)[name]): vars(m)[name] for m in holders}
-    assert len(found) == 1, f"{len(found)} functions called {name}"
-    (function,) = found.values()
+    holders: list[Any] = [m for m in modules if callable(vars(m).get(first)) and place in vars(m)[first].__module__]
+    assert len({id(vars(m)[first]) for m in holders}) == 1, f"not one function is called {name}"
+    if method:
+        holders = [vars(holders[0])[first]]
+    kept = [(holder, vars(holder)[method or first]) for holder in holders]
+    found = kept[0][1].__func__ if isinstance(kept[0][1], staticmethod) else kept[0][1]
+    replacement = wrong(found)
     try:
-        for module in holders:
-            setattr(module, name, wrong(function))
+        for holder, before in kept:
+            setattr(holder, method or first, staticmethod(replacement) if isinstance(before, staticmethod) else replacement)
         yield
     finally:
-        for module in holders:
-            setattr(module, name, function)
+        for holder, before in kept:
+            setattr(holder, method or first, before)
+
+
+def edited(old: str, new: str) -> Callable[[Any], Any]:
+    """What makes of a function the one whose source has ``new`` in the place of ``old``."""
+
+    def wrong(function: Any) -> Any:
+        source = textwrap.dedent(inspect.getsource(function))
+        source = "from __future__ import annotations\n" + source[source.index("def ") :]  # without decorators
+        tree = ast.parse(source).body[-1]
+        assert isinstance(tree, ast.FunctionDef)
+        lines = source.splitlines(keepends=True)
+        first = tree.body[1 if ast.get_docstring(tree) else 0].lineno - 1
+        head, body = "".join(lines[:first]), "".join(lines[first:])
+        assert body.count(old) == 1, f"{function.__qualname__} has {old!r} {body.count(old)} times"
+        made: dict[str, Any] = {}
+        exec(compile(head + body.replace(old, new), f"<{function.__name__} with an error>", "exec"), function.__globals__, made)
+        return made[function.__name__]
+
+    return wrong

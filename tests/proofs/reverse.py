@@ -57,7 +57,7 @@ def gradients(
                 spread(atom.arguments[0], slope, Level.PIXEL, algebra.space(atom.arguments[0]))
             case "activation":
                 u = atom.arguments[0]
-                spread(u, own * algebra.derivative(atom.data[0], u), atom.level, atom.space)
+                spread(u, algebra.chain_rule(own, atom.data[0], u), atom.level, atom.space)
             case "convolution":
                 weight, z = atom.arguments
                 spread(z, algebra.convolution_transposed(weight, own, *atom.data, algebra.space(z)), Level.PIXEL, algebra.space(z))

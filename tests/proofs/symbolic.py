@@ -7,6 +7,7 @@ that code computes from sizes (2 / M, M / (M - 1)) are known again by their valu
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -102,7 +103,8 @@ class Symbolic(TorchDispatchMode):
     @contextmanager
     def running(self) -> Iterator[Symbolic]:
         """Run what is inside on expressions."""
-        with self._fake, self:
+        with warnings.catch_warnings(), self._fake, self:
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # only to see that there are two
             yield self
 
     # --- making and reading tensors ------------------------------------------------------------------------------------------------

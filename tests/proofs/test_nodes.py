@@ -242,17 +242,17 @@ def _vectors(found: Any, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, T
 @pytest.mark.parametrize("gained", [False, True])
 def test_residual_join(act: str, shortcut: str, gained: bool) -> None:
     """conv, batch norm, add, activation, and the statistics of the sum; with ``gain`` the producers apply the scale of the shared gradient."""
-    _join(act, shortcut, gained, "sweep")
+    join(act, shortcut, gained, "sweep")
 
 
 @pytest.mark.parametrize("shortcut", ["tensor", "normalised"])
 @pytest.mark.parametrize("gained", [False, True])
 def test_residual_join_in_a_convolution(shortcut: str, gained: bool) -> None:
     """The same where the convolution that reads the sum forms it, and another reader has the sum from there."""
-    _join("relu", shortcut, gained, "convolution")
+    join("relu", shortcut, gained, "convolution")
 
 
-def _join(act: str, shortcut: str, gained: bool, where: str) -> None:
+def join(act: str, shortcut: str, gained: bool, where: str) -> None:
     s = symbolic(defined=False)
     both = shortcut == "normalised"
     with s.running():

@@ -16,7 +16,7 @@ from math import gcd
 
 import sympy as sp
 
-__all__ = ["HOMOGENEOUS", "Algebra", "Atom", "Level", "NotProved"]
+__all__ = ["HOMOGENEOUS", "Algebra", "Atom", "Level", "NotProved", "expanded"]
 
 #: Activations with act(k * u) = k * act(u) for k > 0.
 HOMOGENEOUS = ("relu", "leaky_relu")
@@ -34,6 +34,11 @@ class Level(IntEnum):
     IMAGE = 2
     PIXEL = 3
     WEIGHT = 4
+
+
+def expanded(expression: sp.Expr) -> sp.Expr:
+    """Multiplied out: a sum of monomials, which is the same for equal expressions."""
+    return sp.expand(expression, mul=True, multinomial=True, power_base=False, power_exp=False, log=False, basic=False)
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,8 @@ class Algebra:
         return next(iter(found), None)
 
     def terms(self, expression: sp.Expr, inner: Level) -> Iterator[tuple[sp.Expr, sp.Expr]]:
-        """(factor below level ``inner``, monomial of atoms from ``inner`` up) of each term of the expanded expression."""
-        for term in sp.Add.make_args(sp.expand(expression)):
+        """(factor below level ``inner``, monomial of atoms from ``inner`` up) of each term of an expression that is multiplied out."""
+        for term in sp.Add.make_args(expression):
             outside, inside = sp.Integer(1), sp.Integer(1)
             for factor in sp.Mul.make_args(term):
                 if self.level(factor) >= inner:
@@ -116,10 +121,10 @@ class Algebra:
         return self.sum_images(expression if space is None else self.sum_pixels(expression, space))
 
     def _sum(self, expression: sp.Expr, inner: Level, count: sp.Expr, outer: Level, kind: str) -> sp.Expr:
-        total = sp.Integer(0)
-        for factor, monomial in self.terms(expression, inner):
-            total += factor * (count if monomial == 1 else self.atom(Atom(kind, outer, (monomial,), (count,)), kind[0]))
-        return sp.expand(total)
+        return sp.Add(*(
+            factor * (count if monomial == 1 else self.atom(Atom(kind, outer, (monomial,), (count,)), kind[0]))
+            for factor, monomial in self.terms(expression, inner)
+        ))  # fmt: skip
 
     def convolution(self, weight: sp.Expr, z: sp.Expr, part: Hashable, geometry: Hashable, space: sp.Expr | None) -> sp.Expr:
         """What the channels ``part`` of a convolution's input bring to its output; ``space`` is the output's (None: one pixel)."""
@@ -138,36 +143,36 @@ class Algebra:
     def _bilinear(
         self, kind: str, level: Level, operands: tuple[sp.Expr, sp.Expr], data: tuple[Hashable, ...], space: sp.Expr | None
     ) -> sp.Expr:
-        """An unknown bilinear map: numbers come out of it, and that is all the linearity that the proofs use."""
+        """An unknown bilinear map of expressions that are multiplied out: numbers come out of it, and that is all the linearity that the proofs use."""
         (left, a), (right, b) = (_content(e) for e in operands)
         return left * right * self.atom(Atom(kind, level, (a, b), data, space), kind[0]) if left and right else sp.Integer(0)
 
     def maximum(self, x: sp.Expr, window: Hashable, space: sp.Expr | None) -> sp.Expr:
         """The largest of each window of x: an unknown function of all of x."""
-        return self.atom(Atom("maximum", Level.PIXEL, (sp.expand(x),), (window,), space), "y")
+        return self.atom(Atom("maximum", Level.PIXEL, (x,), (window,), space), "y")
 
     def scattered(self, x: sp.Expr, d: sp.Expr, window: Hashable, space: sp.Expr | None) -> sp.Expr:
         """``d`` carried back to where the maxima of x's windows lie: linear in d, and the gradient of :meth:`maximum`."""
         factor, d = _content(d)
-        return factor * self.atom(Atom("scattered", Level.PIXEL, (sp.expand(x), d), (window,), space), "g") if factor else factor
+        return factor * self.atom(Atom("scattered", Level.PIXEL, (x, d), (window,), space), "g") if factor else factor
 
     def mean(self, x: sp.Expr, space: sp.Expr | None) -> sp.Expr:
         """The mean over all but the channels."""
         count = self.images if space is None else self.images * space
         if self.defined:
-            return sp.expand(self.sum_batch(x, space) / count)
-        return self.atom(Atom("mean", Level.CHANNEL, (sp.expand(x),), (count,)), "m")
+            return expanded(self.sum_batch(x, space) / count)
+        return self.atom(Atom("mean", Level.CHANNEL, (x,), (count,)), "m")
 
     def variance(self, x: sp.Expr, space: sp.Expr | None) -> sp.Expr:
         """The mean of the squared distances from the mean."""
         count = self.images if space is None else self.images * space
         if self.defined:
-            return sp.expand(self.sum_batch((x - self.mean(x, space)) ** 2, space) / count)
-        return self.atom(Atom("variance", Level.CHANNEL, (sp.expand(x),), (count, self.mean(x, space))), "v")
+            return expanded(self.sum_batch(expanded((x - self.mean(x, space)) ** 2), space) / count)
+        return self.atom(Atom("variance", Level.CHANNEL, (x,), (count, self.mean(x, space))), "v")
 
     def reciprocal_root(self, base: sp.Expr) -> sp.Expr:
         """1 / sqrt(base), of one value a channel."""
-        return self.atom(Atom("reciprocal root", Level.CHANNEL, (sp.expand(base),)), "r")
+        return self.atom(Atom("reciprocal root", Level.CHANNEL, (base,)), "r")
 
     def activation(self, name: str, u: sp.Expr) -> sp.Expr:
         """An unknown function of u; homogeneous where the name is one of :data:`HOMOGENEOUS`. relu(relu(v)) is relu(v)."""
@@ -186,7 +191,7 @@ class Algebra:
     def chain_rule(self, gradient: sp.Expr, name: str, u: sp.Expr) -> sp.Expr:
         """``gradient`` times the derivative at u; relu's is 0 or 1, so that its square is itself."""
         slope = self.derivative(name, u)
-        product = sp.expand(gradient * slope)
+        product = expanded(gradient * slope)
         return product.subs(slope**2, slope) if name == "relu" else product
 
     def _is_result_of(self, wanted: str, name: str, u: sp.Expr) -> bool:
@@ -196,13 +201,14 @@ class Algebra:
     def _primitive(self, name: str, u: sp.Expr) -> tuple[sp.Expr, sp.Expr]:
         """A positive number and what is left of u, where the activation lets it out."""
         if not name.startswith(HOMOGENEOUS):
-            return sp.Integer(1), sp.expand(u)
+            return sp.Integer(1), u
         factor, u = _content(u)
-        return (factor, u) if factor >= 0 else (-factor, sp.expand(-u))
+        return (factor, u) if factor >= 0 else (-factor, -u)
 
     def is_zero(self, expression: sp.Expr) -> bool:
         """Whether the expression is 0 whatever its atoms are."""
-        return bool(sp.expand(expression) == 0) or bool(sp.expand(sp.together(sp.expand(expression)).as_numer_denom()[0]) == 0)
+        rest = expanded(expression)
+        return bool(rest == 0 or expanded(sp.together(rest).as_numer_denom()[0]) == 0)
 
     def explained(self, expression: sp.Expr) -> str:
         """The expression with what its symbols stand for, one a line: for whoever reads why a proof failed."""
@@ -222,7 +228,6 @@ class Algebra:
 
 def _content(expression: sp.Expr) -> tuple[sp.Rational, sp.Expr]:
     """A number and an expression without a common factor of its coefficients, the first of them positive; their product is what came."""
-    expression = sp.expand(expression)
     if expression == 0:
         return sp.Integer(0), expression
     terms = sorted((term.as_coeff_Mul() for term in sp.Add.make_args(expression)), key=lambda term: sp.default_sort_key(term[1]))
@@ -230,4 +235,4 @@ def _content(expression: sp.Expr) -> tuple[sp.Rational, sp.Expr]:
     content = sp.Rational(reduce(gcd, (abs(n.p) for n in numbers)), reduce(sp.ilcm, (n.q for n in numbers)))
     if numbers[0] < 0:
         content = -content
-    return content, sp.expand(expression / content)
+    return content, sp.Add(*(number / content * monomial for number, monomial in terms))

@@ -11,7 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import sympy as sp
-from algebra import Level, NotProved
+from algebra import Level, NotProved, expanded
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -68,11 +68,11 @@ def runs(values: Sequence[Value]) -> list[tuple[int, list[sp.Expr]]]:
 
 
 def _pointwise(function: Callable[..., sp.Expr]) -> Meaning:
-    """An operator of each value for itself; numbers among the arguments take part."""
+    """An operator of each value for itself, its result multiplied out; numbers among the arguments take part."""
 
     def meaning(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) -> Sequence[Any]:
         operands = [values[i] if isinstance(a, Tensor) else ((0, s.number(a)),) for i, a in enumerate(args) if _is_operand(a)]
-        return [tuple((n, sp.expand(function(s, *row, **kwargs))) for n, row in runs(operands))]
+        return [tuple((n, function(s, *row, **kwargs)) for n, row in runs(operands))]
 
     return meaning
 
@@ -101,13 +101,13 @@ def _filled(number: Callable[[Any], Any]) -> Meaning:
 def _power(s: Symbolic, base: sp.Expr, exponent: sp.Expr) -> sp.Expr:
     if not (exponent.is_Integer and exponent > 0):
         raise NotProved(f"a power of {exponent}")
-    return base**exponent
+    return expanded(base**exponent)
 
 
 def _divide(s: Symbolic, a: sp.Expr, b: sp.Expr) -> sp.Expr:
     if s.algebra.level(b) != 0:
         raise NotProved(f"a division by {b}")
-    return a / b
+    return expanded(a / b)
 
 
 def _reduced(s: Symbolic, x: Tensor, dims: Sequence[int], expression: sp.Expr) -> sp.Expr:
@@ -142,14 +142,14 @@ def _sum(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) -> Seque
 
 def _mean(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) -> Sequence[Any]:
     (total,) = _sum(s, args, kwargs, values, result)
-    return [tuple((n, sp.expand(e / _count(s, args[0], _dims(args[0], args)))) for n, e in total)]
+    return [tuple((n, expanded(e / _count(s, args[0], _dims(args[0], args)))) for n, e in total)]
 
 
 def _mean_and_variance(s: Symbolic, x: Tensor, dims: Sequence[int], correction: int, e: sp.Expr) -> tuple[sp.Expr, sp.Expr]:
     if sorted(d % x.dim() for d in dims) != [d for d in range(x.dim()) if d != 1]:
         raise NotProved(f"a variance over dimensions {list(dims)} of {tuple(x.shape)}")
     space, count = s.space(x.shape), _count(s, x, dims)
-    return s.algebra.mean(e, space), sp.expand(s.algebra.variance(e, space) * (count / (count - correction)))
+    return s.algebra.mean(e, space), expanded(s.algebra.variance(e, space) * (count / (count - correction)))
 
 
 def _var_mean(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) -> Sequence[Any]:
@@ -244,11 +244,11 @@ def _batch_norm(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) -
     for n, (e, gamma, beta, old_mean, old_var) in runs([values[0], *vectors, *old]):
         mean, var = _mean_and_variance(s, x, dims, 0, e)
         root = s.algebra.reciprocal_root(var + s.number(eps))
-        outputs.append((n, sp.expand((e - mean) * root * gamma + beta)))
+        outputs.append((n, expanded((e - mean) * root * gamma + beta)))
         means.append((n, mean))
         roots.append((n, root))
-        moved[0].append((n, sp.expand((1 - m) * old_mean + m * mean)))
-        moved[1].append((n, sp.expand((1 - m) * old_var + m * var * count / (count - 1))))
+        moved[0].append((n, expanded((1 - m) * old_mean + m * mean)))
+        moved[1].append((n, expanded((1 - m) * old_var + m * var * count / (count - 1))))
     for running, value in zip((running_mean, running_var), moved, strict=True):
         if running is not None:
             s.write(running, tuple(value))
@@ -266,10 +266,10 @@ def _batch_norm_backward(s: Symbolic, args: Any, kwargs: Any, values: Any, resul
     found: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
     for n, (gradient, e, scale, mean, root) in runs([values[0], values[1], gamma, values[5], values[6]]):
         total = s.algebra.sum_batch(gradient, space)
-        product = s.algebra.sum_batch(sp.expand(gradient * (e - mean)), space)
+        product = s.algebra.sum_batch(expanded(gradient * (e - mean)), space)
         dx = scale * root * (gradient - total / count - root**2 * product * (e - mean) / count)
         for results, expression in zip(found, (dx, root * product, total), strict=True):
-            results.append((n, sp.expand(expression)))
+            results.append((n, expanded(expression)))
     return [tuple(results) for results in found]
 
 
@@ -338,7 +338,7 @@ def _quotient(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) -> 
     _failed(values[0])
     divisor, dividend = int(args[1]), values[0][0][1]
     for remainder in s.remainders[divisor]:
-        quotient = sp.expand((dividend - remainder) / divisor)
+        quotient = expanded((dividend - remainder) / divisor)
         if all(term.as_coeff_Mul()[0].is_Integer for term in sp.Add.make_args(quotient)):
             return quotient, remainder
     raise NotProved(f"nothing is known of {dividend} divided by {divisor}")
@@ -369,7 +369,7 @@ def _max_pool(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) -> 
     row, column = (s.algebra.leaf(f"{name}_{pooled[0][1]}", Level.NUMBER) for name in ("row", "column"))
     left = s.algebra.leaf(f"position{result[0].shape[3]}", Level.NUMBER) * window[1][1] - window[2][1]
     s.remainders[width].append(column)
-    s.remainders[window[0][1]].append(sp.expand(column - left))
+    s.remainders[window[0][1]].append(expanded(column - left))
     place = row * width + column
     s.places[place] = values[0], window
     return [pooled, ((0, place),)]
@@ -401,10 +401,10 @@ MEANINGS: dict[str, Meaning] = {
     "add": _pointwise(_add),
     "sub": _pointwise(lambda s, a, b, alpha=1: a - s.number(alpha) * b),
     "rsub": _pointwise(lambda s, a, b, alpha=1: b - s.number(alpha) * a),
-    "mul": _pointwise(lambda s, a, b: a * b),
+    "mul": _pointwise(lambda s, a, b: expanded(a * b)),
     "div": _pointwise(_divide),
     "neg": _pointwise(lambda s, a: -a),
-    "square": _pointwise(lambda s, a: a * a),
+    "square": _pointwise(lambda s, a: expanded(a * a)),
     "pow": _pointwise(_power),
     "rsqrt": _pointwise(lambda s, a: s.algebra.reciprocal_root(a)),
     "clone": _same,

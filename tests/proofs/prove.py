@@ -17,7 +17,7 @@ from typing import Any
 
 import sympy as sp
 import torch
-from algebra import Level, NotProved
+from algebra import Level, NotProved, expanded
 from reverse import gradients
 from symbolic import Symbolic
 from pass_tools import make_pass, site_graph
@@ -93,7 +93,7 @@ def _compare(s: Symbolic, what: str, expected: Any, found: Any) -> None:
     for _, (one, other) in runs([expected, found]):
         if not s.algebra.is_zero(one - other):
             raise NotProved(
-                f"{what} should be\n{s.algebra.explained(sp.expand(one))}\nand is\n{s.algebra.explained(sp.expand(other))}"
+                f"{what} should be\n{s.algebra.explained(expanded(one))}\nand is\n{s.algebra.explained(expanded(other))}"
             )
 
 

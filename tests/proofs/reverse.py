@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import sympy as sp
-from algebra import Algebra, Level
+from algebra import Algebra, Level, expanded
 
 __all__ = ["gradients"]
 
@@ -25,13 +25,13 @@ def gradients(
     def spread(expression: sp.Expr, cofactor: sp.Expr, level: Level, space: sp.Expr | None) -> None:
         """Add to each atom of ``expression`` its share of the gradient ``cofactor`` at ``expression``, a tensor of ``level``."""
         for symbol in expression.free_symbols & algebra.atoms.keys():
-            share = sp.expand(cofactor * sp.diff(expression, symbol))
+            share = expanded(cofactor * sp.diff(expression, symbol))
             own = algebra.atoms[symbol].level
             if level is Level.PIXEL and own < Level.PIXEL and space is not None:
                 share = algebra.sum_pixels(share, space)
             if level >= Level.IMAGE and own < Level.IMAGE:
                 share = algebra.sum_images(share)
-            found[symbol] = sp.expand(found[symbol] + share)
+            found[symbol] += share
 
     for output, seed, level, space in outputs:
         spread(output, seed, level, space)
@@ -54,7 +54,7 @@ def gradients(
             case "variance":
                 count, mean = atom.data
                 slope = 2 * own / count * (atom.arguments[0] - mean)
-                spread(atom.arguments[0], slope, Level.PIXEL, algebra.space(atom.arguments[0]))
+                spread(atom.arguments[0], expanded(slope), Level.PIXEL, algebra.space(atom.arguments[0]))
             case "activation":
                 u = atom.arguments[0]
                 spread(u, algebra.chain_rule(own, atom.data[0], u), atom.level, atom.space)

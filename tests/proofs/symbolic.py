@@ -18,7 +18,7 @@ from typing import Any
 
 import sympy as sp
 import torch
-from algebra import Algebra, Level, NotProved
+from algebra import Algebra, Level, NotProved, expanded
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -154,7 +154,7 @@ class Symbolic(TorchDispatchMode):
 
     def uniform(self, x: Tensor, expression: sp.Expr) -> Value:
         """The value of a tensor like x that holds one expression."""
-        return ((self._range(x)[1], sp.expand(expression)),)
+        return ((self._range(x)[1], expanded(expression)),)
 
     def space(self, shape: Sequence[int]) -> sp.Symbol | None:
         """How many pixels an image of [N, C, *spatial] has: a symbol for each number, None for 1."""

@@ -105,7 +105,7 @@ def _power(s: Symbolic, base: sp.Expr, exponent: sp.Expr) -> sp.Expr:
 
 
 def _divide(s: Symbolic, a: sp.Expr, b: sp.Expr) -> sp.Expr:
-    if s.algebra.level(b) != 0:
+    if s.algebra.level(b) > Level.CHANNEL or (b.is_Add and s.algebra.level(b) > Level.NUMBER):
         raise NotProved(f"a division by {b}")
     return expanded(a / b)
 
@@ -168,6 +168,13 @@ def _cat(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) -> Seque
         _failed(value)
         joined += [(n or x.shape[dim], e) for n, e in value]
     return [tuple(joined)]
+
+
+def _stack(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) -> Sequence[Any]:
+    """Rows that each have the same to say of their own image (or rank)."""
+    if any(value != values[0][0] for value in values[0]) or len(args[0]) != s.images or (args[1:] and args[1] != 0):
+        raise NotProved("a stack of different rows")
+    return [values[0][0]]
 
 
 def _parts(value: Value, channels: int) -> list[tuple[tuple[int, int], sp.Expr]]:
@@ -427,6 +434,7 @@ MEANINGS: dict[str, Meaning] = {
     "mean": _mean,
     "var_mean": _var_mean,
     "cat": _cat,
+    "stack": _stack,
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
     "native_batch_norm": _batch_norm,

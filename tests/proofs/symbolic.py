@@ -52,6 +52,8 @@ class _Memory:
                 found.append((min(stop, start + channels) - max(first, start), expression))
         if sum(n for n, _ in found) != channels:
             raise NotProved(f"channels {start} to {start + channels} are read before they were written")
+        if not found:
+            raise NotProved("nothing is known of all channels")
         return tuple(found)
 
     def write(self, start: int, channels: int, value: Value) -> None:
@@ -143,7 +145,10 @@ class Symbolic(TorchDispatchMode):
         memory = self._memories.get(x.untyped_storage()._cdata)
         if memory is None:
             raise NotProved(f"a tensor {tuple(x.shape)} of unknown origin is read")
-        return memory.read(start, channels)
+        if channels == 0 and x.numel() == 1 and memory.everywhere is None:  # one element of a vector
+            start, channels = x.storage_offset(), 1
+        value = memory.read(start, channels)
+        return ((0, value[0][1]),) if channels == 1 else value  # it may meet any number of channels
 
     def write(self, x: Tensor, value: Value) -> None:
         """Let a tensor hold this."""
@@ -206,7 +211,7 @@ class Symbolic(TorchDispatchMode):
             for known, expression in ((m, n * symbol), (pixels, symbol), (Fraction(m, m - 1), n * symbol / (n * symbol - 1))):
                 for base, meaning in ((Fraction(known), expression), (1 / Fraction(known), 1 / expression)):
                     ratio = (exact / base).limit_denominator(16)
-                    if 0 < abs(ratio) < 64 and abs(exact / base / ratio - 1) < Fraction(1, 10**13):
+                    if 0 < abs(ratio.numerator) <= 64 and abs(exact / base / ratio - 1) < Fraction(1, 10**13):
                         return sp.Rational(ratio) * meaning
         short = exact.limit_denominator(1000)
         if abs(exact - short) <= abs(exact) / 2**52:

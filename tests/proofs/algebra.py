@@ -143,7 +143,7 @@ class Algebra:
     def _bilinear(
         self, kind: str, level: Level, operands: tuple[sp.Expr, sp.Expr], data: tuple[Hashable, ...], space: sp.Expr | None
     ) -> sp.Expr:
-        """An unknown bilinear map of expressions that are multiplied out: numbers come out of it, and that is all the linearity that the proofs use."""
+        """An unknown bilinear map of expressions that are multiplied out. Numbers come out of it: the proofs use no other linearity."""
         (left, a), (right, b) = (_content(e) for e in operands)
         return left * right * self.atom(Atom(kind, level, (a, b), data, space), kind[0]) if left and right else sp.Integer(0)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 __all__ = ["Evaluation"]
 
-_FUNCTIONS: dict[str, Any] = {"relu": F.relu, "silu": F.silu, "sigmoid": torch.sigmoid, "gelu": F.gelu, "tanh": torch.tanh, "hardswish": F.hardswish}
+_FUNCTIONS: dict[str, Any] = {"relu": F.relu, "silu": F.silu, "sigmoid": torch.sigmoid, "gelu": F.gelu, "tanh": torch.tanh}
 
 
 class Evaluation:

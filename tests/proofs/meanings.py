@@ -1,7 +1,7 @@
 """What each of PyTorch's operators means in the algebra. An operator that is not here fails a proof; none is guessed.
 
-A meaning takes (mode, args, kwargs, values of the tensors among args, result) and gives the value of each result. Conversions of dtype are the
-identity: proofs are about exact arithmetic.
+A meaning takes (mode, args, kwargs, values of the tensors among args, result) and gives the value of each result. Conversions of
+dtype are the identity: proofs are about exact arithmetic.
 """
 
 from __future__ import annotations
@@ -264,8 +264,8 @@ def _batch_norm(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) -
 
 def _batch_norm_backward(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) -> Sequence[Any]:
     """The derivative of batch norm's definition (shown by test_statistics.py to be reverse.py's)."""
-    g, x, weight, _, _, save_mean, save_root, training = args[:8]
-    if not training:
+    x, weight = args[1:3]
+    if not args[7]:
         raise NotProved("a batch norm that is not in training")
     gamma = ((0, sp.Integer(1)),) if weight is None else values[2]
     space = s.space(x.shape)

@@ -1,7 +1,7 @@
 """What a proof is here: an original and a rewritten program run on expressions, and everything that comes out of them is the same.
 
-The original's gradients are taken from its outputs' expressions by reverse.py, so from definitions alone; the rewritten program's come out of
-PyTorch's autograd with the project's own backward functions. :func:`planted` puts an error into one of the project's functions.
+The original's gradients are taken from its outputs' expressions by reverse.py, so from definitions alone. The rewritten program's come out
+of PyTorch's autograd with the project's own backward functions. :func:`planted` puts an error into one of the project's functions.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 import sympy as sp
 import torch
 from algebra import Level, NotProved, expanded
+from pass_tools import make_pass, site_graph
 from reverse import gradients
 from symbolic import Symbolic
-from pass_tools import make_pass, site_graph
 from torch import Tensor, fx, nn
 
 __all__ = ["EPS", "IMAGES", "MOMENTUM", "adopt", "after_passes", "edited", "planted", "prove", "prove_module", "symbolic"]
@@ -168,12 +168,12 @@ def _parameters(function: Any) -> Sequence[str]:
 def planted(name: str, wrong: Callable[[Any], Any]) -> Iterator[None]:
     """Replace the project's function ``name`` (or ``Class.method``), wherever it is known under that name, by ``wrong(function)``.
 
-    ``place:name`` is the one that is defined in a module with ``place`` in its name.
+    Of the implementations of the kernels it is the reference's; ``place:name`` is the one of a module with ``place`` in its name.
     """
     place, _, first = name.rpartition(":")
     first, _, method = first.partition(".")
     modules = [m for n, m in sys.modules.items() if n.partition(".")[0] == "bnrestructure" and m is not None]
-    holders: list[Any] = [m for m in modules if callable(vars(m).get(first)) and place in vars(m)[first].__module__]
+    holders: list[Any] = [m for m in modules if callable(vars(m).get(first)) and _is_at(place, vars(m)[first].__module__)]
     assert len({id(vars(m)[first]) for m in holders}) == 1, f"not one function is called {name}"
     if method:
         holders = [vars(holders[0])[first]]
@@ -187,6 +187,11 @@ def planted(name: str, wrong: Callable[[Any], Any]) -> Iterator[None]:
     finally:
         for holder, before in kept:
             setattr(holder, method or first, before)
+
+
+def _is_at(place: str, module: str) -> bool:
+    of_a_device = module.startswith(tuple(f"bnrestructure.kernels.{name}" for name in ("cpu", "cuda", "folded")))
+    return place in module if place else not of_a_device
 
 
 def edited(old: str, new: str) -> Callable[[Any], Any]:

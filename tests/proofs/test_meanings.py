@@ -63,7 +63,8 @@ def test_expressions_are_what_pytorch_computes(defined: bool) -> None:
 @pytest.mark.parametrize("act", [*PLAIN_ACTIVATIONS, "leaky_relu(0.2)", "leaky_relu(-0.5)"])
 def test_derivative_of_an_activation(act: str) -> None:
     """``activation_gradient`` is PyTorch's derivative of ``activate``, kinks included."""
-    u = torch.cat([torch.linspace(-8, 8, 4001, dtype=torch.float64), torch.tensor([0.0, -0.0, 3.0, -3.0, 6.0, 1e30, -1e30])]).requires_grad_()
+    special = torch.tensor([0.0, -0.0, 3.0, -3.0, 6.0, 1e30, -1e30], dtype=torch.float64)
+    u = torch.cat([torch.linspace(-8, 8, 4001, dtype=torch.float64), special]).requires_grad_()
     g = torch.linspace(-2, 3, u.numel(), dtype=torch.float64)
     expected = torch.autograd.grad(activate(u, act), u, g)[0]
     assert torch.equal(activation_gradient(g, u.detach(), act), expected)

@@ -37,7 +37,7 @@ def test_merging_adds_sums() -> None:
     one, two = (sp.symbols(f"n{i} mean{i} m2_{i}", positive=True) for i in (1, 2))
     for total, a, b in zip(sums(merged(one, two)), sums(one), sums(two), strict=True):
         assert sp.simplify(total - a - b) == 0
-    n, mean, m2 = one
+    _, mean, m2 = one
     count, first, second = sums(one)
     assert (sp.simplify(first / count - mean), sp.simplify(second - first**2 / count - m2)) == (0, 0)
 

@@ -241,7 +241,7 @@ def _vectors(found: Any, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, T
 @pytest.mark.parametrize("shortcut", ["tensor", "normalised"])
 @pytest.mark.parametrize("gained", [False, True])
 def test_residual_join(act: str, shortcut: str, gained: bool) -> None:
-    """conv, batch norm, add, activation, and the statistics of the sum; with ``gain`` the producers apply the scale of the shared gradient."""
+    """conv, batch norm, add, activation, and the statistics of the sum; with ``gain`` its producers apply their scales."""
     join(act, shortcut, gained, "sweep")
 
 

@@ -1,7 +1,7 @@
 """What each pass makes of whole models is the same program, for all N, sizes and weights: outputs, gradients and buffers.
 
-Means and variances are atoms here, with the derivatives that test_nodes.py proves of them. Channels are implicit: every formula is about one
-channel or, in a convolution, about all of them at once.
+Means and variances are atoms here, with the derivatives that test_nodes.py proves of them. Channels are implicit: every formula is about
+one channel or, in a convolution, about all of them at once.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def test_the_rungs_of_the_paper(name: str, rung: str) -> None:
 #: (the function, what stands in it, what is put in its place, a model, the last pass).
 ERRORS = [
     ("_split", '"beta": beta', '"beta": scale', "chain", "fission"),
-    ("_from_segments", "[output(part, name) for part in parts]", "[output(part, 'mean') for part in parts]", "dense", "share-statistics"),
-    ("_into_conv", "k: reader.normalise.kwargs[k] for k in _VECTORS", "k: reader.normalise.kwargs['mean'] for k in _VECTORS", "chain", "fuse-normalise"),
+    ("_from_segments", "[output(part, name)", "[output(part, 'mean')", "dense", "share-statistics"),
+    ("_into_conv", "k: reader.normalise.kwargs[k]", "k: reader.normalise.kwargs['mean']", "chain", "fuse-normalise"),
     ("_into_conv", "act=reader.act, **vectors", "act='identity', **vectors", "chain", "fuse-normalise"),
     ("_vectors_of", "operator.getitem, made, i)", "operator.getitem, made, 0)", "mixed", "fuse-normalise"),
     ("_join", '"act": match.act', '"act": "identity"', "residual", "fuse-residual"),
@@ -145,7 +145,7 @@ ERRORS = [
     ("PlainConv.backward", "dinto, None))", "None, None))", "dense", "eliminate-concat"),
     ("incoming_gradient", "ctx.offset, ctx.out_channels", "0, ctx.out_channels", "dense", "eliminate-concat"),
     ("destination", "into.shape[1], into.shape[1] + out_channels", "into.shape[1], into.shape[1]", "dense", "eliminate-concat"),
-    ("_ConcatBuffer.backward", "gradient.narrow(1, ctx.offset, ctx.channels)", "gradient.narrow(1, 0, ctx.channels)", "mixed", "eliminate-concat"),
+    ("_ConcatBuffer.backward", "gradient.narrow(1, ctx.offset,", "gradient.narrow(1, 0,", "mixed", "eliminate-concat"),
     ("PlainConv.backward", "accumulate=own", "accumulate=None", "preact", "thread-forks"),
     ("_fuse", 'act=of["act"]', 'act="identity"', "residual", "fuse-join"),
 ]  # fmt: skip

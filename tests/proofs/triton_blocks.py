@@ -1,7 +1,7 @@
 """Triton kernels run on expressions: the very functions, their blocks arrays of sympy's expressions, their memory lists.
 
-Rounding and narrow types are left out; masks, offsets and tails are as they stand, and what is read or written outside of a tensor, or read before
-it was written, is an error.
+Rounding and narrow types are left out. Masks, offsets and tails are as they stand: what is read or written outside of a tensor, or read
+before it was written, is an error.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 #   make test       the test-suite (WORKERS=4: four tests at a time)
 #   make zoo        every torchvision model with a batch norm (WORKERS=4: four at a time)
 #   make lint       ruff, and mypy on the installed wheel
+#   make mutations  plants faults in passes, nodes and kernels, one at a time, and says which guard notices each (ARGS: some of them)
 #   make sanitize   the kernel tests under the address and undefined-behaviour sanitizers
 #   make bench      timings against eager
 #   make cuda       every CUDA kernel compiled for every supported part (no GPU needed): registers, spills, shared memory
@@ -30,7 +31,7 @@ ARGS ?=
 
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test zoo lint sanitize bench cuda cuda-oldest cuda-models gpu clean setup
+.PHONY: help demo test zoo lint mutations sanitize bench cuda cuda-oldest cuda-models gpu clean setup
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -79,6 +80,9 @@ test: $(VENV)/.ready
 
 zoo: $(VENV)/.ready
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m zoo -n $(WORKERS) --dist loadgroup --durations=10 $(ARGS)
+
+mutations: $(VENV)/.ready
+	@$(BIN)/python -m tests.mutations $(ARGS)
 
 bench: $(VENV)/.ready
 	@$(BIN)/bnrestructure bench $(or $(ARGS),densenet121)

@@ -1,8 +1,8 @@
 """Gradients from definitions: reverse-mode differentiation of the algebra's expressions, with no formula of batch norm's in it.
 
-What it knows: the product rule (sympy's), that a sum's gradient is the same at each of its terms, that the gradient at a linear map's argument
-is the adjoint of that at its result, that an activation has a derivative, and that of x**(-1/2). Where the algebra does not spell means
-and variances out, it knows their derivatives, too: 1 / M and 2 (x - mean) / M.
+What it knows: the product rule (sympy's), that a sum's gradient is the same at each of its terms, that the gradient at a linear map's
+argument is the adjoint of that at its result, that an activation has a derivative, and that of x**(-1/2). Where the algebra does not spell
+means and variances out, it knows their derivatives, too: 1 / M and 2 (x - mean) / M.
 """
 
 from __future__ import annotations

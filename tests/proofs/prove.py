@@ -18,6 +18,7 @@ from typing import Any
 import sympy as sp
 import torch
 from algebra import Level, NotProved, expanded
+from channel_runs import runs
 from pass_tools import make_pass, site_graph
 from reverse import gradients
 from symbolic import Symbolic
@@ -88,8 +89,6 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _compare(s: Symbolic, what: str, expected: Any, found: Any) -> None:
-    from meanings import runs
-
     for _, (one, other) in runs([expected, found]):
         if not s.algebra.is_zero(one - other):
             raise NotProved(

@@ -19,15 +19,13 @@ from typing import Any
 import sympy as sp
 import torch
 from algebra import Algebra, Level, NotProved, expanded
+from channel_runs import Value
+from meanings import MEANINGS, VIEWS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Symbolic", "Value"]
-
-
-#: What a tensor holds: (number of channels, expression) for each run of channels; 0 channels: the expression goes for any number of them.
-Value = tuple[tuple[int, sp.Expr], ...]
+__all__ = ["Symbolic"]
 
 
 @dataclass
@@ -221,8 +219,6 @@ class Symbolic(TorchDispatchMode):
     # --- running -------------------------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from meanings import MEANINGS, VIEWS
-
         kwargs = kwargs or {}
         packet = func.overloadpacket.__name__
         if packet in ("device", "is_same_size", "sym_size", "sym_stride"):

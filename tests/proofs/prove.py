@@ -43,10 +43,13 @@ def prove(
     rewritten: Callable[..., Any],
     inputs: Sequence[Tensor],
     buffers: Callable[[], Sequence[Tensor]] = lambda: (),
+    *,
+    whole: bool = False,
 ) -> None:
     """Raise NotProved unless both programs give the same outputs, the same gradients at ``inputs`` and leave the same ``buffers``.
 
-    ``buffers`` puts fresh ones in place, each time it is called, and returns them.
+    ``buffers`` puts fresh ones in place, each time it is called, and returns them. A ``whole`` program must leave alone the gradients that
+    it is given; a node may add to that of a threaded tensor.
     """
     written = buffers()
     with torch.no_grad():
@@ -73,10 +76,14 @@ def prove(
     wanted = [x for x in inputs if x.requires_grad]
     leaves = [e for x in wanted for _, e in s.read(x)]
     truth = gradients(s.algebra, outputs, leaves)
+    given = [s.read(seed) for seed in seeds]
     differentiable = [(y, p) for y, p in zip(found, seeds, strict=True) if y.requires_grad]
     claimed = torch.autograd.grad(
         [y for y, _ in differentiable], wanted, [p for _, p in differentiable], allow_unused=True
     )
+    for i, (seed, before) in enumerate(zip(seeds, given, strict=True)):
+        if whole and s.read(seed) != before:
+            raise NotProved(f"the gradient of output {i} is the caller's, and was written to")
     for x, gradient in zip(wanted, claimed, strict=True):
         value = s.read(x)
         zero = tuple((n, sp.Integer(0)) for n, _ in value)
@@ -141,7 +148,7 @@ def prove_module(
     with s.running():
         x = s.tensor("x", *shape, dtype=dtype)
         parameters, renew = adopt(s, [original, rewritten], concats)
-        prove(s, lambda x, *_: original(x), lambda x, *_: rewritten(x), [x, *parameters], renew)
+        prove(s, lambda x, *_: original(x), lambda x, *_: rewritten(x), [x, *parameters], renew, whole=True)
 
 
 def after_passes(model: nn.Module, names: Sequence[str]) -> fx.GraphModule:

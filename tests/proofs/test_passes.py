@@ -64,6 +64,20 @@ class Shared(nn.Module):
         return torch.relu(self.twice(self.next(left))), self.twice(self.next(right))
 
 
+class Handed(nn.Module):
+    """Results that are a concat and a join without an activation: their gradients are the caller's, and other readers must not add to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.pool = conv_bn(3, 5), conv_bn(3, 5), nn.MaxPool2d(3, 2, 1)
+        self.branch = nn.Sequential(conv_bn(5, 6), nn.Conv2d(6, 4, 1))
+        self.join = nn.Sequential(conv_bn(5, 7), nn.Conv2d(7, 5, 1), nn.BatchNorm2d(5))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = self.pool(self.left(x)), self.pool(self.right(x))
+        return torch.cat([left, self.branch(left)], 1), right + self.join(right)
+
+
 class Residual(nn.Module):
     """A max pool, an identity join and one with a shortcut of its own; wide, for oneDNN's sake (kernels/aten_convolution.py)."""
 
@@ -76,7 +90,7 @@ class Residual(nn.Module):
         return self.layer2(self.layer1(self.pool(self.stem(x))))
 
 
-OWN = {"dense": Dense, "mixed": Mixed, "shared": Shared, "residual": Residual}
+OWN = {"dense": Dense, "mixed": Mixed, "shared": Shared, "handed": Handed, "residual": Residual}
 #: Widths that only a concat has, with its segments' widths.
 CONCATS = {"dense": {7: (4, 3), 10: (4, 3, 3)}, "mixed": {11: (4, 5, 2)}, "inception": {13: (3, 5, 3, 2)}}
 SHAPES = {"video": (IMAGES, 3, 83, 101, 109)}
@@ -147,6 +161,8 @@ ERRORS = [
     ("destination", "into.shape[1], into.shape[1] + out_channels", "into.shape[1], into.shape[1]", "dense", "eliminate-concat"),
     ("_ConcatBuffer.backward", "gradient.narrow(1, ctx.offset,", "gradient.narrow(1, 0,", "mixed", "eliminate-concat"),
     ("PlainConv.backward", "accumulate=own", "accumulate=None", "preact", "thread-forks"),
+    ("_ConcatBuffer.backward", ", copy=True", "", "handed", "eliminate-concat"),
+    ("_Residual.backward", "g = g.clone()", "pass", "handed", "thread-forks"),
     ("_fuse", 'act=of["act"]', 'act="identity"', "residual", "fuse-join"),
 ]  # fmt: skip
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from tests.mutations.faults import FAULTS
-from tests.mutations.guards import OTHERS, noticed
+from tests.mutations.guards import noticed, others
 from tests.mutations.tree import Fault, StaleFaultError, Tree, located
 
 
@@ -29,7 +29,7 @@ class Planter:
         """The guards that take notice: the fault's own first, then the others, up to the first that does."""
         root = self.tree.with_fault(fault, f"fault{number}")
         found = []
-        for guard in dict.fromkeys((fault.guard, *OTHERS)):
+        for guard in dict.fromkeys((fault.guard, *others(fault))):
             if noticed(guard, fault, root) is not None:
                 self._check(guard, fault)
                 found.append(guard)

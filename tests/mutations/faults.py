@@ -37,8 +37,8 @@ NODES = (
     Fault("PlainConv.backward", "accumulate=own", "accumulate=None", "proofs:test_nodes.py"),
     Fault("JoinConv.backward", "accumulate=dz", "accumulate=None", "proofs:test_nodes.py"),
     Fault("incoming_gradient", "narrow(1, ctx.offset, ctx.out_channels)", "narrow(1, 0, ctx.out_channels)", "proofs:test_passes.py"),
-    Fault("_ConcatBuffer.backward", ".to(ctx.dtype, copy=True)", ".to(ctx.dtype)", "tests/passes"),
-    Fault("_Residual.backward", "g = g.clone()", "pass", "tests/test_semantics_joins.py"),
+    Fault("_ConcatBuffer.backward", ".to(ctx.dtype, copy=True)", ".to(ctx.dtype)", "proofs:test_passes.py"),
+    Fault("_Residual.backward", "g = g.clone()", "pass", "proofs:test_passes.py"),
     Fault("guard_second_derivative", "if not torch.is_grad_enabled():", "if True:", "tests/test_semantics_autograd.py"),
     Fault("compute_dtype", "x.dtype != torch.float64 and ", "", "tests/test_semantics_modes.py"),
 )  # fmt: skip

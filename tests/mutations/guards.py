@@ -16,10 +16,12 @@ from pathlib import Path
 
 from tests.mutations.tree import ISA, Fault
 
-__all__ = ["OTHERS", "noticed"]
+__all__ = ["noticed", "others"]
 
-#: What is asked when the guard of the table has seen nothing.
-OTHERS = ("proofs", "verify", "tests/passes", "tests/kernels", "tests/test_random_graphs.py")
+
+def others(fault: Fault) -> tuple[str, ...]:
+    """Whom to ask when the guard of the table has seen nothing."""
+    return ("tests/kernels",) if fault.is_compiled else ("proofs", "verify", "tests/passes", "tests/test_random_graphs.py")
 
 _VERIFY = """
 import sys

@@ -65,7 +65,7 @@ class Shared(nn.Module):
 
 
 class Handed(nn.Module):
-    """Results that are a concat and a join without an activation: their gradients are the caller's, and other readers must not add to them."""
+    """Results that are a concat and a join without an activation: gradients of theirs are the caller's, and no reader may add to them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -26,7 +26,9 @@ class Fault:
     """``old`` becomes ``new`` in the function (or ``Class.method``) called ``where``, of which ``guard`` should take notice.
 
     Functions are looked for by name in the whole package: faults survive moves. ``where`` may start with a part of the file's path and a
-    colon. C++ is meant where ``where`` ends with ``.h`` or ``.cpp``.
+    colon. Without ``old`` the whole body becomes ``new``. C++ is meant where ``where`` ends with ``.h`` or ``.cpp``; a pass where it is
+    ``PASS -> NODE.ARGUMENT``: the last such node that has the argument comes out of the pass with ``new``, an expression in the node's
+    other arguments, instead of it.
     """
 
     where: str
@@ -39,8 +41,13 @@ class Fault:
         return self.where.endswith((".h", ".cpp"))
 
     @property
+    def is_of_a_pass(self) -> bool:
+        return " -> " in self.where
+
+    @property
     def shown(self) -> str:
-        return f"{self.where}: {_short(self.old)} -> {_short(self.new) or 'nothing'}"
+        changed = "" if self.is_of_a_pass else f"{_short(self.old) or 'all'} -> "
+        return f"{self.where}: {changed}{_short(self.new) or 'nothing'}"
 
 
 def _short(text: str) -> str:
@@ -55,6 +62,9 @@ def sources(root: Path) -> list[Path]:
 
 def located(fault: Fault, root: Path = ROOT) -> tuple[Path, str]:
     """The file that a fault changes, relative to ``root``, and its text with the fault. Raises StaleFaultError."""
+    if fault.is_of_a_pass:
+        path = root / "passes" / "pipeline.py"
+        return path.relative_to(root), path.read_text() + _wrong_pass(fault)
     if fault.is_compiled:
         files = [path for path in (root / "bnrestructure").rglob(fault.where) if path.is_file()]
         spans = [(path, 0, len(path.read_text())) for path in files]
@@ -65,9 +75,55 @@ def located(fault: Fault, root: Path = ROOT) -> tuple[Path, str]:
         raise StaleFaultError(f"{fault.shown}: found in {len(hits)} of {len(spans)} functions of that name")
     (path, first, last) = hits[0]
     text = path.read_text()
+    if not fault.old:
+        indented = text[first : first + len(text[first:]) - len(text[first:].lstrip())]
+        return path.relative_to(root), f"{text[:first]}{indented}{fault.new}\n{text[last:]}"
     if text[first:last].count(fault.old) != 1:
         raise StaleFaultError(f"{fault.shown}: found {text[first:last].count(fault.old)} times")
     return path.relative_to(root), text[:first] + text[first:last].replace(fault.old, fault.new) + text[last:]
+
+
+#: What a fault of a pass adds to the pipeline: each step of that name is followed by the change of an argument.
+_WRONG_PASS = """
+
+_right_steps = steps
+
+
+def steps(*args, **kwargs):
+    for step in _right_steps(*args, **kwargs):
+        yield _Wrong(step) if step.name == {name!r} else step
+
+
+class _Wrong:
+    def __init__(self, step):
+        self._step = step
+
+    def __getattr__(self, name):
+        return getattr(self._step, name)
+
+    def __call__(self, gm):
+        return self._changed(self._step(gm), gm)
+
+    def rewrite(self, gm):
+        return self._changed(self._step.rewrite(gm), gm)
+
+    def _changed(self, result, gm):
+        for node in reversed(gm.graph.nodes):
+            called = node.op == "call_function" and getattr(node.target, "__name__", "") == {node!r}
+            if called and node.kwargs.get({argument!r}) not in (None, "identity"):
+                value = eval({new!r}, dict(node.kwargs))
+                if value != node.kwargs[{argument!r}]:
+                    node.kwargs = {{**node.kwargs, {argument!r}: value}}
+                    gm.recompile()
+                    break
+        return result
+"""
+
+
+def _wrong_pass(fault: Fault) -> str:
+    name, _, place = fault.where.partition(" -> ")
+    node, _, argument = place.partition(".")
+    return _WRONG_PASS.format(name=name, node=node, argument=argument, new=fault.new)
 
 
 def _functions(path: Path, root: Path, where: str) -> list[tuple[int, int]]:

@@ -40,7 +40,7 @@ NODES = (
     Fault("_ConcatBuffer.backward", ".to(ctx.dtype, copy=True)", ".to(ctx.dtype)", "proofs:test_passes.py"),
     Fault("_Residual.backward", "g = g.clone()", "pass", "proofs:test_passes.py"),
     Fault("guard_second_derivative", "if not torch.is_grad_enabled():", "if True:", "tests/test_semantics_autograd.py"),
-    Fault("compute_dtype", "x.dtype != torch.float64 and ", "", "tests/test_semantics_autograd.py"),
+    Fault("compute_dtype", "x.dtype != torch.float64 and ", "", "tests/test_autocast_of_float64.py"),
 )  # fmt: skip
 
 #: Graphs as passes must not leave them.

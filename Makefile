@@ -5,6 +5,7 @@
 #   make test       the test-suite (WORKERS=4: four tests at a time)
 #   make zoo        every torchvision model with a batch norm (WORKERS=4: four at a time)
 #   make lint       ruff, codespell, and mypy on the installed wheel
+#   make mutations  plants faults in passes, nodes and kernels, one at a time, and says which guard notices each (ARGS: some of them)
 #   make sanitize   the kernel tests under the address and undefined-behaviour sanitizers
 #   make bench      timings against eager
 #   make fuzz       100,000 spoiled calls of the CPU kernels, in child processes (ARGS="--cases 1000 --seed 1")
@@ -34,7 +35,7 @@ ARGS ?=
 
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test zoo integrations docs wheel lint sanitize fuzz bench cuda cuda-oldest cuda-models gpu clean setup
+.PHONY: help demo test zoo integrations docs wheel lint mutations sanitize fuzz bench cuda cuda-oldest cuda-models gpu clean setup
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -99,6 +100,9 @@ docs: $(VENV)/.docs
 	    -b html docs docs/_build/html $(ARGS)
 	@$(BIN)/python -m sphinx --fail-on-warning --quiet -b linkcheck docs docs/_build/linkcheck
 	@echo "docs/_build/html/index.html"
+
+mutations: $(VENV)/.ready
+	@$(BIN)/python -m tests.mutations $(ARGS)
 
 bench: $(VENV)/.ready
 	@$(BIN)/bnrestructure bench $(or $(ARGS),densenet121)

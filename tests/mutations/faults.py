@@ -96,7 +96,7 @@ COMPILED = (
         "sweeps_pool.cpp", "(h - k.kernel_h + k.stride_h) / k.stride_h", "(h - k.kernel_h) / k.stride_h",
         "tests/kernels/test_cpu_sweeps.py",
     ),
-    Fault("sweeps_residual.cpp", "spr = fma(p, vr - tr.mean, spr);", "spr = fma(p, vr, spr);", "tests/kernels/test_cpu_sweeps.py"),
+    Fault("sweeps_join.cpp", "spr = fma(p, vr - tr.mean, spr);", "spr = fma(p, vr, spr);", "tests/kernels/test_cpu_sweeps.py"),
     Fault("depthwise_taps.h", "store(target, even + odd)", "store(target, even)", "proofs:test_kernel_geometry.py"),
 )  # fmt: skip
 

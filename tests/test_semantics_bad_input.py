@@ -113,3 +113,39 @@ def test_wrong_dtype_is_pytorchs_error() -> None:
     model = bnrestructure.restructure(build("chain"), backend="reference")
     with pytest.raises(RuntimeError, match=r"Input type|expected m1|same dtype|type"):
         model(input_for("chain", torch.float32))
+
+
+def _batch_norm(**options: Any) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, **options), nn.ReLU(), nn.Conv2d(3, 3, 1))
+
+
+def _without_eps() -> nn.Module:
+    return _batch_norm(eps=0.0)
+
+
+def _in_double() -> nn.Module:
+    model = _batch_norm()
+    model[1].double()
+    return model
+
+
+def _with_differentiable_statistics() -> nn.Module:
+    model = _batch_norm()
+    model[1].running_mean = torch.zeros(3, requires_grad=True)
+    return model
+
+
+def _with_a_bias_of_another_dtype() -> nn.Module:
+    model = _batch_norm()
+    model[3].bias.data = model[3].bias.data.bfloat16()
+    return model
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("make", [_without_eps, _in_double, _with_differentiable_statistics, _with_a_bias_of_another_dtype])
+def test_what_eager_refuses_at_the_step_is_refused(make: Callable[[], nn.Module], backend: str) -> None:
+    x = torch.randn(4, 3, 5, 5)
+    with pytest.raises((ValueError, RuntimeError)) as expected:
+        make()(x)
+    with pytest.raises(expected.type, match=str(expected.value)[:11]):
+        bnrestructure.restructure(make(), backend=backend)(x)

@@ -137,6 +137,18 @@ class ConvGeometry(NamedTuple):
         sizes = zip(spatial, kernel, self.stride, self.padding, self.dilation, strict=True)
         return tuple([(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes])
 
+    def misfit(self, x: Sequence[int], weight: Sequence[int]) -> str | None:
+        """Why there is no convolution of tensors of these sizes, or None; PyTorch has words of its own for each case."""
+        spatial = len(weight) - 2
+        if len(x) != len(weight) or not len(self.stride) == len(self.padding) == len(self.dilation) == spatial > 0:
+            return f"an input of sizes {list(x)}, a weight of sizes {list(weight)} and a stride of {len(self.stride)} numbers"
+        if self.groups < 1 or x[1] != weight[1] * self.groups or weight[0] % self.groups:
+            return f"a weight of sizes {list(weight)} in {self.groups} groups, for {x[1]} channels"
+        if min(*self.stride, *self.dilation) < 1 or min(self.padding) < 0:
+            return f"a stride of {self.stride}, a dilation of {self.dilation} and a padding of {self.padding}"
+        size = self.output_size(tuple(x[2:]), tuple(weight[2:]))
+        return f"a result of size {size}" if min(size) < 1 else None
+
     def is_depthwise(self, weight: Sequence[int]) -> bool:
         """Whether every channel is a group of its own, with one output; ``weight`` is the weight's shape."""
         return self.groups > 1 and self.groups == weight[0] and weight[1] == 1

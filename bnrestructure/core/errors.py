@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["BNRestructureError", "BrokenGraphError", "CaptureError", "NotFullyFusedError", "UsageError", "first_line"]
+__all__ = [
+    "BNRestructureError",
+    "BrokenGraphError",
+    "CaptureError",
+    "NotFullyFusedError",
+    "UnexpectedTensorError",
+    "UsageError",
+    "first_line",
+]
 
 
 class BNRestructureError(Exception):
@@ -30,6 +38,13 @@ class BrokenGraphError(BNRestructureError):
 
 class NotFullyFusedError(BNRestructureError):
     """``restructure(model, strict=True)`` and some batch norm is not fully fused."""
+
+
+class UnexpectedTensorError(BNRestructureError):
+    """A tensor of another size, dtype or layout than a kernel was told to expect.
+
+    Raised before anything is written; the reference runs the call then, so that PyTorch's own operators say what is wrong with it.
+    """
 
 
 def first_line(error: BaseException) -> str:

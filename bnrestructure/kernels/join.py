@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, Transform
+from bnrestructure.core.errors import UnexpectedTensorError
+from bnrestructure.kernels.operands import require_fit
 
 __all__ = ["JoinGradients", "join_backward", "join_forward", "unsupported_part"]
 
@@ -63,6 +65,9 @@ def join_backward(
 
     ``options`` are ``dtype``, and ``accumulate``: the other readers' gradient at z, which is added first; its memory may be used for G.
     """
+    if join.r.shape != join.y.shape:
+        raise UnexpectedTensorError(f"operands of a join {list(join.y.shape)} and {list(join.r.shape)}")
+    require_fit(join.y, join.ty, join.tr)
     found = kernels.conv_backward(dy, edge, z, Transform(), weight, geometry, needs=(True, *needs), **options)
     gradients = kernels.residual_backward(found.dx, None, *join.operands[:-1], z, join.act)
     return *gradients, found.weight, found.bias

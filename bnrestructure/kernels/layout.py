@@ -7,6 +7,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from bnrestructure.core.errors import UnexpectedTensorError
+from bnrestructure.kernels.operands import readable
+
 __all__ = ["pitch_of", "vector"]
 
 
@@ -40,4 +43,6 @@ def vector(v: Tensor | None) -> Tensor | None:
     """A per-channel vector as contiguous fp32; the tensor itself when it is that already."""
     if v is None or (v.dtype is torch.float32 and v.is_contiguous()):
         return v
-    return v.detach().to(torch.float32).contiguous()
+    if not v.is_floating_point():
+        raise UnexpectedTensorError(f"a per-channel vector of {v.dtype}")
+    return readable(v).detach().to(torch.float32).contiguous()

@@ -96,6 +96,8 @@ def conv(
     dtype = compute_dtype(x)
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
+    if bias is not None and bias.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise RuntimeError(f"Input type ({x.dtype}) and bias type ({bias.dtype}) should be the same")
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     if x.dim() == weight.dim() - 1 and gate is None and into is None and channels is None:
         transform = Transform(mean, scale, beta, act)

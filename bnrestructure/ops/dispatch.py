@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrestructure.kernels import registry
+from bnrestructure.core.errors import UnexpectedTensorError
+from bnrestructure.kernels import reference, registry
+from bnrestructure.kernels.operands import require_memory_of_all
 
 __all__ = ["call_kernel", "compute_dtype", "guard_second_derivative", "in_format_of"]
 
@@ -29,12 +31,24 @@ def call_kernel(backend: str, name: str, *args: Any, **kwargs: Any) -> Any:
     kernel: Callable[..., Any] = registry.select(backend, name, args, kwargs)
     device = args[0].device.type
     if not torch.is_autocast_enabled(device):
-        return kernel(*args, **kwargs)
+        return _run(kernel, name, device, args, kwargs)
     torch.set_autocast_enabled(device, False)  # a torch.autocast block costs ten times as much, a thousand times a step
     try:
-        return kernel(*args, **kwargs)
+        return _run(kernel, name, device, args, kwargs)
     finally:
         torch.set_autocast_enabled(device, True)
+
+
+def _run(kernel: Callable[..., Any], name: str, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The kernel on these arguments; the reference where it meets a tensor that it does not expect."""
+    plain = getattr(reference, name)
+    if kernel is not plain:
+        try:
+            return kernel(*args, **kwargs)
+        except UnexpectedTensorError:
+            pass
+    require_memory_of_all((*args, *kwargs.values()), device)
+    return plain(*args, **kwargs)
 
 
 def in_format_of(x: Tensor, gradient: Tensor | None) -> Tensor | None:

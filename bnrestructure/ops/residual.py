@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bnrestructure.core.activation import activate
 from bnrestructure.core.edges import Transform, per_channel, statistics_factors
+from bnrestructure.kernels.operands import readable
 from bnrestructure.ops.concat import own_gradient
 from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative, in_format_of
 from bnrestructure.ops.statistics import statistics as compute_statistics
@@ -52,7 +53,7 @@ def residual(
         return _broadcast_join(y, (mean, scale, beta), r, (r_mean, r_scale, r_beta), act, statistics, backend)
     if y.dtype != r.dtype:
         dtype = torch.promote_types(y.dtype, r.dtype)
-        y, r = y.to(dtype), r.to(dtype)
+        y, r = readable(y).to(dtype), readable(r).to(dtype)
     out, omean, ovar = _Residual.apply(
         y, mean, scale, beta, r, r_mean, r_scale, r_beta, gain, r_gain, act, statistics, backend
     )

@@ -17,6 +17,9 @@ from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative, in_
 __all__ = ["FinalizeOutputs", "StatisticsOutputs", "batch_norm", "finalize", "statistics"]
 
 
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
 class StatisticsOutputs(NamedTuple):
     """mean and var (biased) are [C] in the accumulation dtype, size is x's, passed is x for its next reader when threaded."""
 
@@ -81,13 +84,13 @@ def finalize(
     channel as a tensor. ``momentum`` None is the cumulative average over ``num_batches_tracked``. The running variance takes the
     unbiased estimate var * M / (M - 1).
 
-    Raises what PyTorch's layers raise: ValueError when a channel has a single value or the input is not one of ``dimensions`` (empty: any)
-    in number of dimensions, RuntimeError when a parameter or running statistic does not have C elements.
+    Raises what PyTorch's layers raise: ValueError when a channel has a single value, ``eps`` is not positive or the input is not one of
+    ``dimensions`` (empty: any) in number of dimensions, RuntimeError when a parameter or running statistic does not have C elements, is of
+    a dtype that the input cannot have been of, or, a running statistic, requires a gradient.
     """
-    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, vector in named.items():
-        if vector is not None and vector.numel() != mean.numel():
-            raise RuntimeError(f"{name} should contain {mean.numel()} elements not {vector.numel()}")
+    _check_vectors(mean, weight, bias, running_mean, running_var)
+    if eps <= 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if isinstance(size, Tensor):
         count: int | Tensor = size
     else:
@@ -103,6 +106,34 @@ def finalize(
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
     return FinalizeOutputs(*_Finalize.apply(mean, var, count, weight, bias, running_mean, running_var, momentum, eps, backend))
+
+
+def _check_vectors(
+    mean: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None
+) -> None:
+    """Raise PyTorch's errors about a batch norm's parameters and running statistics."""
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    channels, dtype = mean.numel(), None
+    for name, vector in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
+        if vector is None:
+            continue
+        if vector.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
+        if vector.dim() != 1:
+            raise RuntimeError(f"{name}: expected 1 dims but tensor has {vector.dim()}")
+        # Statistics are float64 for a float64 input alone; parameters are of the input's dtype, or float32 beside 16 bits.
+        allowed = (torch.float64,) if mean.dtype is torch.float64 else _NARROW
+        dtype = vector.dtype if dtype is None else dtype
+        if vector.dtype not in allowed or vector.dtype is not dtype:
+            raise RuntimeError(f"mixed dtype: {name} is {vector.dtype}, where {allowed[0] if dtype not in allowed else dtype} was expected")
+    if torch.is_grad_enabled() and running_mean is not None and running_var is not None:
+        for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
+            if vector.requires_grad:
+                raise RuntimeError(
+                    f"The function 'native_batch_norm' is not differentiable with respect to argument '{name}'. "
+                    "This input cannot have requires_grad True."
+                )
 
 
 def _check_dimensions(found: int, allowed: tuple[int, ...]) -> None:

@@ -119,10 +119,9 @@ def convolution_choices(
 
 
 def description() -> str:
-    """The instruction set in use and where tuned choices are kept, for ``doctor``."""
+    """The instruction set in use, libraries that cannot be, and where tuned choices are kept, for ``doctor``."""
     identify_machine()
-    file = tuning.cache_file()
-    return f"{instruction_set()}; measured choices in {file}" if file is not None else instruction_set()
+    return "; ".join([instruction_set(), *library.damaged().values(), tuning.where_kept()])
 
 
 def _convolutions(weight: Tensor, geometry: ConvGeometry) -> ModuleType:

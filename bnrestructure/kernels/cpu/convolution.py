@@ -38,6 +38,7 @@ _MODULES: dict[str, Any] = {"fused": convolution_fused, "hybrid": convolution_hy
 def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why these kernels cannot run ``conv_forward`` or ``conv_backward`` on these arguments, or None."""
     x, transform, weight = args[0:3] if name == "conv_forward" else args[2:5]
+    geometry = args[4] if name == "conv_forward" else args[5]
     if weight.dim() != 4:
         return f"{weight.dim() - 2}-D convolution"
     codes = layout.ELEMENT_CODES
@@ -45,7 +46,7 @@ def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
         return f"computing in {kwargs['dtype']} with an input in {x.dtype} and a weight in {weight.dtype}"
     if x.numel() == 0 or weight.numel() == 0 or args[0].numel() == 0:
         return "an empty tensor"
-    return narrowed(x, transform, kwargs["dtype"]) or unsupported_activation(transform.act)
+    return narrowed(x, transform, kwargs["dtype"]) or geometry.misfit(x.shape, weight.shape) or unsupported_activation(transform.act)
 
 
 def choice(

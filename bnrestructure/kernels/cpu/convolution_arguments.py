@@ -13,7 +13,9 @@ from torch import Tensor
 
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, Transform
 from bnrestructure.kernels.cpu import layout, library
+from bnrestructure.kernels.cpu.memory import UnexpectedTensorError, of_pixels, of_vector, of_weight
 from bnrestructure.kernels.layout import vector
+from bnrestructure.kernels.operands import readable
 
 __all__ = ["Pixels", "backward_arguments", "forward_arguments", "named_sums", "pixels"]
 
@@ -28,7 +30,7 @@ Pixels = tuple[Tensor, int]
 
 def pixels(x: Tensor, dtype: torch.dtype) -> Pixels:
     """``x`` in ``dtype``, copied to channels_last where it is laid out differently."""
-    return layout.addressable(x.to(dtype))
+    return layout.addressable(x if x.dtype is dtype else readable(x).to(dtype))
 
 
 def _problem(
@@ -36,21 +38,24 @@ def _problem(
     transform: Transform,
     weight: Tensor,
     geometry: ConvGeometry,
-    out_size: tuple[int, ...],
     keep: list[Tensor | None],
 ) -> tuple[int | float, ...]:
     """The fields of ``struct Problem``. Vectors that had to be converted are put into ``keep``."""
     tensor, pitch = x
+    batch, channels, *size = tensor.shape
     vectors = [vector(v) for v in (transform.mean, transform.scale, transform.beta, transform.gate)]
     keep += vectors
     act, slope = layout.activation_code(transform.act)
-    channels_out, _, kernel_h, kernel_w = weight.shape
+    channels_out, _, *kernel = weight.shape
+    if weight.shape[1] * geometry.groups != channels or channels_out % geometry.groups:
+        raise UnexpectedTensorError(f"a weight of shape {list(weight.shape)} in {geometry.groups} groups, for {channels} channels")
     return (
-        *tensor.shape, channels_out, *out_size, kernel_h, kernel_w,
+        *tensor.shape, channels_out, *geometry.output_size(tuple(size), tuple(kernel)), *kernel,
         *geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups,
         tensor.dtype is torch.bfloat16, weight.dtype is torch.bfloat16, library.threads(),
-        tensor.data_ptr(), pitch, *map(_address, vectors), act, slope,
-        weight.data_ptr(), *weight.stride(),
+        of_pixels(tensor, pitch, tensor.shape, tensor.dtype), pitch,
+        *(of_vector(v, channels) for v in vectors[:3]), of_vector(vectors[3], batch, channels), act, slope,
+        of_weight(weight, weight.shape, weight.dtype), *weight.stride(),
     )  # fmt: skip
 
 
@@ -65,14 +70,27 @@ def forward_arguments(
     var: Tensor | None,
     keep: list[Tensor | None],
     join: Join | None = None,
+    prologue: bool = False,
 ) -> bytes:
-    """``struct ForwardArguments``. ``keep`` gains every tensor that may be a copy made for this call. With ``join`` x is written."""
+    """``struct ForwardArguments``. ``keep`` gains every tensor that may be a copy made for this call. With ``join`` x is written.
+
+    ``prologue``: y takes the transformed input, and has x's shape.
+    """
     tensor, pitch = y
     bias = vector(bias)
     keep += [bias, x[0], tensor]
-    problem = _problem(x, transform, weight, geometry, tensor.shape[2:], keep)
-    join_fields = _join(join, x[0].dtype, keep)
-    return _pack_forward(*problem, _address(bias), tensor.data_ptr(), pitch, _address(mean), _address(var), *join_fields)
+    problem = _problem(x, transform, weight, geometry, keep)
+    out = weight.shape[0]
+    shape = x[0].shape if prologue else output_shape(x[0], weight, geometry)
+    return _pack_forward(
+        *problem, of_vector(bias, out), of_pixels(tensor, pitch, shape, x[0].dtype), pitch, of_vector(mean, out), of_vector(var, out),
+        *_join(join, x[0], keep),
+    )  # fmt: skip
+
+
+def output_shape(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> tuple[int, ...]:
+    """[N, C_out, H_out, W_out] of the convolution of x."""
+    return x.shape[0], weight.shape[0], *geometry.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
 
 
 def backward_arguments(
@@ -93,26 +111,34 @@ def backward_arguments(
     bias_gradient: Tensor | None = None,
     factor: float = 1.0,
     join: Join | None = None,
+    whole: str = "both",
 ) -> bytes:
     """``struct BackwardArguments``. ``y`` is the edge's y; ``sums`` [2, C_in], or [3, C_in] with a join, takes SP, SPX and SPR;
     ``factor`` is the gradient factor.
 
-    ``keep`` gains every tensor that may be a copy made for this call. The rest is as the C names say.
+    ``keep`` gains every tensor that may be a copy made for this call. The rest is as the C names say. ``whole``: "both" the gradients at
+    the output and at the input are there, or only that at the "output" (dx has its shape) or at the "input" (dy has its shape).
     """
     gradient, pitch = dy
     y_tensor, y_pitch = y or (None, 0)
     dx_tensor, dx_pitch = dx or (None, 0)
     vectors = [vector(v) for v in (edge.s, edge.a, edge.b, edge.mean if y else None)]
     keep += [*vectors, gradient, y_tensor, x[0]]
-    sum_p = _address(sums)
-    sum_px = 0 if sums is None else sum_p + 4 * sums.shape[1]
+    source, out, dtype = x[0], weight.shape[0], gradient.dtype
+    batch, channels = source.shape[:2]
+    shape, shape_out = tuple(source.shape), output_shape(source, weight, geometry)
+    dy_shape, dx_shape = (shape_out if whole != "input" else shape), (shape if whole != "output" else shape_out)
+    rows = 3 if join is not None else 2
+    sum_p = of_vector(sums, rows, channels)
+    sum_px = sum_p + 4 * channels if sum_p else 0
     strides = (0, 0, 0, 0) if weight_gradient is None else weight_gradient.stride()
     return _pack_backward(
-        *_problem(x, transform, weight, geometry, gradient.shape[2:], keep),
-        gradient.data_ptr(), pitch, *map(_address, vectors[:3]), _address(y_tensor), y_pitch, _address(vectors[3]),
-        _address(dx_tensor), dx_pitch, accumulate, sum_p, sum_px, _address(gate),
-        _address(weight_gradient), *strides, _address(bias_gradient), factor,
-        *_join(join, gradient.dtype, keep), sum_px + 4 * sums.shape[1] if join is not None and sums is not None else 0,
+        *_problem(x, transform, weight, geometry, keep),
+        of_pixels(gradient, pitch, dy_shape, dtype), pitch, *(of_vector(v, out) for v in vectors[:3]),
+        of_pixels(y_tensor, y_pitch, shape_out, dtype), y_pitch, of_vector(vectors[3], out),
+        of_pixels(dx_tensor, dx_pitch, dx_shape, dtype), dx_pitch, accumulate, sum_p, sum_px, of_vector(gate, batch, channels),
+        of_weight(weight_gradient, weight.shape, weight.dtype), *strides, of_vector(bias_gradient, out), factor,
+        *_join(join, source, keep), sum_px + 4 * channels if join is not None and sum_p else 0,
     )  # fmt: skip
 
 
@@ -126,18 +152,14 @@ def named_sums(sums: Tensor | None, join: Join | None) -> dict[str, Tensor | Non
     return {"sum_p": sums[0], "sum_px": sum_px, "sum_pr": sum_pr}
 
 
-def _join(join: Join | None, dtype: torch.dtype, keep: list[Tensor | None]) -> tuple[int | float, ...]:
+def _join(join: Join | None, x: Tensor, keep: list[Tensor | None]) -> tuple[int | float, ...]:
     """The fields of ``struct Join``."""
     if join is None:
         return (*[0] * 11, 0.0)
     fields: list[int] = []
-    for x, transform in ((join.y, join.ty), (join.r, join.tr)):
-        tensor, pitch = pixels(x, dtype)
+    for operand, transform in ((join.y, join.ty), (join.r, join.tr)):
+        tensor, pitch = pixels(operand, x.dtype)
         vectors = [vector(v) for v in (transform.mean, transform.scale, transform.beta)]
         keep += [tensor, *vectors]
-        fields += [tensor.data_ptr(), pitch, *map(_address, vectors)]
+        fields += [of_pixels(tensor, pitch, tuple(x.shape), x.dtype), pitch, *(of_vector(v, x.shape[1]) for v in vectors)]
     return *fields, *layout.activation_code(join.act)
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()

@@ -14,6 +14,7 @@ from bnrestructure.kernels.aten_convolution import convolution_backward
 from bnrestructure.kernels.cpu import layout, library
 from bnrestructure.kernels.cpu.convolution_arguments import Pixels, backward_arguments, forward_arguments, named_sums, pixels
 from bnrestructure.kernels.layout import pitch_of
+from bnrestructure.kernels.operands import readable, require_fit
 from bnrestructure.kernels.rounding import gradient_factor, restored
 
 __all__ = ["conv_backward", "conv_forward"]
@@ -36,7 +37,7 @@ def conv_forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, mean, var) as kernels/reference says; x and the weight are float32 or bfloat16."""
-    bias = None if bias is None else bias.to(dtype)
+    bias = None if bias is None else readable(bias).to(dtype)
     px = pixels(x, dtype)
     z = _transformed(px, transform, weight, geometry)
     y = torch.convolution(z, _weight(weight, dtype), bias, *geometry.aten_arguments)
@@ -65,6 +66,9 @@ def conv_backward(
 ) -> ConvGradients:
     """The gradients as kernels/reference says; dy, x and the weight are float32 or bfloat16. x is ``join``'s sum where there is one."""
     need_x, need_weight, need_bias = needs
+    require_fit(x, transform)
+    if join is not None:
+        require_fit(x, join.ty, join.tr)
     px, pd = pixels(x, dtype), pixels(dy, dtype)
     keep: list[Tensor | None] = []
     db = torch.empty(weight.shape[0]) if need_bias else None
@@ -74,7 +78,7 @@ def conv_backward(
         py = None if edge.a is None or edge.y is None else pixels(edge.y, dtype)
         _output_gradient(
             backward_arguments(
-                pd, edge, py, px, transform, weight, geometry, keep, dx=(d, d.shape[1]), bias_gradient=db, factor=factor
+                pd, edge, py, px, transform, weight, geometry, keep, dx=(d, d.shape[1]), bias_gradient=db, factor=factor, whole="output"
             )
         )
         pd = d, d.shape[1]
@@ -109,6 +113,7 @@ def conv_backward(
                 gate=gate,
                 factor=factor,
                 join=join,
+                whole="input",
             )
         )
     if dx is not accumulate:
@@ -128,10 +133,10 @@ def _transformed(x: Pixels, transform: Transform, weight: Tensor, geometry: Conv
         return x[0]
     z = layout.empty_like(x[0])
     keep: list[Tensor | None] = []
-    _prologue(forward_arguments(x, transform, weight, None, geometry, (z, z.shape[1]), None, None, keep))
+    _prologue(forward_arguments(x, transform, weight, None, geometry, (z, z.shape[1]), None, None, keep, prologue=True))
     return z
 
 
 def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """In the compute dtype, and channels_last, so that the result is channels_last, too."""
-    return weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    return readable(weight).to(dtype).contiguous(memory_format=torch.channels_last)

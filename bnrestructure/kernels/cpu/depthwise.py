@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.core.activation import unsupported_activation
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
 from bnrestructure.core.kept import kept_activation
 from bnrestructure.kernels.cpu import library
@@ -16,9 +17,10 @@ from bnrestructure.kernels.cpu.layout import (
     activation_code,
     addressable,
     destination,
-    pointer,
 )
+from bnrestructure.kernels.cpu.memory import of_pixels, of_vector, of_weight
 from bnrestructure.kernels.layout import pitch_of, vector
+from bnrestructure.kernels.operands import readable
 from bnrestructure.kernels.rounding import narrowed
 
 __all__ = ["conv_backward", "conv_forward", "is_depthwise", "supports"]
@@ -58,7 +60,7 @@ def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
         return f"computing in {kwargs['dtype']}; the CPU kernels take float32 and bfloat16"
     if transform.gate is not None and transform.gate.shape != x.shape[:2]:
         return "the gate is not one factor a channel of each image"
-    return narrowed(x, transform, kwargs["dtype"])
+    return narrowed(x, transform, kwargs["dtype"]) or geometry.misfit(x.shape, weight.shape) or unsupported_activation(transform.act)
 
 
 def conv_forward(
@@ -87,7 +89,9 @@ def conv_forward(
         mean, var = torch.empty((2, x.shape[1]), dtype=torch.float32).unbind()
     problem, keep = _problem(x, transform, weight, geometry, size, dtype)
     bias = vector(bias)
-    _forward(_FORWARD.pack(*problem, _address(bias), y.data_ptr(), pitch_of(y), _address(mean), _address(var)))
+    channels, pitch = x.shape[1], pitch_of(y)
+    to = of_pixels(y, pitch, (x.shape[0], channels, *size), dtype), pitch
+    _forward(_FORWARD.pack(*problem, of_vector(bias, channels), *to, of_vector(mean, channels), of_vector(var, channels)))
     del keep
     return (y if out is None or y is out else out.copy_(y)), mean, var
 
@@ -111,14 +115,16 @@ def conv_backward(
     is in the gate's dtype.
     """
     need_x, need_weight, need_bias = needs
-    problem, keep = _problem(x, transform, weight, geometry, tuple(dy.shape[2:]), dtype)
-    dy, dy_pitch = addressable(dy.to(dtype))
+    channels = x.shape[1]
+    size = geometry.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
+    shape_out = (x.shape[0], channels, *size)
+    problem, keep = _problem(x, transform, weight, geometry, size, dtype)
+    dy, dy_pitch = addressable(readable(dy).to(dtype))
     s, a, b, y_mean = vector(edge.s), vector(edge.a), vector(edge.b), None
     y, y_pitch = None, 0
     if a is not None and edge.y is not None:
-        y, y_pitch = addressable(edge.y.to(dtype))
+        y, y_pitch = addressable(readable(edge.y).to(dtype))
         y_mean = vector(edge.mean)
-    channels = x.shape[1]
     dx = dw = db = gate = sum_p = sum_px = None
     if need_x:
         dx = destination(x, accumulate)
@@ -130,19 +136,20 @@ def conv_backward(
         dw = torch.empty_like(weight)
     if need_bias:
         db = torch.empty(channels, dtype=torch.float32)
+    dx_pitch = 0 if dx is None else pitch_of(dx)
     _backward(
         _BACKWARD.pack(
             *problem,
-            dy.data_ptr(), dy_pitch,
-            _address(s), _address(a), _address(b),
-            _address(y), y_pitch,
-            _address(y_mean),
-            _address(dx), 0 if dx is None else pitch_of(dx),
+            of_pixels(dy, dy_pitch, shape_out, dtype), dy_pitch,
+            of_vector(s, channels), of_vector(a, channels), of_vector(b, channels),
+            of_pixels(y, y_pitch, shape_out, dtype), y_pitch,
+            of_vector(y_mean, channels),
+            of_pixels(dx, dx_pitch, x.shape, x.dtype), dx_pitch,
             dx is not None and dx is accumulate,
-            _address(sum_p), _address(sum_px),
-            _address(gate),
-            _address(dw), *(_filter_strides(dw) if dw is not None else (0, 0, 0)),
-            _address(db),
+            of_vector(sum_p, channels), of_vector(sum_px, channels),
+            of_vector(gate, *x.shape[:2]),
+            of_weight(dw, weight.shape, weight.dtype), *(_filter_strides(dw) if dw is not None else (0, 0, 0)),
+            of_vector(db, channels),
         )
     )  # fmt: skip
     del keep
@@ -160,6 +167,7 @@ def _problem(
     x, pitch = addressable(x)
     vectors = vector(transform.mean), vector(transform.scale), vector(transform.beta), vector(transform.gate)
     act, slope = activation_code(transform.act)
+    channels = x.shape[1]
     fields = (
         *x.shape,
         *size,
@@ -169,10 +177,10 @@ def _problem(
         *geometry.dilation,
         library.threads(),
         ELEMENT_CODES[x.dtype], ELEMENT_CODES[dtype], ELEMENT_CODES[weight.dtype],
-        x.data_ptr(), pitch,
-        *map(_address, vectors),
+        of_pixels(x, pitch, x.shape, x.dtype), pitch,
+        *(of_vector(v, channels) for v in vectors[:3]), of_vector(vectors[3], *x.shape[:2]),
         act, slope,
-        weight.data_ptr(), *_filter_strides(weight),
+        of_weight(weight, (channels, 1, *weight.shape[2:]), weight.dtype), *_filter_strides(weight),
     )  # fmt: skip
     return fields, (x, *vectors)
 
@@ -181,7 +189,3 @@ def _filter_strides(weight: Tensor) -> tuple[int, int, int]:
     """Strides of the channel, the kernel row and the kernel column of [C, 1, kh, kw]."""
     channel, _, row, column = weight.stride()
     return channel, row, column
-
-
-def _address(tensor: Tensor | None) -> int:
-    return pointer(tensor) or 0

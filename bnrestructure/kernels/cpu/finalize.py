@@ -10,7 +10,9 @@ from torch import Tensor
 
 from bnrestructure.kernels.cpu.layout import ELEMENT_CODES
 from bnrestructure.kernels.cpu.library import declare
+from bnrestructure.kernels.cpu.memory import of_parameter, of_vector
 from bnrestructure.kernels.layout import vector
+from bnrestructure.kernels.operands import readable
 
 __all__ = ["finalize_backward", "finalize_forward", "supports"]
 
@@ -36,8 +38,8 @@ def finalize_forward(
     weight, bias = _contiguous(weight), _contiguous(bias)
     values = float(count)
     _finalize_forward(
-        mean.data_ptr(), var.data_ptr(), channels, values / (values - 1) if values > 1 else math.inf,
-        *_coded(weight), *_coded(bias), *_coded(running_mean), *_coded(running_var),
+        of_vector(mean, channels), of_vector(var, channels), channels, values / (values - 1) if values > 1 else math.inf,
+        *_coded(weight, channels), *_coded(bias, channels), *_coded(running_mean, channels), *_coded(running_var, channels),
         float(momentum), eps, rstd.data_ptr(), scale.data_ptr(), beta.data_ptr(),
     )  # fmt: skip
     return rstd, scale, beta
@@ -49,7 +51,7 @@ def finalize_backward(dscale: Tensor, rstd: Tensor, weight: Tensor | None) -> tu
     channels = rstd.shape[0]
     dvar, dweight = torch.empty(2, channels).unbind()
     _finalize_backward(
-        dscale.data_ptr(), rstd.data_ptr(), channels, *_coded(weight), dvar.data_ptr(), dweight.data_ptr()
+        of_vector(dscale, channels), of_vector(rstd, channels), channels, *_coded(weight, channels), dvar.data_ptr(), dweight.data_ptr()
     )
     return dvar, dweight
 
@@ -61,6 +63,10 @@ def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
     """
     if args[0].dtype is not torch.float32 or args[0].dim() != 1:
         return f"batch statistics must be fp32 vectors, not {args[0].dtype}"
+    if name == "finalize_forward" and (args[1].shape != args[0].shape or args[1].dtype is not torch.float32):
+        return "a mean and a variance that differ in size or dtype"
+    if name == "finalize_backward" and args[1].shape != args[0].shape:
+        return "a gradient of another size"
     parameters = args[3:7] if name == "finalize_forward" else args[2:3]
     for parameter in parameters:
         if parameter is not None and parameter.dtype not in ELEMENT_CODES:
@@ -71,9 +77,9 @@ def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
 
 
 def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
+    return None if parameter is None else readable(parameter).contiguous()
 
 
-def _coded(parameter: Tensor | None) -> tuple[int | None, int]:
-    """(pointer, element code), as the kernels take a parameter or running statistic of either dtype."""
-    return (None, 0) if parameter is None else (parameter.data_ptr(), ELEMENT_CODES[parameter.dtype])
+def _coded(parameter: Tensor | None, channels: int) -> tuple[int, int]:
+    """(address, element code), as the kernels take a parameter or running statistic of either dtype."""
+    return (0, 0) if parameter is None else (of_parameter(parameter, channels), ELEMENT_CODES[parameter.dtype])

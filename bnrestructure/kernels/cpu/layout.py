@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bnrestructure.core.activation import PLAIN_ACTIVATIONS, negative_slope
 from bnrestructure.kernels.layout import pitch_of
+from bnrestructure.kernels.operands import readable
 
 __all__ = [
     "ACTIVATIONS",
@@ -19,7 +20,6 @@ __all__ = [
     "addressable",
     "destination",
     "empty_like",
-    "pointer",
     "unsupported_tensor",
 ]
 
@@ -35,7 +35,7 @@ def addressable(x: Tensor) -> tuple[Tensor, int]:
     pitch = pitch_of(x)
     if pitch:
         return x, pitch
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = readable(x).contiguous(memory_format=torch.channels_last)
     return x, pitch_of(x)
 
 
@@ -49,11 +49,6 @@ def destination(x: Tensor, accumulate: Tensor | None) -> Tensor:
     if accumulate is not None and accumulate.dtype == x.dtype and pitch_of(accumulate):
         return accumulate
     return empty_like(x)
-
-
-def pointer(x: Tensor | None) -> int | None:
-    """x's data pointer, None for no tensor. The tensor must outlive the call it is passed to."""
-    return None if x is None else x.data_ptr()
 
 
 def activation_code(act: str) -> tuple[int, float]:

@@ -13,8 +13,10 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ __all__ = [
     "CPU_LEVELS",
     "Kernel",
     "available_isas",
+    "damaged",
     "declare",
     "isa_name",
     "load",
@@ -37,6 +40,11 @@ _ARGUMENT_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_floa
 
 #: Instruction sets, the most capable first, and the level that src/cpu_level.cpp gives a CPU that has it.
 CPU_LEVELS = {"amx": 4, "avx512bf16": 3, "avx512": 2, "avx2": 1, "portable": 0}
+
+# Of an ELF file's header: where its table of sections begins, bytes of an entry, entries. Of an entry: type, first byte, bytes.
+_ELF_HEADER = struct.Struct("<40xQ10xHH2x")
+_ELF_SECTION = struct.Struct("<4xI16xQQ")
+_WITHOUT_BYTES = 8  # the type of a section that takes no room in the file
 
 _loaded: tuple[str, ctypes.CDLL] | None = None
 _failure: str | None = None
@@ -105,12 +113,25 @@ def unavailable_reason() -> str | None:
 
 
 def available_isas() -> list[str]:
-    """The instruction sets that are built here and that this CPU can run, the most capable first."""
+    """The instruction sets whose library is built here and loads, on this CPU, the most capable first."""
+    return [isa for isa, fault in _found().items() if fault is None]
+
+
+def damaged() -> dict[str, str]:
+    """The instruction sets that this CPU could run, were it not for their library's file, and what is wrong with that."""
+    return {isa: fault for isa, fault in _found().items() if fault is not None}
+
+
+def _found() -> dict[str, str | None]:
+    """The instruction sets that are built and that this CPU can run, and what is wrong with the library of each."""
     built = [isa for isa in CPU_LEVELS if _path(isa).exists()]
-    if not built:
-        return []
-    level = int(ctypes.CDLL(str(_path(built[-1]))).bnr_cpu_level())
-    return [isa for isa in built if CPU_LEVELS[isa] <= level]
+    faults: dict[str, str | None] = {}
+    for isa in reversed(built):  # from the least capable: a library whose instructions the CPU lacks must not be loaded
+        faults[isa] = _fault(_path(isa))
+        if faults[isa] is None:
+            level = int(ctypes.CDLL(str(_path(isa))).bnr_cpu_level())
+            return {isa: _fault(_path(isa)) for isa in built if CPU_LEVELS[isa] <= level}
+    return faults
 
 
 @contextmanager
@@ -150,15 +171,50 @@ def _path(isa: str) -> Path:
     return _FOLDER / f"_kernels_{isa}{suffix}.so"  # the name that build.py gives it
 
 
+@cache
+def _fault(path: Path) -> str | None:
+    """What is wrong with a library's file, or None. Only what looks whole is loaded to see: a truncated one would kill the process."""
+    try:
+        reason = _truncation(path)
+        if reason is None:
+            ctypes.CDLL(str(path))
+    except OSError as error:
+        reason = str(error)
+    return None if reason is None else f"{path.name} is damaged: {reason}"
+
+
+def _truncation(path: Path) -> str | None:
+    """Why a library in the ELF format (of 64 bits, little-endian) is not whole, or None: all sections must lie within the file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header = file.read(_ELF_HEADER.size)
+        if header[:6] != b"\x7fELF\x02\x01":
+            return None  # another system's format, or none at all: the loader says so itself
+        if len(header) < _ELF_HEADER.size:
+            return f"it ends after {size} bytes"
+        offset, entry, count = _ELF_HEADER.unpack(header)
+        file.seek(offset)
+        table = file.read(entry * count)
+    if not count or len(table) < entry * count or entry < _ELF_SECTION.size:
+        return f"it ends after {size} bytes, before its table of sections"
+    sections = [_ELF_SECTION.unpack_from(table, i * entry) for i in range(count)]
+    ends = [begin + length for kind, begin, length in sections if kind != _WITHOUT_BYTES]
+    if max(ends) > size or not any(kind for kind, _, _ in sections):
+        return f"it ends after {size} bytes, before its sections"
+    return None
+
+
 def _open(isa: str | None) -> tuple[str, ctypes.CDLL]:
     """Loads the library of ``isa``, or the best one. torch is imported by now: its OpenMP runtime is shared."""
-    available = available_isas()
-    if not available:
+    available, faults = available_isas(), damaged()
+    if not available and not faults:
         raise RuntimeError("they are not compiled (python -m bnrestructure.kernels.cpu.build says why)")
+    if isa is not None and isa not in CPU_LEVELS:
+        raise RuntimeError(f"unknown instruction set {isa!r} (one of {', '.join(CPU_LEVELS)})")
+    if isa in faults or not available:
+        raise RuntimeError(faults[isa] if isa in faults else "; ".join(faults.values()))
     if isa is None:
         isa = available[0]
-    elif isa not in CPU_LEVELS:
-        raise RuntimeError(f"unknown instruction set {isa!r} (one of {', '.join(CPU_LEVELS)})")
     elif isa not in available:
         raise RuntimeError(f"the {isa} library is not built or this CPU cannot run it ({', '.join(available)} can)")
     return isa, ctypes.CDLL(str(_path(isa)))

@@ -14,16 +14,9 @@ from torch import Tensor
 from bnrestructure.core.activation import unsupported_activation
 from bnrestructure.core.edges import PoolGeometry, Transform
 from bnrestructure.core.kept import kept_activation
-from bnrestructure.kernels.cpu.layout import (
-    ELEMENT_CODES,
-    activation_code,
-    addressable,
-    destination,
-    empty_like,
-    pointer,
-    unsupported_tensor,
-)
+from bnrestructure.kernels.cpu.layout import ELEMENT_CODES, activation_code, addressable, destination, empty_like, unsupported_tensor
 from bnrestructure.kernels.cpu.library import declare, threads
+from bnrestructure.kernels.cpu.memory import of_pixels, of_vector
 from bnrestructure.kernels.layout import pitch_of, vector
 
 __all__ = [
@@ -62,8 +55,9 @@ def statistics_forward(x: Tensor) -> tuple[Tensor, Tensor]:
     mean, var = torch.empty(2, channels).unbind()
     pixels = x.numel() // channels
     _statistics_forward(
-        ELEMENT_CODES[x.dtype], x.data_ptr(), pitch, pixels, channels, mean.data_ptr(), var.data_ptr(), threads()
-    )
+        ELEMENT_CODES[x.dtype], of_pixels(x, pitch, x.shape, x.dtype), pitch, pixels, channels,
+        mean.data_ptr(), var.data_ptr(), threads(),
+    )  # fmt: skip
     return mean, var
 
 
@@ -74,9 +68,9 @@ def statistics_backward(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, accumulat
     mean, a, b = vector(mean), vector(a), vector(b)
     out = destination(x, accumulate)
     _statistics_backward(
-        ELEMENT_CODES[x.dtype], x.data_ptr(), pitch, x.numel() // channels, channels,
-        mean.data_ptr(), a.data_ptr(), b.data_ptr(),
-        out.data_ptr(), pitch_of(out), out is accumulate, threads(),
+        ELEMENT_CODES[x.dtype], of_pixels(x, pitch, x.shape, x.dtype), pitch, x.numel() // channels, channels,
+        of_vector(mean, channels), of_vector(a, channels), of_vector(b, channels),
+        *_place(out, x), out is accumulate, threads(),
     )  # fmt: skip
     return _delivered(out, accumulate)
 
@@ -88,8 +82,8 @@ def normalise_forward(x: Tensor, transform: Transform, *, dtype: torch.dtype, ou
     edge = _Edge(transform)
     z = out if out is not None and out.dtype == x.dtype and pitch_of(out) else kept_activation(x.shape, x.dtype, x.device)
     _normalise_forward(
-        ELEMENT_CODES[x.dtype], *edge.activation, x.data_ptr(), pitch, x.numel() // channels, channels, *edge.pointers,
-        z.data_ptr(), pitch_of(z), threads(),
+        ELEMENT_CODES[x.dtype], *edge.activation, of_pixels(x, pitch, x.shape, x.dtype), pitch, x.numel() // channels, channels,
+        *edge.pointers(channels), *_place(z, x), threads(),
     )  # fmt: skip
     return z if out is None or z is out else out.copy_(z)
 
@@ -101,11 +95,11 @@ def normalise_backward(dz: Tensor, x: Tensor, transform: Transform, *, accumulat
     channels = x.shape[1]
     edge = _Edge(transform)
     out = destination(x, accumulate)
-    sum_p, sum_px = edge.sums()
+    sum_p, sum_px = edge.sums(channels)
     _normalise_backward(
-        ELEMENT_CODES[x.dtype], *edge.activation, dz.data_ptr(), dz_pitch, x.data_ptr(), pitch,
-        x.numel() // channels, channels, *edge.pointers,
-        out.data_ptr(), pitch_of(out), out is accumulate, pointer(sum_p), pointer(sum_px), threads(),
+        ELEMENT_CODES[x.dtype], *edge.activation, of_pixels(dz, dz_pitch, x.shape, x.dtype), dz_pitch,
+        of_pixels(x, pitch, x.shape, x.dtype), pitch, x.numel() // channels, channels, *edge.pointers(channels),
+        *_place(out, x), out is accumulate, of_vector(sum_p, channels), of_vector(sum_px, channels), threads(),
     )  # fmt: skip
     return _delivered(out, accumulate), sum_p, sum_px
 
@@ -117,8 +111,8 @@ def squeeze_forward(x: Tensor, transform: Transform, *, dtype: torch.dtype) -> T
     edge = _Edge(transform)
     pooled = torch.empty(n, channels, dtype=torch.float32)
     _squeeze_forward(
-        ELEMENT_CODES[x.dtype], *edge.activation, x.data_ptr(), pitch, n, height * width, channels, *edge.pointers,
-        pooled.data_ptr(), threads(),
+        ELEMENT_CODES[x.dtype], *edge.activation, of_pixels(x, pitch, x.shape, x.dtype), pitch, n, height * width, channels,
+        *edge.pointers(channels), pooled.data_ptr(), threads(),
     )  # fmt: skip
     return pooled.to(x.dtype)
 
@@ -137,12 +131,12 @@ def squeeze_backward(
     out = destination(x, accumulate)
     dpooled = vector(dpooled)
     gradient, gradient_pitch = (None, 0) if dz is None else addressable(dz)
-    sum_p, sum_px = edge.sums()
+    sum_p, sum_px = edge.sums(channels)
     _squeeze_backward(
-        ELEMENT_CODES[x.dtype], *edge.activation, dpooled.data_ptr(), pointer(gradient), gradient_pitch,
-        x.data_ptr(), pitch,
-        n, height * width, channels, *edge.pointers,
-        out.data_ptr(), pitch_of(out), out is accumulate and not overwrite, pointer(sum_p), pointer(sum_px), threads(),
+        ELEMENT_CODES[x.dtype], *edge.activation, of_vector(dpooled, n, channels),
+        of_pixels(gradient, gradient_pitch, x.shape, x.dtype), gradient_pitch, of_pixels(x, pitch, x.shape, x.dtype), pitch,
+        n, height * width, channels, *edge.pointers(channels), *_place(out, x), out is accumulate and not overwrite,
+        of_vector(sum_p, channels), of_vector(sum_px, channels), threads(),
     )  # fmt: skip
     if overwrite:
         return out if accumulate is None or out is accumulate else accumulate.copy_(out), sum_p, sum_px
@@ -160,9 +154,9 @@ def residual_forward(
     out = kept_activation(y.shape, y.dtype, y.device)
     mean, var = torch.empty(2, channels).unbind() if statistics else (None, None)
     _residual_forward(
-        ELEMENT_CODES[y.dtype], *activation_code(act), y.data_ptr(), y_pitch, *y_edge.pointers,
-        r.data_ptr(), r_pitch, *r_edge.pointers, y.numel() // channels, channels,
-        out.data_ptr(), pointer(mean), pointer(var), threads(),
+        ELEMENT_CODES[y.dtype], *activation_code(act), of_pixels(y, y_pitch, y.shape, y.dtype), y_pitch, *y_edge.pointers(channels),
+        of_pixels(r, r_pitch, y.shape, y.dtype), r_pitch, *r_edge.pointers(channels), y.numel() // channels, channels,
+        out.data_ptr(), of_vector(mean, channels), of_vector(var, channels), threads(),
     )  # fmt: skip
     return out, mean, var
 
@@ -185,12 +179,13 @@ def residual_backward(
     channels = y.shape[1]
     y_edge, r_edge = _Edge(ty), _Edge(tr)
     a, b, mean = (None, None, None) if statistics is None else map(vector, statistics)
-    g = empty_like(out)
+    g = empty_like(y)
     sum_p, sum_py, sum_pr = torch.empty(3, channels).unbind()
     _residual_backward(
-        ELEMENT_CODES[y.dtype], *activation_code(act), dout.data_ptr(), dout_pitch,
-        pointer(a), pointer(b), pointer(mean),
-        out.data_ptr(), out_pitch, y.data_ptr(), y_pitch, *y_edge.pointers, r.data_ptr(), r_pitch, *r_edge.pointers,
+        ELEMENT_CODES[y.dtype], *activation_code(act), of_pixels(dout, dout_pitch, y.shape, y.dtype), dout_pitch,
+        of_vector(a, channels), of_vector(b, channels), of_vector(mean, channels),
+        of_pixels(out, out_pitch, y.shape, y.dtype), out_pitch, of_pixels(y, y_pitch, y.shape, y.dtype), y_pitch,
+        *y_edge.pointers(channels), of_pixels(r, r_pitch, y.shape, y.dtype), r_pitch, *r_edge.pointers(channels),
         y.numel() // channels, channels, g.data_ptr(),
         sum_p.data_ptr(), sum_py.data_ptr(), sum_pr.data_ptr(), threads(),
     )  # fmt: skip
@@ -208,8 +203,8 @@ def max_pool_forward(
     y = kept_activation((n, channels, *size), x.dtype, x.device)
     index = kept_activation((n, channels, *size), torch.uint8, x.device)
     _max_pool_forward(
-        ELEMENT_CODES[x.dtype], *edge.activation, x.data_ptr(), pitch, n, height, width, channels, *edge.pointers,
-        *geometry.kernel, *geometry.stride, *geometry.padding, *size, y.data_ptr(), index.data_ptr(), threads(),
+        ELEMENT_CODES[x.dtype], *edge.activation, of_pixels(x, pitch, x.shape, x.dtype), pitch, n, height, width, channels,
+        *edge.pointers(channels), *geometry.kernel, *geometry.stride, *geometry.padding, *size, y.data_ptr(), index.data_ptr(), threads(),
     )  # fmt: skip
     return y, index
 
@@ -228,14 +223,15 @@ def max_pool_backward(
     dy, dy_pitch = addressable(dy)
     index, index_pitch = addressable(index)
     n, channels, height, width = x.shape
+    pooled = (n, channels, *_pooled_size(x, geometry))
     edge = _Edge(transform)
     out = destination(x, accumulate)
-    sum_p, sum_px = edge.sums()
+    sum_p, sum_px = edge.sums(channels)
     _max_pool_backward(
-        ELEMENT_CODES[x.dtype], *edge.activation, dy.data_ptr(), dy_pitch, index.data_ptr(), index_pitch,
-        x.data_ptr(), pitch, n, height, width, channels, *edge.pointers,
-        *geometry.kernel, *geometry.stride, *geometry.padding, *dy.shape[2:],
-        out.data_ptr(), pitch_of(out), out is accumulate, pointer(sum_p), pointer(sum_px), threads(),
+        ELEMENT_CODES[x.dtype], *edge.activation, of_pixels(dy, dy_pitch, pooled, x.dtype), dy_pitch,
+        of_pixels(index, index_pitch, pooled, torch.uint8), index_pitch, of_pixels(x, pitch, x.shape, x.dtype), pitch,
+        n, height, width, channels, *edge.pointers(channels), *geometry.kernel, *geometry.stride, *geometry.padding, *pooled[2:],
+        *_place(out, x), out is accumulate, of_vector(sum_p, channels), of_vector(sum_px, channels), threads(),
     )  # fmt: skip
     return _delivered(out, accumulate), sum_p, sum_px
 
@@ -257,8 +253,20 @@ def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
                 return "a gate is applied by convolutions only"
             if reason := unsupported_activation(value.act):
                 return reason
-        if isinstance(value, PoolGeometry) and value.kernel[0] * value.kernel[1] > 255:
-            return "a pooling window has at most 255 positions"
+        if isinstance(value, PoolGeometry) and (reason := _unusable_window(value)):
+            return reason
+    if name == "max_pool_forward" and min(_pooled_size(args[0], args[2])) < 1:
+        return "a result without pixels"
+    return None
+
+
+def _unusable_window(geometry: PoolGeometry) -> str | None:
+    """Why the pooling kernels cannot take this window, or None."""
+    if geometry.kernel[0] * geometry.kernel[1] > 255:
+        return "a pooling window has at most 255 positions"
+    fits = all(0 <= 2 * p <= k for p, k in zip(geometry.padding, geometry.kernel, strict=True))
+    if min(*geometry.kernel, *geometry.stride) < 1 or not fits:
+        return "a pooling window that PyTorch refuses"
     return None
 
 
@@ -276,18 +284,22 @@ class _Edge:
     def activation(self) -> tuple[int, float]:
         return activation_code(self._act)
 
-    @property
-    def pointers(self) -> tuple[int | None, int | None, int | None]:
+    def pointers(self, channels: int) -> tuple[int, int, int]:
         mean, scale, beta = self._vectors
-        return pointer(mean), pointer(scale), pointer(beta)
+        return of_vector(mean, channels), of_vector(scale, channels), of_vector(beta, channels)
 
-    def sums(self) -> tuple[Tensor | None, Tensor | None]:
+    def sums(self, channels: int) -> tuple[Tensor | None, Tensor | None]:
         """Memory for SP and SPX, which only a transform with a mean has."""
-        mean = self._vectors[0]
-        if mean is None:
+        if not self.is_affine:
             return None, None
-        sum_p, sum_px = torch.empty(2, mean.shape[0]).unbind()
+        sum_p, sum_px = torch.empty(2, channels).unbind()
         return sum_p, sum_px
+
+
+def _place(out: Tensor, x: Tensor) -> tuple[int, int]:
+    """(address, pitch) of what is written: of x's shape and dtype."""
+    pitch = pitch_of(out)
+    return of_pixels(out, pitch, x.shape, x.dtype), pitch
 
 
 def _delivered(out: Tensor, accumulate: Tensor | None) -> Tensor:

@@ -113,5 +113,4 @@ def description() -> str:
     """The GPU and where its tuned choices are kept, for ``doctor``."""
     gpu = gpu_here() or "no GPU"
     identify_machine(gpu)
-    file = tuning.cache_file()
-    return gpu if file is None else f"{gpu}; measured choices in {file}"
+    return f"{gpu}; {tuning.where_kept()}"

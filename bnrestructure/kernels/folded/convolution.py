@@ -24,6 +24,10 @@ _View = Callable[[Tensor, Fold], Tensor]
 
 def unsupported(kernels: Any, folding: Folding, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why the device cannot run this kernel on the folded arguments, or None. Nothing is copied to find out."""
+    given = args[0] if name == "conv_forward" else args[2] if name == "conv_backward" else None
+    gate = None if given is None else (args[1] if name == "conv_forward" else args[3]).gate
+    if gate is not None and gate.shape != given.shape[:2]:
+        return "the gate is not one factor a channel of each image"
     if name == "conv_forward":
         x, transform, weight, bias, _ = args
         arguments: tuple[Any, ...] = (*_input(folding, x, transform, stand_in), folding.weight(weight), bias, folding.geometry)

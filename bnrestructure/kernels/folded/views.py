@@ -12,6 +12,7 @@ from math import prod
 from torch import Tensor
 
 from bnrestructure.core.aliases import alias
+from bnrestructure.kernels.operands import readable
 
 __all__ = ["Fold", "delivered", "folded", "frames", "image", "lines", "stand_in", "unfolded"]
 
@@ -40,7 +41,7 @@ def lines(sizes: Sequence[int]) -> tuple[int, int, int, int]:
 def folded(x: Tensor, fold: Fold) -> Tensor:
     """x as the 4-D tensor of ``fold``: a view where x's strides allow it (also as a channel slice of a wider buffer), else a copy."""
     n, c, h, w = fold(x.shape)
-    return x.movedim(1, -1).reshape(n, h, w, c).movedim(-1, 1)
+    return readable(x).movedim(1, -1).reshape(n, h, w, c).movedim(-1, 1)
 
 
 def stand_in(x: Tensor, fold: Fold) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform, values_per_channel
 from bnrestructure.kernels.aten_convolution import convolution_backward
+from bnrestructure.kernels.operands import require_fit, require_memory_of_all
 from bnrestructure.kernels.rounding import gradient_factor, narrowed
 
 __all__ = ["conv_backward", "conv_forward", "unsupported"]
@@ -28,6 +29,9 @@ def unsupported(sweeps: Any, name: str, args: tuple[Any, ...], kwargs: dict[str,
         return "a gate before a kernel of several frames and pixels"
     if weight.numel() == 0 or args[0].numel() == 0:
         return "an empty tensor"
+    geometry = args[4] if name == "conv_forward" else args[5]
+    if reason := geometry.misfit(x.shape, weight.shape):
+        return str(reason)
     if weight.dtype is torch.float64:
         return f"a weight in {weight.dtype}"
     reason: str | None = narrowed(x, transform, dtype)
@@ -52,6 +56,8 @@ def conv_forward(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, mean, var) as kernels/reference says; x [N, C_in, T, H, W], the weight [C_out, C_in / groups, kt, kh, kw]."""
+    require_fit(x, transform)
+    require_memory_of_all((x, weight, bias), x.device.type)
     z = _transformed(sweeps, x.to(dtype), transform)
     bias = None if bias is None else bias.to(dtype)
     y = torch.convolution(z, _weight(weight, dtype), bias, *geometry.aten_arguments)
@@ -76,6 +82,8 @@ def conv_backward(
 ) -> ConvGradients:
     """The gradients as kernels/reference says, for a transform without a gate."""
     need_x, need_weight, need_bias = needs
+    require_fit(x, transform)
+    require_memory_of_all((dy, edge, x, weight), x.device.type)
     p, source = dy.to(dtype), x.to(dtype)
     factor = gradient_factor(edge.a is not None, dtype, torch.float32)
     db = _bias_gradient(sweeps, p, edge).to(dtype) if need_bias else None

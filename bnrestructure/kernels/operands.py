@@ -1,0 +1,70 @@
+"""The tensors that a kernel call is about, and whether there is memory behind each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bnrestructure.core.edges import Transform
+from bnrestructure.core.errors import UnexpectedTensorError
+
+__all__ = ["readable", "require_fit", "require_memory", "require_memory_of_all", "tensors_of"]
+
+
+def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among a call's arguments, those of its edges and joins as well."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from tensors_of(value)
+        elif is_dataclass(value):
+            yield from tensors_of(getattr(value, field.name) for field in fields(value))
+
+
+def require_memory_of_all(values: Iterable[Any], device: str) -> None:
+    """Raise RuntimeError where one of the arguments' tensors is on another type of device, or longer than its storage."""
+    for x in tensors_of(values):
+        require_memory(x, reach_of(x) if x.numel() else 0, device)
+
+
+def require_memory(x: Tensor, reach: int, device: str) -> None:
+    """Raise RuntimeError, in PyTorch's words, where x is on another type of device or its storage ends before ``reach`` elements.
+
+    A storage becomes shorter than its tensors where somebody resizes it: PyTorch's own kernels would read on behind its end.
+    """
+    if x.device.type != device:
+        raise RuntimeError(f"Tensor on device {x.device} is not on the expected device {device}!")
+    try:
+        available = x.untyped_storage().nbytes()
+    except NotImplementedError:  # a functorch wrapper: PyTorch's operators look behind it
+        return
+    if device != "meta" and (x.storage_offset() + reach) * x.itemsize > available:
+        raise RuntimeError(f"a tensor of shape {list(x.shape)} reaches beyond its storage, which has {available} bytes")
+
+
+def require_fit(x: Tensor, *transforms: Transform) -> None:
+    """Raise UnexpectedTensorError where a transform's vectors are not one number a channel of x, or its gate one a channel of each image.
+
+    For what runs several kernels: the last must not find out when the first has written already.
+    """
+    for t in transforms:
+        for vector in (t.mean, t.scale, t.beta):
+            if vector is not None and (vector.shape != x.shape[1:2] or not vector.is_floating_point()):
+                raise UnexpectedTensorError(f"a per-channel vector {list(vector.shape)} of {vector.dtype} for {x.shape[1]} channels")
+        if t.gate is not None and t.gate.shape != x.shape[:2]:
+            raise UnexpectedTensorError(f"a gate {list(t.gate.shape)} for {list(x.shape)}")
+
+
+def readable(x: Tensor) -> Tensor:
+    """x, which PyTorch is about to copy: RuntimeError where it is longer than its storage."""
+    require_memory(x, reach_of(x) if x.numel() else 0, x.device.type)
+    return x
+
+
+def reach_of(x: Tensor) -> int:
+    """Elements from x's first to its last one in memory, both counted."""
+    return 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))

@@ -14,7 +14,7 @@ from equivalence import assert_same_training
 from random_graphs import build_from_source, write_model
 
 import bnrestructure
-from bnrestructure.capture.tracer import Arguments, capture
+from bnrestructure.capture.regions import captured
 from bnrestructure.passes.pipeline import LADDER, PASSES
 
 _SEED = int(os.environ["BNR_RANDOM_SEED"])  # a new one each run, from conftest.py
@@ -62,7 +62,7 @@ def test_random_graphs_are_rewritten_at_all() -> None:
     counts = {"fused": 0, "partial": 0, "kept": 0}
     for seed in range(20):
         model = build_from_source(write_model(seed))
-        capture(model, type(model).forward, Arguments.assumed(type(model).forward))  # raises if the tracer gives up
+        captured(model, type(model).forward)  # raises if the tracer gives up
         for status, count in bnrestructure.explain(model, backend="reference").counts.items():
             counts[status] += count
     assert counts["fused"] > counts["kept"]

@@ -91,9 +91,10 @@ def test_the_papers_two_models_keep_no_site(name: str, sites: int) -> None:
 def test_densenets_concats_are_gone_and_its_statistics_are_computed_once() -> None:
     from bnrestructure import ops
     from bnrestructure.capture.regions import Options
-    from bnrestructure.plan.planning import region_graphs
+    from bnrestructure.plan.survey import take_survey
 
-    ((_, before, after),) = region_graphs(build_on_meta("densenet121"), Options("reference"))
+    (region,) = take_survey(build_on_meta("densenet121"), Options("reference")).regions
+    before, after = region.before, region.after
 
     def concats(gm: torch.fx.GraphModule) -> int:
         return sum(n.target is torch.cat and "bnr_vector" not in n.meta for n in gm.graph.nodes)

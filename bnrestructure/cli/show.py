@@ -83,18 +83,21 @@ def _views(arguments: argparse.Namespace, model: nn.Module) -> tuple[Plan, list[
     from dataclasses import replace
 
     from bnrestructure.api import _options
-    from bnrestructure.plan.planning import make_plan, region_graphs
+    from bnrestructure.plan.planning import make_plan
+    from bnrestructure.plan.survey import take_survey
     from bnrestructure.report.graph_view import view_region
 
     options = _options(model, arguments.backend, _passes(arguments), None)
     if arguments.before or arguments.after:
         options = replace(options, backend="auto")  # any other would run select-kernels behind the passes asked for
-    plan = make_plan(model, options)
+    survey = take_survey(model, options)
+    plan = make_plan(model, options, survey=survey)
     # before any pass, every site would be called kept; that is not a refusal
     sites = {} if arguments.before else {site.name: site for site in plan.sites}
     views = [
-        view_region(path, before if arguments.before else after, before, sites)
-        for path, before, after in region_graphs(model, options)
+        view_region(region.path, before if arguments.before else region.after, before, sites)
+        for region in survey.regions
+        if (before := region.before) is not None
     ]
     return plan, views
 

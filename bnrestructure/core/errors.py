@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BNRestructureError", "CaptureError", "NotFullyFusedError", "UsageError", "first_line"]
+__all__ = ["BNRestructureError", "CaptureError", "NotFollowedError", "NotFullyFusedError", "UsageError", "first_line"]
 
 
 class BNRestructureError(Exception):
@@ -15,6 +15,10 @@ class UsageError(BNRestructureError, ValueError):
 
 class CaptureError(BNRestructureError):
     """A module that the tracer cannot follow. Inside ``restructure`` it becomes a reason in the plan."""
+
+
+class NotFollowedError(CaptureError):
+    """A module whose own code raised an error while it was captured."""
 
 
 class NotFullyFusedError(BNRestructureError):

@@ -11,27 +11,19 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from bnrestructure import ops
-from bnrestructure.capture.regions import Options, captured
-from bnrestructure.capture.swap import (
-    find_regions,
-    is_restructured,
-    original_class,
-    region_of,
-    swap_out,
-    training_flags,
-)
-from bnrestructure.capture.tracer import Arguments
+from bnrestructure.capture.regions import Options
+from bnrestructure.capture.swap import is_restructured, original_class, region_of, swap_out
 from bnrestructure.core.errors import first_line
 from bnrestructure.graph.fused import is_fused, outputs_of, tensor_readers
 from bnrestructure.graph.layers import modules_of
-from bnrestructure.passes import pipeline
 from bnrestructure.patterns.base import Refusal
 from bnrestructure.patterns.batch_norm import find_batch_norms
 from bnrestructure.patterns.statistics import describe, find_conv_statistics
-from bnrestructure.plan.kernels import Shapes, convolution_kernels, planned_device
+from bnrestructure.plan.kernels import convolution_kernels, planned_device
 from bnrestructure.plan.plan import Plan, Site
+from bnrestructure.plan.survey import Shapes, Survey, SurveyedRegion, take_survey
 
-__all__ = ["layer_shapes", "make_plan", "region_graphs"]
+__all__ = ["layer_shapes", "make_plan"]
 
 # Sweeps over the normalised tensor in one training step, beyond the convolutions' own reads and writes. Before: BN reads twice and writes
 # (3), its backward reads gradient and input twice and writes (5); an activation out of place adds 2 and 3.
@@ -44,65 +36,66 @@ _AFTER_NORMALISE = {"prologue": 1, "sweep": 5}
 _LONELY = "neither half has a neighbour to ride on: no convolution before it, and none (nor a pool or a residual join) after it"
 
 
-def region_graphs(model: nn.Module, options: Options) -> Iterator[tuple[str, fx.GraphModule, fx.GraphModule]]:
-    """(path, captured graph, rewritten graph) of every region, as a training forward with plain tensor arguments would see it."""
-    paths = {module: name for name, module in model.named_modules()}
-    with training_flags(model):
-        for region in find_regions(model)[0]:
-            forward = original_class(region).forward
-            before, _ = captured(region, forward, Arguments.assumed(forward))
-            after, _ = captured(region, forward, Arguments.assumed(forward))
-            pipeline.run(after, options.passes, options.backend, options.fuel)
-            yield paths[region], before, after
+def make_plan(model: nn.Module, options: Options, inputs: tuple[Any, ...] | None = None, survey: Survey | None = None) -> Plan:
+    """The plan of restructuring ``model`` with these options; after training forwards, what ran. Changes nothing.
 
-
-def make_plan(model: nn.Module, options: Options, inputs: tuple[Any, ...] | None = None) -> Plan:
-    """The plan of restructuring ``model`` with these options. Changes nothing.
-
-    With example inputs shapes and bytes are known too, and what each fused convolution will run.
+    With example inputs shapes and bytes are known too, and what each fused convolution will run. A ``survey`` that was taken already
+    is used. Raises UsageError for inputs that the model does not take.
     """
+    survey = take_survey(model, options, inputs) if survey is None else survey
     plan = Plan(original_class(model).__name__)
-    seen: set[str] = set()
-    shapes, missing = ({}, None) if inputs is None else layer_shapes(model, inputs)
-    if missing is not None:
-        plan.notes.append(missing)
     device, notes = planned_device(model, options.backend, inputs or ())
+    shapes = survey.shapes
+    if inputs is not None and not _all_shapes_known(model, shapes):
+        shapes, missing = layer_shapes(model, inputs)
+        plan.notes += [] if missing is None else [missing]
     plan.notes += notes
-    for path, before, after in region_graphs(model, options):
-        plan.regions.append(path or "the whole model")
-        for site in _sites(path, before, after):
+    seen: set[str] = set()
+    for region in survey.regions:
+        plan.regions.append(region.path or "the whole model")
+        for site in _sites(region):
+            site.ran = region.ran if survey.ran else None
             seen.add(site.name.split("#")[0])
             plan.sites.append(site)
         if device is not None:
-            plan.kernels += convolution_kernels(path, after, shapes, options.backend, device)
-    plan.sites += _kept_outside(model, seen)
+            plan.kernels += convolution_kernels(region.path, region.after, shapes, options.backend, device)
+    plan.sites += _kept_outside(model, seen, survey)
     for site in plan.sites:
         _add_bytes(site, shapes.get(site.name.split("#")[0]))
     for name, module in model.named_modules():
-        if is_restructured(module):
-            plan.notes += [f"{name or 'the model'}: ran as it was: {reason}" for reason in region_of(module).refusals]
+        region_here = region_of(module) if is_restructured(module) else None
+        if region_here is not None:
+            plan.notes += [f"{name or 'the model'}: ran as it was: {reason}" for reason in region_here.ran.refusals]
+            if region_here.ran.captures:
+                plan.captures[name or "the whole model"] = region_here.ran.captures
     return plan
 
 
-def _kept_outside(model: nn.Module, seen: set[str]) -> Iterator[Site]:
+def _all_shapes_known(model: nn.Module, shapes: Shapes) -> bool:
+    return all(name in shapes for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+
+
+def _kept_outside(model: nn.Module, seen: set[str], survey: Survey) -> Iterator[Site]:
     """Batch norm layers that no region's graph calls."""
-    with training_flags(model):
-        regions, reasons = find_regions(model)
     paths = dict(model.named_modules())
+    inside_of = {paths["" if region.path == "" else region.path] for region in survey.regions}
     for name, module in paths.items():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or name in seen:
             continue
         reason = "nothing in the captured training graph calls it"
         parents = [name.rsplit(".", i)[0] if i else name for i in range(name.count(".") + 1)] + [""]
-        inside = any(paths.get(p) in regions for p in parents if p != name)
-        blamed = next((paths[p] for p in parents if paths.get(p) in reasons), None)
+        inside = any(paths.get(p) in inside_of for p in parents if p != name)
+        blamed = next((paths[p] for p in parents if paths.get(p) in survey.reasons), None)
         if blamed is not None and not (inside and blamed is model):
-            reason = reasons[blamed]
-        yield Site(name, "bn", "kept", reason, sweeps_before=_BEFORE_BATCH_NORM, sweeps_after=_BEFORE_BATCH_NORM)
+            reason = survey.reasons[blamed]
+        yield Site(
+            name, "bn", "kept", reason, sweeps_before=_BEFORE_BATCH_NORM, sweeps_after=_BEFORE_BATCH_NORM, ran=False if survey.ran else None
+        )
 
 
-def _sites(path: str, before: fx.GraphModule, after: fx.GraphModule) -> Iterator[Site]:
-    prefix = f"{path}." if path else ""
+def _sites(region: SurveyedRegion) -> Iterator[Site]:
+    after = region.after
+    prefix = f"{region.path}." if region.path else ""
     statistics = _carriers(after, "bnr_statistics_of")
     normalises = _carriers(after, "bnr_normalises")
     left = {n.meta["bnr_site"]: n for n in after.graph.nodes if "bnr_site" in n.meta and n.target is not ops.finalize}
@@ -111,8 +104,7 @@ def _sites(path: str, before: fx.GraphModule, after: fx.GraphModule) -> Iterator
     refusals |= {site: _LONELY for n in left.values() for site in n.meta.get("bnr_kept", [])}
     refused_statistics = {r.node: r.reason for r in find_conv_statistics(after) if isinstance(r, Refusal)}
     swept: set[fx.Node] = set()
-    for match in find_batch_norms(before):
-        name = match.node.meta["bnr_site"]
+    for name in region.sites:
         if name in left:
             reason = refusals.get(name, "the passes that were asked for leave it")
             yield Site(prefix + name, "bn", "kept", reason, sweeps_before=_BEFORE_BATCH_NORM, sweeps_after=_BEFORE_BATCH_NORM)

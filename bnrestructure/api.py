@@ -93,13 +93,17 @@ def _check_model(model: Any) -> None:
         raise UsageError(f"expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _options(model: Any, backend: str, passes: str | Sequence[str] | None, fuel: int | None, runs: bool = True, strict: bool = False) -> Options:
+def _options(
+    model: Any, backend: str, passes: str | Sequence[str] | None, fuel: int | None, runs: bool = True, strict: bool = False
+) -> Options:
     """The options, checked; ``runs``: the backend must be able to run here."""
     _check_model(model)
     if backend not in registry.BACKENDS:
         near = difflib.get_close_matches(str(backend), registry.BACKENDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"unknown backend {backend!r}{hint} (backends: {', '.join(registry.BACKENDS)})")
+    if fuel is not None and (not isinstance(fuel, int) or fuel < 0):
+        raise UsageError(f"fuel is a number of rewrites, at least 0, or None, got {fuel!r}")
     if not runs and backend == "cuda":
         return Options(backend, pipeline.resolve(passes), fuel, strict)
     if backend == "cuda" and not torch.cuda.is_available():

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 
 from bnrestructure import ops
-from bnrestructure.capture.formats import restore_formats
+from bnrestructure.capture.formats import note_formats, restore_formats
 from bnrestructure.capture.program import use_reshape
 from bnrestructure.core.errors import UsageError
 from bnrestructure.graph.fused import is_fused
@@ -49,6 +49,7 @@ def bnrestructure(
     """
     rest, backend, passes = _checked(options or {})
     rewritten = _copied(gm)
+    note_formats(rewritten)
     functionalise(rewritten)
     use_reshape(rewritten)
     if not torch.is_grad_enabled() or not _name_sites(rewritten):

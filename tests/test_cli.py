@@ -14,10 +14,10 @@ import torch
 from needs import needs_no_gpu
 from torch import nn
 
-from bnrestructure.models import inputs as example
 from bnrestructure.cli.main import main
 from bnrestructure.cli.options import input_size
 from bnrestructure.kernels import registry
+from bnrestructure.models import inputs as example
 from bnrestructure.models.models import load_model
 
 MODELS = """

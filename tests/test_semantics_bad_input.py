@@ -13,8 +13,8 @@ from small_models import build, input_for
 from torch import nn
 
 import bnrestructure
-from bnrestructure.capture.swap import is_restructured
 from bnrestructure import NotFullyFusedError, UsageError
+from bnrestructure.capture.swap import is_restructured
 
 
 def _state(model: nn.Module) -> list[Any]:
@@ -114,3 +114,26 @@ def test_wrong_dtype_is_pytorchs_error() -> None:
     model = bnrestructure.restructure(build("chain"), backend="reference")
     with pytest.raises(RuntimeError, match=r"Input type|expected m1|same dtype|type"):
         model(input_for("chain", torch.float32))
+
+
+@pytest.mark.parametrize("passes", [[1], 7, ["fission", None]])
+def test_passes_that_are_no_names(passes: Any) -> None:
+    with pytest.raises(UsageError, match=r"unknown pass|passes are names"):
+        bnrestructure.restructure(build("chain"), passes=passes)
+
+
+@pytest.mark.parametrize("fuel", [-1, 1.5, "all"])
+def test_fuel_that_is_no_number_of_rewrites(fuel: Any) -> None:
+    with pytest.raises(UsageError, match="fuel is a number of rewrites"):
+        bnrestructure.restructure(build("chain"), fuel=fuel)
+
+
+@pytest.mark.parametrize(
+    "inputs", ["a", 3, torch.randn(2, 4, 12, 12), (torch.randn(2, 3, 12, 12), 1)], ids=["text", "number", "channels", "count"]
+)
+def test_explain_with_inputs_that_the_model_does_not_take(inputs: Any) -> None:
+    model = build("chain").float()
+    before = _state(model)
+    with pytest.raises(UsageError, match="does not take these inputs"):
+        bnrestructure.explain(model, inputs)
+    assert _state(model) == before

@@ -21,10 +21,11 @@ _CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv
 
 def known_result(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The result, or None for a layer or a call that has to be run to know: where anything is unusual, or wrong."""
-    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or torch.is_autocast_enabled(args[0].device.type):
+    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
         return None
     x, kind = args[0], type(m)
-    if not _is_plain(x):
+    device = x.device.type
+    if not _is_plain(x) or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return None
     if kind in _BATCH_NORMS:
         return _batch_norm(m, x)
@@ -50,7 +51,9 @@ def _batch_norm(m: Any, x: Tensor) -> Tensor | None:
 def _convolution(m: Any, x: Tensor, dimensions: int) -> Tensor | None:
     w = m.weight
     fits = x.dim() == dimensions + 2 and x.shape[1] == m.in_channels and w.shape[:2] == (m.out_channels, m.in_channels // m.groups)
-    if not fits or not _is_plain(w) or isinstance(m.padding, str) or m.padding_mode != "zeros" or w.device != x.device or w.dtype != x.dtype:
+    if not fits or not _is_plain(w) or isinstance(m.padding, str) or m.padding_mode != "zeros":
+        return None
+    if w.device != x.device or w.dtype != x.dtype:
         return None
     if m.bias is not None and (m.bias.device != x.device or m.bias.dtype != x.dtype):
         return None
@@ -65,7 +68,9 @@ def _convolution(m: Any, x: Tensor, dimensions: int) -> Tensor | None:
 
 def _is_plain(x: Tensor) -> bool:
     """Whether it is laid out one of the two usual ways, to the stride: where sizes of one leave a doubt, PyTorch goes by strides."""
-    return x.stride() == make_contiguous_strides_for(x.shape) or (is_channels_last(x) and x.stride() == make_channels_last_strides_for(x.shape))
+    if x.stride() == make_contiguous_strides_for(x.shape):
+        return True
+    return is_channels_last(x) and x.stride() == make_channels_last_strides_for(x.shape)
 
 
 def _like(x: Tensor, shape: tuple[int, ...]) -> Tensor:

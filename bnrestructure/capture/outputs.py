@@ -1,4 +1,4 @@
-"""What a forward() returns, as a graph's output: containers that fx keeps stay; of others the leaves, and how to put them together again."""
+"""What a forward() returns, as a graph's output: containers that fx keeps, or the leaves of others and how to put them together again."""
 
 from __future__ import annotations
 

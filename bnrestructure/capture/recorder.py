@@ -18,49 +18,24 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.overrides import TorchFunctionMode
 
+from bnrestructure.capture.containers import items, rebuilt, tensors_in
 from bnrestructure.capture.side_effects import ambient_modes
 from bnrestructure.capture.sizes import SizeLog, TracedInt, TracedSize, is_traced
+from bnrestructure.capture.spelling import (
+    CONSTANT_RESULTS,
+    PLAIN_ANSWERS,
+    PLAIN_FUNCTIONS,
+    READS_VALUES,
+    REFUSED,
+    name_of,
+    spelt,
+)
 from bnrestructure.core.errors import CaptureError
 
 __all__ = ["Recorder", "Trail"]
 
 _VALUES = "its forward reads the values of a tensor"
 
-#: Methods and properties whose result follows from the values of a tensor.
-_READS_VALUES = {
-    "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__", "data_ptr", "__contains__",
-    "is_nonzero", "equal", "allclose",
-}  # fmt: skip
-#: What a graph cannot take over from a forward.
-_REFUSED = {
-    "register_hook": "puts a hook on a tensor", "register_post_accumulate_grad_hook": "puts a hook on a tensor",
-    "backward": "runs a backward pass", "grad": "reads a gradient", "grad_fn": "asks how a tensor came about", "is_leaf": "asks how a tensor came about",
-    "_version": "asks for a tensor's version", "set_": "gives a tensor new memory", "untyped_storage": "reaches for a tensor's memory",
-    "storage": "reaches for a tensor's memory", "requires_grad_": "changes requires_grad",
-}  # fmt: skip
-#: Questions whose answer no size decides: properties, and methods without arguments.
-_PLAIN_ANSWERS = {
-    "dim", "ndimension", "ndim", "dtype", "device", "layout", "itemsize", "element_size", "type", "get_device", "names", "has_names",
-    "is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference", "is_pinned", "is_shared", "is_coalesced",
-    "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "is_mps", "is_xla", "is_xpu",
-    "is_vulkan", "is_ipu", "is_mtia", "is_maia",
-}  # fmt: skip
-#: Functions of several tensors of which the same is true.
-_PLAIN_FUNCTIONS = {"result_type", "can_cast", "is_same_size"}
-#: Functions whose result takes no gradient.
-_CONSTANT_RESULTS = ("detach", "_like")
-#: Methods as torch.fx spells them where an expression stands for them.
-_OPERATORS = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "matmul": operator.matmul, "neg": operator.neg,
-    "__getitem__": operator.getitem, "__setitem__": operator.setitem, "__eq__": operator.eq, "__ne__": operator.ne,
-    "__truediv__": operator.truediv, "div": operator.truediv, "__floordiv__": operator.floordiv, "__mod__": operator.mod,
-    "__pow__": operator.pow, "__and__": operator.and_, "__or__": operator.or_, "__xor__": operator.xor, "__invert__": operator.invert,
-    "__lshift__": operator.lshift, "__rshift__": operator.rshift,
-}  # fmt: skip
-_REFLECTED = {
-    "__rsub__": operator.sub, "__rdiv__": operator.truediv, "__rtruediv__": operator.truediv, "__rpow__": operator.pow,
-    "__rmatmul__": operator.matmul, "__rfloordiv__": operator.floordiv, "__rmod__": operator.mod, "__rmul__": operator.mul, "__radd__": operator.add,
-}  # fmt: skip
 _NUMBERS = (int, float, bool, complex)
 _CONSTANTS = (*_NUMBERS, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.memory_format, torch.layout)
 
@@ -101,14 +76,16 @@ class Recorder(TorchFunctionMode):
         self._doubles: dict[int, Tensor] = {}  # id of a real tensor -> the fake one that stands for it
         self._attributes = _tensors_of(root)
         self._shaped_like: dict[int, Tensor] = {}
+        self._storages: dict[int, int] = {}  # of tensors that stand for a part of another's memory
 
     # --- what the forward is given --------------------------------------------------------------------------------------
 
     def placeholder(self, name: str, real: Tensor) -> Tensor:
         """An argument of the graph: a fake tensor like ``real``."""
         double = self._double(real)
-        self._put(double, _Place(self.graph.placeholder(name)), real.requires_grad)
-        self._places[id(double)].node.meta["tensor_meta"] = _metadata(double)
+        node = self.graph.placeholder(name)
+        self._put(double, _Place(node), real.requires_grad)
+        self._describe(node, double)
         return double
 
     def _double(self, real: Tensor) -> Tensor:
@@ -122,17 +99,25 @@ class Recorder(TorchFunctionMode):
         self._requires[id(tensor)] = requires_grad
         self._kept.append(tensor)
 
+    def _describe(self, node: fx.Node, tensor: Tensor) -> None:
+        """What passes may know of the tensor that a node makes: its metadata, and whose memory it is."""
+        node.meta["tensor_meta"] = _metadata(tensor)
+        node.meta["bnr_storages"] = frozenset({self._storage(tensor)})
+
+    def _storage(self, tensor: Tensor) -> int:
+        return self._storages.get(id(tensor)) or tensor.untyped_storage()._cdata
+
     # --- calls ----------------------------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.depth:
             return func(*args, **kwargs)
-        name = _name_of(func)
-        if name in _READS_VALUES:
+        name = name_of(func)
+        if name in READS_VALUES:
             raise CaptureError(_VALUES)
-        if name in _REFUSED:
-            raise CaptureError(f"its forward {_REFUSED[name]}")
+        if name in REFUSED:
+            raise CaptureError(f"its forward {REFUSED[name]}")
         if kwargs.get("out") is not None:
             raise CaptureError(f"its forward calls {name} with memory to write to (out=)")
         if getattr(func, "__name__", "") == "__get__":
@@ -142,16 +127,17 @@ class Recorder(TorchFunctionMode):
                 return self._size(name, args, kwargs)
             if name in ("is_contiguous", "stride", "storage_offset"):
                 return self._decided(func, args, kwargs)
-        if (name in _PLAIN_ANSWERS and len(args) == 1 and not kwargs) or name in _PLAIN_FUNCTIONS:
+        if (name in PLAIN_ANSWERS and len(args) == 1 and not kwargs) or name in PLAIN_FUNCTIONS:
             return func(*self._concrete(args), **self._concrete(kwargs))
-        return self._operation(name, func, args, kwargs)
+        op, target, operands, run = spelt(func, args, kwargs)
+        return self._recorded(op, target, operands, kwargs, run)
 
     def _property(self, name: str, func: Any, tensor: Tensor) -> Any:
         if name == "shape":
             return self._shape(tensor)
         if name == "requires_grad":
             return self._requires[id(self._fake_of(tensor))]
-        if name in _PLAIN_ANSWERS:
+        if name in PLAIN_ANSWERS:
             return func(self._fake_of(tensor))
         if name == "nbytes":
             return self._decided(func, (tensor,), {})
@@ -161,46 +147,41 @@ class Recorder(TorchFunctionMode):
         self.sizes.decided = True
         return func(*self._concrete(args), **self._concrete(kwargs))
 
-    def _operation(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in _REFLECTED and len(args) == 2:
-            return self._recorded("call_function", _REFLECTED[name], args[::-1], kwargs, lambda a, b: func(b, a))
-        if not _is_method(func, name):
-            return self._recorded("call_function", func, args, kwargs, func)
-        if func is vars(Tensor).get(f"__{name}__"):
-            name = f"__{name}__"  # an operator that PyTorch wraps: __pow__ calls itself pow
-        if name in _OPERATORS and not kwargs and len(args) <= (3 if name == "__setitem__" else 2):
-            return self._recorded("call_function", _OPERATORS[name], args, kwargs, func)
-        return self._recorded("call_method", name, args, kwargs, func)
-
     def call(
-        self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any], learns: bool = False
-    ) -> Any:
+        self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any], *,
+        learns: bool = False, opaque: bool = True,
+    ) -> Any:  # fmt: skip
         """Record a call that PyTorch does not announce (of a layer, of a custom Function), and ``run`` it on the fake tensors.
 
-        ``learns``: it has parameters that take gradients. Raises CaptureError where it changes an argument's memory without handing it
-        back: nothing in the graph would say so.
+        learns    it has parameters that take gradients
+        opaque    whose memory it hands back may differ from call to call
+        Raises CaptureError where it changes an argument's memory without handing it back: nothing in the graph would say so.
         """
         with self.unseen():
-            given = [(t, t._version) for t in map(self._fake_of, _tensors_in((args, kwargs)))]
-            result = self._recorded(op, target, args, kwargs, run, learns)
+            given = [(t, t._version) for t in map(self._fake_of, tensors_in((args, kwargs)))]
+            node, result = self._run(op, target, args, kwargs, run, learns)
+            if opaque and node is not None:
+                node.meta["bnr_storages"] |= {self._storage(t) for t, _ in given}
             for t, version in given:
-                if t._version != version and not any(t is r for r in _tensors_in(result)):
+                if t._version != version and not any(t is r for r in tensors_in(result)):
                     raise CaptureError(f"{_shown(target)} changes a tensor in place that it is given")
         return result
 
-    def _recorded(
+    def _recorded(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
+        with self.unseen():
+            return self._run(op, target, args, kwargs, run)[1]
+
+    def _run(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any], learns: bool = False
-    ) -> Any:
+    ) -> tuple[fx.Node | None, Any]:
+        """(the node of a call, None where its result is a constant; the result on fake tensors)."""
         self.check_modes()
         nodes, values = self._lowered(args, target)
         named, options = self._lowered(kwargs, target)
-        node = self.graph.create_node(op, target, nodes, named)
-        node.meta["nn_module_stack"] = self.trail.stack()
-        given = {id(t): t._version for t in _tensors_in((values, options))}
+        given = {id(t): t._version for t in tensors_in((values, options))}
         gradients = torch.is_grad_enabled()
-        constant = str(getattr(target, "__name__", target)).endswith(_CONSTANT_RESULTS) or "new_" in str(target)
+        constant = str(getattr(target, "__name__", target)).endswith(CONSTANT_RESULTS) or "new_" in str(target)
         requires = gradients and not constant and (learns or any(self._requires.get(i, False) for i in given))
-        self.depth += 1
         torch._C._set_grad_enabled(False)
         try:
             with self.fake:
@@ -209,12 +190,12 @@ class Recorder(TorchFunctionMode):
             raise CaptureError(f"{_VALUES} ({_shown(target)})") from error
         finally:
             torch._C._set_grad_enabled(gradients)
-            self.depth -= 1
         if isinstance(result, _CONSTANTS) and result is not None:
-            self.graph.erase_node(node)
             self.sizes.decided = True
-            return result
-        return self._results(node, result, given, requires)
+            return None, result
+        node = self.graph.create_node(op, target, nodes, named)  # now, for an error that the forward catches leaves no node
+        node.meta["nn_module_stack"] = self.trail.stack()
+        return node, self._results(node, result, given, requires)
 
     def check_modes(self) -> None:
         """Raise CaptureError where gradients or autocast are not what they were when the forward began."""
@@ -223,6 +204,7 @@ class Recorder(TorchFunctionMode):
 
     def _results(self, node: fx.Node, result: Any, given: dict[int, int], requires_grad: bool) -> Any:
         """``result`` with the place of every tensor in it noted. A tensor that was only handed through becomes one of its own."""
+        node.meta["bnr_storages"] = frozenset(self._storage(t) for t in tensors_in(result))
         if isinstance(result, Tensor):
             node.meta["tensor_meta"] = _metadata(result)
 
@@ -230,18 +212,23 @@ class Recorder(TorchFunctionMode):
             if isinstance(value, Tensor):
                 requires = requires_grad and (value.is_floating_point() or value.is_complex())
                 if id(value) in given and value._version == given[id(value)]:
-                    value = self._double(value)
+                    value = self._passed_on(value)
                 self._put(value, _Place(node, steps), requires or self._requires.get(id(value), False))
                 return value
             if isinstance(value, tuple | list | dict):
-                return _rebuilt(value, {key: visit(item, (*steps, key)) for key, item in _items(value)})
+                return rebuilt(value, {key: visit(item, (*steps, key)) for key, item in items(value)})
             if dataclasses.is_dataclass(value) and not isinstance(value, type):
                 for field in dataclasses.fields(value):
                     visit(getattr(value, field.name), (*steps, field))
             return value
 
-        with self.unseen():
-            return visit(result, ())
+        return visit(result, ())
+
+    def _passed_on(self, tensor: Tensor) -> Tensor:
+        """Another tensor for the same memory: what a call hands back as it was is the call's result all the same."""
+        double = self._double(tensor)
+        self._storages[id(double)] = self._storage(tensor)
+        return double
 
     # --- from what Python code has to what a graph holds ---------------------------------------------------------------------
 
@@ -253,7 +240,7 @@ class Recorder(TorchFunctionMode):
             place.node = self.graph.call_function(getattr if isinstance(step, dataclasses.Field) else operator.getitem, arguments)
         if place.steps:
             place.steps = ()
-            place.node.meta["tensor_meta"] = _metadata(tensor)
+            self._describe(place.node, tensor)
             place.node.meta["nn_module_stack"] = self.trail.stack()
         return place.node
 
@@ -270,7 +257,7 @@ class Recorder(TorchFunctionMode):
         else:
             node = self.graph.create_node("call_function", _Constant(tensor, f"constant_{len(self._doubles)}"), (), {})
         double = self._double(tensor)
-        node.meta["tensor_meta"] = _metadata(double)
+        self._describe(node, double)
         self._doubles[id(tensor)] = double
         self._kept.append(tensor)
         self._put(double, _Place(node), tensor.requires_grad)
@@ -318,9 +305,9 @@ class Recorder(TorchFunctionMode):
         if is_traced(value):
             return value.fx_node, value.value
         if isinstance(value, tuple | list | dict):
-            pairs = {key: self._lowered(item, target) for key, item in _items(value)}
+            pairs = {key: self._lowered(item, target) for key, item in items(value)}
             first, second = ({k: p[i] for k, p in pairs.items()} for i in (0, 1))
-            return _rebuilt(value, first), _rebuilt(value, second)
+            return rebuilt(value, first), rebuilt(value, second)
         if isinstance(value, slice):
             parts = [self._lowered(part, target) for part in (value.start, value.stop, value.step)]
             return slice(*[p[0] for p in parts]), slice(*[p[1] for p in parts])
@@ -386,50 +373,6 @@ def _tensors_of(root: nn.Module) -> dict[int, str]:
 
 def _metadata(t: Tensor) -> TensorMetadata:
     return TensorMetadata(t.shape, t.dtype, t.requires_grad, t.stride() if t.layout is torch.strided else (), None, t.is_quantized, {})
-
-
-def _name_of(func: Any) -> str:
-    name = getattr(func, "__name__", type(func).__name__)
-    if name == "__get__":
-        return getattr(func.__self__, "__name__", name)
-    return name
-
-
-def _is_method(func: Any, name: str) -> bool:
-    if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        return False
-    return getattr(func, "__objclass__", None) in (torch._C.TensorBase, Tensor) or func in (vars(Tensor).get(name), vars(Tensor).get(f"__{name}__"))
-
-
-def _items(value: Any) -> Iterator[tuple[Any, Any]]:
-    return iter(value.items()) if isinstance(value, dict) else iter(enumerate(value))
-
-
-def _rebuilt(like: Any, items: dict[Any, Any]) -> Any:
-    """A container of the kind of ``like`` with these items."""
-    if isinstance(like, dict):
-        if type(like) is dict:
-            return items
-        for key, item in items.items():
-            if like[key] is not item:
-                like[key] = item
-        return like
-    values = list(items.values())
-    if type(like) in (list, tuple):
-        return type(like)(values)
-    if type(like) is TracedSize or isinstance(like, torch.Size):
-        return tuple(values)
-    if hasattr(like, "_fields"):
-        return type(like)(*values)
-    return like if all(a is b for a, b in zip(like, values, strict=True)) else type(like)(values)
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list | dict) and type(value) is not TracedSize:
-        for _, item in _items(value):
-            yield from _tensors_in(item)
 
 
 def _shown(target: Any) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from bnrestructure.capture.ambient import wants_the_module_itself
+from bnrestructure.capture.ambient import compiled_autograd_is_on, wants_the_module_itself
 from bnrestructure.capture.arguments import Arguments
-from bnrestructure.capture.formats import restore_formats
+from bnrestructure.capture.formats import note_formats, restore_formats
 from bnrestructure.capture.guess import guessed_arguments
 from bnrestructure.capture.program import Program, copied_graph, use_reshape
 from bnrestructure.capture.reads import Reads
@@ -82,12 +82,13 @@ def _calls_batch_norm(cls: type[nn.Module]) -> bool:
 
 
 def captured(module: nn.Module, forward: Callable[..., Any], arguments: Arguments | None = None) -> Capture:
-    """The capture of a module's forward, its graph made ready for patterns: out-of-place, views that are only read as reshapes, no nn.Identity.
+    """The capture of a module's forward, its graph made ready for patterns: out-of-place, views as reshapes, no nn.Identity.
 
     Without ``arguments`` it is followed with tensors that its first layer would take (capture/guess.py). Raises CaptureError.
     """
     found = capture(module, forward, arguments) if arguments is not None else _guessed(module, forward)
     gm = found.graph_module
+    note_formats(gm)
     _drop_identities(gm)
     functionalise(gm)
     use_reshape(gm)
@@ -186,6 +187,9 @@ class Region:
             return forward(module, *args, **kwargs)
         if getattr(module, "_is_replica", False):
             self._refuse("nn.DataParallel runs replicas of the module, whose tensors are not parameters: DistributedDataParallel's are")
+            return forward(module, *args, **kwargs)
+        if compiled_autograd_is_on():
+            self._refuse("compiled autograd is on, which compiles the backward passes of PyTorch's own operations alone")
             return forward(module, *args, **kwargs)
         try:
             arguments = Arguments(args, kwargs)

@@ -73,7 +73,7 @@ class _Row(NamedTuple):
     def of(cls, path: str, module: nn.Module, watched: set[str]) -> _Row:
         """The row of this module; ``watched`` are the attributes that count, where it has them."""
         state = module.__dict__
-        present = {name: state[name] for name in sorted(watched) if not isinstance(state.get(name), torch.Tensor | nn.Module) and name in state}
+        present = {n: state[n] for n in sorted(watched & state.keys()) if not isinstance(state[n], torch.Tensor | nn.Module)}
         names = list(dict.fromkeys(["training", *(name for name, value in present.items() if _is_plain(value))]))
         own = state["_parameters"].keys() | state["_buffers"].keys() | state["_modules"].keys()
         getter = itemgetter(*names)
@@ -135,7 +135,11 @@ class ModuleState:
     """
 
     def __init__(self, root: nn.Module, reads: Reads) -> None:
-        self._rows = [_Row.of(path, module, _watched(module, reads)) for path, module in root.named_modules()]
+        self._rows = [
+            _Row.of(path, module, _watched(module, reads))
+            for path, module in root.named_modules()
+            if not isinstance(module, torch.jit.ScriptModule)  # called as it is, with what it is compiled with
+        ]
 
     def matches(self) -> bool:
         """Whether everything is still as it was captured."""

@@ -94,7 +94,7 @@ def _run(module: nn.Module, cls: type[nn.Module], args: tuple[Any, ...], kwargs:
 
 #: To torch.compile a region is one opaque call.
 _run = torch.compiler.disable(
-    _run, reason="a restructured module runs its own kernels; for one graph: torch.compile(model, backend='bnrestructure'), not restructured"
+    _run, reason="a restructured module runs kernels of its own; for one graph: torch.compile(model, backend='bnrestructure') instead"
 )
 
 

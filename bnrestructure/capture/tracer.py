@@ -96,6 +96,8 @@ class _Session:
         self.recorder = Recorder(root, FakeTensorMode(allow_non_fake_inputs=True))
         self.random_before = _random_state()
         self.blamed: nn.Module | None = None  # the submodule to call as it is, if an error is its own
+        self._error: BaseException | None = None  # the last one that left a module, and
+        self._inside: list[tuple[str, nn.Module]] = []  # the modules that it arose in
 
     def run(self, forward: Callable[..., Any], arguments: Arguments) -> Capture:
         recorder = self.recorder
@@ -116,12 +118,14 @@ class _Session:
                 raise CaptureError("its forward writes to a container that it is given")
             recorder.check_modes()
             output, rebuild = as_output(result, recorder)
-        except CaptureError:
-            self._blame()
+        except CaptureError as error:
+            inside = self._modules_of(error)
+            self.blamed = inside[-1][1] if inside else None
             raise
         except Exception as error:  # whatever user code raises on fake tensors is a reason, not a fault of ours
             self.blamed = None
-            where = f" in {recorder.trail.modules[-1][0]}" if recorder.trail.modules else ""
+            inside = self._modules_of(error)
+            where = f" in {inside[-1][0]}" if inside else ""
             raise NotFollowedError(f"its forward cannot be followed{where}: {type(error).__name__}: {first_line(error)}") from error
         finally:
             _active.session = outer
@@ -131,9 +135,22 @@ class _Session:
         gm.meta["bnr_output"] = rebuild
         return Capture(gm, dict(self.opaque), self.reads, recorder.sizes.decided)
 
-    def _blame(self) -> None:
-        if self.recorder.trail.modules:
-            self.blamed = self.recorder.trail.modules[-1][1]
+    @contextmanager
+    def _within(self, path: str, module: nn.Module) -> Iterator[None]:
+        """The forward is inside of this module. Of an error the innermost module is noted, for the forward may catch it."""
+        modules = self.recorder.trail.modules
+        modules.append((path, module))
+        try:
+            yield
+        except BaseException as error:
+            if error is not self._error:
+                self._error, self._inside = error, list(modules)
+            raise
+        finally:
+            modules.pop()
+
+    def _modules_of(self, error: BaseException) -> list[tuple[str, nn.Module]]:
+        return self._inside if error is self._error else []
 
     def _undo(self) -> None:
         """Put back what the forward wrote to attributes and drew of random numbers; raises CaptureError if it did either."""
@@ -159,18 +176,16 @@ class _Session:
         recorder.check_modes()  # here, while the module that turned them is still the innermost one
         if path is not None and (is_library_leaf(m) or m in self.opaque or boundary_reason(m) is not None):
             return self._layer(m, path, args, kwargs)
-        recorder.trail.modules.append((path or "", m))
-        result = original(m, *args, **kwargs)
-        if self.watch_random and not _same_random_state(_random_state(), self.random_before):
-            raise CaptureError(_RANDOM)
-        recorder.trail.modules.pop()  # not reached on an error: the innermost module is then the one at fault
+        with self._within(path or "", m):
+            result = original(m, *args, **kwargs)
+            if self.watch_random and not _same_random_state(_random_state(), self.random_before):
+                raise CaptureError(_RANDOM)
         return result
 
     def _layer(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.attributes.changed_on(m):
             raise CaptureError(f"its forward writes to attributes of a {type(m).__name__} before calling it")
         recorder = self.recorder
-        recorder.trail.modules.append((path, m))
         with recorder.unseen():
             learns = any(p.requires_grad for p in m.parameters())
 
@@ -182,11 +197,23 @@ class _Session:
                 return m.forward(*values, **options)
 
         before = None if is_library_leaf(m) else _random_state()
-        result = recorder.call("call_module", path, args, kwargs, run, learns)
+        with self._within(path, m):
+            result = recorder.call("call_module", path, args, kwargs, run, learns=learns, opaque=before is not None)
         if before is not None:
             _set_random_state(before)  # it draws again when it really runs
-        recorder.trail.modules.pop()
         return result
+
+
+class _CustomFunction:
+    """A custom autograd Function as a function that a graph can call: it is not looked into, and keeps its own backward."""
+
+    def __init__(self, cls: type[torch.autograd.Function]) -> None:
+        self._cls = cls
+        self.__name__ = self.__qualname__ = cls.__name__
+        self.__module__ = "bnrestructure.capture"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._cls.apply(*args, **kwargs)
 
 
 def _session() -> _Session | None:
@@ -208,7 +235,7 @@ def _patched() -> Iterator[None]:
         own = apply.__get__(None, cls)
         if session is None or session.recorder.depth:
             return own(*args, **kwargs)
-        return session.recorder.call("call_function", cls.apply, args, kwargs, own)
+        return session.recorder.call("call_function", _CustomFunction(cls), args, kwargs, own)
 
     nn.Module.__call__ = call_module
     torch.autograd.Function.apply = classmethod(call_function)  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +13,8 @@ from torch import fx, nn
 from bnrestructure.capture.arguments import Arguments
 from bnrestructure.capture.program import copied_graph
 from bnrestructure.capture.regions import Options, captured, holding_batch_norms, subregions
-from bnrestructure.capture.swap import is_restructured, original_class, region_of, training_flags
-from bnrestructure.core.errors import CaptureError
+from bnrestructure.capture.swap import is_restructured, original_class, region_of, swap_out, training_flags
+from bnrestructure.core.errors import CaptureError, NotFollowedError, UsageError, first_line
 from bnrestructure.graph.boundaries import is_library_leaf
 from bnrestructure.graph.layers import module_path
 from bnrestructure.passes import pipeline
@@ -67,7 +68,7 @@ def take_survey(model: nn.Module, options: Options, inputs: tuple[Any, ...] | No
 def _look(
     module: nn.Module, options: Options, arguments: Arguments | None, paths: dict[nn.Module, str], holding: set[nn.Module], survey: Survey
 ) -> None:
-    if module not in holding:
+    if module not in holding or is_library_leaf(module):
         return
     children: Iterator[nn.Module] = module.children()
     ran = region_of(module).ran if is_restructured(module) and region_of(module) is not None else None
@@ -82,9 +83,23 @@ def _look(
         try:
             children = (child for child, _ in _captured(module, options, arguments, paths[module], survey))
         except CaptureError as error:
+            if arguments is not None and isinstance(error, NotFollowedError):
+                _check_takes(module, arguments)
             survey.reasons[module] = str(error)
     for child in children:
         _look(child, options, None, paths, holding, survey)
+
+
+def _check_takes(model: nn.Module, arguments: Arguments) -> None:
+    """Raise UsageError, in the model's own words, if it does not take these inputs at all."""
+    tried = copy.deepcopy(model)
+    swap_out(tried)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            args, kwargs = arguments.unflatten([t.detach().clone() for t in arguments.tensors])
+            tried(*args, **kwargs)
+    except Exception as error:  # a forward() may raise anything on what it does not take
+        raise UsageError(f"the model does not take these inputs: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _captured(
@@ -93,8 +108,6 @@ def _captured(
     """Capture and rewrite one module; the submodules that stay calls, and why."""
     if "forward" in module.__dict__:
         raise CaptureError("its forward is replaced on the instance")
-    if is_library_leaf(module):
-        raise CaptureError("it is one of torch's own layers, called from code that the tracer cannot follow")
     found = captured(module, original_class(module).forward, arguments)
     gm = found.graph_module
     if arguments is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bnrestructure.capture.regions import Options
-from bnrestructure.capture.swap import is_restructured, region_of, swap_in, swap_out
+from bnrestructure.capture.swap import region_of, swap_in, swap_out
 from bnrestructure.core.errors import NotFullyFusedError, UsageError
 from bnrestructure.kernels import registry
 from bnrestructure.passes import pipeline
@@ -77,7 +77,7 @@ def explain(
     options = _options(model, backend, passes, None, runs=False)
     if backend == "auto" and passes is None:
         for module in model.modules():
-            region = region_of(module) if is_restructured(module) else None
+            region = region_of(module)
             if region is not None:
                 options = region.options
                 break

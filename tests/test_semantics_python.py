@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from equivalence import assert_same_training, assert_same_values, restructured_copy, training_step
+from equivalence import assert_same_training, assert_same_values, restructured_copy, training_step, tree_tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -226,9 +226,15 @@ def test_forward_runs_rewritten_and_trains_the_same(kind: type[nn.Module], shape
     assert plan.counts["kept"] == 0
 
 
+def _loss(output: Any) -> Tensor:
+    tensors = tree_tensors(vars(output) if isinstance(output, Output) else output)
+    return torch.stack([(t * t.detach().cos()).sum() for t in tensors]).sum()
+
+
 @pytest.mark.parametrize(("kind", "shape"), FORWARDS, ids=lambda v: v.__name__ if isinstance(v, type) else "")
 def test_verify_finds_them_equivalent(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
-    report = bnrestructure.verify(_built(kind), torch.randn(shape, dtype=torch.float64), backend="reference", steps=1)
+    x = torch.randn(shape, dtype=torch.float64)
+    report = bnrestructure.verify(_built(kind), x, loss_fn=_loss, backend="reference", steps=1)
     assert report.ok, report
 
 
@@ -256,11 +262,14 @@ def test_a_seeded_run_draws_eagers_numbers() -> None:
 
 
 def test_a_child_that_is_compiled_by_torch_script() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        child = torch.jit.script(nn.Conv2d(3, 4, 1))
-    model = nn.Sequential(child, nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)).double()
-    rewritten = bnrestructure.restructure(copy.deepcopy(model), backend="reference")
+    models = []
+    for _ in range(2):  # PyTorch's copy of a ScriptModule has parameters that take no gradients
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            child = torch.jit.script(nn.Conv2d(3, 4, 1, dtype=torch.float64))
+        models.append(nn.Sequential(child, *nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)).double()))
+    rewritten, model = bnrestructure.restructure(models[0], backend="reference"), models[1]
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     for _ in range(2):
         assert_same_values(training_step(rewritten, x), training_step(model, x))
@@ -329,15 +338,41 @@ def test_a_layer_of_its_own_making_is_left_to_the_model() -> None:
             self.stem, self.norm, self._kind = _stem(), nn.BatchNorm2d(4), layer
 
         def forward(self, x: Tensor) -> Tensor:
-            torch.manual_seed(1)
             return self.norm(self._kind()(self.stem(x)))
 
     class Conv(nn.Conv2d):
         def __init__(self) -> None:
-            super().__init__(4, 4, 1, dtype=torch.float64)
+            super().__init__(4, 4, 1, dtype=torch.float64, device="meta")
+            self.weight, self.bias = nn.Parameter(torch.eye(4, dtype=torch.float64).view(4, 4, 1, 1)), None
 
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     for kind, captured in ((nn.ReLU, True), (Conv, False)):
         torch.manual_seed(0)
         rewritten = assert_same_training(Makes(kind).double(), x)
         assert all(bool(site.ran) is captured for site in bnrestructure.explain(rewritten).sites if site.name == "norm")
+
+
+def test_a_capture_writes_to_no_buffer_and_no_attribute() -> None:
+    """Of layers that it runs to see what they return: compiled, opaque, recurrent, and PyTorch's own."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.calls, self.seen = nn.BatchNorm2d(4, momentum=None), 0, torch.zeros(())
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.seen += 1
+            return self.norm(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        script = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    model = nn.Sequential(_stem(), Counts(), script, nn.Dropout(0.3))
+    state = copy.deepcopy(model.state_dict())
+    random_state = torch.get_rng_state()
+    bnrestructure.explain(model, torch.randn(2, 3, 6, 6))
+    torch.set_rng_state(random_state)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert (model[1].calls, float(model[1].seen)) == (0, 0.0)

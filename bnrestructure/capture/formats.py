@@ -19,7 +19,7 @@ Format = tuple[int, ...]
 
 
 def note_formats(gm: fx.GraphModule) -> None:
-    """Let every node of a captured graph remember the formats of the tensors that it reads: ``meta["bnr_formats"]``, as its arguments stand."""
+    """Every node of a captured graph remembers the formats of the tensors that it reads, in the order of its arguments."""
     for node in gm.graph.nodes:
         node.meta["bnr_formats"] = [_format_of(source) for source in _sources(node)]
 

@@ -19,7 +19,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.overrides import TorchFunctionMode
 
 from bnrestructure.capture.containers import items, rebuilt, tensors_in
-from bnrestructure.capture.side_effects import ambient_modes
+from bnrestructure.capture.side_effects import Attributes, ambient_modes
 from bnrestructure.capture.sizes import SizeLog, TracedInt, TracedSize, is_traced
 from bnrestructure.capture.spelling import (
     CONSTANT_RESULTS,
@@ -280,10 +280,16 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def without_data(self, module: nn.Module) -> Iterator[None]:
-        """The tensors of a module tree are fake ones meanwhile: what a layer writes to its buffers is not written."""
+        """The tensors of a module tree are fake ones meanwhile, and what it writes to its attributes is not written.
+
+        A ScriptModule holds its tensors elsewhere.
+        """
+        attributes = Attributes(module)
         changed: list[tuple[dict[str, Any], str, Tensor]] = []
         try:
             for m in module.modules():
+                if isinstance(m, torch.jit.ScriptModule):
+                    continue
                 for values in (m._parameters, m._buffers, m.__dict__):
                     for name, value in list(values.items()):
                         if isinstance(value, Tensor):
@@ -291,6 +297,7 @@ class Recorder(TorchFunctionMode):
                             values[name] = self._double(value) if id(value) not in self._doubles else self._doubles[id(value)]
             yield
         finally:
+            attributes.restore()
             for values, name, value in reversed(changed):
                 values[name] = value
 

@@ -119,8 +119,8 @@ class _Session:
             recorder.check_modes()
             output, rebuild = as_output(result, recorder)
         except CaptureError as error:
-            inside = self._modules_of(error)
-            self.blamed = inside[-1][1] if inside else None
+            own = [module for _, module in self._modules_of(error) if module in self.paths]
+            self.blamed = own[-1] if own else None
             raise
         except Exception as error:  # whatever user code raises on fake tensors is a reason, not a fault of ours
             self.blamed = None
@@ -197,7 +197,7 @@ class _Session:
                 return m.forward(*values, **options)
 
         before = None if is_library_leaf(m) else _random_state()
-        with self._within(path, m):
+        with self._within(path, m), _keeping_buffers_of_scripts(m, recorder):
             result = recorder.call("call_module", path, args, kwargs, run, learns=learns, opaque=before is not None)
         if before is not None:
             _set_random_state(before)  # it draws again when it really runs
@@ -214,6 +214,20 @@ class _CustomFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._cls.apply(*args, **kwargs)
+
+
+@contextmanager
+def _keeping_buffers_of_scripts(module: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Put back what ScriptModules write to their buffers: compiled code finds them by itself, so that no fake ones can stand for them."""
+    scripts = [m for m in module.modules() if isinstance(m, torch.jit.ScriptModule)]
+    with recorder.unseen(), torch.no_grad():
+        kept = [(b, b.clone()) for m in scripts for b in m.buffers()]
+    try:
+        yield
+    finally:
+        with recorder.unseen(), torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
 
 
 def _session() -> _Session | None:

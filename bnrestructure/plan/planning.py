@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from bnrestructure import ops
 from bnrestructure.capture.regions import Options
-from bnrestructure.capture.swap import is_restructured, original_class, region_of, swap_out
+from bnrestructure.capture.swap import original_class, region_of, swap_out
 from bnrestructure.core.errors import first_line
 from bnrestructure.graph.fused import is_fused, outputs_of, tensor_readers
 from bnrestructure.graph.layers import modules_of
@@ -63,7 +63,7 @@ def make_plan(model: nn.Module, options: Options, inputs: tuple[Any, ...] | None
     for site in plan.sites:
         _add_bytes(site, shapes.get(site.name.split("#")[0]))
     for name, module in model.named_modules():
-        region_here = region_of(module) if is_restructured(module) else None
+        region_here = region_of(module)
         if region_here is not None:
             plan.notes += [f"{name or 'the model'}: ran as it was: {reason}" for reason in region_here.ran.refusals]
             if region_here.ran.captures:
@@ -203,18 +203,18 @@ def layer_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Shapes, str
     def record(name: str, x: torch.Tensor) -> None:
         found.setdefault(name, (x.shape, x.dtype))
 
-    double = copy.deepcopy(model).to("meta").train()
-    swap_out(double)
     layers = (nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd)
-    for name, module in double.named_modules():
-        if isinstance(module, layers[0]) and module.momentum is None:
-            module.momentum = 0.1  # a cumulative average reads a counter's value, which a meta tensor has not
-        if isinstance(module, layers):
-            module.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]) if args else None)
+    names = {name for name, module in model.named_modules() if isinstance(module, layers[0])}
     try:
+        double = copy.deepcopy(model).to("meta").train()
+        swap_out(double)
+        for name, module in double.named_modules():
+            if isinstance(module, layers[0]) and module.momentum is None:
+                module.momentum = 0.1  # a cumulative average reads a counter's value, which a meta tensor has not
+            if isinstance(module, layers):
+                module.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]) if args else None)
         double(*pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), inputs))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:  # it reads values, or refuses the shape
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error:  # it reads values, or cannot be there
         # Meta tensors have no values. Shapes found so far still serve the plan, which then says how far they go.
-        names = {name for name, module in double.named_modules() if isinstance(module, layers[0])}
         return found, f"shapes are known for {len(names & found.keys())} batch norms only: {first_line(error)}"
     return found, None

@@ -13,7 +13,7 @@ from torch import fx, nn
 from bnrestructure.capture.arguments import Arguments
 from bnrestructure.capture.program import copied_graph
 from bnrestructure.capture.regions import Options, captured, holding_batch_norms, subregions
-from bnrestructure.capture.swap import is_restructured, original_class, region_of, swap_out, training_flags
+from bnrestructure.capture.swap import original_class, region_of, swap_out, training_flags
 from bnrestructure.core.errors import CaptureError, NotFollowedError, UsageError, first_line
 from bnrestructure.graph.boundaries import is_library_leaf
 from bnrestructure.graph.layers import module_path
@@ -71,7 +71,8 @@ def _look(
     if module not in holding or is_library_leaf(module):
         return
     children: Iterator[nn.Module] = module.children()
-    ran = region_of(module).ran if is_restructured(module) and region_of(module) is not None else None
+    region = region_of(module)
+    ran = None if region is None else region.ran
     if ran is not None and ran.calls and ran.graph is not None:
         after = _with_modules_of(module, ran.graph)
         survey.regions.append(SurveyedRegion(paths[module], ran.sites, after, ran=True))
@@ -79,7 +80,7 @@ def _look(
         children = (m for name, m in module.named_modules() if name in called)
     elif ran is not None and ran.refusals:
         survey.reasons[module] = ran.refusals[-1]
-    else:
+    elif not any(_has_run(m) for m in module.modules()):
         try:
             children = (child for child, _ in _captured(module, options, arguments, paths[module], survey))
         except CaptureError as error:
@@ -88,6 +89,11 @@ def _look(
             survey.reasons[module] = str(error)
     for child in children:
         _look(child, options, None, paths, holding, survey)
+
+
+def _has_run(module: nn.Module) -> bool:
+    region = region_of(module)
+    return region is not None and region.ran.calls > 0
 
 
 def _check_takes(model: nn.Module, arguments: Arguments) -> None:

@@ -174,6 +174,11 @@ class Region:
     _seen: Counter[Any] = field(default_factory=Counter)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
+    @property
+    def refusals(self) -> list[str]:
+        """Why calls in training ran the module's own forward."""
+        return self.ran.refusals
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         """A copied model starts without programs: they are made again from its own modules."""
         return Region(self.options)

@@ -119,7 +119,9 @@ def swap_in(module: nn.Module, options: Options) -> None:
 
 
 def _can_be_swapped(m: nn.Module) -> bool:
-    if is_library_leaf(m) or "forward" in m.__dict__ or isinstance(m, torch.jit.ScriptModule):
+    if is_library_leaf(m) or isinstance(m, nn.modules.batchnorm._BatchNorm):  # neither has anything but itself to fuse
+        return False
+    if "forward" in m.__dict__ or isinstance(m, torch.jit.ScriptModule):
         return False
     return original_class(m).forward is not nn.Module.forward  # a ModuleList is never called
 

@@ -6,7 +6,7 @@ import enum
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bnrestructure.core.errors import CaptureError
@@ -18,6 +18,7 @@ _CONSTANTS = (
     type(None), bool, int, float, complex, str, bytes, slice, range, enum.Enum,
     torch.dtype, torch.device, torch.memory_format, torch.layout,
 )  # fmt: skip
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 class Arguments:
@@ -28,14 +29,22 @@ class Arguments:
     neither tensors nor plain constants raise CaptureError.
     """
 
+    key: tuple[Any, ...] = ()
+
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         leaves, self.spec = pytree.tree_flatten((args, kwargs))
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.is_tensor = tuple([isinstance(leaf, Tensor) for leaf in leaves])
+        #: Whether a tensor among them has no data of its own: on the meta device, of a subclass, a proxy of torch.fx.
+        self.without_data = any(type(t) not in _PLAIN or t.is_meta for t in self.tensors)
         for leaf in leaves:
-            if not isinstance(leaf, (Tensor, *_CONSTANTS)):
+            if isinstance(leaf, fx.Proxy):
+                self.without_data = True
+            elif not isinstance(leaf, (Tensor, *_CONSTANTS)):
                 raise CaptureError(f"an argument of type {type(leaf).__name__} is neither a tensor nor a plain constant")
+        if self.without_data:
+            return
         constants = tuple([_hashable(c) for c in self.constants])
         self.key = (self.is_tensor, constants, self.spec, tuple([_facts(t) for t in self.tensors]))
 

@@ -10,13 +10,18 @@ from torch._prims_common import make_channels_last_strides_for, make_contiguous_
 
 from bnrestructure.core.memory_format import is_channels_last
 
-__all__ = ["known_result"]
+__all__ = ["keeps_shape", "known_result"]
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.GELU, nn.ELU, nn.Hardtanh, nn.Mish, nn.Sigmoid, nn.Hardsigmoid)
 _BATCH_NORMS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,), nn.SyncBatchNorm: (2, 3, 4, 5),
 }  # fmt: skip
 _CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+
+
+def keeps_shape(m: nn.Module) -> bool:
+    """Whether the layer's result has the shape of its input."""
+    return type(m) in _BATCH_NORMS or type(m) in _ACTIVATIONS
 
 
 def known_result(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

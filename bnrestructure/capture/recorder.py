@@ -27,6 +27,7 @@ from bnrestructure.capture.spelling import (
     PLAIN_FUNCTIONS,
     READS_VALUES,
     REFUSED,
+    SAME_SHAPE,
     name_of,
     spelt,
 )
@@ -149,17 +150,18 @@ class Recorder(TorchFunctionMode):
 
     def call(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any], *,
-        learns: bool = False, opaque: bool = True,
+        learns: bool = False, opaque: bool = True, shape_stays: bool = False,
     ) -> Any:  # fmt: skip
         """Record a call that PyTorch does not announce (of a layer, of a custom Function), and ``run`` it on the fake tensors.
 
         learns    it has parameters that take gradients
         opaque    whose memory it hands back may differ from call to call
+        shape_stays    its result has the shape of its first argument
         Raises CaptureError where it changes an argument's memory without handing it back: nothing in the graph would say so.
         """
         with self.unseen():
             given = [(t, t._version) for t in map(self._fake_of, tensors_in((args, kwargs)))]
-            node, result = self._run(op, target, args, kwargs, run, learns)
+            node, result = self._run(op, target, args, kwargs, run, learns, shape_stays)
             if opaque and node is not None:
                 node.meta["bnr_storages"] |= {self._storage(t) for t, _ in given}
             for t, version in given:
@@ -172,8 +174,9 @@ class Recorder(TorchFunctionMode):
             return self._run(op, target, args, kwargs, run)[1]
 
     def _run(
-        self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any], learns: bool = False
-    ) -> tuple[fx.Node | None, Any]:
+        self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any], learns: bool = False,
+        shape_stays: bool = False,
+    ) -> tuple[fx.Node | None, Any]:  # fmt: skip
         """(the node of a call, None where its result is a constant; the result on fake tensors)."""
         self.check_modes()
         nodes, values = self._lowered(args, target)
@@ -195,7 +198,10 @@ class Recorder(TorchFunctionMode):
             return None, result
         node = self.graph.create_node(op, target, nodes, named)  # now, for an error that the forward catches leaves no node
         node.meta["nn_module_stack"] = self.trail.stack()
-        return node, self._results(node, result, given, requires)
+        result = self._results(node, result, given, requires)
+        if values and (shape_stays or getattr(target, "__name__", target) in SAME_SHAPE):
+            self._note_shape(result, values[0])
+        return node, result
 
     def check_modes(self) -> None:
         """Raise CaptureError where gradients or autocast are not what they were when the forward began."""
@@ -330,10 +336,10 @@ class Recorder(TorchFunctionMode):
 
     # --- sizes ----------------------------------------------------------------------------------------------------------
 
-    def same_shape(self, result: Tensor, source: Tensor) -> None:
-        """Sizes of ``result`` may be read from ``source``: nothing then asks for ``result`` to be in memory for its size."""
-        source = self._fake_of(source)
-        self._shaped_like[id(result)] = self._shaped_like.get(id(source), source)
+    def _note_shape(self, result: Any, source: Any) -> None:
+        """Sizes of ``result`` are read from ``source``, where both have one shape: no tensor has to be in memory for its size alone."""
+        if isinstance(result, Tensor) and isinstance(source, Tensor) and result is not source:
+            self._shaped_like[id(result)] = self._shaped_like.get(id(source), source)
 
     def _shape(self, tensor: Tensor) -> TracedSize:
         fake = self._fake_of(tensor)

@@ -188,7 +188,7 @@ class Region:
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the module: its rewritten program, or ``forward``, its own, where no program fits."""
-        if is_capturing() or any_global_hooks() or wants_the_module_itself(args, kwargs):
+        if is_capturing() or any_global_hooks() or wants_the_module_itself():
             return forward(module, *args, **kwargs)
         if getattr(module, "_is_replica", False):
             self._refuse("nn.DataParallel runs replicas of the module, whose tensors are not parameters: DistributedDataParallel's are")
@@ -200,6 +200,8 @@ class Region:
             arguments = Arguments(args, kwargs)
         except CaptureError as error:
             self._refuse(str(error))
+            return forward(module, *args, **kwargs)
+        if arguments.without_data:
             return forward(module, *args, **kwargs)
         cached = self._fitting(module, forward, arguments)
         if cached.program is None:

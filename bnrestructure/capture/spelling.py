@@ -15,6 +15,7 @@ __all__ = [
     "PLAIN_FUNCTIONS",
     "READS_VALUES",
     "REFUSED",
+    "SAME_SHAPE",
     "name_of",
     "spelt",
 ]
@@ -55,6 +56,11 @@ _REFLECTED = {
     "__rsub__": operator.sub, "__rdiv__": operator.truediv, "__rtruediv__": operator.truediv, "__rpow__": operator.pow,
     "__rmatmul__": operator.matmul, "__rfloordiv__": operator.floordiv,
     "__rmod__": operator.mod, "__rmul__": operator.mul, "__radd__": operator.add,
+}  # fmt: skip
+#: Functions whose result has the shape of their first argument.
+SAME_SHAPE = {
+    "batch_norm", "relu", "relu6", "silu", "hardswish", "gelu", "leaky_relu", "elu", "hardtanh", "mish", "sigmoid", "hardsigmoid",
+    "dropout", "clone", "contiguous", "detach",
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpoint_module
 
 from bnrestructure.capture.arguments import Arguments
-from bnrestructure.capture.layers import known_result
+from bnrestructure.capture.layers import keeps_shape, known_result
 from bnrestructure.capture.outputs import as_output
 from bnrestructure.capture.reads import Reads, not_recording, recording_reads
 from bnrestructure.capture.recorder import Recorder
@@ -198,7 +198,9 @@ class _Session:
 
         before = None if is_library_leaf(m) else _random_state()
         with self._within(path, m), _keeping_buffers_of_scripts(m, recorder):
-            result = recorder.call("call_module", path, args, kwargs, run, learns=learns, opaque=before is not None)
+            result = recorder.call(
+                "call_module", path, args, kwargs, run, learns=learns, opaque=before is not None, shape_stays=keeps_shape(m)
+            )
         if before is not None:
             _set_random_state(before)  # it draws again when it really runs
         return result

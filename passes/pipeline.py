@@ -59,10 +59,13 @@ def resolve(passes: str | Sequence[str] | None) -> tuple[str, ...]:
     """
     if passes is None:
         return PASSES
-    names = LADDER.get(passes, (passes,)) if isinstance(passes, str) else tuple(passes)
+    try:
+        names = LADDER.get(passes, (passes,)) if isinstance(passes, str) else tuple(passes)
+    except TypeError as error:
+        raise UsageError(f"passes are names, or a rung of the ladder, got {passes!r}") from error
     for name in names:
         if name not in PASSES:
-            near = difflib.get_close_matches(name, [*PASSES, *LADDER], n=1)
+            near = difflib.get_close_matches(str(name), [*PASSES, *LADDER], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UsageError(f"unknown pass {name!r}{hint} (passes: {', '.join(PASSES)}; ladder: {', '.join(LADDER)})")
     if tuple(names) not in LADDER.values():

@@ -12,6 +12,7 @@ from bnrestructure.graph.inplace import functionalise
 from bnrestructure.graph.layers import module_of
 from bnrestructure.graph.provenance import module_path, remember
 from bnrestructure.passes.base import Pass, Rule
+from bnrestructure.passes.restore_formats import note_formats
 from bnrestructure.passes.use_reshape import USE_RESHAPE
 from bnrestructure.patterns.batch_norm import batch_norm
 
@@ -24,6 +25,7 @@ def prepare(gm: fx.GraphModule, path_of: Callable[[fx.Node], str] = module_path)
     Each batch norm call becomes a site with a name of its own: ``path_of`` it, with #2, #3 ... for further calls of a shared module. The
     module's forward stays as it was until ``gm.recompile()``.
     """
+    note_formats(gm.graph)
     DROP_IDENTITIES.rewrite(gm)
     functionalise(gm.graph)
     USE_RESHAPE.rewrite(gm)

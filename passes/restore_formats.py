@@ -8,45 +8,82 @@ that a user can choose.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from bnrestructure.graph.boundaries import is_library_leaf
-from bnrestructure.graph.ir import Conv, Finalize, has_fused
+from bnrestructure.graph.ir import has_fused
 from bnrestructure.graph.layers import module_of
-from bnrestructure.graph.provenance import provenance
-from bnrestructure.ops.formats import eager_format, eager_formats
+from bnrestructure.graph.provenance import Format, known_tensor, provenance, remember
+from bnrestructure.ops.formats import eager_format, order_of
 from bnrestructure.passes.base import Pass, Rule
 
-__all__ = ["RESTORE_FORMATS"]
+__all__ = ["RESTORE_FORMATS", "note_formats"]
 
 #: Elementwise random numbers are drawn in memory order: in another layout the same seed would give another mask.
 _RANDOM_FUNCTIONS = {
     torch.dropout, torch.dropout_, torch.alpha_dropout, torch.bernoulli, torch.rand_like, torch.randn_like, torch.rrelu,
-    nn.functional.dropout, nn.functional.alpha_dropout, nn.functional.rrelu,
+    torch.empty_like, nn.functional.dropout, nn.functional.alpha_dropout, nn.functional.rrelu, nn.functional.gumbel_softmax,
 }  # fmt: skip
+_RANDOM_METHODS = {"bernoulli", "bernoulli_", "normal_", "uniform_", "random_", "exponential_", "geometric_", "log_normal_", "cauchy_"}
 _RANDOM_MODULES = (nn.Dropout, nn.AlphaDropout, nn.RReLU)
+
+
+def note_formats(graph: fx.Graph) -> None:
+    """Every node of a captured graph remembers the formats of the tensors that it reads."""
+    for node in graph.nodes:
+        remember(node, formats=tuple(_format_of(source) for source in _sources(node)))
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node reads, in the order of its arguments, each as often as it is read."""
+    return [a for a in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(a, fx.Node)]
+
+
+def _format_of(source: fx.Node) -> Format | None:
+    known = known_tensor(source)
+    if known is None or not hasattr(known, "shape"):
+        return None
+    stride = known.stride if isinstance(known.stride, tuple) else known.stride() if known.layout is torch.strided else ()
+    return order_of([_number(n) for n in known.shape], [_number(n) for n in stride]) if stride else None
+
+
+def _number(n: Any) -> int:
+    """A size, or under torch.compile the one that a symbol was met with."""
+    return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
 
 
 @dataclass(frozen=True)
 class Border:
-    """A node that is not ours, and the tensors that it reads and that may be in another format than eager's."""
+    """A node that is not ours, and the tensors that it reads and that may be in another format than eager's, with that one."""
 
     node: fx.Node
-    sources: list[fx.Node]
+    sources: dict[fx.Node, Format]
 
 
 def border(node: fx.Node) -> Border | None:
     """A node for which a memory format matters, in a graph with fused nodes."""
     shared = provenance(node).changed_by is not None
-    module = module_of(node)
-    opaque = module is not None and (isinstance(module, _RANDOM_MODULES) or not is_library_leaf(module))
-    draws = node.op == "call_function" and node.target in _RANDOM_FUNCTIONS
-    if not (shared or opaque or draws or node.op == "output") or not has_fused(node.graph):
+    if not (shared or node.op == "output" or _is_opaque(node) or _draws(node)) or not has_fused(node.graph):
         return None
-    sources = [source for source in node.all_input_nodes if not _is_eagers(source, shared)]
+    wanted = dict(zip(_sources(node), provenance(node).formats, strict=False))
+    sources = {source: order for source, order in wanted.items() if order is not None and not _is_eagers(source, shared)}
     return Border(node, sources) if sources else None
+
+
+def _is_opaque(node: fx.Node) -> bool:
+    module = module_of(node)
+    return module is not None and not is_library_leaf(module)
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether it draws random numbers for the elements of a tensor."""
+    if node.op == "call_module":
+        return isinstance(module_of(node), _RANDOM_MODULES)
+    return node.target in (_RANDOM_FUNCTIONS if node.op == "call_function" else _RANDOM_METHODS)
 
 
 def _is_eagers(source: fx.Node, shared: bool) -> bool:
@@ -57,34 +94,10 @@ def _is_eagers(source: fx.Node, shared: bool) -> bool:
 
 def restore(match: Border) -> None:
     """Put a node in front of each tensor that is read."""
-    graph = match.node.graph
-    formats = _formats(graph)
-    for source in match.sources:
-        with graph.inserting_before(match.node):
-            restored = graph.call_function(eager_format, (source, formats))
+    for source, order in match.sources.items():
+        with match.node.graph.inserting_before(match.node):
+            restored = match.node.graph.call_function(eager_format, (source, order))
         match.node.replace_input_with(source, restored)
-
-
-def _formats(graph: fx.Graph) -> fx.Node:
-    """The node that finds out eager's formats at the start of each call."""
-    existing = graph.find_nodes(op="call_function", target=eager_formats)
-    if existing:
-        return existing[0]
-    arguments = tuple(graph.find_nodes(op="placeholder"))
-    first_weights: dict[int, str] = {}  # of each number of dimensions: a model is in one format
-    for conv in Conv.every(graph):
-        if conv.weight.op == "get_attr":
-            first_weights.setdefault(len(conv.stride), str(conv.weight.target))
-    start = next(node for node in graph.nodes if node.op != "placeholder")
-    with graph.inserting_before(start):
-        weights = tuple(graph.create_node("get_attr", target) for target in first_weights.values())
-        return graph.call_function(eager_formats, (arguments, weights, _any_1d(graph)))
-
-
-def _any_1d(graph: fx.Graph) -> bool:
-    """Whether any node of ours answers in [N, C, L] or may do so: what a 1-D convolution or a BatchNorm1d became."""
-    convs = any(len(conv.stride) == 1 for conv in Conv.every(graph))
-    return convs or any(3 in finalize.dimensions for finalize in Finalize.every(graph))
 
 
 RESTORE_FORMATS = Pass("restore-formats", (Rule(border, restore),))

@@ -92,9 +92,10 @@ def test_densenets_concats_are_gone_and_its_statistics_are_computed_once() -> No
     from bnrestructure.capture.regions import Options
     from bnrestructure.graph.ir import Conv, Statistics
     from bnrestructure.graph.provenance import provenance
-    from bnrestructure.plan.planning import region_graphs
+    from bnrestructure.plan.survey import take_survey
 
-    ((_, before, after),) = region_graphs(build_on_meta("densenet121"), Options("reference"))
+    (region,) = take_survey(build_on_meta("densenet121"), Options("reference")).regions
+    before, after = region.before, region.after
 
     def concats(gm: torch.fx.GraphModule) -> int:
         return sum(n.target is torch.cat and not provenance(n).vector for n in gm.graph.nodes)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cuda_code.counts import Counts, count
+from cuda_code.record import Product, Step
 from torch import Tensor
 
 from bnrestructure.kernels.cuda.launch import Launch
 from bnrestructure.kernels.cuda.specialisation import Specialisation
-from cuda_code.counts import Counts, count
-from cuda_code.record import Product, Step
 
 __all__ = ["Floor", "floors", "of_products", "small_launches"]
 

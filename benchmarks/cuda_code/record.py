@@ -28,8 +28,7 @@ __all__ = ["Product", "Step", "prepared", "record"]
 
 #: Operations that launch nothing.
 _FREE = frozenset(
-    "view _unsafe_view permute unbind select slice narrow as_strided detach alias t transpose expand unsqueeze empty empty_like new_empty"
-    " empty_strided set_ view_as reshape squeeze as_strided_ resize_ split new_empty_strided is_same_size device".split()
+    ["view", "_unsafe_view", "permute", "unbind", "select", "slice", "narrow", "as_strided", "detach", "alias", "t", "transpose", "expand", "unsqueeze", "empty", "empty_like", "new_empty", "empty_strided", "set_", "view_as", "reshape", "squeeze", "as_strided_", "resize_", "split", "new_empty_strided", "is_same_size", "device"]
 )
 
 

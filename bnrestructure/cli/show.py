@@ -84,16 +84,16 @@ def _check(arguments: argparse.Namespace, model: nn.Module) -> int:
     """Rewrite every region once more, look at the graph after each pass, and say what was seen."""
     from bnrestructure.api import _options
     from bnrestructure.cli.output import print_json, stdout
-    from bnrestructure.plan.planning import region_graphs
+    from bnrestructure.plan.survey import take_survey
     from bnrestructure.report.graph_check import check_region, print_checks
 
     options = _options(model, arguments.backend, _passes(arguments), None)
-    captured = {path: before for path, before, _ in region_graphs(model, replace(options, passes=(), backend="auto"))}
-    stages = {path: check_region(gm, options.passes, options.backend) for path, gm in captured.items()}
+    regions = take_survey(model, replace(options, passes=(), backend="auto")).regions
+    stages = {region.path: check_region(region.after, options.passes, options.backend) for region in regions}
     ok = not any(stage.violations for of in stages.values() for stage in of)
     if arguments.json:
-        regions = [{"path": path, "passes": [stage.to_json() for stage in of]} for path, of in stages.items()]
-        print_json({"model": arguments.model, "ok": ok, "regions": regions})
+        seen = [{"path": path, "passes": [stage.to_json() for stage in of]} for path, of in stages.items()]
+        print_json({"model": arguments.model, "ok": ok, "regions": seen})
     else:
         print_checks(stdout(), arguments.model, stages)
     return 0 if ok else 1
@@ -130,25 +130,30 @@ def _options_of(arguments: argparse.Namespace, model: nn.Module) -> Options:
 def _html(arguments: argparse.Namespace, model: nn.Module) -> str:
     from bnrestructure.models.inputs import example_inputs
     from bnrestructure.plan.planning import make_plan
+    from bnrestructure.plan.survey import take_survey
     from bnrestructure.report.graph_html import compared, graph_html
 
     options = _options_of(arguments, model)
     inputs = example_inputs(arguments.model, model, batch=arguments.batch, size=arguments.input_size, source=arguments.inputs)
-    plan = make_plan(model, options, inputs)
-    return graph_html(f"{arguments.model}, {_stage(arguments)}", plan, compared(model, options, plan, inputs))
+    survey = take_survey(model, options, inputs)
+    plan = make_plan(model, options, inputs, survey)
+    return graph_html(f"{arguments.model}, {_stage(arguments)}", plan, compared(model, survey, plan, inputs))
 
 
 def _views(arguments: argparse.Namespace, model: nn.Module) -> tuple[Plan, list[RegionView]]:
-    from bnrestructure.plan.planning import make_plan, region_graphs
+    from bnrestructure.plan.planning import make_plan
+    from bnrestructure.plan.survey import take_survey
     from bnrestructure.report.graph_view import view_region
 
     options = _options_of(arguments, model)
-    plan = make_plan(model, options)
+    survey = take_survey(model, options)
+    plan = make_plan(model, options, survey=survey)
     # before any pass, every site would be called kept; that is not a refusal
     sites = {} if arguments.before else {site.name: site for site in plan.sites}
     views = [
-        view_region(path, before if arguments.before else after, before, sites)
-        for path, before, after in region_graphs(model, options)
+        view_region(region.path, before if arguments.before else region.after, before, sites)
+        for region in survey.regions
+        if (before := region.before) is not None
     ]
     return plan, views
 

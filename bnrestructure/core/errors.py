@@ -6,6 +6,7 @@ __all__ = [
     "BNRestructureError",
     "BrokenGraphError",
     "CaptureError",
+    "NotFollowedError",
     "NotFullyFusedError",
     "UnexpectedTensorError",
     "UsageError",
@@ -23,6 +24,10 @@ class UsageError(BNRestructureError, ValueError):
 
 class CaptureError(BNRestructureError):
     """A module that the tracer cannot follow. Inside ``restructure`` it becomes a reason in the plan."""
+
+
+class NotFollowedError(CaptureError):
+    """A module whose own code raised an error while it was captured."""
 
 
 class BrokenGraphError(BNRestructureError):

@@ -9,6 +9,7 @@ from bnrestructure.graph.activations import activation_of
 from bnrestructure.graph.ir import Conv, Link, OwnGradient, Reader, Residual, maker_of
 from bnrestructure.graph.layers import ConvLayer, conv_of, input_of, module_of, shape_of
 from bnrestructure.graph.operations import concat_of, pooling_of
+from bnrestructure.graph.provenance import guarded_tensor
 
 __all__ = ["channels_of"]
 
@@ -23,9 +24,9 @@ _KEEP_CHANNELS = (
 
 def channels_of(node: fx.Node) -> int | None:
     """Channels of this node's tensor [N, C, *spatial], or None when they are not known before the model runs."""
-    example = node.meta.get("example_value")
-    if example is not None and hasattr(example, "shape") and len(example.shape) > 1:
-        return int(example.shape[1]) if isinstance(example.shape[1], int) else None
+    known = guarded_tensor(node)
+    if known is not None and hasattr(known, "shape") and len(known.shape) > 1:
+        return int(known.shape[1]) if isinstance(known.shape[1], int) else None
     conv = Conv.making(node, "y")
     if conv is not None:
         shape = None if conv.in_buffer else shape_of(conv.weight)

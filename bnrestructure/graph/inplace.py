@@ -9,14 +9,15 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
-from bnrestructure.graph.activations import FUNCTIONS, MODULES
-from bnrestructure.graph.boundaries import boundary_reason
+from bnrestructure.graph.activations import MODULES
+from bnrestructure.graph.boundaries import boundary_reason, is_library_leaf
 from bnrestructure.graph.layers import input_of, module_of
-from bnrestructure.graph.provenance import provenance, remember
+from bnrestructure.graph.provenance import known_tensor, provenance, remember
 
-__all__ = ["functionalise", "inplace_target"]
+__all__ = ["functionalise", "inplace_target", "storages_of"]
 
 _OPERATORS = {
     operator.iadd: operator.add,
@@ -26,22 +27,6 @@ _OPERATORS = {
     operator.iand: operator.and_,
     operator.ior: operator.or_,
 }
-#: Operations whose output never shares memory with an input. Everything else might.
-_FRESH_MODULES = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
-    nn.Linear,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-)
-_FRESH_FUNCTIONS = {
-    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, torch.add, torch.mul, torch.cat, torch.relu,
-    torch.sigmoid, torch.tanh, torch.matmul, torch.conv1d, torch.conv2d, torch.conv3d, nn.functional.batch_norm,
-    nn.functional.linear, nn.functional.max_pool2d, nn.functional.avg_pool2d, nn.functional.adaptive_avg_pool2d,
-    nn.functional.sigmoid, nn.functional.interpolate, torch.stack, torch.mean, torch.sum,
-}  # fmt: skip
-_FRESH_METHODS = {"add", "sub", "mul", "div", "relu", "sigmoid", "tanh", "mean", "sum", "matmul", "neg", "exp", "pow"}
 _METHODS_NOT_IN_PLACE = {"requires_grad_", "retain_grad_"}
 
 
@@ -87,53 +72,47 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
         return ()
 
 
-def _is_fresh(node: fx.Node) -> bool:
-    """Whether this node's output certainly has memory of its own."""
-    if provenance(node).functionalised:
-        return True
-    if inplace_target(node) is not None:
-        return False
-    if node.op == "call_module":
-        module = module_of(node)
-        return isinstance(module, _FRESH_MODULES) or type(module) in MODULES
-    if node.op == "call_method":
-        return node.target in _FRESH_METHODS
-    return node.op == "call_function" and (node.target in _FRESH_FUNCTIONS or node.target in FUNCTIONS)
-
-
 def functionalise(graph: fx.Graph) -> None:
     """Replace in-place operations by their out-of-place forms, with their results where the overwritten tensors were read later.
 
-    Values stay the same. An in-place operation on a tensor that something else may share memory with is left alone, and every node of that
-    group remembers it as ``changed_by``: patterns must keep away from those.
+    Values stay the same. An in-place operation on memory that is somebody else's too, and is read there afterwards, is left alone, and
+    every node with a part in that memory remembers it as ``changed_by``: patterns must keep away from those.
     """
     for node in graph.nodes:
         target = inplace_target(node)
         if target is None:
             continue
-        group = _sharing(target, exclude=node)
-        alone = group == {target} and _is_fresh(target)
-        if not alone or not _make_out_of_place(node):
-            for member in (*group, node):
-                remember(member, changed_by=node.name)
+        members = [n for n in graph.nodes if storages_of(n) & storages_of(target)]
+        owned = storages_of(target) and not any(_is_known_elsewhere(n) for n in members)
+        read_elsewhere = any(n is not target and n < node and any(user > node for user in n.users) for n in members)
+        if not owned or read_elsewhere or not _make_out_of_place(node):
+            for member in {*members, target, node}:
+                if provenance(member).changed_by is None:
+                    remember(member, changed_by=node.name)
             continue
         for user in list(target.users):
-            if node < user:
+            if user > node:
                 user.replace_input_with(target, node)
 
 
-def _sharing(node: fx.Node, exclude: fx.Node) -> set[fx.Node]:
-    """Every node whose tensor may share memory with ``node``'s, through views and passed-on inputs."""
-    group, stack = {node}, [node]
-    while stack:
-        current = stack.pop()
-        up = [] if _is_fresh(current) or current.op in ("placeholder", "get_attr") else current.all_input_nodes
-        down = [u for u in current.users if u is not exclude and u.op != "output" and not _is_fresh(u)]
-        for other in [*up, *down]:
-            if other not in group:
-                group.add(other)
-                stack.append(other)
-    return group
+def storages_of(node: fx.Node) -> frozenset[int]:
+    """Names of the memory that a node's tensors are in: two nodes that have one in common may see each other's writes."""
+    known = provenance(node).storages
+    if known is None:
+        tensors = [t for t in pytree.tree_leaves(known_tensor(node)) if isinstance(t, Tensor)]
+        known = frozenset(t.untyped_storage()._cdata for t in tensors)
+        remember(node, storages=known)
+    return known
+
+
+def _is_known_elsewhere(node: fx.Node) -> bool:
+    """Whether code that is not in the graph may hold on to this node's tensor: the caller, a hook on a layer, a custom Function."""
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    module = module_of(node)
+    if module is not None:
+        return boundary_reason(module) is not None or not is_library_leaf(module)
+    return node.op == "call_function" and (getattr(node.target, "__module__", None) or "").startswith("bnrestructure.capture")
 
 
 def _make_out_of_place(node: fx.Node) -> bool:
@@ -163,5 +142,4 @@ def _make_out_of_place(node: fx.Node) -> bool:
         if out_of_place is None or node.target is operator.setitem:
             return False
         node.target = out_of_place
-    remember(node, functionalised=True)
     return True

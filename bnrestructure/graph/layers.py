@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from bnrestructure.graph.boundaries import boundary_reason
-from bnrestructure.graph.provenance import provenance
+from bnrestructure.graph.provenance import guarded_tensor, provenance
 
 __all__ = [
     "BatchNormLayer",
@@ -185,9 +185,9 @@ def is_depthwise(weight: tuple[int, ...] | None, groups: int) -> bool:
 
 def shape_of(parameter: fx.Node) -> tuple[int, ...] | None:
     """The shape of a parameter or buffer of the model, of which this node is a read; None where it is computed in the graph."""
-    example = parameter.meta.get("example_value")
-    if example is not None:
-        return tuple(example.shape)
+    known = guarded_tensor(parameter)
+    if known is not None:
+        return tuple(known.shape)
     if parameter.op == "get_attr":
         owner: Any = parameter.graph.owning_module
         for atom in str(parameter.target).split("."):

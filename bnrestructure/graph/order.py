@@ -5,12 +5,17 @@ from __future__ import annotations
 import networkx as nx
 from torch import fx
 
-__all__ = ["depends_on", "readers_of"]
+__all__ = ["depends_on", "is_size_read", "readers_of"]
 
 
 def readers_of(node: fx.Node) -> list[fx.Node]:
-    """The nodes that read this node's tensor, in graph order."""
-    return sorted(node.users)
+    """The nodes that read this node's tensor, in graph order: not those that ask for its sizes alone, which take no gradient to it."""
+    return sorted(user for user in node.users if not is_size_read(user))
+
+
+def is_size_read(node: fx.Node) -> bool:
+    """Whether a node asks for a tensor's sizes alone."""
+    return node.op == "call_method" and node.target in ("size", "dim", "numel")
 
 
 def depends_on(node: fx.Node, ancestor: fx.Node) -> bool:

@@ -1,6 +1,7 @@
 """What a node of a graph remembers of the model that it came from: one object, under one key of ``node.meta``.
 
-Capture and Dynamo put two keys of torch.fx's own beside it, ``nn_module_stack`` and ``example_value``; a replacement takes over the first.
+Beside it stand keys of torch.fx's own: ``nn_module_stack``, which a replacement takes over, and what is known of the tensor that the node
+makes, ``tensor_meta`` from capture or ``example_value`` from Dynamo.
 """
 
 from __future__ import annotations
@@ -10,9 +11,23 @@ from typing import Any
 
 from torch import fx
 
-__all__ = ["Provenance", "carry", "locate", "module_path", "provenance", "remember", "take_halves"]
+__all__ = [
+    "Format",
+    "Provenance",
+    "carry",
+    "guarded_tensor",
+    "known_tensor",
+    "locate",
+    "module_path",
+    "provenance",
+    "remember",
+    "take_halves",
+]
 
 _KEY, _STACK = "provenance", "nn_module_stack"
+
+#: The order of a tensor's dimensions in memory, outermost first.
+Format = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -25,7 +40,8 @@ class Provenance:
     normalises          the sites whose normalisation this node applies
     shared_statistics   the statistics are of one segment of a concat, and the sites in question put several together
     changed_by          the in-place operation that changes memory which this node's tensor may share: patterns keep away
-    functionalised      the node was an in-place operation
+    storages            names of the memory that the node's tensors are in: nodes with one in common may see each other's writes
+    formats             of the tensors that the node reads, argument by argument, as eager has them; None of what is no strided tensor
     vector              the node makes per-channel vectors [C], no activation
     """
 
@@ -35,7 +51,8 @@ class Provenance:
     normalises: tuple[str, ...] = ()
     shared_statistics: bool = False
     changed_by: str | None = None
-    functionalised: bool = False
+    storages: frozenset[int] | None = None
+    formats: tuple[Format | None, ...] = ()
     vector: bool = False
 
 
@@ -51,6 +68,16 @@ def provenance(node: fx.Node) -> Provenance:
 def remember(node: fx.Node, **changes: Any) -> None:
     """Change some of what a node remembers, by the names of :class:`Provenance`'s members."""
     node.meta[_KEY] = replace(provenance(node), **changes)
+
+
+def known_tensor(node: fx.Node) -> Any:
+    """What capture or Dynamo know of the tensor that this node makes: something with its shape, stride and dtype, or None."""
+    return node.meta.get("tensor_meta", node.meta.get("example_value"))
+
+
+def guarded_tensor(node: fx.Node) -> Any:
+    """An example of the tensor that this node makes, or None; its sizes hold in every call, because Dynamo guards them."""
+    return node.meta.get("example_value")
 
 
 def locate(new: fx.Node, near: fx.Node) -> None:

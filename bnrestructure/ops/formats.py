@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from bnrestructure.core.memory_format import is_channels_last
-
-__all__ = ["EagerFormats", "eager_format", "eager_formats"]
+__all__ = ["eager_format", "order_of"]
 
 
-class EagerFormats(NamedTuple):
-    """Of 4 and 5 dimensions, those of the tensors that eager would have in channels_last; and whether any fused node is of 1-D data."""
+def order_of(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """A tensor's dimensions in the order that they have in memory, outermost first.
 
-    channels_last: frozenset[int]
-    fused_1d: bool
-
-
-def eager_formats(arguments: tuple[object, ...], weights: tuple[object, ...], fused_1d: bool) -> EagerFormats:
-    """How eager convolutions lay out their results in a call with these arguments and convolution weights.
-
-    In channels_last where an argument or a weight of as many dimensions is laid out so; and where anything is, if no argument has as
-    many: frames are made of a video. Sizes are arguments as well in the graphs that Dynamo makes.
+    A dimension of size 1 has no stride that means anything: it stands before the one that follows it in the shape.
     """
-    last = {t.dim() for t in (*arguments, *weights) if is_channels_last(t)}
-    given = {t.dim() for t in arguments if isinstance(t, Tensor)}
-    return EagerFormats(frozenset(d for d in (4, 5) if d in last or (last and d not in given)), fused_1d)
+    strides = list(stride)
+    for d in reversed(range(len(shape))):
+        if shape[d] == 1 and d + 1 < len(shape):
+            strides[d] = max(strides[d], strides[d + 1])
+    return tuple(sorted(range(len(shape)), key=lambda d: (-strides[d], d)))
 
 
-def eager_format(x: object, formats: EagerFormats) -> object:
-    """``x`` contiguous, unless tensors of its dimensions are channels_last (or x is no tensor). Eager knows no such format of 1-D data."""
-    if not isinstance(x, Tensor):
+def eager_format(x: object, order: tuple[int, ...]) -> object:
+    """``x`` with its dimensions in this order in memory; itself where they are, or where it is no tensor of as many dimensions."""
+    if not isinstance(x, Tensor) or x.dim() != len(order) or x.layout is not torch.strided:
         return x
-    last = formats.channels_last
-    kept = x.dim() in last if x.dim() in (4, 5) else last and not (formats.fused_1d and x.dim() == 3)
-    return x if kept else x.contiguous()
+    permuted = x.permute(order)
+    if permuted.is_contiguous():
+        return x
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return permuted.contiguous().permute(inverse)

@@ -15,12 +15,9 @@ from bnrestructure.kernels import registry
 from bnrestructure.kernels.folded.views import folded, image
 from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.plan.plan import Kernel
+from bnrestructure.plan.shapes import Shapes
 
-__all__ = ["Shapes", "convolution_kernels", "planned_device"]
-
-#: Path of a layer -> shape and dtype of its input.
-Shapes = dict[str, tuple[torch.Size, torch.dtype]]
-
+__all__ = ["convolution_kernels", "planned_device"]
 
 def planned_device(model: nn.Module, backend: str, inputs: tuple[Any, ...]) -> tuple[str | None, list[str]]:
     """(the type of device that kernels are planned for, what the user should know of that); None where the model is on several.

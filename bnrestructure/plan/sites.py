@@ -34,9 +34,9 @@ _LONELY = "neither half has a neighbour to ride on: no convolution before it, an
 _READERS = {MaxPool: "max_pool", AvgPool: "avg_pool", Squeeze: "avg_pool", Normalise: "other"}
 
 
-def kept_site(name: str, reason: str) -> Site:
+def kept_site(name: str, reason: str, ran: bool | None = None) -> Site:
     """A batch norm that was left as it is."""
-    return Site(name, "bn", "kept", reason, sweeps_before=_BEFORE_BATCH_NORM, sweeps_after=_BEFORE_BATCH_NORM)
+    return Site(name, "bn", "kept", reason, sweeps_before=_BEFORE_BATCH_NORM, sweeps_after=_BEFORE_BATCH_NORM, ran=ran)
 
 
 def sites_of(path: str, names: Sequence[str], gm: fx.GraphModule) -> Iterator[Site]:

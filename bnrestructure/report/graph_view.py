@@ -11,6 +11,7 @@ from bnrestructure.graph.activations import activation_of
 from bnrestructure.graph.ir import BatchNorm, Conv, Normalise, Reader, Residual, Statistics, fused_of, is_fused
 from bnrestructure.graph.layers import ConvLayer, batch_norm_of, conv_of
 from bnrestructure.graph.operations import AveragePooling, MaxPooling, add_of, concat_of, pooling_of
+from bnrestructure.graph.order import is_size_read
 from bnrestructure.graph.provenance import module_path, provenance
 from bnrestructure.graph.view import Fused
 from bnrestructure.plan.plan import Site
@@ -111,8 +112,7 @@ class _Builder:
 
     def _is_size(self, node: fx.Node) -> bool:
         """Whether the node is arithmetic on shapes: of no interest to a reader of the graph."""
-        made = node.op == "call_method" and node.target in ("size", "dim", "numel")
-        made = made or (node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device"))
+        made = is_size_read(node) or (node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device"))
         sources = [n for n in node.all_input_nodes if n.op != "get_attr"]
         derived = node.op == "call_function" and bool(sources) and all(n in self.sizes for n in sources)
         if made or derived:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from bnrestructure.capture.regions import captured
-from bnrestructure.capture.tracer import Arguments
 from bnrestructure.passes.base import Pass, PassResult
 from bnrestructure.passes.pipeline import PASSES, steps
 
@@ -18,7 +16,7 @@ __all__ = ["after", "graph_text", "make_pass", "prefix_before", "run_pass", "sit
 
 def site_graph(model: nn.Module) -> fx.GraphModule:
     """The captured, functionalised graph of a model that takes one tensor, before any pass."""
-    gm, _ = captured(model, type(model).forward, Arguments((torch.empty(0),), {}))
+    gm = captured(model, type(model).forward).graph_module
     gm.recompile()
     return gm
 

@@ -23,7 +23,9 @@ def _convolution(name: str, *, implementation: Any = convolution_fused, gated: b
     torch.manual_seed(1)
     a = draw(case, "relu", torch.float32, gated=gated)
     p, edge = draw_edge(case, torch.float32)
-    y, *statistics_ = implementation.conv_forward(a["x"], a["transform"], a["weight"], a["bias"], case.geometry, dtype=torch.float32, statistics=True)
+    y, *statistics_ = implementation.conv_forward(
+        a["x"], a["transform"], a["weight"], a["bias"], case.geometry, dtype=torch.float32, statistics=True
+    )
     arguments: Any = (p, edge, a["x"], a["transform"], a["weight"], case.geometry)
     found = implementation.conv_backward(*arguments, dtype=torch.float32, needs=(True, True, True))
     into = torch.randn_like(a["x"]).contiguous(memory_format=torch.channels_last)
@@ -42,7 +44,9 @@ def _join(name: str) -> Results:
     forms = {"join": join} if case.kernel == (1, 1) else {}
     if not forms:
         residual.residual_forward(*join.operands, dtype=torch.float32, statistics=False, into=z)
-    out, mean, var = convolution_fused.conv_forward(z, Transform(), weight, None, case.geometry, dtype=torch.float32, statistics=True, **forms)
+    out, mean, var = convolution_fused.conv_forward(
+        z, Transform(), weight, None, case.geometry, dtype=torch.float32, statistics=True, **forms
+    )
     p, edge = draw_edge(case, torch.float32)
     found = convolution_fused.conv_backward(
         p, edge, z, Transform(), weight, case.geometry, dtype=torch.float32, needs=(True, True, False), join=join
@@ -66,7 +70,8 @@ def _sweeps() -> Results:
     return [
         z, pooled, out, mean, var, y, index, *running,
         *statistics.statistics_forward(x), statistics.statistics_backward(x, mean, a, b, x.clone(memory_format=torch.preserve_format)),
-        *sweeps.normalise_backward(r, x, vectors), *sweeps.squeeze_backward(pooled, r.clone(memory_format=torch.preserve_format), x, vectors),
+        *sweeps.normalise_backward(r, x, vectors),
+        *sweeps.squeeze_backward(pooled, r.clone(memory_format=torch.preserve_format), x, vectors),
         *residual.residual_backward(r, (a, b, mean), x, plain, r, plain, out, "relu"),
         *max_pool.max_pool_backward(y, index, x, vectors, window),
         *statistics.finalize_forward(mean, var, 70, a, b, *running, 0.1, 1e-5), *statistics.finalize_backward(a, b, mean),
@@ -126,7 +131,8 @@ def test_what_depends_on_the_order_is_seen() -> None:
         value = tl.load(x_ptr + at) if READS else tl.zeros((4,), tl.float32)
         tl.store(x_ptr + tl.program_id(0) * 4 + tl.arange(0, 4) if READS else x_ptr + at, value + 1.0)
 
-    for reads, step, what in ((False, 3, "write the same byte"), (True, 3, "reads what another program writes"), (False, 4, None), (True, 4, None)):
+    written_twice, read_elsewhere = (False, 3, "write the same byte"), (True, 3, "reads what another program writes")
+    for reads, step, what in (written_twice, read_elsewhere, (False, 4, None), (True, 4, None)):
         with watched() as launches:
             _overlapping[(3,)](torch.zeros(16), READS=reads, STEP=step)
         faults = launches[0].faults()

@@ -255,6 +255,7 @@ def _restore(instruction: Instruction) -> Run:
 
 
 ACCESSES: dict[str, Callable[[Instruction], Run]] = {
-    "LDG": _load, "LDS": _load, "STG": _store, "STS": _store, "LDGSTS": _copy, "LDGDEPBAR": _commit, "DEPBAR": _wait, "SHFL": _shuffle, "REDUX": _reduce,
+    "LDG": _load, "LDS": _load, "STG": _store, "STS": _store, "LDGSTS": _copy, "LDGDEPBAR": _commit, "DEPBAR": _wait,
+    "SHFL": _shuffle, "REDUX": _reduce,
     "LDSM": _load_matrices, "STSM": _store_matrices, "FENCE": _fence, "STL": _spill, "LDL": _restore,
 }  # fmt: skip

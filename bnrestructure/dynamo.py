@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 
-from bnrestructure.core.errors import UsageError
+from bnrestructure.core.errors import BrokenGraphError, UsageError
 from bnrestructure.graph.inplace import inplace_target
 from bnrestructure.graph.ir import BatchNorm, has_fused, is_fused
 from bnrestructure.graph.provenance import provenance
@@ -51,7 +52,11 @@ def bnrestructure(
     prepare(rewritten, _module_of)
     if not torch.is_grad_enabled() or not any(found_at(batch_norm, rewritten.graph.nodes)):
         return _whole(gm, example_inputs, rest, mode)
-    pipeline.rewrite(rewritten, passes, backend)
+    try:
+        pipeline.rewrite(rewritten, passes, backend)
+    except BrokenGraphError as error:
+        warnings.warn(f"bnrestructure: {error}. Please report this fault; the graph goes to {rest} as it was", stacklevel=2)
+        return _whole(gm, example_inputs, rest, mode)
     if not has_fused(rewritten.graph):
         return _whole(gm, example_inputs, rest, mode)
     RESTORE_FORMATS.rewrite(rewritten)  # Dynamo has told the code behind this graph what strides to expect

@@ -22,7 +22,7 @@ from bnrestructure.capture.reads import Reads
 from bnrestructure.capture.side_effects import ambient_modes
 from bnrestructure.capture.state import ModuleState
 from bnrestructure.capture.tracer import Capture, capture, is_capturing
-from bnrestructure.core.errors import CaptureError, NotFollowedError, NotFullyFusedError
+from bnrestructure.core.errors import BrokenGraphError, CaptureError, NotFollowedError, NotFullyFusedError
 from bnrestructure.graph.boundaries import any_global_hooks, boundary_reason, is_library_leaf
 from bnrestructure.passes import pipeline
 from bnrestructure.passes.prepare import prepare
@@ -235,7 +235,12 @@ class Region:
             return _Cached(key, None, ModuleState(module, Reads()), None)
         gm = before.graph_module
         self.ran.sites = site_names(gm.graph)
-        pipeline.rewrite(gm, self.options.passes, self.options.backend, self.options.fuel)
+        try:
+            pipeline.rewrite(gm, self.options.passes, self.options.backend, self.options.fuel)
+        except BrokenGraphError as error:
+            warnings.warn(f"bnrestructure: {error}. Please report this fault; {type(module).__name__} runs as it was", stacklevel=6)
+            self._refuse(str(error))
+            return _Cached(key, None, ModuleState(module, Reads()), None)
         self.ran.graph = copied_graph(gm.graph)
         RESTORE_FORMATS.rewrite(gm)
         sizes = arguments.sizes if before.by_size else None

@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx
 
 from bnrestructure import ops
+from bnrestructure.graph.layers import Number
 from bnrestructure.graph.view import Fused, item_of
 
 __all__ = [
@@ -167,8 +168,8 @@ class Finalize(Fused, op=ops.finalize, outputs=ops.FinalizeOutputs):
     running_mean: fx.Node | None = None
     running_var: fx.Node | None = None
     num_batches_tracked: fx.Node | None = None
-    momentum: float | None = None
-    eps: float
+    momentum: Number | None = None
+    eps: Number
     dimensions: tuple[int, ...] = ()
     backend: str = "auto"
 
@@ -267,8 +268,8 @@ class BatchNorm(Fused, op=ops.batch_norm):
     running_mean: fx.Node | None = None
     running_var: fx.Node | None = None
     num_batches_tracked: fx.Node | None = None
-    momentum: float | None = None
-    eps: float
+    momentum: Number | None = None
+    eps: Number
     dimensions: tuple[int, ...] = ()
     act: str = "identity"
 

@@ -19,6 +19,7 @@ from bnrestructure.graph.provenance import guarded_tensor, provenance
 __all__ = [
     "BatchNormLayer",
     "ConvLayer",
+    "Number",
     "Parameter",
     "arguments_of",
     "batch_norm_of",
@@ -33,6 +34,8 @@ __all__ = [
 
 #: An attribute path from the graph's root, a node, or None.
 Parameter = str | fx.Node | None
+#: A number, or the node that computes it: torch.compile makes arguments of a model's numbers where shapes are dynamic.
+Number = float | fx.Node
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class BatchNormLayer:
     running_mean: Parameter
     running_var: Parameter
     num_batches_tracked: Parameter
-    momentum: float | None
-    eps: float
+    momentum: Number | None
+    eps: Number
     process_group: Parameter = None
     synchronised: bool = False
     dimensions: tuple[int, ...] = ()  # of the input, as the layer checks them; empty where it checks nothing
@@ -255,11 +258,9 @@ def _batch_norm_function(node: fx.Node) -> BatchNormLayer | str:
     values = arguments_of(node, names, {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5})
     if values["training"] is not True:
         return "frozen: batch_norm is called with training=False"
-    if not isinstance(values["momentum"], int | float) or not isinstance(values["eps"], int | float):
-        return "its momentum or eps is computed in the graph"
     if not isinstance(values["input"], fx.Node):
         return "its input is not a tensor of the graph"
     return BatchNormLayer(
         node, values["input"], values["weight"], values["bias"], values["running_mean"], values["running_var"], None,
-        float(values["momentum"]), float(values["eps"]),
+        values["momentum"], values["eps"],
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import MISSING, fields
+from typing import Literal
 
 from torch import fx
 
@@ -30,11 +31,22 @@ from bnrestructure.graph.view import Fused
 __all__ = ["NODE_RULES"]
 
 
-def _fields(view: type[Fused]) -> tuple[frozenset[str], dict[str, bool | None]]:
-    """(the fields that a call must give, and of all fields: whether it may be None if it is a tensor, None if it is a value)."""
+#: What a field of a view may hold: nodes and values of its annotation.
+_Kind = Literal["node", "node or None", "value", "number"]
+
+
+def _fields(view: type[Fused]) -> tuple[frozenset[str], dict[str, _Kind]]:
+    """(the fields that a call must give, and what each field may hold)."""
     own = [field for field in fields(view) if field.name != "node"]
-    needed = frozenset(field.name for field in own if field.default is MISSING)
-    return needed, {field.name: "None" in str(field.type) if "Node" in str(field.type) else None for field in own}
+    return frozenset(field.name for field in own if field.default is MISSING), {field.name: _kind(str(field.type)) for field in own}
+
+
+def _kind(annotation: str) -> _Kind:
+    if "Number" in annotation:
+        return "number"
+    if "Node" not in annotation:
+        return "value"
+    return "node or None" if "None" in annotation else "node"
 
 
 _FIELDS = {view: _fields(view) for view in (*FUSED, *OTHERS)}
@@ -42,19 +54,21 @@ _FIELDS = {view: _fields(view) for view in (*FUSED, *OTHERS)}
 
 def arguments(view: Fused, look: Look) -> str | None:
     """The call gives what the op needs, by keyword, and nothing that it does not know: tensors as nodes, options as values."""
-    needed, optional = _FIELDS[type(view)]
+    needed, kinds = _FIELDS[type(view)]
     given = vars(view)
     if view.node.args:
         return "its operands are not given by keyword"
     if not needed <= given.keys():
         return f"it has no {', '.join(sorted(needed - given.keys()))}"
     for name, value in given.items():
-        if isinstance(value, fx.Node):
-            if optional.get(name) is None and name != "node":
-                return f"its {name} is a node and should be a value" if name in optional else f"its op takes no {name}"
-        elif name not in optional:
+        if name == "node":
+            continue
+        kind = kinds.get(name)
+        if kind is None:
             return f"its op takes no {name}"
-        elif optional[name] is False or (optional[name] and value is not None):
+        if kind == "value" and isinstance(value, fx.Node):
+            return f"its {name} is a node and should be a value"
+        if not isinstance(value, fx.Node) and (kind == "node" or (kind == "node or None" and value is not None)):
             return f"its {name} is {value!r} and should be a node"
     return None
 

@@ -89,6 +89,7 @@ def finalize(
     a dtype that the input cannot have been of, or, a running statistic, requires a gradient.
     """
     _check_vectors(mean, weight, bias, running_mean, running_var)
+    eps, momentum = float(eps), None if momentum is None else float(momentum)  # a graph may compute them, even as tensors
     if eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if isinstance(size, Tensor):

@@ -13,7 +13,7 @@ from bnrestructure.capture.program import copied_graph
 from bnrestructure.capture.regions import Options, captured, holding_batch_norms, subregions
 from bnrestructure.capture.swap import original_class, region_of, training_flags
 from bnrestructure.core import progress
-from bnrestructure.core.errors import CaptureError, NotFollowedError
+from bnrestructure.core.errors import BrokenGraphError, CaptureError, NotFollowedError
 from bnrestructure.graph.boundaries import is_library_leaf
 from bnrestructure.graph.layers import conv_of
 from bnrestructure.graph.provenance import known_tensor, module_path, provenance
@@ -81,7 +81,7 @@ def _look(
     elif not any(_has_run(m) for m in module.modules()):
         try:
             children = (child for child, _ in _captured(module, options, arguments, paths[module], survey))
-        except CaptureError as error:
+        except (CaptureError, BrokenGraphError) as error:
             if arguments is not None and isinstance(error, NotFollowedError):
                 check_shapes(module, arguments.unflatten(arguments.tensors)[0])
             survey.reasons[module] = str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from pass_tools import after
-from small_models import build
+from small_models import build, input_for
 from torch import Tensor, fx, nn
 
+import bnrestructure
 from bnrestructure.core.errors import BNRestructureError, BrokenGraphError
 from bnrestructure.graph.ir import (
     ConcatBuffer,
@@ -372,6 +374,19 @@ def test_a_pass_that_breaks_a_graph_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fission, "remember", lambda node, **changes: None)
     with pytest.raises(BrokenGraphError, match="after fission, node statistics breaks the rule 'remembers its halves'"):
         _graph("chain", "fission")
+
+
+def test_a_broken_graph_never_reaches_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module runs as it was, the warning and the plan say why."""
+    from bnrestructure.passes import fission
+
+    monkeypatch.setattr(fission, "remember", lambda node, **changes: None)
+    model, x = build("chain"), input_for("chain")
+    expected = copy.deepcopy(model)(x)
+    restructured = bnrestructure.restructure(model, backend="reference")
+    with pytest.warns(UserWarning, match="after fission.*Please report this fault; .* runs as it was"):
+        assert torch.equal(restructured(x), expected)
+    assert any("after fission" in note for note in bnrestructure.explain(restructured).notes)
 
 
 def test_a_pool_is_verified_like_a_convolution() -> None:

@@ -169,7 +169,7 @@ def _dense_dgrad_kernel(
 
     total = restored_gradient(total, a_ptr, w_ptr.dtype.element_ty)
     if NEEDED:
-        x = beside(x.to(tl.float32), total)
+        x = beside(x.to(tl.float32), total)  # type: ignore[union-attr]  # it was loaded where NEEDED
     if r_ptr is not None:  # x is the join's operand y
         store_join_gradient(
             total, x, mean, scale, beta, beside(r.to(tl.float32), total), r_mean, r_scale, r_beta, dx_ptr, partial_ptr, dx_pitch,

@@ -14,10 +14,10 @@ import torch
 from needs import needs_no_gpu
 from torch import nn
 
-from bnrestructure.models import inputs as example
 from bnrestructure.cli.main import main
 from bnrestructure.cli.options import input_size
 from bnrestructure.kernels import registry
+from bnrestructure.models import inputs as example
 from bnrestructure.models.models import load_model
 
 MODELS = """
@@ -146,9 +146,10 @@ def test_verify_says_what_is_wrong(
     models: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bnrestructure.kernels import reference
+    from bnrestructure.kernels.calls import FinalizeBackward
 
-    original = reference.finalize_backward
-    monkeypatch.setattr(reference, "finalize_backward", lambda *args: tuple(t * 1.01 for t in original(*args)))
+    original = reference.RUN[FinalizeBackward]
+    monkeypatch.setitem(reference.RUN, FinalizeBackward, lambda call: tuple(t * 1.01 for t in original(call)))
     status, out, _ = run(
         capsys,
         "verify",

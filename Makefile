@@ -1,10 +1,11 @@
 # Every target does its own set-up on a fresh machine: Python 3.11 or newer, git and a C++ compiler are all it takes.
 # Without a compiler the reference kernels are used, and the installation says so.
 #
-#   make demo       restructure densenet121 and resnet50, verify them on photos, train both versions, one table at the end
+#   make demo       a minute: what happens to densenet121, that its numbers stay, and what it and resnet50 win here
 #   make test       the test-suite (WORKERS=4: four tests at a time)
 #   make zoo        every torchvision model with a batch norm (WORKERS=4: four at a time)
-#   make lint       ruff, and mypy on the installed wheel
+#   make lint       ruff, codespell, and mypy on the installed wheel
+#   make mutations  plants faults in passes, nodes and kernels, one at a time, and says which guard notices each (ARGS: some of them)
 #   make sanitize   the kernel tests under the address and undefined-behaviour sanitizers
 #   make bench      timings against eager
 #   make fuzz       100,000 spoiled calls of the CPU kernels, in child processes (ARGS="--cases 1000 --seed 1")
@@ -12,6 +13,9 @@
 #   make cuda-oldest   the same, and the interpreted tests, with the oldest PyTorch and Triton, in a venv of their own (ARGS: other tests)
 #   make cuda-models   whole models through the CUDA kernels in Triton's interpreter: a part of make test (no GPU needed)
 #   make gpu        checks and times everything on the GPU at hand
+#   make integrations   the how-tos that need other libraries: Lightning, Accelerate, transformers, timm
+#   make docs       the documentation as a site in docs/_build/html; fails at any warning
+#   make wheel      a wheel and a source distribution in dist/, the wheel installed and checked where there is no compiler
 #   make clean      remove .venv, .venv-oldest and everything that was built
 #
 # ARGS reaches the command behind a target: make test ARGS="tests/passes -x"
@@ -31,7 +35,7 @@ ARGS ?=
 
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test zoo lint sanitize fuzz bench cuda cuda-oldest cuda-models gpu clean setup
+.PHONY: help demo test zoo integrations docs wheel lint mutations sanitize fuzz bench cuda cuda-oldest cuda-models gpu clean setup
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -63,8 +67,7 @@ $(VENV)/.ready: $(KERNEL_SOURCES) $(VENV)/.installed
 
 $(VENV)/.tools: $(VENV)/.ready
 	@echo "Installing the development tools"
-	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"], sep="\n")' \
-	    | $(PIP) install --requirement /dev/stdin
+	@$(EXTRA) dev | $(PIP) install --requirement /dev/stdin
 	@touch $@
 
 # --- what it does -----------------------------------------------------------------------------------------------------
@@ -76,10 +79,30 @@ demo: $(VENV)/.ready
 WORKERS ?= 2
 
 test: $(VENV)/.ready
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not zoo" -n $(WORKERS) --durations=10 $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not zoo and not integrations" -n $(WORKERS) --durations=10 $(ARGS)
 
 zoo: $(VENV)/.ready
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m zoo -n $(WORKERS) --dist loadgroup --durations=10 $(ARGS)
+
+# Packages of an extra, beside what is there already.
+EXTRA = $(BIN)/python -c 'import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")'
+
+$(VENV)/.integrations $(VENV)/.docs: $(VENV)/.ready
+	@echo "Installing the packages of the extra $(subst .,,$(notdir $@))"
+	@$(EXTRA) $(subst .,,$(notdir $@)) | grep -v '^bnrestructure' | $(PIP) install --requirement /dev/stdin
+	@touch $@
+
+integrations: $(VENV)/.integrations
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m integrations $(ARGS)
+
+docs: $(VENV)/.docs
+	@OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),2) MPLBACKEND=agg $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet \
+	    -b html docs docs/_build/html $(ARGS)
+	@$(BIN)/python -m sphinx --fail-on-warning --quiet -b linkcheck docs docs/_build/linkcheck
+	@echo "docs/_build/html/index.html"
+
+mutations: $(VENV)/.ready
+	@$(BIN)/python -m tests.mutations $(ARGS)
 
 bench: $(VENV)/.ready
 	@$(BIN)/bnrestructure bench $(or $(ARGS),densenet121)
@@ -104,6 +127,23 @@ cuda-models: $(VENV)/.ready
 gpu: $(VENV)/.ready
 	@$(BIN)/python benchmarks/gpu.py $(ARGS)
 
+# What a venv that borrows from this one puts into a .pth file.
+BORROWED := import sys; print(*(path for path in sys.path if path.endswith("site-packages")), sep="\n")
+
+# The wheel as a stranger gets it: in a venv of its own, which borrows PyTorch, with nothing on the path but that venv.
+WHEEL := $(VENV)/wheel
+
+wheel: $(VENV)/.tools
+	@rm -rf dist build/lib* $(WHEEL)
+	@BNRESTRUCTURE_REQUIRE_KERNELS=1 $(BIN)/python -m build --outdir dist .
+	@$(BIN)/python -m venv --without-pip $(WHEEL)
+	@site=$$($(WHEEL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	$(PIP) install --no-deps --target "$$site" dist/*.whl; \
+	$(BIN)/python -c '$(BORROWED)' > "$$site/borrowed.pth"
+	@root=$$PWD; cd "$$(mktemp -d)"; export PATH="$$root/$(WHEEL)/bin"; \
+	python "$$root/.ci/check_wheel.py" && python -m bnrestructure.cli.main doctor
+	@ls -l dist
+
 # mypy reads the wheel as a user's installation has it, from outside the tree: the folders passes/ and patterns/ only become
 # bnrestructure.passes and bnrestructure.patterns there. The wheel goes into a venv of its own that borrows .venv's packages,
 # and needs no compiled kernels (CXX=false).
@@ -111,11 +151,12 @@ LINT := $(VENV)/lint
 
 lint: $(VENV)/.tools
 	@$(BIN)/ruff check .
+	@$(BIN)/codespell
 	@rm -rf $(LINT) build/lib* && mkdir -p $(LINT)
 	@CXX=false $(PIP) wheel --no-deps --wheel-dir $(LINT)/dist .
 	@$(BIN)/python -m venv --without-pip $(LINT)/venv
 	@site=$$($(LINT)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/borrowed.pth"; \
+	$(BIN)/python -c '$(BORROWED)' > "$$site/borrowed.pth"; \
 	$(PIP) install --no-deps --target "$$site" $(LINT)/dist/*.whl
 	@root=$$PWD; cd "$$(mktemp -d)"; \
 	"$$root/$(BIN)/mypy" --config-file "$$root/pyproject.toml" --cache-dir "$$root/.mypy_cache" \
@@ -132,6 +173,7 @@ sanitize: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/kernels $(ARGS)
 
 clean:
+	@rm -rf docs/_build docs/generated docs/gallery
 	@rm -rf $(VENV) .venv-oldest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@rm -rf $(KERNELS)/_objects $(KERNELS)/*.so
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

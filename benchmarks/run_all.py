@@ -81,6 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--malloc", choices=("default", "tuned", "both"), default="both")
     parser.add_argument("--compile", action="store_true", help="time torch.compile too (adds minutes for each model)")
+    parser.add_argument("--also", default="", metavar="OPTIONS", help="further options of each command: --also='--rivals --against no-bn'")
     parser.add_argument("--results", type=Path, help="file to continue or to print")
     parser.add_argument("--again", action="store_true", help="measure what is in the file already, too")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table")
@@ -96,6 +97,7 @@ def _bench(model: str, dtype: str, arguments: argparse.Namespace) -> dict[str, A
         options += ["--dtype", dtype, "--malloc", arguments.malloc, "--backend", arguments.backend]
         options += ["--compile"] if arguments.compile else []
         options += ["--ladder"] if (model, dtype) == LADDER else []
+        options += shlex.split(arguments.also)
         shown = ["bnrestructure", "bench", model, *options]
         print("$", *shown, file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "bnrestructure.cli.main", *shown[1:], "--json", str(figures)]

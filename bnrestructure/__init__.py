@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bnrestructure.plan.plan import Plan, Site
     from bnrestructure.verification import VerificationReport, verify
 
-__version__ = "0.1.0"
+    __version__: str
 
 __all__ = [
     "BNRestructureError",
@@ -44,6 +44,10 @@ def __getattr__(name: str) -> Any:
     """Load on first use: ``import bnrestructure`` and ``bnrestructure --help`` must not wait for torch."""
     import importlib
 
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("bnrestructure")
     for home, names in _HOMES.items():
         if name in names:
             value = getattr(importlib.import_module(home), name)

@@ -1,6 +1,12 @@
-"""A whole training step of a restructured model as one CUDA graph: forward, backward and optimiser, replayed without Python.
+"""
+A training step as one CUDA graph
+=================================
 
-    python examples/cuda_graph.py [MODEL]      any torchvision classification model; resnet50 if none is named
+A whole training step of a restructured model as one CUDA graph: forward, backward and optimiser, replayed without Python.
+
+.. code-block:: sh
+
+    python examples/cuda_graph.py [MODEL]      # any torchvision classification model; resnet50 if none is named
 
 A restructured step has several hundred short kernels, and launching them one by one from Python takes longer than they
 do. A graph launches them all at once. It asks for this of a training loop:
@@ -82,11 +88,11 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, device: st
     return step
 
 
-def main() -> int:
-    """Train on random images and print the loss and the time of a step. Exit status 0, also where there is no GPU to do it on."""
+def main() -> None:
+    """Train on random images and print the loss and the time of a step; without a GPU say so."""
     if not torch.cuda.is_available():
         print("There is no CUDA device here, so nothing was run: a CUDA graph needs one.")
-        return 0
+        return
     import torchvision
 
     torch.manual_seed(0)
@@ -110,8 +116,7 @@ def main() -> int:
     end.record()
     end.synchronize()
     print(f"{name}: {start.elapsed_time(end) / 10:.2f} ms a step on {torch.cuda.get_device_name()}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

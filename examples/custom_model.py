@@ -1,6 +1,8 @@
-"""A model with parts that cannot be rewritten: what the plan says of them, and that the rest is rewritten.
+"""
+A model with parts that cannot be rewritten
+===========================================
 
-    python examples/custom_model.py
+What the plan says of them, and that the rest is rewritten.
 """
 
 from __future__ import annotations

@@ -1,111 +1,89 @@
-"""What ``make demo`` shows: two networks restructured, checked, measured and trained, in a few minutes on two cores.
+"""What ``make demo`` shows in a minute: what restructuring does to a network, that the numbers stay, and what is won on this machine.
 
-Nothing is downloaded: the photos and the digits ship with scikit-learn, the networks start from random weights. Times
-are of this machine as it is now and are printed whichever way they went; ``bnrestructure bench`` measures with more
-care.
+Nothing is downloaded: the photos ship with scikit-learn, the networks start from random weights. Times are of this machine as it
+is now and are printed whichever way they went; ``bnrestructure bench`` measures with more care.
+
+    python examples/demo.py            everything
+    python examples/demo.py --first    the first part alone: plan, graph and check, without timing
 """
 
 from __future__ import annotations
 
 import copy
-import io
 import sys
 import time
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import figures
 import torch
 import torchvision
 from photos import photo_batch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from train_digits import Comparison, compare, draw
+from rich.text import Text
+from torch import nn
 
 import bnrestructure
-from bnrestructure.bench.contenders import EAGER_LAST, RESTRUCTURED
+from bnrestructure.bench.curves import memory_curve
 from bnrestructure.bench.paired import PairedTimings, time_paired
-from bnrestructure.bench.process import run_job
-from bnrestructure.bench.settings import Settings
-from bnrestructure.cli.main import main as command_line
+from bnrestructure.bench.workload import TrainingStep
+from bnrestructure.capture.regions import Options
 from bnrestructure.kernels.cpu import processor
+from bnrestructure.passes.pipeline import PASSES
+from bnrestructure.plan.planning import region_graphs
+from bnrestructure.report.graph_text import graph_text
+from bnrestructure.report.graph_view import view_region
 
 MODELS = ("densenet121", "resnet50")
 BATCH, SIZE = 16, 128
-CHECKED_BATCH, CHECKED_SIZE = 4, 96
-ROUNDS = 8
-EPOCHS = 8
-PICTURES = Path("build/demo")
+CHECKED_BATCH, CHECKED_SIZE = 4, 64
+ROUNDS, WARMUP = 4, 1
+#: Columns of the widest line.
+WIDTH = 100
+BAR = 30
 
-console = Console()
+console = Console(highlight=False)
+console = console if console.is_terminal and console.width <= WIDTH else Console(highlight=False, width=WIDTH)
 
 
 @dataclass
 class Result:
-    """What the last table says of one model; (before, after) pairs are the original and the restructured model."""
+    """What was measured of one model: seconds of a step, and the most bytes held at once (before, after)."""
 
     model: str
-    report: bnrestructure.VerificationReport
-    saved: tuple[int, int]
-    peak: tuple[int, int]
     timings: PairedTimings
+    peak: tuple[int, int]
+
+    @property
+    def time(self) -> float:
+        """The restructured step's time as a share of eager's."""
+        return 1 / self.timings.ratio("eager", "restructured").median
+
+    @property
+    def memory(self) -> float:
+        """The same of peak memory."""
+        return self.peak[1] / self.peak[0]
 
 
 def main() -> int:
+    """Exit status 1 when the numbers of a restructured model are wrong."""
     started = time.perf_counter()
-    console.print(f"PyTorch {torch.__version__}, {processor.name()}, {torch.get_num_threads()} threads", highlight=False)
-    results = []
-    for name in MODELS:
-        console.rule(f"[bold]{name}")
-        plan_and_graph(name)
-        results.append(measured(name))
-    console.rule("[bold]training on handwritten digits")
-    console.print(digits_table([digits(net) for net in ("resnet", "densenet")]))
-    console.print(f"loss curves: {PICTURES}/*.png")
-    console.rule("[bold]summary")
-    console.print(summary(results))
-    console.print(f"{time.perf_counter() - started:.0f} s in all")
-    return 0 if all(result.report.ok for result in results) else 1
-
-
-def plan_and_graph(name: str) -> None:
-    """Excerpts of the plan and of the rewritten graph, by the command line's own functions."""
-    excerpt(["plan", name, "--batch", str(BATCH), "--input-size", str(SIZE)], first=12, last=4)
-    excerpt(["show", name], first=24)
-
-
-def excerpt(arguments: list[str], first: int, last: int = 0) -> None:
-    """The first and the last lines of what a ``bnrestructure`` command prints."""
-    command = "bnrestructure " + " ".join(arguments)
-    console.print(f"\n$ {command}", style="bold", highlight=False)
-    printed = io.StringIO()
-    with redirect_stdout(printed):
-        status = command_line(arguments)
-    if status != 0:
-        raise RuntimeError(f"{command}: exit status {status}")
-    lines = printed.getvalue().splitlines()
-    left_out = max(0, len(lines) - first - last)
-    middle = [f"... {left_out} more lines ..."] if left_out else []
-    print("\n".join([*lines[:first], *middle, *lines[first + left_out :]]))
-
-
-def measured(name: str) -> Result:
-    """Verify, weigh and time one model against itself before restructuring."""
-    original = build(name)
-    restructured = bnrestructure.restructure(copy.deepcopy(original))
-    with console.status(f"{name}: checking against the original in float64, on photos"):
-        report = bnrestructure.verify(original, photo_batch(CHECKED_BATCH, CHECKED_SIZE)[0], steps=1)
-    console.print(f"\n{report}", highlight=False)
-    photos, labels = photo_batch(BATCH, SIZE)
-    with console.status(f"{name}: memory of a training step, each version in a process of its own"):
-        memory = [memory_of(name, variant) for variant in (EAGER_LAST, RESTRUCTURED)]
-    with console.status(f"{name}: timing, the two versions by turns"):
-        steps = {"eager": Step(original, photos, labels), "restructured": Step(restructured, photos, labels)}
-        timings = time_paired(steps, rounds=ROUNDS)
-    saved, peak = ((memory[0][key], memory[1][key]) for key in ("saved_bytes", "peak_bytes"))
-    return Result(name, report, saved, peak, timings)
+    console.print(f"PyTorch {torch.__version__}, {processor.name()}, {torch.get_num_threads()} threads")
+    first = MODELS[0]
+    console.rule(f"[bold]what happens to {first}")
+    plan_and_graph(first)
+    if not check(first):
+        return 1
+    if "--first" not in sys.argv[1:]:
+        console.rule("[bold]what is won on this machine")
+        results = [measured(name) for name in MODELS]
+        console.print(chart(results))
+    console.print(what_next(), soft_wrap=True)
+    console.print(f"[dim]{time.perf_counter() - started:.0f} s in all[/]")
+    return 0
 
 
 def build(name: str) -> nn.Module:
@@ -114,74 +92,105 @@ def build(name: str) -> nn.Module:
     return torchvision.models.get_model(name, weights=None, num_classes=2).to(memory_format=torch.channels_last)
 
 
-def memory_of(name: str, variant: str) -> dict[str, int]:
-    """saved_bytes and peak_bytes of a training step, from a fresh process: an earlier step would hide the peak."""
-    settings = Settings(name, batch=BATCH, input_size=(SIZE, SIZE))
-    return run_job("memory", settings, variant=variant)
+# --- what it does -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Step:
-    """One training step: forward, loss, backward, SGD."""
+def plan_and_graph(name: str) -> None:
+    """The plan's first sites and its totals, and the first layers of the graph before and after."""
+    model = build(name)
+    plan = bnrestructure.explain(model, torch.empty(BATCH, 3, SIZE, SIZE))
+    table = Table(title=f"bnrestructure plan {name}", title_justify="left", box=None, pad_edge=False)
+    for heading in ("batch norm", "status", "what it stands in", "sweeps a step", "MB moved a step"):
+        table.add_column(heading, no_wrap=True, justify="right" if "step" in heading else "left")
+    for site in plan.sites[:6]:
+        sweeps = f"{site.sweeps_before} → {site.sweeps_after}"
+        name_inside = site.name.removeprefix("features.")
+        table.add_row(name_inside, site.status, site.pattern, sweeps, _megabytes(site.bytes_before, site.bytes_after))
+    moved = [(site.bytes_before or 0, site.bytes_after or 0) for site in plan.sites]
+    count = plan.counts
+    fused = f"{count['fused']} fused"
+    table.add_row(f"... all {len(plan.sites)}", fused, f"{count['partial']} partial", "", _megabytes(*map(sum, zip(*moved, strict=True))))
+    console.print(table)
+    if plan.reasons:
+        console.print(f"partial: {next(iter(plan.reasons))}", no_wrap=True, overflow="ellipsis")
+    console.print(f"\n[bold]bnrestructure show {name}[/]: the layers as they run now")
+    path, before, after = next(region_graphs(model, Options("auto", PASSES, None)))
+    for line in graph_text(view_region(path, after, before, {}), backward=False).plain.splitlines()[:12]:
+        console.print(line, no_wrap=True, overflow="ellipsis", markup=False)
+    console.print("...\n")
 
-    model: nn.Module
-    images: Tensor
-    labels: Tensor
 
-    def __post_init__(self) -> None:
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
-
-    def __call__(self) -> None:
-        self.optimizer.zero_grad()
-        cross_entropy(self.model(self.images), self.labels).backward()
-        self.optimizer.step()
+def _megabytes(before: int | None, after: int | None) -> str:
+    return f"{(before or 0) / 1e6:,.0f} → {(after or 0) / 1e6:,.0f}"
 
 
-def digits(net: str) -> Comparison:
-    """Train a small network with and without restructuring, and draw the loss curves."""
-    with console.status(f"a small {net}, {EPOCHS} epochs, with and without restructuring"):
-        comparison = compare(net, EPOCHS)
-    draw(comparison, PICTURES / f"digits_{net}.png")
-    return comparison
+def check(name: str) -> bool:
+    """Whether a restructured training step is right, judged against the original in float64, on photos."""
+    with console.status(f"{name}: checking against the original in float64, on photos"):
+        report = bnrestructure.verify(build(name), photo_batch(CHECKED_BATCH, CHECKED_SIZE)[0], steps=0)
+    if not report.ok:
+        console.print(f"[red]{report}")
+        return False
+    compared = len(report.comparisons)
+    console.print(f"[bold]bnrestructure verify {name}[/]: equivalent. {compared} tensors of a training step on photos agree")
+    console.print("with the original in float64, and in float32 are as near to that as eager PyTorch is.\n")
+    return True
 
 
-def summary(results: list[Result]) -> Table:
-    """One row per model, before -> after."""
-    setting = f"CPU, {torch.get_num_threads()} threads, float32, channels_last, batch {BATCH}, {SIZE} x {SIZE}"
-    table = Table(title=f"a training step, before -> after restructuring ({setting})")
-    for heading in ("model", "equal", "saved for backward", "peak memory", "step time (median)", "before / after"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+# --- what is won ------------------------------------------------------------------------------------------------------
+
+
+def measured(name: str) -> Result:
+    """Time both versions in turns, and record what memory each holds over one step."""
+    original = build(name).train()
+    restructured = bnrestructure.restructure(copy.deepcopy(original))
+    photos, _ = photo_batch(BATCH, SIZE)
+    steps = {"eager": TrainingStep(original, (photos,), "cpu"), "restructured": TrainingStep(restructured, (photos,), "cpu")}
+    with console.status(f"{name}: {ROUNDS} training steps of each version in turns, batch {BATCH}, {SIZE}x{SIZE}"):
+        timings = time_paired(steps, rounds=ROUNDS, warmup=WARMUP)
+    with console.status(f"{name}: memory over one step of each version"):
+        before, after = (max(size for _, size in memory_curve(step)) for step in steps.values())
+    return Result(name, timings, (before, after))
+
+
+def chart(results: list[Result]) -> Table:
+    """The front page's chart, of this machine: ours as a share of eager's."""
+    title = f"a training step, batch {BATCH}, {SIZE}x{SIZE}, float32; eager PyTorch (channels_last) = 1"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in ("", "time", "", "peak memory", ""):
+        table.add_column(heading, no_wrap=True)
     for result in results:
-        ratio = result.timings.ratio("eager", "restructured")
-        before, after = (result.timings.spread(version).median for version in ("eager", "restructured"))
+        before, after = (result.timings.spread(version).median * 1e3 for version in ("eager", "restructured"))
+        speedup = 1 / result.time
         table.add_row(
-            result.model,
-            "[green]yes" if result.report.ok else "[red]NO",
-            arrow(result.saved),
-            arrow(result.peak),
-            f"{before * 1e3:.0f} -> {after * 1e3:.0f} ms",
-            f"{ratio.median:.2f} ({ratio.q1:.2f} to {ratio.q3:.2f})",
-        )
-    table.caption = (
-        "equal: float64 to 1e-9, and in float32 no further from the float64 truth than eager's own error times two; "
-        "before / after: paired by round, median and quartiles, above 1 is faster"
+            result.model, bar(result.time, "blue"), f"[bold]{speedup:.2f}x[/] {before:.0f} → {after:.0f} ms",
+            bar(result.memory, "green"), f"[bold]{result.memory:.2f}x[/] {_megabytes(*result.peak)} MB",
+        )  # fmt: skip
+    rows = {row.model: row for row in figures.front_rows() if row.dtype == "fp32"}
+    careful = "; ".join(f"{r.model} {rows[r.model].speedup:.2f}x, {rows[r.model].memory:.2f}x" for r in results if r.model in rows)
+    table.caption = f"Medians of {ROUNDS} rounds. With more care, at 224x224 on an EPYC with two cores: {careful}."
+    table.caption_justify = "left"
+    return table
+
+
+def bar(share: float, colour: str) -> Text:
+    """A bar of that share of eager's, which is as long as the grey one."""
+    width = BAR // 2
+    filled = min(width, round(width * share))
+    return Text.assemble(("█" * filled, colour), ("█" * (width - filled), "bright_black"))
+
+
+def what_next() -> Text:
+    """Three lines."""
+    lines = (
+        ("your own model: ", "bnrestructure plan your_file.py:your_function", ", then bench in place of plan"),
+        ("in your script: ", "bnrestructure.restructure(model)", ", and train as before"),
+        ("to read on:     ", "docs/get-started.md", ", and docs/results.md for what was measured with care"),
     )
-    return table
-
-
-def arrow(pair: tuple[int, int]) -> str:
-    before, after = (size / 2**20 for size in pair)
-    return f"{before:.0f} -> {after:.0f} MiB ({after / before:.2f}x)"
-
-
-def digits_table(comparisons: list[Comparison]) -> Table:
-    table = Table(title=f"handwritten digits, {EPOCHS} epochs: final loss and test accuracy")
-    for heading in ("network", "eager", "restructured", "eager again, contiguous"):
-        table.add_column(heading, justify="left" if heading == "network" else "right")
-    for c in comparisons:
-        runs = (c.eager, c.restructured, c.control)
-        table.add_row(f"small {c.net}", *(f"{run.final_loss:.4f}  {run.accuracy:.1%}" for run in runs))
-    return table
+    text = Text("\nNext\n", style="bold")
+    for before, command, after in lines:
+        text.append(f"  {before}", "not bold").append(command, "not bold cyan").append(f"{after}\n", "not bold")
+    return text
 
 
 if __name__ == "__main__":

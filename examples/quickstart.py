@@ -1,6 +1,12 @@
-"""Restructure a model, take a training step on real photos, and compare it with the original's.
+"""
+Quickstart
+==========
 
-    python examples/quickstart.py [MODEL]      any torchvision classification model; densenet121 if none is named
+Restructure a model, take a training step on real photos, and compare it with the original's.
+
+.. code-block:: sh
+
+    python examples/quickstart.py [MODEL]      # any torchvision classification model; densenet121 if none is named
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""Train a small network on real handwritten digits, with and without restructuring, and draw both loss curves.
+"""
+Loss curves, with and without
+=============================
+
+Train a small network on real handwritten digits, with and without restructuring, and draw both loss curves.
+
+.. code-block:: sh
 
     python examples/train_digits.py [--net resnet|densenet] [--epochs N] [--picture FILE.png]
 
@@ -157,7 +163,7 @@ def _apart(run: Run, reference: Run) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train on digits with and without restructuring, and draw both loss curves")
     parser.add_argument("--net", choices=NETS, default="resnet")
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--picture", type=Path, default=Path("digits_loss.png"))

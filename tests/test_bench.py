@@ -17,7 +17,7 @@ from bnrestructure.bench import contenders
 from bnrestructure.bench.check import check_numbers
 from bnrestructure.bench.kinds import kind_of, time_by_kind
 from bnrestructure.bench.paired import PairedTimings, Spread, time_paired
-from bnrestructure.bench.picture import check_picture, draw
+from bnrestructure.bench.picture import Picture, draw, picture_of
 from bnrestructure.bench.process import JobFailedError, run_job
 from bnrestructure.bench.resident import peak_growth
 from bnrestructure.bench.settings import MALLOC, Settings
@@ -323,8 +323,8 @@ def test_a_benchmark_from_the_command_line(factory: str, tmp_path: Path, capsys:
     assert "BNFF" in out
     assert "reference kernels were asked for" in out
     pytest.importorskip("matplotlib")
-    for name in ("picture.png", "picture.svg"):
-        draw(result, tmp_path / name)
+    for kind, name in (("all", "picture.png"), ("all", "picture.svg"), ("ladder", "l.png"), ("kinds", "k.png"), ("sites", "s.svg")):
+        draw(result, Picture(kind, tmp_path / name))
         assert (tmp_path / name).stat().st_size > 5000
 
 
@@ -384,7 +384,16 @@ def test_no_verdict_where_medians_and_ratios_disagree() -> None:
 
 
 def test_a_picture_that_cannot_be_drawn(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="must end in"):
-        check_picture(tmp_path / "picture.txt")
+    with pytest.raises(UsageError, match=r"expected one of ladder, kinds, sites, memory, or a file's name that ends in \.png"):
+        picture_of(str(tmp_path / "picture.txt"), "resnet18")
+    with pytest.raises(UsageError, match=r"cannot draw memry"):
+        picture_of("memry", "resnet18")
     with pytest.raises(UsageError, match="no such folder"):
-        check_picture(tmp_path / "nowhere" / "picture.png")
+        picture_of(str(tmp_path / "nowhere" / "picture.png"), "resnet18")
+
+
+def test_pictures_by_name() -> None:
+    pytest.importorskip("matplotlib")
+    assert picture_of("memory", "my/models.py:net") == Picture("memory", Path("my-models.py-net-memory.png"))
+    assert picture_of("sites=a.svg", "resnet18") == Picture("sites", Path("a.svg"))
+    assert picture_of("a.pdf", "resnet18") == Picture("all", Path("a.pdf"))

@@ -14,9 +14,10 @@ import torch
 from needs import needs_no_gpu
 from torch import nn
 
+import bnrestructure
 from bnrestructure.cli.main import main
 from bnrestructure.cli.options import input_size
-from bnrestructure.kernels import registry
+from bnrestructure.kernels import registry, tuning
 from bnrestructure.models import inputs as example
 from bnrestructure.models.models import load_model
 
@@ -94,7 +95,7 @@ def test_help_does_not_wait_for_torch() -> None:
 
 
 def test_version_and_missing_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, "--version")[:2] == (0, "bnrestructure 0.1.0\n")
+    assert run(capsys, "--version")[:2] == (0, f"bnrestructure {bnrestructure.__version__}\n")
     status, _, err = run(capsys)
     assert status == 2
     assert "COMMAND" in err
@@ -185,6 +186,17 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "timm" in out
 
 
+def test_doctor_names_no_file_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BNRESTRUCTURE_CACHE", str(tmp_path))
+    assert tuning.where_kept() == "nothing measured yet (tune)"
+    file = tuning.cache_file()
+    assert file is not None
+    file.touch()
+    assert tuning.where_kept() == f"measured choices in {file}"
+    monkeypatch.setenv("BNRESTRUCTURE_CACHE", "off")
+    assert tuning.where_kept() == "measured choices are not kept"
+
+
 def test_doctor_gives_the_reason_of_missing_kernels(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +242,12 @@ MISUSE = {
         "the model does not take this input (32x3x3x3)",
     ),
     "too many dimensions": (("plan", "my_models:net", "--input-size", "3x4x8x8"), "3x4x8x8 has a dimension too many"),
+    "a batch beyond memory": (
+        ("verify", "my_models.py:net", "--batch", "99999999999"),
+        "an input of 99999999999x3x64x64 takes 4,915,199 GB, and this machine has",
+    ),
+    "a size beyond memory": (("plan", "my_models:net", "--input-size", "99999999"), "an input of 32x3x99999999x99999999 takes"),
+    "a detection batch beyond memory": (("plan", "fasterrcnn_resnet50_fpn", "--batch", "99999999999"), "an input of 99999999999x3x320x320"),
     "unknown backend": (("plan", "my_models:net", "--backend", "refrence"), "did you mean 'reference'"),
     "unknown pass": (("show", "my_models:net", "--passes", "fision"), "did you mean 'fission'"),
     "unknown device": (("verify", "my_models:net", "--device", "tpu"), "unknown device 'tpu'"),

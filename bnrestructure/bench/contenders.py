@@ -7,10 +7,12 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch._functorch.config
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bnrestructure.api import restructure
+from bnrestructure.bench.rivals import BUDGETS, rebuilt
 from bnrestructure.bench.settings import Settings
 from bnrestructure.bench.workload import TrainingStep, Workload
 from bnrestructure.core.memory_format import to_channels_last
@@ -25,7 +27,9 @@ __all__ = [
     "RIVALS",
     "autocast_dtype",
     "build",
+    "compiles",
     "contenders",
+    "drawn",
     "has_memory_efficient",
     "moved",
     "rungs",
@@ -57,8 +61,16 @@ def contenders(settings: Settings, memory_efficient: bool) -> list[str]:
     names = [EAGER_LAST, EAGER_CONTIGUOUS]
     names += [COMPILED] if settings.compile else []
     names += [MEMORY_EFFICIENT] if memory_efficient else []
+    names += [*settings.rivals, *settings.against]
     lower = [name for name in rungs(settings).values() if name != RESTRUCTURED]
     return [*names, *lower, RESTRUCTURED]
+
+
+def drawn(settings: Settings, memory_efficient: bool) -> list[str]:
+    """The variants whose memory over a step is drawn: eager and restructured, and with rivals everything but the rungs."""
+    if not settings.rivals:
+        return [EAGER_LAST, RESTRUCTURED]
+    return [name for name in contenders(settings, memory_efficient) if not name.startswith(_RUNG)]
 
 
 def has_memory_efficient(workload: Workload) -> bool:
@@ -73,17 +85,41 @@ def build(name: str, workload: Workload, settings: Settings) -> TrainingStep:
         model.load_state_dict(workload.model.state_dict())
     else:
         model = copy.deepcopy(workload.model)
-    model.to(settings.device).train()
+    model = rebuilt(name, model).to(settings.device).train()
     inputs = moved(workload.inputs, settings.device)
     if name != EAGER_CONTIGUOUS:
         model, inputs = to_channels_last(model, inputs)
     if name == COMPILED:
         model.compile()
+    elif name in BUDGETS:
+        model.compile()
+        return _Budgeted(model, inputs, settings.device, autocast_dtype(settings), BUDGETS[name])
     elif name == RESTRUCTURED:
         restructure(model, backend=settings.backend)
     elif name.startswith(_RUNG):
         restructure(model, backend=settings.backend, passes=name.removeprefix(_RUNG))
     return TrainingStep(model, inputs, settings.device, autocast_dtype(settings))
+
+
+class _Budgeted(TrainingStep):
+    """A compiled step, whose compiler is told how much it may keep whenever it may compile: at a first call, not at once."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], device: str, dtype: torch.dtype | None, budget: float) -> None:
+        super().__init__(model, inputs, device, dtype)
+        self._budget = budget
+
+    def __call__(self) -> dict[str, float]:
+        with torch._functorch.config.patch(activation_memory_budget=self._budget):
+            return super().__call__()
+
+    def forward(self) -> Tensor:
+        with torch._functorch.config.patch(activation_memory_budget=self._budget):
+            return super().forward()
+
+
+def compiles(name: str) -> bool:
+    """Whether a variant is torch.compile's."""
+    return name == COMPILED or name in BUDGETS
 
 
 def moved(inputs: tuple[Any, ...], device: str) -> tuple[Any, ...]:

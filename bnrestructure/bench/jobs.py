@@ -15,6 +15,7 @@ from bnrestructure.bench import contenders
 from bnrestructure.bench.ceilings import copy_bandwidth, fma_ceiling
 from bnrestructure.bench.check import check_numbers
 from bnrestructure.bench.contenders import COMPILED, EAGER_LAST, RESTRUCTURED
+from bnrestructure.bench.curves import memory_curve
 from bnrestructure.bench.kinds import time_by_kind
 from bnrestructure.bench.loading import load_workload
 from bnrestructure.bench.machine import environment
@@ -33,21 +34,32 @@ _MEMORY_STEPS = 2
 
 
 class Progress:
-    """How far a job is: ``send`` takes {"total": runs} once and {"run": name} before each run."""
+    """How far a job is: ``send`` takes {"total": runs} once and {"run": name} before each run, the check's a step's seconds first."""
 
     def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
         self._send = send
 
     def total(self, runs: int) -> None:
+        """How many runs the job has."""
         self._send({"total": runs})
 
     def run(self, name: str) -> None:
+        """A run begins."""
         self._send({"run": name})
+
+    def step(self, seconds: float, batch: int, memory_efficient: bool) -> None:
+        """What is known of the work to come once an eager step of ``batch`` samples was taken."""
+        self._send({"step_seconds": seconds, "batch": batch, "memory_efficient": memory_efficient})
 
 
 def check(settings: Settings, progress: Progress) -> dict[str, Any]:
     """Whether what would be timed computes the right numbers, on a batch of two of the same images."""
     workload = load_workload(settings)
+    batch = min(_CHECKED_BATCH, settings.batch)
+    small = Workload(workload.model, workload.first(batch))
+    step = contenders.build(EAGER_LAST, small, settings)
+    step()
+    progress.step(step()["step"], batch, contenders.has_memory_efficient(workload))
     model = workload.model.to(settings.device)
     model, inputs = to_channels_last(model, contenders.moved(workload.first(_CHECKED_BATCH), settings.device))
     selections: dict[str, str | None] = {RESTRUCTURED: None}
@@ -60,7 +72,7 @@ def check(settings: Settings, progress: Progress) -> dict[str, Any]:
         reports[name] = report.to_json() | {"text": str(report)}
     return {
         "ok": all(report["ok"] for report in reports.values()),
-        "batch": min(_CHECKED_BATCH, settings.batch),
+        "batch": batch,
         "reports": reports,
     }
 
@@ -85,7 +97,7 @@ def ceilings(settings: Settings, progress: Progress) -> dict[str, Any]:
 def _sweeps(workload: Workload, settings: Settings) -> dict[str, Any]:
     """How many sites each selection of passes fuses, and the bytes that their sweeps move in a step."""
     selections: dict[str, str | None] = {RESTRUCTURED: None} | {r: r for r in contenders.rungs(settings)}
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, passes in selections.items():
         plan = explain(workload.model, workload.inputs, backend=settings.backend, passes=passes)
         sites = [site for site in plan.sites if site.bytes_before is not None and site.bytes_after is not None]
@@ -97,6 +109,10 @@ def _sweeps(workload: Workload, settings: Settings) -> dict[str, Any]:
             "bytes_before": round(width * sum(site.bytes_before or 0 for site in sites)),
             "bytes_after": round(width * sum(site.bytes_after or 0 for site in sites)),
         }
+        if name == RESTRUCTURED:
+            found[name]["by_site"] = [
+                [site.name, round(width * (site.bytes_before or 0)), round(width * (site.bytes_after or 0))] for site in sites
+            ]
     return found
 
 
@@ -152,16 +168,27 @@ def memory(settings: Settings, progress: Progress, variant: str) -> dict[str, An
     return {"peak_bytes": peak, "saved_bytes": saved_for_backward(step.model, step)}
 
 
-def compilation(settings: Settings, progress: Progress) -> dict[str, Any]:
+def curve(settings: Settings, progress: Progress, variant: str) -> dict[str, Any]:
+    """Memory over one step of a variant, after steps that make what is made once."""
+    progress.total(_MEMORY_STEPS + 1)
+    step = contenders.build(variant, load_workload(settings), settings)
+    for _ in range(_MEMORY_STEPS):
+        progress.run(f"warm-up of {variant}")
+        step()
+    progress.run(f"memory over a step of {variant}")
+    return {"curve": memory_curve(step)}
+
+
+def compilation(settings: Settings, progress: Progress, variant: str = COMPILED) -> dict[str, Any]:
     """Compile with torch.compile, which leaves the model in the compiler's cache on disk; how long that took."""
     progress.total(1)
     progress.run("compiling (minutes)")
-    step = contenders.build(COMPILED, load_workload(settings), settings)
+    step = contenders.build(variant, load_workload(settings), settings)
     start = time.perf_counter()
     step()
     return {"seconds": time.perf_counter() - start}
 
 
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
-    job.__name__: job for job in (check, ceilings, timing, memory, compilation)
+    job.__name__: job for job in (check, ceilings, timing, memory, curve, compilation)
 }

@@ -1,89 +1,109 @@
-"""A benchmark as a picture: bars of the contenders or the ladder with their speed-up, and stacked time by kind."""
+"""Pictures of a benchmark: which there are, what they are written to, and what each consists of.
+
+``--plot FILE`` draws the contenders (or the ladder) with the time by kind; ``--plot KIND`` or ``--plot KIND=FILE`` draws one of
+``PICTURES``.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bnrestructure.bench.contenders import RESTRUCTURED
-from bnrestructure.bench.kinds import KINDS
+from bnrestructure.bench import panels
 from bnrestructure.core.errors import UsageError
 
-__all__ = ["check_picture", "draw"]
+__all__ = ["PICTURES", "Picture", "draw", "picture_of"]
 
 _FORMATS = (".png", ".svg", ".pdf")
-# A fused node has the hue of the eager operations that it stands for, a shade darker.
-_COLOURS = {
-    "conv": "#8fb3d9", "fused conv": "#4a7ebb",
-    "BN": "#f2a65a", "statistics": "#d9822b", "finalize": "#a85f14", "normalise": "#e8935a",
-    "activation": "#f6d465", "add/cat": "#9ccc9c", "residual": "#5fa55f",
-    "pool": "#c7b2de", "fused pool": "#9575bd", "other": "#c8c8c8",
-}  # fmt: skip
-_PLAIN, _OURS = "#9aa5b1", "#4a7ebb"
 
 
-def check_picture(path: Path) -> None:
-    """Raise UsageError, before anything is measured, where a picture could not be written."""
+def _times(figure: Any, result: dict[str, Any]) -> None:
+    """One row for each allocator setting: bars and stacks."""
+    sections = result["sections"]
+    figure.set_size_inches(11, 4.2 * len(sections))
+    rows = figure.subplots(len(sections), 2, squeeze=False, width_ratios=(3, 2))
+    for (left, right), section in zip(rows, sections, strict=True):
+        panels.bars(left, section)
+        panels.stacked(right, section["kinds"])
+
+
+def _each_section(draw: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any, dict[str, Any]], None]:
+    def drawn(figure: Any, result: dict[str, Any]) -> None:
+        sections = result["sections"]
+        figure.set_size_inches(8, 4.0 * len(sections))
+        for axes, section in zip(figure.subplots(len(sections), 1, squeeze=False)[:, 0], sections, strict=True):
+            draw(axes, section)
+
+    return drawn
+
+
+def _sites(figure: Any, result: dict[str, Any]) -> None:
+    figure.set_size_inches(9, 3.6)
+    panels.sites(figure.subplots(), result["plan"])
+
+
+def _memory(figure: Any, result: dict[str, Any]) -> None:
+    figure.set_size_inches(8, 4.2)
+    panels.curves(figure.subplots(), result["curves"])
+
+
+_ALL = "all"
+_DRAWN: dict[str, Callable[[Any, dict[str, Any]], None]] = {
+    _ALL: _times,
+    "ladder": _each_section(panels.bars),
+    "kinds": _each_section(lambda axes, section: panels.stacked(axes, section["kinds"])),
+    "sites": _sites,
+    "memory": _memory,
+}
+#: What --plot can be asked for by name.
+PICTURES = tuple(name for name in _DRAWN if name != _ALL)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What to draw and where to."""
+
+    kind: str
+    path: Path
+
+
+def picture_of(text: str, model: str) -> Picture:
+    """FILE, KIND or KIND=FILE of --plot; a KIND alone is written to MODEL-KIND.png here.
+
+    Raises UsageError, before anything is measured, for a picture that could not be written.
+    """
+    kind, _, name = text.partition("=")
+    if not name and kind in PICTURES:
+        name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', model)}-{kind}.png"
+    elif not name or kind not in PICTURES:
+        kind, name = _ALL, text
+    path = Path(name)
     if path.suffix.lower() not in _FORMATS:
-        raise UsageError(f"cannot draw {path.name}: the picture's name must end in {', '.join(_FORMATS)}")
+        kinds = ", ".join(PICTURES)
+        raise UsageError(f"cannot draw {path.name}: expected one of {kinds}, or a file's name that ends in {', '.join(_FORMATS)}")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"cannot draw {path}: there is no such folder")
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install 'bnrestructure[plots]'")
+    return Picture(kind, path)
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Write the picture; one row for each allocator setting."""
+def draw(result: dict[str, Any], picture: Picture) -> None:
+    """Write the picture of a benchmark's figures."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    sections = result["sections"]
-    figure = Figure(figsize=(11, 4.2 * len(sections)), layout="constrained")
+    figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)
-    rows = figure.subplots(len(sections), 2, squeeze=False, width_ratios=(3, 2))
-    for (left, right), section in zip(rows, sections, strict=True):
-        _bars(left, section)
-        _stacked(right, section["kinds"])
+    _DRAWN[picture.kind](figure, result)
     settings, environment = result["settings"], result["environment"]
     figure.suptitle(
-        f"{settings['model']}, batch {settings['batch']}, {settings['dtype']}, "
-        f"{environment['cpu']['threads']} threads, "
+        f"{settings['model']}, batch {settings['batch']}, {settings['dtype']}, {environment['cpu']['threads']} threads, "
         f"{environment['cpu']['name'] if environment['device'] == 'cpu' else environment['device']}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=150)
-
-
-def _bars(axes: Any, section: dict[str, Any]) -> None:
-    """Median step of the rungs (of all contenders without a ladder), with quartiles and the ratio to the first."""
-    variants = section["variants"]
-    bars = section["ladder"] or {name: name for name in variants}
-    medians = [variants[name]["step"]["median"] * 1e3 for name in bars.values()]
-    spreads = [variants[name]["step"] for name in bars.values()]
-    reach = [[m - s["q1"] * 1e3 for m, s in zip(medians, spreads, strict=True)],
-             [s["q3"] * 1e3 - m for m, s in zip(medians, spreads, strict=True)]]  # fmt: skip
-    labels = [bar if bar in variants or bar == "baseline" else bar.upper() for bar in bars]
-    colours = [_OURS if name == RESTRUCTURED else _PLAIN for name in bars.values()]
-    drawn = axes.barh(labels, medians, xerr=reach, color=colours, error_kw={"ecolor": "#555555", "capsize": 2})
-    axes.bar_label(drawn, [f" {m:.0f} ms, {medians[0] / m:.2f}x" for m in medians], label_type="center", fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("milliseconds a step (median, quartiles)")
-    axes.set_title(f"{'ladder' if section['ladder'] else 'contenders'}, {section['malloc']} malloc", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _stacked(axes: Any, kinds: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Profiled milliseconds by kind: one stack for each profiled model."""
-    names = list(kinds)
-    heights = dict.fromkeys(names, 0.0)
-    for kind in KINDS:
-        parts = [sum(kinds[name].get(kind, {}).values()) * 1e3 for name in names]
-        if any(parts):
-            axes.bar(names, parts, bottom=list(heights.values()), color=_COLOURS[kind], label=kind, width=0.6)
-            heights = {name: heights[name] + part for name, part in zip(names, parts, strict=True)}
-    axes.set_ylabel("milliseconds a step (profiled)")
-    axes.set_title("time by kind of operation", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
+    figure.savefig(picture.path, dpi=150)

@@ -12,12 +12,15 @@ from bnrestructure.bench.contenders import (
     MEMORY_EFFICIENT,
     RESTRUCTURED,
     RIVALS,
+    compiles,
     contenders,
+    drawn,
     rungs,
 )
 from bnrestructure.bench.machine import command_line
 from bnrestructure.bench.paired import PairedTimings
 from bnrestructure.bench.process import JobFailedError, run_job
+from bnrestructure.bench.rivals import missing_reason
 from bnrestructure.bench.settings import Settings
 
 __all__ = ["PHASES", "Listener", "run_benchmark"]
@@ -44,21 +47,45 @@ def run_benchmark(settings: Settings, listener: Listener) -> dict[str, Any]:
     found = run_job("ceilings", settings, malloc=first, listen=listener("the machine's ceilings"))
     result["environment"], result["plan"] = found.pop("environment"), found.pop("plan")
     result["ceilings"] = found
-    if settings.compile:
-        settings = _compiled(settings, result, listener)
+    settings = _compiled(_present(settings, result), result, listener)
     result["sections"] = [_section(settings, malloc, result, listener) for malloc in settings.malloc]
+    if settings.curves:
+        result["curves"] = _curves(settings, result, listener)
     return result
 
 
+def _present(settings: Settings, result: dict[str, Any]) -> Settings:
+    """Without the rivals that cannot be had here; a note says why."""
+    reasons = {name: missing_reason(name, settings.dtype) for name in settings.rivals}
+    result["notes"] += [f"{name} was not timed: {reason}" for name, reason in reasons.items() if reason is not None]
+    return replace(settings, rivals=tuple(name for name, reason in reasons.items() if reason is None))
+
+
 def _compiled(settings: Settings, result: dict[str, Any], listener: Listener) -> Settings:
-    """Fill the compiler's cache. Where that fails or takes long, torch.compile is no contender, and a note says so."""
-    try:
-        done = run_job("compilation", settings, limit=settings.compile_limit, listen=listener("torch.compile"))
-    except JobFailedError as error:
-        result["notes"].append(f"torch.compile was not timed: {error}")
-        return replace(settings, compile=False)
-    result["compile_seconds"] = done["seconds"]
+    """Fill the compiler's cache. What fails there or takes long is no contender, and a note says so."""
+    for name in [*([COMPILED] if settings.compile else []), *filter(compiles, settings.rivals)]:
+        try:
+            listen = listener(name)
+            done = run_job("compilation", settings, limit=settings.compile_limit, listen=listen, variant=name)
+        except JobFailedError as error:
+            result["notes"].append(f"{name} was not timed: {error}")
+            rivals = tuple(rival for rival in settings.rivals if rival != name)
+            settings = replace(settings, compile=settings.compile and name != COMPILED, rivals=rivals)
+        else:
+            if name == COMPILED:
+                result["compile_seconds"] = done["seconds"]
     return settings
+
+
+def _curves(settings: Settings, result: dict[str, Any], listener: Listener) -> dict[str, list[tuple[float, int]]]:
+    """Memory over one step; with the allocator's setting it has nothing to do."""
+    found = {}
+    for name in drawn(settings, MEMORY_EFFICIENT in result["sections"][0]["variants"]):
+        malloc = settings.malloc[0]
+        found[name] = run_job("curve", settings, malloc=malloc, listen=listener("memory over a step"), variant=name)["curve"]
+        for section in result["sections"]:
+            section["variants"][name]["held_bytes"] = max(size for _, size in found[name])
+    return found
 
 
 def _section(settings: Settings, malloc: str, result: dict[str, Any], listener: Listener) -> dict[str, Any]:
@@ -71,7 +98,7 @@ def _section(settings: Settings, malloc: str, result: dict[str, Any], listener: 
     if settings.memory:
         for name in contenders(settings, MEMORY_EFFICIENT in variants):
             # What torch.compile holds while it compiles is most of such a process: no figure of a training step.
-            if name != COMPILED:
+            if not compiles(name):
                 variants[name] |= run_job(
                     "memory", settings, malloc=malloc, listen=listener(f"memory, {malloc} malloc"), variant=name
                 )

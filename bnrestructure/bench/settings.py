@@ -34,6 +34,9 @@ class Settings:
     compile        time torch.compile as well, unless it needs more than ``compile_limit`` seconds to compile
     tune           before timing, measure the candidate kernels on these shapes (see bnrestructure.tune)
     memory         measure peak memory, each variant in a fresh process
+    rivals         names of bench/rivals.py's other ways to save memory, timed beside the rest
+    against        names of further variants: eager without batch norm
+    curves         record what memory is held over one step, variant by variant
     """
 
     model: str
@@ -52,6 +55,9 @@ class Settings:
     compile_limit: float = 600.0
     tune: bool = False
     memory: bool = True
+    rivals: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
+    curves: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "rounds"):
@@ -71,4 +77,5 @@ class Settings:
     def from_json(cls, data: dict[str, Any]) -> Settings:
         """From the dict that ``dataclasses.asdict`` makes, after a trip through JSON."""
         size = data["input_size"]
-        return cls(**(data | {"input_size": None if size is None else tuple(size), "malloc": tuple(data["malloc"])}))
+        lists = {name: tuple(data[name]) for name in ("malloc", "rivals", "against")}
+        return cls(**(data | lists | {"input_size": None if size is None else tuple(size)}))

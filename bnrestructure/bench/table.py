@@ -49,7 +49,8 @@ def _variants(section: dict[str, Any]) -> RenderableType:
         title=f"{malloc} malloc: medians \\[quartiles]; speed-up of restructured, paired", title_justify="left"
     )
     table.add_column("variant")
-    for column in ("forward ms", "backward ms", "step ms", "speed-up", "saved MB", "peak MB"):
+    held = any("held_bytes" in found for found in section["variants"].values())
+    for column in ("forward ms", "backward ms", "step ms", "speed-up", "saved MB", "peak MB", *(["held MB"] if held else [])):
         table.add_column(column, justify="right")
     fastest = section["comparison"]["against"]
     for name, found in section["variants"].items():
@@ -58,7 +59,7 @@ def _variants(section: dict[str, Any]) -> RenderableType:
         faster = "" if ours else ratio_text(section["speedups"][name])
         table.add_row(
             label, *(_milliseconds(found[phase]) for phase in ("forward", "backward", "step")), faster,
-            _megabytes(found.get("saved_bytes")), _megabytes(found.get("peak_bytes")),
+            *(_megabytes(found.get(figure)) for figure in ("saved_bytes", "peak_bytes", *(["held_bytes"] if held else []))),
             style="bold" if ours else None,
         )  # fmt: skip
     return table

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,9 @@ _EPILOG = """\
 Contenders are timed in turn, round by round, in one process, after a warm-up; ratios are paired by round. The
 restructured model is compared with the fastest of eager channels_last, eager contiguous and (with --compile)
 torch.compile. Its numbers are checked first: exit status 1, and no time, if they are wrong."""
+
+#: What --against takes, and the constant of bench/rivals.py that names the variant.
+_AGAINST = {"no-bn": "NO_BATCH_NORM"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile-limit", type=float, default=600.0, metavar="S", help="seconds it may compile (default: %(default)g)"
     )
     parser.add_argument(
+        "--rivals",
+        action="store_true",
+        help="time other ways to train in less memory as well: checkpoints, torch.compile with a memory budget, inplace_abn",
+    )
+    parser.add_argument(
+        "--against",
+        choices=tuple(_AGAINST),
+        action="append",
+        default=[],
+        help="time another variant as well; no-bn is eager with every batch norm left out, which no training would use",
+    )
+    parser.add_argument(
         "--tune", action="store_true", help="first measure the candidate kernels on these shapes, and keep the choice"
     )
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
@@ -57,27 +70,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--plot",
-        type=Path,
-        metavar="FILE",
-        help="draw the ladder and the time by kind (png, svg or pdf; needs matplotlib)",
+        metavar="WHAT",
+        action="append",
+        default=[],
+        help="FILE (png, svg or pdf): contenders or ladder, and time by kind; or one of memory (over a step), ladder, kinds, sites "
+        "(bytes of each batch norm), to MODEL-WHAT.png or, with WHAT=FILE, to FILE. Needs matplotlib",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print and write. Exit status 0, or 1 when the restructured model's numbers are wrong."""
-    from bnrestructure.bench.picture import check_picture, draw
+    from bnrestructure.bench.picture import draw, picture_of
     from bnrestructure.bench.run import run_benchmark
     from bnrestructure.bench.table import render
+    from bnrestructure.cli.bench_progress import watched
     from bnrestructure.cli.output import print_json, stdout
     from bnrestructure.core.errors import UsageError
 
-    if arguments.plot is not None:
-        check_picture(arguments.plot)
+    pictures = [picture_of(text, arguments.model) for text in arguments.plot]
     to_stdout = str(arguments.json) == "-"
     if arguments.json is not None and not to_stdout and not arguments.json.absolute().parent.is_dir():
         raise UsageError(f"cannot write {arguments.json}: there is no such folder")
-    with _progress() as listener:
-        result = run_benchmark(settings_of(arguments), listener)
+    settings = settings_of(arguments, any(picture.kind == "memory" for picture in pictures))
+    with watched(settings) as listener:
+        result = run_benchmark(settings, listener)
     if not result["check"]["ok"]:
         for name, report in result["check"]["reports"].items():
             if not report["ok"]:
@@ -89,15 +105,19 @@ def run(arguments: argparse.Namespace) -> int:
         render(stdout(), result)
     if arguments.json is not None and not to_stdout:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.plot is not None:
-        draw(result, arguments.plot)
+    for picture in pictures:
+        draw(result, picture)
     return 0
 
 
-def settings_of(arguments: argparse.Namespace) -> Any:
-    """The Settings that the parsed arguments ask for. Raises UsageError for values that cannot be used."""
+def settings_of(arguments: argparse.Namespace, curves: bool = False) -> Any:
+    """The Settings that the parsed arguments ask for; ``curves``: memory over a step is to be drawn.
+
+    Raises UsageError for values that cannot be used.
+    """
     import torch
 
+    from bnrestructure.bench import rivals
     from bnrestructure.bench.settings import Settings
     from bnrestructure.core.errors import UsageError
 
@@ -123,38 +143,7 @@ def settings_of(arguments: argparse.Namespace) -> Any:
     return Settings(
         arguments.model, **{name: getattr(arguments, name) for name in same},
         malloc=("default", "tuned") if both else (arguments.malloc,),
+        rivals=rivals.RIVALS_FOR_MEMORY if arguments.rivals else (),
+        against=tuple(dict.fromkeys(getattr(rivals, _AGAINST[name]) for name in arguments.against)),
+        curves=curves or arguments.rivals,
     )  # fmt: skip
-
-
-@contextmanager
-def _progress() -> Any:
-    """A listener for run_benchmark that shows one bar for each job on stderr, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("[dim]{task.fields[run]}"),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=None, run="")
-
-        def listener(title: str) -> Callable[[dict[str, Any]], None]:
-            progress.reset(task, total=None, description=title, run="")
-            started = False
-
-            def listen(message: dict[str, Any]) -> None:
-                nonlocal started
-                if "total" in message:
-                    progress.update(task, total=message["total"])
-                else:
-                    progress.update(task, advance=1 if started else 0, run=message["run"])
-                    started = True
-
-            return listen
-
-        yield listener

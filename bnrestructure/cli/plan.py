@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from bnrestructure.cli.options import add_input_arguments, add_model_arguments, pass_names
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bnrestructure.plan.plan import Plan
 
 __all__ = ["add_arguments", "run"]
 
@@ -26,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan. Exit status 0, or 1 with --strict when a site is not fully fused."""
     from bnrestructure.api import explain
     from bnrestructure.cli.output import print_json, progress, stdout
+    from bnrestructure.core.progress import listening
     from bnrestructure.measure_kernels import tune
     from bnrestructure.models.inputs import example_inputs, on_gpu
     from bnrestructure.models.models import load_model
@@ -41,11 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.tune:
             if arguments.backend == "cuda":
                 model, inputs = on_gpu(model, inputs)
-            say("tuning")
             check_shapes(model, inputs)
+            say("finding what there is to tune")
+            say.expect(_calls(model, explain(model, inputs, backend=arguments.backend, passes=pass_names(arguments.passes))))
             tune(model, inputs, passes=pass_names(arguments.passes), progress=lambda call: say(f"tuned {call}"))
-        say("planning")
-        plan = explain(model, inputs, backend=arguments.backend, passes=pass_names(arguments.passes))
+        with listening(say, say.expect):
+            plan = explain(model, inputs, backend=arguments.backend, passes=pass_names(arguments.passes))
     if plan.notes and (arguments.input_size or arguments.inputs):
         check_shapes(model, inputs)
     if arguments.json:
@@ -55,3 +63,13 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.kernels:
             print_kernels(stdout(), plan.kernels)
     return 1 if arguments.strict and plan.coverage < 1 else 0
+
+
+def _calls(model: nn.Module, plan: Plan) -> int:
+    """About how many kernel calls there are to time: forward and backward of each convolution whose sizes are new."""
+    new = set()
+    for kernel in plan.kernels:
+        conv = model.get_submodule(kernel.name.partition("#")[0])
+        sizes = (getattr(conv, name, None) for name in ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups"))
+        new.add((kernel.shape, *sizes))
+    return 2 * len(new)

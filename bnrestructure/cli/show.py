@@ -1,4 +1,4 @@
-"""``bnrestructure show MODEL``: the graph of a training step, as text, dot, svg or json."""
+"""``bnrestructure show MODEL``: the graph of a training step, as text, dot, svg, html or json."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnrestructure.cli.options import add_model_arguments, pass_names
+from bnrestructure.cli.options import add_input_arguments, add_model_arguments, pass_names
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from bnrestructure.capture.regions import Options
     from bnrestructure.plan.plan import Plan
     from bnrestructure.report.graph_view import RegionView
 
@@ -27,8 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backward", action="store_true", help="what each node's backward does, in backward order")
     parser.add_argument(
-        "--format", choices=("text", "dot", "svg", "json"), default="text", help="(default: %(default)s)"
+        "--format",
+        choices=("text", "dot", "svg", "html", "json"),
+        default="text",
+        help="html is one page with the graph before and after, for inputs of --batch and --input-size (default: %(default)s)",
     )
+    add_input_arguments(parser, batch=16)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write to FILE instead of standard output")
 
 
@@ -36,20 +41,31 @@ def run(arguments: argparse.Namespace) -> int:
     """Print or write the graph. Exit status 0."""
     from bnrestructure.cli.output import progress, stdout
     from bnrestructure.core.errors import UsageError
+    from bnrestructure.core.progress import listening
     from bnrestructure.models.models import load_model
 
+    form = "json" if arguments.json else arguments.format
+    if form == "html" and (arguments.before or arguments.backward):
+        raise UsageError("--format html shows both graphs, and what each box does in backward: without --before and --backward")
     with progress(arguments.model) as say:
         say("building the model")
         model = load_model(arguments.model)
-        say("capturing and rewriting")
-        plan, views = _views(arguments, model)
-    form = "json" if arguments.json else arguments.format
+        with listening(say, say.expect):
+            if form == "html":
+                return _write(arguments, _html(arguments, model))
+            plan, views = _views(arguments, model)
     if form == "text" and arguments.output is None:
         from bnrestructure.report.graph_page import print_page
 
         print_page(stdout(), arguments.model, _stage(arguments), plan, views, backward=arguments.backward)
         return 0
-    document = _document(form, arguments, plan, views)
+    return _write(arguments, _document(form, arguments, plan, views))
+
+
+def _write(arguments: argparse.Namespace, document: str) -> int:
+    """To --output or to standard output. Exit status 0."""
+    from bnrestructure.core.errors import UsageError
+
     if arguments.output is None:
         print(document)
         return 0
@@ -79,16 +95,33 @@ def _passes(arguments: argparse.Namespace) -> str | list[str] | None:
     return order[: order.index(arguments.after) + 1]
 
 
-def _views(arguments: argparse.Namespace, model: nn.Module) -> tuple[Plan, list[RegionView]]:
+def _options_of(arguments: argparse.Namespace, model: nn.Module) -> Options:
     from dataclasses import replace
 
     from bnrestructure.api import _options
-    from bnrestructure.plan.planning import make_plan, region_graphs
-    from bnrestructure.report.graph_view import view_region
 
     options = _options(model, arguments.backend, _passes(arguments), None)
     if arguments.before or arguments.after:
         options = replace(options, backend="auto")  # any other would run select-kernels behind the passes asked for
+    return options
+
+
+def _html(arguments: argparse.Namespace, model: nn.Module) -> str:
+    from bnrestructure.models.inputs import example_inputs
+    from bnrestructure.plan.planning import make_plan
+    from bnrestructure.report.graph_html import compared, graph_html
+
+    options = _options_of(arguments, model)
+    inputs = example_inputs(arguments.model, model, batch=arguments.batch, size=arguments.input_size, source=arguments.inputs)
+    plan = make_plan(model, options, inputs)
+    return graph_html(f"{arguments.model}, {_stage(arguments)}", plan, compared(model, options, plan, inputs))
+
+
+def _views(arguments: argparse.Namespace, model: nn.Module) -> tuple[Plan, list[RegionView]]:
+    from bnrestructure.plan.planning import make_plan, region_graphs
+    from bnrestructure.report.graph_view import view_region
+
+    options = _options_of(arguments, model)
     plan = make_plan(model, options)
     # before any pass, every site would be called kept; that is not a refusal
     sites = {} if arguments.before else {site.name: site for site in plan.sites}

@@ -106,15 +106,6 @@ class Join:
     act: str
 
     @property
-    def device(self) -> torch.device:
-        """Of its tensors: kernels are chosen by it, as by a tensor's."""
-        return self.y.device
-
-    def dim(self) -> int:
-        """Of its tensors, likewise."""
-        return self.y.dim()
-
-    @property
     def operands(self) -> tuple[Tensor, Transform, Tensor, Transform, str]:
         """What ``residual_forward`` takes."""
         return self.y, self.ty, self.r, self.tr, self.act
@@ -180,7 +171,7 @@ class ConvGradients(NamedTuple):
     """What a fused convolution's backward hands back. Members that were not asked for, or do not apply, are None.
 
     dx        gradient of the raw input x, [N, C, *spatial] in x's dtype: ``scale * P`` (P itself without a scale);
-              with a gate, the gradient at the gate's input, ``G * gate``, mask *not* applied (see ops/squeeze.py).
+              with a gate, the gradient at the gate's input, ``G * gate``, mask *not* applied (see SqueezeBackward).
               Behind a residual join, G of that join: the gradient at the sum, mask applied, no scale.
     sum_p     SP = sum P, [C].                 sum_px    SPX = sum P * (x - mean), [C].
               Behind a join sum G and sum G * (y - ty.mean), None without such a mean.

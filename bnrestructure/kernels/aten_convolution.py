@@ -23,12 +23,14 @@ def convolution_backward(
     """The gradients at the convolution's input z [N, C_in, *spatial] and at its weight, both in dy's dtype; None where not needed.
 
     On the CPU, oneDNN's weight gradient in 16-bit dtypes does not write the positions of the kernel that meet nothing but padding
-    (a 5 x 5 kernel padded by 2 over a single pixel has 24 of them): what lay in memory comes back. It is taken in float32 there.
+    (a 5 x 5 kernel padded by 2 over a single pixel has 24 of them), nor all of those of a volume that is less deep than the kernel: what
+    lay in memory comes back. It is taken in float32 there.
     Where :func:`weight_gradient_overruns`, the pixels that a 1x1 kernel reads are gathered first.
     """
     rest = geometry.aten_arguments
     backward = torch.ops.aten.convolution_backward
-    wide = need_weight and dy.device.type == "cpu" and dy.dtype.itemsize == 2 and _has_idle_positions(geometry, z, weight)
+    narrow = need_weight and dy.device.type == "cpu" and dy.dtype.itemsize == 2
+    wide = narrow and (_has_idle_positions(geometry, z, weight) or _is_shallow(geometry, z, weight))
     sampled = need_weight and weight_gradient_overruns(z, weight, geometry.stride, geometry.padding)
     g, dw, _ = backward(dy, z, weight, None, *rest, [need_input, need_weight and not (wide or sampled), False])
     if sampled:
@@ -55,6 +57,11 @@ def sampled_weight_gradient(dy: Tensor, z: Tensor, weight: Tensor, stride: Seque
     ones, zeros = [1] * len(stride), [0] * len(stride)
     arguments = None, ones, zeros, ones, False, zeros, 1
     return torch.ops.aten.convolution_backward(dy, read, weight, *arguments, [False, True, False])[1]
+
+
+def _is_shallow(geometry: ConvGeometry, z: Tensor, weight: Tensor) -> bool:
+    """Whether z [N, C, D, H, W] is less deep than the kernel reaches."""
+    return z.dim() == 5 and z.shape[2] <= geometry.dilation[0] * (weight.shape[2] - 1)
 
 
 def _has_idle_positions(geometry: ConvGeometry, z: Tensor, weight: Tensor) -> bool:

@@ -35,6 +35,7 @@ __all__ = [
     "renew",
     "set_machine",
     "wall_clock",
+    "where_kept",
 ]
 
 #: Turns in which each candidate runs once; the first is a warm-up.
@@ -89,6 +90,14 @@ def cache_file() -> Path | None:
         return None
     base = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnrestructure"
     return base / f"choices-{_digest()}.json"
+
+
+def where_kept() -> str:
+    """Where this machine's measurements are, in words, for ``doctor``: no file is named before there is one."""
+    file = cache_file()
+    if file is None:
+        return "measured choices are not kept"
+    return f"measured choices in {file}" if file.exists() else "nothing measured yet (tune)"
 
 
 def measured(call: str) -> Measurement | None:

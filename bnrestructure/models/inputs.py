@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ def example_inputs(
     """The model's arguments, with targets for detection models. ``size`` is [C,] [T,] H, W; ``small`` for runs in
     float64.
 
-    Raises UsageError when ``source`` does not give a tuple, or the size has a dimension too many.
+    Raises UsageError when ``source`` does not give a tuple, the size has a dimension too many, or they do not fit into memory.
     """
     if source is not None:
         given = call_factory(source, load_factory(source))
@@ -42,16 +44,26 @@ def example_inputs(
     generator = torch.Generator().manual_seed(0)
     kind = builder_module(model_name).removeprefix("torchvision.models.").split(".")[0]
     if kind == "detection":
-        return _detection(batch, _image(size, 3, 96 if small else 320), generator)
+        image = _image(size, 3, 96 if small else 320)
+        _fitting(batch, image)
+        return _detection(batch, image, generator)
     if kind == "optical_flow":
-        shape = _image(size, 3, 128)
+        shape = _fitting(batch, _image(size, 3, 128))
         return tuple(torch.rand(batch, *shape, generator=generator) * 2 - 1 for _ in range(2))
     if kind == "video":
-        return (
-            torch.randn(batch, *_video(size, _SIZES.get(model_name, 32 if small else 112), small), generator=generator),
-        )
+        video = _video(size, _SIZES.get(model_name, 32 if small else 112), small)
+        return (torch.randn(batch, *_fitting(batch, video), generator=generator),)
     usual, channels = _usual_size(model_name, model, small, kind)
-    return (torch.randn(batch, *_image(size, channels, usual), generator=generator),)
+    return (torch.randn(batch, *_fitting(batch, _image(size, channels, usual)), generator=generator),)
+
+
+def _fitting(batch: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a sample, where this machine's memory could hold a batch of it in float32. Raises UsageError."""
+    wanted, memory = 4 * batch * math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted > memory:
+        asked = "x".join(map(str, (batch, *shape)))
+        raise UsageError(f"an input of {asked} takes {wanted // 10**9:,} GB, and this machine has {memory // 10**9:,} GB")
+    return shape
 
 
 def on_gpu(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:

@@ -21,6 +21,7 @@ from bnrestructure.capture.swap import (
     training_flags,
 )
 from bnrestructure.capture.tracer import Arguments
+from bnrestructure.core import progress
 from bnrestructure.core.errors import first_line
 from bnrestructure.graph.fused import is_fused, outputs_of, tensor_readers
 from bnrestructure.graph.layers import modules_of
@@ -48,10 +49,15 @@ def region_graphs(model: nn.Module, options: Options) -> Iterator[tuple[str, fx.
     """(path, captured graph, rewritten graph) of every region, as a training forward with plain tensor arguments would see it."""
     paths = {module: name for name, module in model.named_modules()}
     with training_flags(model):
-        for region in find_regions(model)[0]:
+        regions = list(find_regions(model)[0])
+        progress.expect(2 * len(regions))
+        for region in regions:
+            name = paths[region] or "the whole model"
             forward = original_class(region).forward
+            progress.tell(f"capturing {name}")
             before, _ = captured(region, forward, Arguments.assumed(forward))
             after, _ = captured(region, forward, Arguments.assumed(forward))
+            progress.tell(f"rewriting {name}")
             pipeline.run(after, options.passes, options.backend, options.fuel)
             yield paths[region], before, after
 

@@ -48,6 +48,22 @@ def test_idle_positions_have_a_zero_gradient(dtype: torch.dtype, size: int, kern
     assert not weights[idle].any()
 
 
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("kernel", [(3, 1, 1), (3, 3, 3), (5, 1, 1)])
+def test_weight_gradients_of_shallow_volumes_are_written_whole(depth: int, kernel: tuple[int, int, int]) -> None:
+    geometry = ConvGeometry((1, 1, 1), (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2), (1, 1, 1), 1)
+    x, dy, weight = torch.randn(2, 6, depth, 4, 8), torch.randn(2, 8, depth, 4, 8), torch.randn(8, 6, *kernel)
+    _, exact = convolution_backward(dy.double(), x.double(), weight.double(), geometry, need_input=False, need_weight=True)
+    operands = [t.bfloat16().contiguous(memory_format=torch.channels_last_3d) for t in (dy, x, weight)]
+    assert exact is not None
+    for _ in range(6):
+        freed = [torch.full((weight.numel() * n,), float("nan"), dtype=torch.bfloat16) for n in (1, 2, 3)]
+        del freed
+        _, found = convolution_backward(*operands, geometry, need_input=False, need_weight=True)
+        assert found is not None
+        assert (found.double() - exact).abs().max() < 0.02 * exact.abs().max()
+
+
 #: oneDNN's weight gradient ends such a process, or changes what lies beside its workspace (its issue 6035).
 STRIDED = """
 import torch

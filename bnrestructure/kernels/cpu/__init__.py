@@ -61,9 +61,7 @@ class CpuKernels:
     def description(self) -> str:
         """The instruction set in use, libraries that cannot be, and where tuned choices are kept."""
         self.convolutions.rule.identify(torch.device("cpu"))
-        file = tuning.cache_file()
-        kept = [f"measured choices in {file}"] if file is not None and file.exists() else []
-        return "; ".join([instruction_set(), *library.damaged().values(), *kept])
+        return "; ".join([instruction_set(), *library.damaged().values(), tuning.where_kept()])
 
 
 KERNELS = CpuKernels()

@@ -75,8 +75,7 @@ class CudaKernels:
         """The GPU, and where its measured choices are kept."""
         gpu = gpu_here() or "no GPU"
         identify_machine(gpu)
-        file = tuning.cache_file()
-        return f"{gpu}; measured choices in {file}" if file is not None and file.exists() else gpu
+        return f"{gpu}; {tuning.where_kept()}"
 
 
 KERNELS = CudaKernels()

@@ -15,7 +15,7 @@ import triton.language as tl
 from bnrestructure.core.activation import PLAIN_ACTIVATIONS, negative_slope
 from bnrestructure.kernels.cuda.precision import exponential, reciprocal
 
-__all__ = ["activate", "activation_constants", "pre_activation", "pull_back"]
+__all__ = ["activate", "activation_constants", "normalised", "pre_activation", "pull_back"]
 
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _INVERSE_SQRT_TWO_PI = tl.constexpr(0.3989422804014327)
@@ -28,6 +28,12 @@ def activation_constants(act: str) -> dict[str, Any]:
     if act in PLAIN_ACTIVATIONS:
         return {"ACT": act, "SLOPE": 0.0}
     return {"ACT": "leaky_relu", "SLOPE": negative_slope(act)}
+
+
+@triton.jit
+def normalised(x, mean, scale, beta):
+    """``(x - mean) * scale + beta`` of blocks that broadcast, or x itself where they are None."""
+    return tl.fma(x - mean, scale, tl.broadcast_to(beta, x.shape)) if mean is not None else x
 
 
 @triton.jit

@@ -20,11 +20,21 @@ from torch import Tensor
 from bnrestructure.core.edges import ConvGeometry, Join, Transform
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.activation import activation_constants
-from bnrestructure.kernels.cuda.edges import EdgePixels, output_gradient, store_input_gradient, store_join_gradient
+from bnrestructure.kernels.cuda.edges import (
+    EdgePixels,
+    input_gradient,
+    is_input_needed,
+    load_raw,
+    load_vector,
+    output_gradient,
+    store_gradient,
+    store_join_gradient,
+    store_sums,
+)
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, packed_weight, pixels, vectors
 from bnrestructure.kernels.cuda.merge import partial_sums
-from bnrestructure.kernels.cuda.precision import in_units, multiply, restored_gradient, rounded_gradient
+from bnrestructure.kernels.cuda.precision import beside, in_units, is_swapped, multiply_rows, restored_gradient, rounded_gradient
 from bnrestructure.kernels.cuda.problem import is_heavy, precision_of, unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_group
 
@@ -83,7 +93,7 @@ def _dense_dgrad_kernel(
     shift_h, shift_w, shift_step_h, shift_step_w,
     ACT: tl.constexpr, SLOPE: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     ACCUMULATE: tl.constexpr, BY_IMAGE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    GROUPS: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FULL_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, FULL_STEPS: tl.constexpr, GROUPS: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     p_pitch, y_pitch = in_units(p_pitch, UNIT), in_units(y_pitch, UNIT)
     x_pitch, r_pitch, dx_pitch = in_units(x_pitch, UNIT), in_units(r_pitch, UNIT), in_units(dx_pitch, UNIT)
@@ -92,7 +102,8 @@ def _dense_dgrad_kernel(
     column_tiles = tl.cdiv(group_inputs, BN)
     tile, group = tile_and_group(column_tiles, GROUPS)
     column = (tl.program_id(0) % column_tiles) * BN + tl.arange(0, BN)
-    column_valid = column < group_inputs
+    column_valid = (column < group_inputs) | FULL_COLUMNS
+    POINTWISE: tl.constexpr = KH * KW * SH * SW == 1 and not (PADDED or BY_IMAGE)  # an output pixel is the input pixel of the same number
     image_tiles = tl.cdiv(CH * CW, BM)
     if BY_IMAGE:  # no tile spans two images, so that a tile's sum belongs to one of them
         image = tile // image_tiles
@@ -101,65 +112,77 @@ def _dense_dgrad_kernel(
         n = tl.zeros((BM,), dtype=tl.int32) + image
     else:
         row = tile * BM + tl.arange(0, BM)
-        row_valid = row < rows
+        row_valid = (row < rows) | FULL_ROWS
         n = row // (CH * CW)
         position = row - n * (CH * CW)
     ch = position // CW
     cw = position - ch * CW
 
     blocks = tl.cdiv(group_outputs, BK)
-    total = tl.zeros((BM, BN), dtype=tl.float32)
+    SWAPPED: tl.constexpr = is_swapped(BN)
+    AXIS: tl.constexpr = 1 if SWAPPED else 0
+    NEEDED: tl.constexpr = r_ptr is not None or is_input_needed(mean_ptr, gate_ptr, ACT)
+    if POINTWISE:
+        pixel = row
+    else:
+        pixel = (n * H + ch * SH + first_h) * W + cw * SW + first_w
+    in_channel = group * group_inputs + column
+    # What the epilogue reads is on its way meanwhile. And what is loaded behind the product would lay out all that it meets, sums too.
+    x = load_raw(x_ptr, x_pitch, pixel, in_channel, row_valid, column_valid, WIDE, AXIS) if NEEDED else None
+    mean = load_vector(mean_ptr, in_channel, column_valid, AXIS)
+    scale = load_vector(scale_ptr, in_channel, column_valid, AXIS)
+    beta = load_vector(beta_ptr, in_channel, column_valid, AXIS)
+    if r_ptr is not None:
+        r = load_raw(r_ptr, r_pitch, pixel, in_channel, row_valid, column_valid, WIDE, AXIS)
+        r_mean = load_vector(r_mean_ptr, in_channel, column_valid, AXIS)
+        r_scale = load_vector(r_scale_ptr, in_channel, column_valid, AXIS)
+        r_beta = load_vector(r_beta_ptr, in_channel, column_valid, AXIS)
+    total = tl.zeros((BN, BM) if SWAPPED else (BM, BN), dtype=tl.float32)
     for step in range(0, taps_h * taps_w * blocks):
-        tap = step // blocks
-        j_h = tap // taps_w
-        j_w = tap - j_h * taps_w
-        channel = (step - tap * blocks) * BK + tl.arange(0, BK)
-        k_valid = channel < group_outputs
-        oh = ch + shift_h + j_h * shift_step_h
-        ow = cw + shift_w + j_w * shift_step_w
+        if POINTWISE:
+            channel = step * BK + tl.arange(0, BK)
+            read = row[:, None]
+            weight_tap = 0
+        else:
+            tap = step // blocks
+            j_h = tap // tl.maximum(taps_w, 1)  # without a tap there is no step, but the compiler may divide before it asks
+            j_w = tap - j_h * taps_w
+            channel = (step - tap * blocks) * BK + tl.arange(0, BK)
+            oh = ch + shift_h + j_h * shift_step_h
+            ow = cw + shift_w + j_w * shift_step_w
+            read = ((n * OH + oh) * OW + ow)[:, None]
+            weight_tap = (tap_h + j_h * tap_step_h) * KW + tap_w + j_w * tap_step_w
+        k_valid = (channel < group_outputs) | FULL_STEPS
         inside = row_valid[:, None] & k_valid[None, :]
         if PADDED:
             inside = inside & ((oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW))[:, None]
-        pixel = ((n * OH + oh) * OW + ow)[:, None]
         out_channel = (group * group_outputs + channel)[None, :]
         d = output_gradient(
-            p_ptr,
-            y_ptr,
-            s_ptr,
-            a_ptr,
-            b_ptr,
-            y_mean_ptr,
-            p_pitch,
-            y_pitch,
-            pixel,
-            out_channel,
-            inside,
-            k_valid[None, :],
-            WIDE,
+            p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, p_pitch, y_pitch, read, out_channel, inside, k_valid[None, :], WIDE
         )
         if PADDED and a_ptr is not None:  # outside the output dY is 0, not b
             d = tl.where(inside, d, 0.0)
-        weight_tap = (tap_h + j_h * tap_step_h) * KW + tap_w + j_w * tap_step_w
-        w_offset = ((group * group_outputs + channel)[:, None] * (KH * KW) + weight_tap) * group_inputs + column[
-            None, :
-        ]
-        w = tl.load(w_ptr + w_offset, mask=k_valid[:, None] & column_valid[None, :], other=0.0)
-        total = multiply(rounded_gradient(d, a_ptr, w_ptr.dtype.element_ty), w, total, PRECISION)
+        w_offset = ((group * group_outputs + channel)[None, :] * (KH * KW) + weight_tap) * group_inputs + column[:, None]
+        w = tl.load(w_ptr + w_offset, mask=column_valid[:, None] & k_valid[None, :], other=0.0)
+        total = multiply_rows(rounded_gradient(d, a_ptr, w_ptr.dtype.element_ty), w, total, PRECISION, True, PART, SWAPPED)
 
-    pixel = (n * H + ch * SH + first_h) * W + cw * SW + first_w
     total = restored_gradient(total, a_ptr, w_ptr.dtype.element_ty)
+    if NEEDED:
+        x = beside(x.to(tl.float32), total)
     if r_ptr is not None:  # x is the join's operand y
         store_join_gradient(
-            total, x_ptr, mean_ptr, scale_ptr, beta_ptr, r_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, dx_ptr, partial_ptr,
-            x_pitch, r_pitch, dx_pitch, pixel, group * group_inputs + column, row_valid, column_valid,
-            first_tile + tile, all_tiles, inputs, ACT, SLOPE, ACCUMULATE, WIDE,
+            total, x, mean, scale, beta, beside(r.to(tl.float32), total), r_mean, r_scale, r_beta, dx_ptr, partial_ptr, dx_pitch,
+            pixel, in_channel, row_valid, column_valid, first_tile + tile, all_tiles, inputs, ACT, SLOPE, ACCUMULATE, WIDE, AXIS,
         )  # fmt: skip
     else:
-        store_input_gradient(
-            total, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, dx_ptr, partial_ptr, gate_partial_ptr,
-            x_pitch, dx_pitch, pixel, group * group_inputs + column, row_valid, column_valid,
-            tile // image_tiles, first_tile + tile, all_tiles, inputs, ACT, SLOPE, ACCUMULATE, WIDE,
+        g, first, second = input_gradient(
+            total, x, mean, scale, beta, gate_ptr, in_channel, row_valid, column_valid, tile // image_tiles, inputs, ACT, SLOPE, AXIS
+        )
+        store_sums(
+            first, second, mean_ptr, gate_ptr, partial_ptr, gate_partial_ptr, in_channel, column_valid,
+            first_tile + tile, all_tiles, inputs, AXIS,
         )  # fmt: skip
+        store_gradient(g, dx_ptr, dx_pitch, pixel, in_channel, row_valid, column_valid, ACCUMULATE, WIDE, AXIS=AXIS)
 
 
 def dgrad(
@@ -226,7 +249,8 @@ def dgrad(
             **activation_constants(transform.act), SH=geometry.stride[0], SW=geometry.stride[1], KH=kh, KW=kw,
             ACCUMULATE=in_place, BY_IMAGE=gated, PADDED=_leaves(i, edge.size[0]) or _leaves(j, edge.size[1]),
             WIDE=edge.wide or source.wide or dx.wide or (shortcut is not None and shortcut.wide), PRECISION=precision_of(dtype),
-            GROUPS=geometry.groups, UNIT=unit_of(*sizes), BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
+            FULL_ROWS=not gated and batch * i.size * j.size % tile.m == 0, FULL_COLUMNS=group_inputs % tile.n == 0,
+            FULL_STEPS=group_outputs % tile.k == 0, GROUPS=geometry.groups, UNIT=unit_of(*sizes), BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
         first_tile += count
     sums = None if partial is None else partial.sum(1)

@@ -19,7 +19,7 @@ from bnrestructure.kernels.cuda.activation import activate, activation_constants
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, empty_pixels, packed_weight, pixels, vectors
 from bnrestructure.kernels.cuda.merge import merge_statistics, partial_statistics, store_partial_statistics
-from bnrestructure.kernels.cuda.precision import in_units, multiply, offset, representable, rounded
+from bnrestructure.kernels.cuda.precision import in_units, is_swapped, multiply_rows, offset, representable, rounded
 from bnrestructure.kernels.cuda.problem import geometry_constants, is_gathered, is_heavy, is_padded, precision_of, unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_group
 
@@ -35,7 +35,7 @@ def _dense_forward_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     GATHERED: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    GROUPS: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FULL_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, FULL_STEPS: tl.constexpr, GROUPS: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     x_pitch, r_pitch = in_units(x_pitch, UNIT), in_units(r_pitch, UNIT)
     sum_pitch, y_pitch = in_units(sum_pitch, UNIT), in_units(y_pitch, UNIT)
@@ -45,8 +45,9 @@ def _dense_forward_kernel(
     tile, group = tile_and_group(column_tiles, GROUPS)  # neighbours share the rows of x
     row = tile * BM + tl.arange(0, BM)
     column = (tl.program_id(0) % column_tiles) * BN + tl.arange(0, BN)
-    row_valid = row < rows
-    column_valid = column < group_outputs
+    row_valid = (row < rows) | FULL_ROWS
+    column_valid = (column < group_outputs) | FULL_COLUMNS
+    POINTWISE: tl.constexpr = KH * KW * SH * SW == 1 and not PADDED  # an output pixel is the input pixel of the same number
     n = row // (OH * OW)
     position = row - n * (OH * OW)
     top = (position // OW) * SH - PH
@@ -55,21 +56,29 @@ def _dense_forward_kernel(
     depth = group_inputs * (KH * KW) if GATHERED else group_inputs
     blocks = tl.cdiv(depth, BK)
     steps = blocks if GATHERED else blocks * (KH * KW)
-    total = tl.zeros((BM, BN), dtype=tl.float32)
+    TRANSFORMED: tl.constexpr = mean_ptr is not None or gate_ptr is not None or r_ptr is not None or ACT != "identity"
+    SAME_TYPE: tl.constexpr = x_ptr.dtype.element_ty == w_ptr.dtype.element_ty
+    SWAPPED: tl.constexpr = is_swapped(BN)
+    total = tl.zeros((BN, BM) if SWAPPED else (BM, BN), dtype=tl.float32)
     for step in range(0, steps):
         if GATHERED:  # a step runs through taps and channels alike
             k = step * BK + tl.arange(0, BK)
-            k_valid = k < depth
+            k_valid = (k < depth) | FULL_STEPS
             tap = k // group_inputs
             channel = k - tap * group_inputs
             ih = top[:, None] + (tap // KW * DH)[None, :]
             iw = left[:, None] + (tap % KW * DW)[None, :]
             pixel = (n[:, None] * H + ih) * W + iw
             weight_row = k
+        elif POINTWISE:
+            channel = step * BK + tl.arange(0, BK)
+            k_valid = (channel < group_inputs) | FULL_STEPS
+            pixel = row[:, None]
+            weight_row = channel
         else:  # a step is some channels of one tap
             tap = step // blocks
             channel = (step - tap * blocks) * BK + tl.arange(0, BK)
-            k_valid = channel < group_inputs
+            k_valid = (channel < group_inputs) | FULL_STEPS
             ih = (top + tap // KW * DH)[:, None]
             iw = (left + tap % KW * DW)[:, None]
             pixel = (n[:, None] * H + ih) * W + iw
@@ -79,7 +88,7 @@ def _dense_forward_kernel(
             inside = inside & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
         in_channel = (group * group_inputs + channel)[None, :]
         x = tl.load(x_ptr + offset(pixel, x_pitch, WIDE) + in_channel, mask=inside, other=0.0)
-        if mean_ptr is not None or gate_ptr is not None or r_ptr is not None or ACT != "identity":
+        if TRANSFORMED:
             u = pre_activation(x.to(tl.float32), mean_ptr, scale_ptr, beta_ptr, in_channel, k_valid[None, :])
             if r_ptr is not None:
                 r = tl.load(r_ptr + offset(pixel, r_pitch, WIDE) + in_channel, mask=inside, other=0.0).to(tl.float32)
@@ -93,12 +102,16 @@ def _dense_forward_kernel(
             if sum_ptr is not None:  # one tile of columns stores what all of them form
                 first = tl.program_id(0) % column_tiles + tl.zeros((BM, 1), dtype=tl.int32) == 0
                 tl.store(sum_ptr + offset(pixel, sum_pitch, WIDE) + in_channel, a, mask=inside & first)
+        elif SAME_TYPE:
+            a = x
         else:
             a = rounded(x.to(tl.float32), w_ptr.dtype.element_ty)
-        w_offset = (group * group_outputs + column)[None, :] * (KH * KW * group_inputs) + weight_row[:, None]
-        b = tl.load(w_ptr + w_offset, mask=k_valid[:, None] & column_valid[None, :], other=0.0)
-        total = multiply(a, b, total, PRECISION)
+        w_offset = (group * group_outputs + column)[:, None] * (KH * KW * group_inputs) + weight_row[None, :]
+        w = tl.load(w_ptr + w_offset, mask=column_valid[:, None] & k_valid[None, :], other=0.0)
+        total = multiply_rows(a, w, total, PRECISION, TRANSFORMED or not SAME_TYPE, PART, SWAPPED)
 
+    if SWAPPED:
+        total = tl.trans(total)
     out_channel = group * group_outputs + column
     if bias_ptr is not None:
         total += tl.load(bias_ptr + out_channel, mask=column_valid, other=0.0)[None, :]
@@ -108,7 +121,7 @@ def _dense_forward_kernel(
     if partial_ptr is not None:
         count = tl.minimum(rows - tile * BM, BM).to(tl.float32)
         store_partial_statistics(
-            partial_ptr, (y,), (stored,), tile, row_tiles, count, out_channel, outputs, column_valid
+            partial_ptr, (y,), (row_valid[:, None],), tile, row_tiles, count, out_channel, outputs, column_valid
         )
 
 
@@ -158,7 +171,7 @@ def conv_forward(
         y.pitch, y.rows, row_tiles, h, w, *shape[2:], inputs, outputs, group_inputs, group_outputs,
         **activation_constants(transform.act), **geometry_constants(geometry, kernel),
         GATHERED=gathered, PADDED=is_padded(geometry), WIDE=any(given.wide for given in (source, y, *more)), PRECISION=precision_of(dtype),
-        GROUPS=geometry.groups, UNIT=unit_of(*sizes), BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
+        FULL_ROWS=y.rows % tile.m == 0, FULL_COLUMNS=group_outputs % tile.n == 0, FULL_STEPS=depth % tile.k == 0, GROUPS=geometry.groups, UNIT=unit_of(*sizes), BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     result = y.tensor if out is None or y.tensor is out else out.copy_(y.tensor)
     found = (None, None) if partial is None else merge_statistics(partial, y.rows, tile.m)

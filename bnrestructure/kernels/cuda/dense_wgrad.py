@@ -41,7 +41,7 @@ def _dense_wgrad_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     GATHERED: tl.constexpr, PADDED: tl.constexpr, RAGGED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    DTYPE: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     p_pitch, y_pitch, x_pitch = in_units(p_pitch, UNIT), in_units(y_pitch, UNIT), in_units(x_pitch, UNIT)
     inputs, outputs = in_units(inputs, UNIT), in_units(outputs, UNIT)
@@ -100,7 +100,7 @@ def _dense_wgrad_kernel(
                 z *= tl.load(gate_ptr + n[:, None] * inputs + in_channel, mask=inside, other=0.0)
             if PADDED:
                 z = tl.where(inside, z, 0.0)
-        total = multiply(tl.trans(rounded_gradient(d, a_ptr, DTYPE)), rounded(z, DTYPE), total, PRECISION)
+        total = multiply(tl.trans(rounded_gradient(d, a_ptr, DTYPE)), rounded(z, DTYPE), total, PRECISION, True, PART)
 
     width = KH * KW * group_inputs
     place = (split.to(tl.int64) * outputs + out_channel[:, None]) * width + column[None, :]

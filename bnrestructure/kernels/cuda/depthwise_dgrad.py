@@ -12,7 +12,16 @@ from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.activation import activation_constants
 from bnrestructure.kernels.cuda.dense_dgrad import InputGradient
 from bnrestructure.kernels.cuda.depthwise_forward import weight_by_tap
-from bnrestructure.kernels.cuda.edges import EdgePixels, input_gradient, output_gradient, store_gradient, store_sums
+from bnrestructure.kernels.cuda.edges import (
+    EdgePixels,
+    input_gradient,
+    is_input_needed,
+    load_raw,
+    load_vector,
+    output_gradient,
+    store_gradient,
+    store_sums,
+)
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, pixels, vectors
 from bnrestructure.kernels.cuda.merge import partial_sums
@@ -96,15 +105,19 @@ def _depthwise_dgrad_kernel(
                 n, th // SH, w // SW, channel, channels, meets, valid, OH, OW,
                 KH, KW, SH, SW, PH, PW, DH, DW, WIDE, UNROLLED, HEIGHT, WIDTH,
             )  # fmt: skip
+    NEEDED: tl.constexpr = is_input_needed(mean_ptr, gate_ptr, ACT)
+    mean = load_vector(mean_ptr, channel, valid)
+    scale = load_vector(scale_ptr, channel, valid)
+    beta = load_vector(beta_ptr, channel, valid)
     all_first = tl.zeros((BR, BC), dtype=tl.float32)
     all_second = tl.zeros((BR, BC), dtype=tl.float32)
     for own in tl.static_range(HEIGHT * WIDTH):
         row_valid = (h + own // WIDTH < H) & (w + own % WIDTH < W)
         pixel = (n * H + h + own // WIDTH) * W + w + own % WIDTH
+        x = load_raw(x_ptr, x_pitch, pixel, channel, row_valid, valid, WIDE).to(tl.float32) if NEEDED else None
         g, first, second = input_gradient(
-            totals[own], x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, x_pitch, pixel, channel, row_valid, valid, n, channels,
-            ACT, SLOPE, WIDE,
-        )  # fmt: skip
+            totals[own], x, mean, scale, beta, gate_ptr, channel, row_valid, valid, n, channels, ACT, SLOPE
+        )
         all_first += first
         all_second += second
         store_gradient(g, dx_ptr, dx_pitch, pixel, channel, row_valid, valid, ACCUMULATE, WIDE)

@@ -101,7 +101,8 @@ def _depthwise_forward_kernel(
         tl.store(place, y.to(y_ptr.dtype.element_ty), mask=stored[output])
     if partial_ptr is not None:
         all_of_tile = tl.sum(count, 0).to(tl.float32)
-        tl.store(count_ptr + tile, all_of_tile)
+        first = tl.program_id(0) % tl.cdiv(channels, BC) == 0  # all channels of a tile have as many pixels
+        tl.store(count_ptr + tile, all_of_tile, mask=first)
         store_partial_statistics(
             partial_ptr, results, stored, tile, row_tiles, all_of_tile, channel, channels, valid, HEIGHT * WIDTH
         )

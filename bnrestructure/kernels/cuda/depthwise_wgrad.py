@@ -107,7 +107,7 @@ def _depthwise_wgrad_kernel(
     for tap in tl.static_range(TAPS):
         tl.store(place + tap, tl.sum(totals[tap], 0), mask=valid)
     if bias_ptr is not None:  # every row of taps has the same
-        tl.store(bias_ptr + split * channels + channel, tl.sum(bias, 0), mask=valid)
+        tl.store(bias_ptr + split * channels + channel, tl.sum(bias, 0), mask=valid & (tap_row == 0))
 
 
 def wgrad(

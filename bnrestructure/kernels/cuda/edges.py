@@ -9,13 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from bnrestructure.core.edges import BackwardEdge
-from bnrestructure.kernels.cuda.activation import activate, pre_activation, pull_back
+from bnrestructure.kernels.cuda.activation import activate, normalised, pull_back
 from bnrestructure.kernels.cuda.layout import Pixels, pixels, vectors
 from bnrestructure.kernels.cuda.precision import dithered, offset, rounded
 
 __all__ = [
-    "EdgePixels", "edge_pixels", "input_gradient", "output_gradient",
-    "store_gradient", "store_input_gradient", "store_join_gradient", "store_sums",
+    "EdgePixels", "by_channel", "by_pixel", "edge_pixels", "input_gradient", "is_input_needed", "load_raw", "load_vector",
+    "output_gradient", "store_gradient", "store_input_gradient", "store_join_gradient", "store_sums",
 ]  # fmt: skip
 
 
@@ -78,103 +78,135 @@ def output_gradient(
 
 
 @triton.jit
-def input_gradient(
-    g, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, x_pitch, pixel, channel, row_valid, valid, image, channels,
-    ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """From ``g`` [rows, channels] in fp32, the gradient at z, to (the gradient of raw x, two blocks whose sums over the rows are due).
-
-    With vectors: P scaled; P and P * (x - mean). With a gate (all rows are of ``image``): the gradient at the gate's input, the mask *not*
-    applied; the gate's own, twice. With neither nothing is due.
-    """
-    stored = row_valid[:, None] & valid[None, :]
-    column = channel[None, :]
-    first, second = g, g
-    if mean_ptr is not None or gate_ptr is not None or ACT != "identity":
-        x = tl.load(x_ptr + offset(pixel[:, None], x_pitch, WIDE) + column, mask=stored, other=0.0).to(tl.float32)
-        u = pre_activation(x, mean_ptr, scale_ptr, beta_ptr, column, valid[None, :])
-        if gate_ptr is not None:
-            first = tl.where(stored, g * activate(u, ACT, SLOPE), 0.0)
-            second = first
-            g *= tl.load(gate_ptr + image * channels + channel, mask=valid, other=0.0)[None, :]
-        else:
-            g = tl.where(stored, pull_back(g, u, ACT, SLOPE), 0.0)
-            if mean_ptr is not None:
-                first = g
-                second = g * (x - tl.load(mean_ptr + channel, mask=valid, other=0.0)[None, :])
-                g *= tl.load(scale_ptr + channel, mask=valid, other=0.0)[None, :]
-    return g, first, second
+def by_pixel(v, AXIS: tl.constexpr):
+    """A vector of pixels as it broadcasts over a block whose dimension AXIS the pixels are."""
+    return v[:, None] if AXIS == 0 else v[None, :]
 
 
 @triton.jit
-def store_sums(first, second, mean_ptr, gate_ptr, partial_ptr, gate_partial_ptr, channel, valid, tile, tiles, channels):
-    """The sums over the rows of what :func:`input_gradient` says is due, as tile ``tile``'s: SP and SPX in ``partial_ptr``
+def by_channel(v, AXIS: tl.constexpr):
+    """A vector of channels, likewise: theirs is the other dimension."""
+    return v[None, :] if AXIS == 0 else v[:, None]
+
+
+@triton.jit
+def load_raw(x_ptr, x_pitch, pixel, channel, row_valid, valid, WIDE: tl.constexpr, AXIS: tl.constexpr = 0):
+    """A block of a tensor as it is stored, [pixels, channels], or with AXIS = 1, the dimension of the pixels, [channels, pixels]."""
+    stored = by_pixel(row_valid, AXIS) & by_channel(valid, AXIS)
+    return tl.load(x_ptr + offset(by_pixel(pixel, AXIS), x_pitch, WIDE) + by_channel(channel, AXIS), mask=stored, other=0.0)
+
+
+@triton.jit
+def load_vector(v_ptr, channel, valid, AXIS: tl.constexpr = 0):
+    """A channel's number each, as it broadcasts over such a block; None for None."""
+    return tl.load(v_ptr + by_channel(channel, AXIS), mask=by_channel(valid, AXIS), other=0.0) if v_ptr is not None else None
+
+
+@triton.jit
+def input_gradient(
+    g, x, mean, scale, beta, gate_ptr, channel, row_valid, valid, image, channels,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, AXIS: tl.constexpr = 0,
+):  # fmt: skip
+    """From ``g`` in fp32, the gradient at z, to (the gradient of raw x, two blocks whose sums over the pixels are due).
+
+    ``x``, the raw input in fp32, and the vectors are blocks like g (see :func:`load_raw`); x is None where nothing depends on it.
+    With vectors: P scaled; P and P * (x - mean). With a gate (all rows are of ``image``): the gradient at the gate's input, the mask *not*
+    applied; the gate's own, twice. With neither nothing is due.
+    """
+    stored = by_pixel(row_valid, AXIS) & by_channel(valid, AXIS)
+    first, second = g, g
+    if x is not None:
+        u = normalised(x, mean, scale, beta)
+        if gate_ptr is not None:
+            first = tl.where(stored, g * activate(u, ACT, SLOPE), 0.0)
+            second = first
+            g *= by_channel(tl.load(gate_ptr + image * channels + channel, mask=valid, other=0.0), AXIS)
+        else:
+            g = tl.where(stored, pull_back(g, u, ACT, SLOPE), 0.0)
+            if mean is not None:
+                first = g
+                second = g * (x - mean)
+                g *= scale
+    return g, first, second
+
+
+@triton.constexpr_function
+def is_input_needed(mean_ptr, gate_ptr, act):
+    """Whether :func:`input_gradient` asks for x."""
+    return mean_ptr is not None or gate_ptr is not None or act != "identity"
+
+
+@triton.jit
+def store_sums(
+    first, second, mean_ptr, gate_ptr, partial_ptr, gate_partial_ptr, channel, valid, tile, tiles, channels, AXIS: tl.constexpr = 0
+):  # fmt: skip
+    """The sums over the pixels of what :func:`input_gradient` says is due, as tile ``tile``'s: SP and SPX in ``partial_ptr``
     [2, tiles, channels], or the gate's in ``gate_partial_ptr`` [tiles, channels].
     """
     if gate_ptr is not None:
-        tl.store(gate_partial_ptr + tile * channels + channel, tl.sum(first, 0), mask=valid)
+        tl.store(gate_partial_ptr + tile * channels + channel, tl.sum(first, AXIS), mask=valid)
     elif mean_ptr is not None:
         sums = partial_ptr + tile * channels + channel
-        tl.store(sums, tl.sum(first, 0), mask=valid)
-        tl.store(sums + tiles * channels, tl.sum(second, 0), mask=valid)
+        tl.store(sums, tl.sum(first, AXIS), mask=valid)
+        tl.store(sums + tiles * channels, tl.sum(second, AXIS), mask=valid)
 
 
 @triton.jit
 def store_gradient(
-    g, dx_ptr, dx_pitch, pixel, channel, row_valid, valid, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, DITHER: tl.constexpr = False
+    g, dx_ptr, dx_pitch, pixel, channel, row_valid, valid,
+    ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, DITHER: tl.constexpr = False, AXIS: tl.constexpr = 0,
 ):  # fmt: skip
     """``g`` stored in dx's dtype, or added to what is there."""
-    stored = row_valid[:, None] & valid[None, :]
-    place = dx_ptr + offset(pixel[:, None], dx_pitch, WIDE) + channel[None, :]
+    stored = by_pixel(row_valid, AXIS) & by_channel(valid, AXIS)
+    place = dx_ptr + offset(by_pixel(pixel, AXIS), dx_pitch, WIDE) + by_channel(channel, AXIS)
     if ACCUMULATE:
         g += tl.load(place, mask=stored, other=0.0).to(tl.float32)
     if DITHER:  # what all pixels have in common is kept on average
-        tl.store(place, dithered(g, pixel[:, None], dx_ptr.dtype.element_ty), mask=stored)
+        tl.store(place, dithered(g, by_pixel(pixel, AXIS), dx_ptr.dtype.element_ty), mask=stored)
     else:
         tl.store(place, rounded(g, dx_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit
 def store_input_gradient(
-    g, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, dx_ptr, partial_ptr, gate_partial_ptr,
-    x_pitch, dx_pitch, pixel, channel, row_valid, valid, image, tile, tiles, channels,
+    g, x_ptr, mean_ptr, scale_ptr, beta_ptr, dx_ptr, partial_ptr, x_pitch, dx_pitch,
+    pixel, channel, row_valid, valid, tile, tiles, channels,
     ACT: tl.constexpr, SLOPE: tl.constexpr, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, DITHER: tl.constexpr = False,
 ):  # fmt: skip
-    """The three above for a tile of one block."""
-    g, first, second = input_gradient(
-        g, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, x_pitch, pixel, channel, row_valid, valid, image, channels, ACT, SLOPE, WIDE
-    )
-    store_sums(first, second, mean_ptr, gate_ptr, partial_ptr, gate_partial_ptr, channel, valid, tile, tiles, channels)
+    """All of that for a tile of one block [pixels, channels], without a gate."""
+    x, mean, scale, beta = None, None, None, None
+    if is_input_needed(mean_ptr, None, ACT):
+        x = load_raw(x_ptr, x_pitch, pixel, channel, row_valid, valid, WIDE).to(tl.float32)
+        mean = load_vector(mean_ptr, channel, valid)
+        scale = load_vector(scale_ptr, channel, valid)
+        beta = load_vector(beta_ptr, channel, valid)
+    g, first, second = input_gradient(g, x, mean, scale, beta, None, channel, row_valid, valid, 0, channels, ACT, SLOPE)
+    store_sums(first, second, mean_ptr, None, partial_ptr, None, channel, valid, tile, tiles, channels)
     store_gradient(g, dx_ptr, dx_pitch, pixel, channel, row_valid, valid, ACCUMULATE, WIDE, DITHER)
 
 
 @triton.jit
 def store_join_gradient(
-    g, y_ptr, mean_ptr, scale_ptr, beta_ptr, r_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, dx_ptr, partial_ptr,
-    y_pitch, r_pitch, dx_pitch, pixel, channel, row_valid, valid, tile, tiles, channels,
-    ACT: tl.constexpr, SLOPE: tl.constexpr, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr,
+    g, y, mean, scale, beta, r, r_mean, r_scale, r_beta, dx_ptr, partial_ptr, dx_pitch,
+    pixel, channel, row_valid, valid, tile, tiles, channels,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, AXIS: tl.constexpr = 0,
 ):  # fmt: skip
-    """From ``g`` [rows, channels] in fp32, the gradient at a residual join's sum (what dx holds is added first), to what both of its
-    operands share, stored to dx. Its sums SP, SPY and SPR are tile ``tile``'s in ``partial_ptr`` [planes, tiles, channels].
+    """From ``g`` in fp32, the gradient at a residual join's sum (what dx holds is added first), to what both of its operands share, stored
+    to dx. The operands y and r in fp32 and their vectors are blocks like g. Its sums SP, SPY and SPR are tile ``tile``'s in
+    ``partial_ptr`` [planes, tiles, channels].
     """
-    stored = row_valid[:, None] & valid[None, :]
-    column = channel[None, :]
-    place = dx_ptr + offset(pixel[:, None], dx_pitch, WIDE) + column
+    stored = by_pixel(row_valid, AXIS) & by_channel(valid, AXIS)
+    place = dx_ptr + offset(by_pixel(pixel, AXIS), dx_pitch, WIDE) + by_channel(channel, AXIS)
     if ACCUMULATE:
         g += tl.load(place, mask=stored, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + offset(pixel[:, None], y_pitch, WIDE) + column, mask=stored, other=0.0).to(tl.float32)
-    r = tl.load(r_ptr + offset(pixel[:, None], r_pitch, WIDE) + column, mask=stored, other=0.0).to(tl.float32)
-    u = pre_activation(y, mean_ptr, scale_ptr, beta_ptr, column, valid[None, :])
-    u += pre_activation(r, r_mean_ptr, r_scale_ptr, r_beta_ptr, column, valid[None, :])
+    u = normalised(y, mean, scale, beta) + normalised(r, r_mean, r_scale, r_beta)
     g = tl.where(stored, pull_back(g, u, ACT, SLOPE), 0.0)
     tl.store(place, rounded(g, dx_ptr.dtype.element_ty), mask=stored)
     sums = partial_ptr + tile * channels + channel
-    tl.store(sums, tl.sum(g, 0), mask=valid)
-    if mean_ptr is not None:
+    tl.store(sums, tl.sum(g, AXIS), mask=valid)
+    if mean is not None:
         sums += tiles * channels
-        mean = tl.load(mean_ptr + channel, mask=valid, other=0.0)[None, :]
-        tl.store(sums, tl.sum(g * (y - mean), 0), mask=valid)
-    if r_mean_ptr is not None:
+        tl.store(sums, tl.sum(g * (y - mean), AXIS), mask=valid)
+    if r_mean is not None:
         sums += tiles * channels
-        mean = tl.load(r_mean_ptr + channel, mask=valid, other=0.0)[None, :]
-        tl.store(sums, tl.sum(g * (r - mean), 0), mask=valid)
+        tl.store(sums, tl.sum(g * (r - r_mean), AXIS), mask=valid)

@@ -2,20 +2,21 @@
 
 Recording is how kernels are compiled ahead of time for devices that are not there (compile_ahead.py): the wrappers
 run on meta tensors, and every launch they would make is noted with the arguments, constants and options that a device
-would have got.
+would have got. Emulated (emulator/), it is run on CPU tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["FP_FUSION", "Launch", "launch", "recording"]
+__all__ = ["FP_FUSION", "Launch", "launch", "received_by", "recording"]
 
 #: Whether Triton may contract a product and a sum. Its default is to change in 3.10; what must not differ from kernel to kernel is an
 #: explicit multiply-add anyway (activation.py).
@@ -24,27 +25,40 @@ FP_FUSION = True
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: the jitted function, its run-time arguments in order, its constants and its options."""
+    """One kernel launch: the jitted function, its run-time arguments in order, its constants, its options and its grid."""
 
     kernel: Any
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     warps: int
     stages: int
+    grid: tuple[int, ...] = (1,)
+
+    def on(self, part: int) -> Launch:
+        """The launch as that part would get it: kernels that differ from part to part take its compute capability as PART."""
+        return replace(self, constants={**self.constants, **_part_constant(self.kernel, part)})
 
 
-_recorded: list[Launch] | None = None
+_receiver: Callable[[Launch], object] | None = None
+
+
+@contextmanager
+def received_by(receiver: Callable[[Launch], object]) -> Iterator[None]:
+    """Hand launches to ``receiver`` instead of running them. Not for use from several threads."""
+    global _receiver
+    before, _receiver = _receiver, receiver
+    try:
+        yield
+    finally:
+        _receiver = before
 
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Note launches in the list that is yielded, and run none. Not for use from several threads."""
-    global _recorded
-    before, _recorded = _recorded, []
-    try:
-        yield _recorded
-    finally:
-        _recorded = before
+    """Note launches in the list that is yielded, and run none."""
+    recorded: list[Launch] = []
+    with received_by(recorded.append):
+        yield recorded
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:
@@ -52,10 +66,22 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stag
 
     A None argument is a compile-time constant to Triton: kernels ask ``if pointer is not None``.
     """
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, arguments, constants, warps, stages))
+    if _receiver is not None:
+        _receiver(Launch(kernel, arguments, constants, warps, stages, grid))
         return
     first: Tensor = arguments[0]
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": FP_FUSION}
+    constants |= _part_constant(kernel, _part(first.device.index or 0) if first.is_cuda else 0)
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():  # elsewhere: Triton's interpreter
         kernel[grid](*arguments, **options, **constants)
+
+
+def _part_constant(kernel: Any, part: int) -> dict[str, int]:
+    return {"PART": part} if "PART" in kernel.arg_names else {}
+
+
+@cache
+def _part(device: int) -> int:
+    """The compute capability of a device as a number: 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -112,20 +112,23 @@ def _max_pool_backward_kernel(
     h = position // W
     w = position - h * W
     g = tl.zeros((BR, BC), dtype=tl.float32)
-    for tap_row in range(KH):
-        th = h + PH - tap_row
-        for tap_column in tl.static_range(KW):
-            tw = w + PW - tap_column
-            meets = (th >= 0) & (th < OH * SH) & (tw >= 0) & (tw < OW * SW) & (th % SH == 0) & (tw % SW == 0)
-            inside = (row_valid & meets)[:, None] & valid[None, :]
-            pixel = ((n * OH + th // SH) * OW + tw // SW)[:, None]
+    for row_back in range((KH + SH - 1) // SH):  # the windows that may have taken this pixel: the last one, and those before it
+        th = (h + PH) // SH - row_back
+        tap_row = h + PH - th * SH
+        row_meets = row_valid & (th >= 0) & (th < OH) & (tap_row < KH)
+        for column_back in tl.static_range((KW + SW - 1) // SW):
+            tw = (w + PW) // SW - column_back
+            tap_column = w + PW - tw * SW
+            meets = row_meets & (tw >= 0) & (tw < OW) & (tap_column < KW)
+            inside = meets[:, None] & valid[None, :]
+            pixel = ((n * OH + th) * OW + tw)[:, None]
             taken = tl.load(index_ptr + offset(pixel, index_pitch, WIDE) + channel[None, :], mask=inside, other=255)
             dy = tl.load(dy_ptr + offset(pixel, dy_pitch, WIDE) + channel[None, :], mask=inside, other=0.0)
             # Chosen behind the load: a mask that differs from channel to channel forbids to load several at once.
-            g += tl.where(taken.to(tl.int32) == tap_row * KW + tap_column, dy.to(tl.float32), 0.0)
+            g += tl.where(taken.to(tl.int32) == (tap_row * KW + tap_column)[:, None], dy.to(tl.float32), 0.0)
     store_input_gradient(
-        g, x_ptr, mean_ptr, scale_ptr, beta_ptr, None, dx_ptr, partial_ptr, None,
-        x_pitch, dx_pitch, row, channel, row_valid, valid, 0, tile, row_tiles, channels, ACT, SLOPE, ACCUMULATE, WIDE,
+        g, x_ptr, mean_ptr, scale_ptr, beta_ptr, dx_ptr, partial_ptr,
+        x_pitch, dx_pitch, row, channel, row_valid, valid, tile, row_tiles, channels, ACT, SLOPE, ACCUMULATE, WIDE,
     )  # fmt: skip
 
 
@@ -143,7 +146,7 @@ def max_pool_backward(
     dx = destination(x, x.dtype, accumulate)
     in_place = accumulate is not None and dx.tensor is accumulate
     _, channels, *size = x.shape
-    tile = tiles.max_pool(channels)
+    tile = tiles.max_pool_backward(channels)
     row_tiles = triton.cdiv(source.rows, tile.rows)
     partial = None if transform.mean is None else partial_sums(2, row_tiles, channels, x.device)
     operands = (gradient, taken, source, dx)

@@ -13,7 +13,7 @@ import triton.language as tl
 from bnrestructure.kernels.rounding import GRADIENT_FACTOR
 
 __all__ = [
-    "INTERPRETED", "dithered", "exponential", "in_units", "multiply", "offset",
+    "INTERPRETED", "beside", "dithered", "exponential", "in_units", "is_swapped", "multiply", "multiply_rows", "offset",
     "reciprocal", "representable", "restored_gradient", "rounded", "rounded_gradient",
 ]  # fmt: skip
 
@@ -110,12 +110,52 @@ def dithered(x, pixel, dtype: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, b, total, PRECISION: tl.constexpr):
-    """``total + a @ b`` with fp32 accumulation. PRECISION is what fp32 operands are multiplied in: ieee or tf32."""
+def multiply(a, b, total, PRECISION: tl.constexpr, COMPUTED: tl.constexpr, PART: tl.constexpr):
+    """``total + a @ b`` with fp32 accumulation. PRECISION is what fp32 operands are multiplied in: ieee or tf32.
+
+    COMPUTED: ``a`` is not what a load brought. On sm_90 (PART, see launch.py) the product then reads ``a`` from registers, and Triton lets
+    it run on while the next turn of the loop computes into them (triton-lang/triton#9433). A use of the result, here an empty one, makes
+    it wait. The loads of the next turns are under way meanwhile, as before.
+    """
     if INTERPRETED:  # widening is exact
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
+    total = tl.dot(a, b, total, input_precision=PRECISION)
+    if PART == 90 and COMPUTED:
+        total = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [total], dtype=tl.float32, is_pure=True, pack=1)
+    return total
+
+
+@triton.jit
+def beside(x, g):
+    """fp32 ``x`` where ``g``, of the same shape in fp32, is: the threads that hold an element of the one hold it of the other.
+
+    Triton lets a product's results stay where the tensor cores put them, and what was loaded where it was loaded, and meets half-way, with
+    masks and sums in bytes. An instruction that takes both, and does nothing, decides it.
+    """
+    if not INTERPRETED:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [x, g], dtype=tl.float32, is_pure=True, pack=1)
+    return x
+
+
+@triton.constexpr_function
+def is_swapped(columns):
+    """Whether a tile of so many channels by its pixels is multiplied as channels by pixels: see :func:`multiply_rows`."""
+    return columns >= 64
+
+
+@triton.jit
+def multiply_rows(a, w, total, PRECISION: tl.constexpr, COMPUTED: tl.constexpr, PART: tl.constexpr, SWAPPED: tl.constexpr):
+    """``total + a @ w.T`` of a [rows, depth] and w [columns, depth]; SWAPPED: its transpose, ``total + w @ a.T``.
+
+    Swapped, each thread of a tensor core's tile has few channels and many pixels: what is summed over pixels is summed within threads. And
+    what was computed goes to the product through shared memory, not through registers. sm_90's products need 64 rows of the left operand.
+    """
+    if SWAPPED:
+        total = multiply(w, tl.trans(a), total, PRECISION, COMPUTED, PART)
+    else:
+        total = multiply(a, tl.trans(w), total, PRECISION, COMPUTED, PART)
+    return total
 
 
 @triton.jit

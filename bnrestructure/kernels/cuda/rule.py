@@ -8,16 +8,16 @@ Where the node was measured on this GPU (bnrestructure.tune) the measurement dec
 weighs what the sweeps of the hybrid cost against what the fused kernel's prologue costs, which transforms each element
 once for every tap and every tile that reads it: 3x3 convolutions pay it nine times, 1x1 ones once or twice.
 
-The rule knows two things. How many cycles a multiprocessor needs to issue the instructions of a step, counted in the
-compiler's output for sm_90 (compile_ahead.py; tests/cuda/test_compiled.py holds most of the numbers here against it, those of
-the variants that ``make test`` compiles). And that an H100 does about 800 TFLOP/s in bf16 and moves 3.0 TB/s. **None of it
+The rule knows two things. How many cycles a multiprocessor needs to issue the instructions of a step, and those before and behind
+the steps, counted in the compiler's output for sm_90 (compile_ahead.py; tests/cuda/test_compiled.py holds most of the numbers here
+against it, those of the variants that ``make test`` compiles). And that an H100 does about 800 TFLOP/s in bf16 and moves 3.0 TB/s. **None of it
 was timed as a whole on a GPU**: tune() is how to know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from bnrestructure.kernels.choice import BACKWARD as DENSE_BACKWARD
 from bnrestructure.kernels.choice import Choice, Node
 from bnrestructure.kernels.cuda.device import event_timer, gpu_here, gpu_of, identify_machine, uses_tf32
 
-__all__ = ["BACKWARD", "ISSUED", "CudaRule", "forms_sum", "rule", "step_cycles"]
+__all__ = ["BACKWARD", "ISSUED", "ISSUED_BY_WGRAD", "CudaRule", "forms_sum", "rule", "step_cycles"]
 
 #: Backward candidates: the implementations of the input gradient and of the weight gradient.
 BACKWARD = {**DENSE_BACKWARD, "depthwise": ("depthwise", "depthwise"), "reference": ("reference", "reference")}
@@ -37,16 +37,32 @@ BACKWARD = {**DENSE_BACKWARD, "depthwise": ("depthwise", "depthwise"), "referenc
 _BYTES_PER_CYCLE = 4096 * 3.0 / 800
 _TILE, _STEP = 128, 64
 _TENSOR_CORES = 512.0
-#: Cycles that a multiprocessor takes to issue a step 64 deep of a 128 x 128 tile: for the rows of its left operand, and for the columns of
-#: its right one. Pixels are on the left forward and in dgrad; outputs on the left and inputs on the right in wgrad.
+
+
+class Issued(NamedTuple):
+    """Cycles that a multiprocessor takes to issue a step 64 deep of 128 pixels by 32, 64 or 128 channels, and what is before and behind the
+    steps of 128 pixels by 128 channels: addresses, the sums over the pixels, what is stored."""
+
+    narrow: float
+    half: float
+    full: float
+    fixed: float
+
+
+#: By what is done to the pixels: nothing, the prologue, that of a padded convolution, the sum of a join, the gradient at the output; where a
+#: step runs through several taps every number has an address of its own.
 ISSUED = {
-    "product": (300, 100),
-    "prologue": (665, 37),
-    "masked prologue": (900, 50),
-    "join": (1510, 70),
-    "dgrad": (930, 204),
-    "masked dgrad": (1136, 204),
-    "join dgrad": (731, 1317),
+    "product": Issued(92, 92, 260, 1600),
+    "gathered": Issued(1460, 1460, 2920, 4430),
+    "prologue": Issued(385, 385, 648, 1690),
+    "masked prologue": Issued(708, 712, 1076, 2154),
+    "join": Issued(812, 812, 1152, 2152),
+    "dgrad": Issued(724, 724, 790, 2734),
+    "masked dgrad": Issued(1190, 1190, 1206, 3670),
+    "join dgrad": Issued(732, 732, 1464, 4396),
+}
+#: A weight gradient's step, 64 pixels deep, of 128 outputs by 128 inputs: for its outputs and for its inputs.
+ISSUED_BY_WGRAD = {
     "wgrad": (608, 572),
     "wgrad of both": (608, 784),
     "masked wgrad": (680, 564),
@@ -151,18 +167,22 @@ def _sizes(node: Node) -> tuple[int, int, float]:
 
 def step_cycles(kind: str, rows: int, columns: int, depth: int) -> float:
     """What a step of this kind takes to issue in a tile of ``rows`` x ``columns``, ``depth`` deep."""
-    left, right = ISSUED[kind]
-    return (left * rows + right * columns) / _TILE * depth / _STEP
+    if kind in ISSUED_BY_WGRAD:
+        left, right = ISSUED_BY_WGRAD[kind]
+        return (left * rows + right * columns) / _TILE * depth / _STEP
+    issued = ISSUED[kind]
+    return (issued.narrow if columns <= 32 else issued.half if columns <= 64 else issued.full) * rows / _TILE * depth / _STEP
 
 
 def _tiled(kind: str, left: int, right: int, depth: int, node: Node) -> float:
     """A product of [left, depth] by [depth, right] in tiles, in steps of this kind."""
     a, b = (min(_TILE, max(16, 1 << (n - 1).bit_length())) for n in (left, right))
-    steps = -(-left // a) * -(-right // b) * (depth / _STEP)
-    issued = step_cycles(kind, a, b, _STEP)
-    if any(channels % 8 for channels in (node.x[1], *node.weight[:2])):
+    tiles, steps = -(-left // a) * -(-right // b), depth / _STEP
+    issued, fixed = step_cycles(kind, a, b, _STEP), ISSUED[kind].fixed * a * b / _TILE**2 if kind in ISSUED else 0.0
+    if any(channels % 8 for channels in (node.x[1], *node.weight[:2])) and kind != "gathered":
         issued *= next((factor for word, factor in _SCALAR.items() if word in kind), _SCALAR_FORWARD)
-    return steps * max(issued, _TENSOR_CORES * a * b / _TILE**2 * (2 if _uses_tf32(node) else 1)) * _BYTES_PER_CYCLE
+    multiplied = _TENSOR_CORES * a * b / _TILE**2 * (2 if _uses_tf32(node) else 1)
+    return tiles * max(steps * issued + fixed, steps * multiplied) * _BYTES_PER_CYCLE
 
 
 def _forward_costs(node: Node) -> dict[str, float]:
@@ -170,7 +190,8 @@ def _forward_costs(node: Node) -> dict[str, float]:
     (n, c, _, _), (out, _, kh, kw), (oh, ow) = node.x, node.weight, node.size_out
     joins = node.joined and forms_sum(node)
     prologue = "masked prologue" if any(node.geometry.padding) else "prologue"
-    kind = "join" if joins else prologue if node.transformed else "product"
+    gathered = c // node.geometry.groups < 16 and kh * kw > 1  # see problem.is_gathered
+    kind = "join" if joins else "gathered" if gathered else prologue if node.transformed else "product"
     fused = _tiled(kind, n * oh * ow, out, c * kh * kw, node)
     # The sum's operands are read and it is written, in a sweep of its own where the fused kernel does not form it.
     in_kernel, before = (3 * x, 0) if joins else (x, 3 * x if node.joined else 0)

@@ -79,8 +79,8 @@ def _normalise_backward_kernel(
         image = row // positions
         g += tl.load(pooled_ptr + image[:, None] * channels + channel[None, :], mask=inside, other=0.0) / positions
     store_input_gradient(
-        g, x_ptr, mean_ptr, scale_ptr, beta_ptr, None, dx_ptr, partial_ptr, None,
-        x_pitch, dx_pitch, row, channel, row_valid, valid, 0, tile, row_tiles, channels, ACT, SLOPE, ACCUMULATE, WIDE,
+        g, x_ptr, mean_ptr, scale_ptr, beta_ptr, dx_ptr, partial_ptr,
+        x_pitch, dx_pitch, row, channel, row_valid, valid, tile, row_tiles, channels, ACT, SLOPE, ACCUMULATE, WIDE,
         DITHER=pooled_ptr is not None,
     )  # fmt: skip
 

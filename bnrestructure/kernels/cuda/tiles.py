@@ -20,6 +20,7 @@ __all__ = [
     "depthwise_forward",
     "depthwise_wgrad",
     "max_pool",
+    "max_pool_backward",
     "merge",
     "splits",
     "statistics",
@@ -96,10 +97,12 @@ def dense_forward(
     if gathered:  # every element has its own address: fewer of them in flight
         return DotTile(m, min(n, 64), min(k, 32), 8 if m == 128 else 4, 2)
     if joined:  # two streams are read and a third is written: wide tiles read them less often
-        m = 128 if rows >= 64 * 128 and not heavy else 64
+        m = 128 if rows >= 64 * 128 and n < 128 and not heavy else 64
         return DotTile(m, min(n, 64) if heavy else n, min(k, 64 // element), 8 if n >= 64 else 4, 2)
     if heavy:
         return DotTile(m, n, min(k, 64 // element), 8 if m * n >= 128 * 64 else 4, 2)
+    if n == 128 and m == 128:  # half a step at a time leaves room for two programs on a multiprocessor
+        return DotTile(m, n, min(k, 64 // element), 8, 4)
     # A narrow tile is nearly all left operand: with four warps Triton 3.6 spills its addresses on sm_80.
     return DotTile(m, n, k, 8 if m * n >= 128 * 128 or (m == 128 and n <= 32) else 4, 3)
 
@@ -111,9 +114,9 @@ def dense_dgrad(rows: int, channels: int, depth: int, element: int, heavy: bool,
     """
     n = _power(channels, 16, 64 if heavy else 128)
     k = _power(depth, 16, 128 // element)
-    if joined:
-        return DotTile(64, n, min(k, 64 // element) if heavy else k, 8 if n == 128 or heavy else 4, 2)
-    if n == 128:  # 128 x 128 spills on sm_90 with Triton 3.6
+    if joined:  # its operands are read before the product, so that wide tiles would leave room for one program on a multiprocessor
+        return DotTile(64, min(n, 64), min(k, 64 // element) if heavy else k, 8 if heavy else 4, 2)
+    if n == 128:
         return DotTile(64, n, k, 4, 2)
     m, k = 128 if rows >= 128 * 128 else 64, min(k, 64 // element)
     return DotTile(m, n, k, 8 if heavy and m * n >= 128 * 64 else 4, 2 if heavy else 3)
@@ -152,10 +155,15 @@ def statistics(channels: int) -> SweepTile:
 
 
 def max_pool(channels: int) -> SweepTile:
-    """Pixels by channels of a max pool: two streams, forward the largest value and its place."""
+    """Pixels by channels of a max pool's outputs: the largest value and its place."""
     width = _width(channels, 64)
-    # With more threads in a block the one or the other version of Triton spills; fewer rows mean more partial sums.
     return SweepTile(2048 // width, width, 4)
+
+
+def max_pool_backward(channels: int) -> SweepTile:
+    """Pixels by channels of a max pool's inputs: twice as many rows, since their sums cost as much for few."""
+    width = _width(channels, 64)
+    return SweepTile(4096 // width, width, 4)
 
 
 def _patches(channels: int, height: int, width: int, unrolled: bool, elements: int) -> PatchTile:

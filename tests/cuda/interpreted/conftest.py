@@ -1,25 +1,60 @@
-"""These tests run in a process of their own, under Triton's interpreter: see ../test_interpreted.py."""
+"""These tests run under Triton's interpreter. Its mode is fixed once triton is imported, and other tests import it compiling: so each
+of the suite's processes has another one beside it that interprets, and runs these there (interpreting_process.py).
+
+TRITON_INTERPRET=1: this very process interprets. BNR_EMULATED_PART=90: it is the code compiled for sm_90 that they run, in the emulator,
+with the tiles that a device would get (make cuda-emulated).
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from needs import needs_triton
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    collect_ignore_glob = ["test_*.py"]  # the mode is fixed once triton is imported, and other tests import it compiled
+EMULATED_PART = int(os.environ.get("BNR_EMULATED_PART", "0"))
+IN_THIS_PROCESS = os.environ.get("TRITON_INTERPRET") == "1" or EMULATED_PART > 0
+FOLDER = Path(__file__).parent
+
+if needs_triton.args[0]:
+    collect_ignore_glob = ["test_*.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "own_tiles: with the tiles that tiles.py chooses")
-    config.addinivalue_line("markers", "whole: whole models, minutes each (-m whole)")
+    config.addinivalue_line("markers", "whole: whole models, a minute or two each")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "whole" not in config.option.markexpr:
-        items[:] = [item for item in items if not item.get_closest_marker("whole")]
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """Have a test of this folder run by the process that interprets, and report what it says."""
+    if IN_THIS_PROCESS or FOLDER not in item.path.parents:
+        return None
+    from interpreting_process import InterpretingProcess
+
+    process = item.config.stash.setdefault(_PROCESS, InterpretingProcess())
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    try:
+        reports = [item.config.hook.pytest_report_from_serializable(config=item.config, data=data) for data in process.run(item.nodeid)]
+    except RuntimeError as error:
+        reports = [pytest.TestReport(item.nodeid, item.location, {}, "failed", str(error), "call")]
+    for report in reports:
+        report.nodeid = item.nodeid
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+_PROCESS: pytest.StashKey[object] = pytest.StashKey()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    process = config.stash.get(_PROCESS, None)
+    if process is not None:
+        process.close()
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +66,24 @@ def _poisoned() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _emulated() -> Iterator[None]:
+    if not EMULATED_PART:
+        yield
+        return
+    from bnrestructure.kernels.cuda.emulator.run import emulate
+    from bnrestructure.kernels.cuda.launch import received_by
+
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # what the interpreter multiplies fp32 in, whatever is asked for
+    with received_by(lambda launch: emulate(launch, EMULATED_PART)):
+        yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.fixture(autouse=True)
 def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that small shapes have several of them, and ragged ones. ``own_tiles`` leaves the rules' own."""
-    if request.node.get_closest_marker("own_tiles"):
+    if request.node.get_closest_marker("own_tiles") or EMULATED_PART:
         return
     from bnrestructure.kernels.cuda import tiles
 
@@ -44,7 +94,7 @@ def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     for name in ("depthwise_forward", "depthwise_dgrad", "depthwise_wgrad"):
         rule = getattr(tiles, name)
         monkeypatch.setattr(tiles, name, lambda *shape, rule=rule: rule(*shape)._replace(rows=4, channels=4))
-    for name in ("sweep", "statistics", "max_pool"):
+    for name in ("sweep", "statistics", "max_pool", "max_pool_backward"):
         monkeypatch.setattr(tiles, name, lambda *_, **__: sweep)
     monkeypatch.setattr(tiles, "merge", lambda *_: tiles.SweepTile(2, 4, 4))
     monkeypatch.setattr(tiles, "splits", lambda programs, steps, least=8: min(steps, 3))

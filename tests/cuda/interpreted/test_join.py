@@ -92,7 +92,7 @@ def test_narrow_types(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("act", [*PLAIN_ACTIVATIONS, "leaky_relu(0.1)"])
 def test_every_activation(act: str) -> None:
-    check(Case(5, 4, size=(3, 3), n=1), act, torch.float32)
+    check(Case(5, 4, size=(6, 5), n=3), act, torch.float32)  # sums of ninety pixels: of a few, one cancels on some processor
 
 
 @pytest.mark.parametrize("implementation", BACKWARD)

@@ -1,0 +1,139 @@
+"""A training step of a restructured model on meta tensors: every kernel launch and every PyTorch operation that a GPU would be given.
+
+Nothing is computed, so any batch fits. Autocast for a device that is not there does nothing in PyTorch; here it is pretended.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bnrestructure
+from bnrestructure.capture import tracer
+from bnrestructure.core.memory_format import to_channels_last
+from bnrestructure.kernels import cuda, registry
+from bnrestructure.kernels.cuda.launch import Launch, received_by
+
+__all__ = ["Product", "Step", "prepared", "record"]
+
+#: Operations that launch nothing.
+_FREE = frozenset(
+    "view _unsafe_view permute unbind select slice narrow as_strided detach alias t transpose expand unsqueeze empty empty_like new_empty"
+    " empty_strided set_ view_as reshape squeeze as_strided_ resize_ split new_empty_strided is_same_size device".split()
+)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A convolution that PyTorch itself runs: bytes that it must move, and its operations."""
+
+    name: str
+    moved: int
+    operations: int
+
+
+@dataclass
+class Step:
+    """What one training step launches. ``forward``: how many of ``launches`` the forward half has."""
+
+    launches: list[Launch] = field(default_factory=list)
+    forward: int = 0
+    operations: Counter[str] = field(default_factory=Counter)
+    products: list[Product] = field(default_factory=list)
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.step = step
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        name = function._schema.name.partition("::")[2]
+        if name not in _FREE:
+            self.step.operations[name] += 1
+        found = function(*args, **(kwargs or {}))
+        if name == "convolution":
+            self.step.products.append(_product("forward", args[0], args[1], found))
+        elif name == "convolution_backward":
+            halves = [half for half, wanted in zip(("dgrad", "wgrad"), args[-1], strict=False) if wanted]
+            self.step.products.extend(_product(half, args[1], args[2], args[0]) for half in halves)
+        return found
+
+
+def _product(name: str, x: Tensor, weight: Tensor, y: Tensor) -> Product:
+    moved = sum(t.numel() * t.element_size() for t in (x, y))
+    return Product(name, moved, 2 * y.numel() * weight[0].numel())
+
+
+@contextmanager
+def _pretending() -> Iterator[Callable[[bool], None]]:
+    """Meta tensors get the CUDA kernels, and what is yielded switches autocast to bf16 on and off."""
+    on = [False]
+    conv2d, linear = F.conv2d, F.linear
+
+    def cast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+            dtype = torch.bfloat16 if on[0] else x.dtype
+            return function(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *args, **kwargs)
+
+        return run
+
+    caches = (registry.implementation, registry.unavailable_reason, registry._usable)
+    with ExitStack() as stack:
+        for patch in (
+            mock.patch.dict(registry._DEVICES, {"meta": "bnrestructure.kernels.cuda"}),
+            mock.patch.object(cuda.CudaKernels, "unavailable_reason", lambda self: None),
+            mock.patch.object(tracer, "_random_state", lambda: None),
+            mock.patch.object(tracer, "_same_random_state", lambda a, b: True),
+            mock.patch.object(tracer, "_set_random_state", lambda state: None),
+            mock.patch.object(torch, "is_autocast_enabled", lambda *_: on[0]),
+            mock.patch.object(torch, "get_autocast_dtype", lambda *_: torch.bfloat16),
+            mock.patch.object(torch, "set_autocast_enabled", lambda *_: None),
+            mock.patch.object(F, "conv2d", cast(conv2d)),
+            mock.patch.object(F, "linear", cast(linear)),
+        ):
+            stack.enter_context(patch)
+        for cached in caches:
+            cached.cache_clear()
+        try:
+            yield lambda value: on.__setitem__(0, value)
+        finally:
+            for cached in caches:
+                cached.cache_clear()
+
+
+def prepared(name: str) -> nn.Module:
+    """A torchvision model on meta, channels_last and restructured."""
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, weights=None, **({"aux_logits": False} if name == "inception_v3" else {}))
+    model, _ = to_channels_last(model, ())
+    return bnrestructure.restructure(model.train(), backend="auto")
+
+
+def record(model: nn.Module, batch: int, size: int = 224, autocast: bool = True) -> Step:
+    """One training step of ``model`` (see :func:`prepared`) on images [batch, 3, size, size], the first one's capture not counted."""
+    x = torch.empty(batch, 3, size, size, device="meta").contiguous(memory_format=torch.channels_last)
+    with _pretending() as switch:
+        for _ in range(2):
+            step = Step()
+            for parameter in model.parameters():
+                parameter.grad = None
+            with received_by(step.launches.append), _Watch(step):
+                switch(autocast)
+                try:
+                    y = model(x)
+                finally:
+                    switch(False)
+                step.forward = len(step.launches)
+                y.float().sum().backward()
+    return step

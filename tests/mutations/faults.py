@@ -1,0 +1,122 @@
+"""The planted faults: one for each thing that a pass, a node or a kernel could get wrong."""
+
+from __future__ import annotations
+
+from tests.mutations.tree import Fault
+
+__all__ = ["FAULTS"]
+
+#: The formulas, in core, ops and the reference kernels.
+FORMULAS = (
+    Fault("statistics_factors", "2.0 / count", "2.0 / (count - 1)", "proofs:test_nodes.py"),
+    Fault("statistics_factors", "dmean / count", "-dmean / count", "proofs:test_nodes.py"),
+    Fault("reference:finalize_forward", "torch.rsqrt(var + call.eps)", "torch.rsqrt(var) + call.eps", "proofs:test_nodes.py"),
+    Fault("reference:finalize_forward", "(call.count / (call.count - 1))", "((call.count - 1) / call.count)", "proofs:test_nodes.py"),
+    Fault("reference:finalize_backward", "* -0.5", "* 0.5", "proofs:test_nodes.py"),
+    Fault("elementwise:input_gradient", "channel_sum(p * centred)", "channel_sum(g * centred)", "proofs:test_nodes.py"),
+    Fault("elementwise:output_gradient", "per_channel(edge.a, p) * centred", "per_channel(edge.a, p) * edge.y", "proofs:test_nodes.py"),
+    Fault("reference:conv_backward", "restored(dw, factor, weight.dtype)", "dw.to(weight.dtype)", "proofs:test_nodes.py"),
+    Fault("operand_gradients", "-r_scale * sum_g", "-scale * sum_g", "proofs:test_nodes.py"),
+    Fault("reference:join_backward", "affine(y, ty) + affine(r, tr), join.act)", "z.to(acc), join.act)", "proofs:test_nodes.py"),
+    Fault("reference:squeeze_backward", "dpooled.to(acc) / positions", "dpooled.to(acc)", "proofs:test_nodes.py"),
+    Fault("reference:max_pool_backward", "+ position % kw", "+ position % kh", "proofs:test_nodes.py"),
+    Fault("avg_pool", "beta / positions", "beta", "proofs:test_nodes.py"),
+    Fault("_Synchronise.forward", "(means - merged_mean).square()", "(means - mean).square()", "proofs:test_merging.py"),
+    Fault("_Synchronise.backward", "weight * dvar, None", "dvar, None", "proofs:test_merging.py"),
+    Fault("dithered", "- 0.5\n", "\n", "proofs:test_rounding_expectations.py"),
+    Fault(
+        "activation_gradient", "hardtanh_backward(gradient, u, 0.0, 6.0)", "hardtanh_backward(gradient, u, -1.0, 6.0)",
+        "proofs:test_meanings.py",
+    ),
+    Fault("ConvGeometry.output_size", "d * (k - 1) - 1", "d * k - 1", "proofs:test_index_arithmetic.py"),
+    Fault("channel_slice", "x.storage_offset() + start", "start", "proofs:test_index_arithmetic.py"),
+)  # fmt: skip
+
+#: What nodes do with memory and with each other's gradients.
+NODES = (
+    Fault("PlainConv.backward", "wanted, own)", "wanted, None)", "proofs:test_nodes.py"),
+    Fault("JoinConv.backward", "needs, dz, join", "needs, None, join", "proofs:test_nodes.py"),
+    Fault("incoming_gradient", "narrow(1, written.offset, written.channels)", "narrow(1, 0, written.channels)", "proofs:test_passes.py"),
+    Fault("_ConcatBuffer.backward", ".to(ctx.dtype, copy=True)", ".to(ctx.dtype)", "proofs:test_passes.py"),
+    Fault("_Residual.backward", "g=found.g.clone()", "g=found.g", "proofs:test_passes.py"),
+    Fault("guard_second_derivative", "if not torch.is_grad_enabled():", "if True:", "tests/test_semantics_autograd.py"),
+    Fault("compute_dtype", " and x.dtype != torch.float64", "", "tests/test_autocast_of_float64.py"),
+)  # fmt: skip
+
+#: Graphs as passes must not leave them.
+PASSES = (
+    Fault("fission -> normalise.beta", "", "scale", "proofs:test_passes.py"),
+    Fault("fission -> normalise.mean", "", "beta", "tests/passes/test_every_pass.py"),
+    Fault("fuse-statistics -> conv.statistics", "", "False", "tests/passes/test_every_pass.py"),
+    Fault("fuse-normalise -> conv.act", "", "'identity'", "verify"),
+    Fault("fuse-normalise -> conv.beta", "", "mean", "proofs:test_passes.py"),
+    Fault("fuse-normalise -> conv.gate", "", "None", "verify"),
+    Fault("fuse-residual -> residual.act", "", "'identity'", "proofs:test_passes.py"),
+    Fault("fuse-residual -> residual.r_scale", "", "scale", "verify"),
+    Fault("fuse-join -> conv.act", "", "'identity'", "proofs:test_passes.py"),
+    Fault("eliminate-concat -> conv.visible", "", "visible - 1", "tests/passes/test_every_pass.py"),
+)
+
+#: Patterns that match too much, and questions about graphs that are answered wrongly.
+PATTERNS = (
+    Fault("_conv_module", 'if module.padding_mode != "zeros":', "if False:", "tests/passes/test_must_not_fire.py"),
+    Fault("_batch_norm_module", "not module.training and module.running_mean is not None", "False", "tests/passes/test_must_not_fire.py"),
+    Fault("_batch_norm_module", "if kind not in _BATCH_NORM_MODULES:", "if False:", "tests/passes/test_must_not_fire.py"),
+    Fault("concat_of", 'values["dim"] != 1 or ', "", "tests/passes/test_must_not_fire.py"),
+    Fault("add_of", "or node.kwargs", "", "tests/passes/test_must_not_fire.py"),
+    Fault("_mean_of", "tuple(dims) not in _LAST_TWO_OF_FOUR", "False", "tests/passes/test_must_not_fire.py"),
+    Fault("_same_padding", "d * (k - 1)", "d * k", "tests/passes/test_every_pass.py"),
+    Fault("boundary_reason", "if parametrize.is_parametrized(module):", "if False:", "tests/passes/test_must_not_fire.py"),
+    Fault("has_hooks", "", "return False", "tests/test_semantics_tracing.py"),
+    Fault("_grown", "for part in parts[1:]:", "for part in reversed(parts[1:]):", "proofs:test_passes.py"),
+    Fault("_keep_gradient_private", "", "return None", "tests/test_semantics_joins.py"),
+    Fault("_derives_from", "", "return True", "tests/test_semantics_joins.py"),
+    Fault("_is_fresh", "", "return True", "tests/test_semantics_inplace.py"),
+    Fault("_is_4d", "", "return True", "tests/passes/test_must_not_fire.py"),
+    Fault("is_homogeneous", "", "return True", "tests/passes/test_normalised_concats.py"),
+)  # fmt: skip
+
+#: The CPU kernels, in C++.
+COMPILED = (
+    Fault("statistics.h", "m2[c] += o.m2[c] + delta * delta * cross;", "m2[c] += o.m2[c];", "tests/kernels/test_cpu_sweeps.py"),
+    Fault("statistics.h", "shift[c] = float(tile_mean);", "", "tests/kernels/test_cpu_sweeps.py"),
+    Fault(
+        "activation.h", "(state <= zero()) | (state >= set1(6.0f))", "(state < zero()) | (state >= set1(6.0f))",
+        "tests/kernels/test_cpu_sweeps.py",
+    ),
+    Fault("finalize.cpp", "a->var[c] * a->unbias * a->momentum", "a->var[c] * a->momentum", "tests/kernels/test_cpu_finalize.py"),
+    Fault("winograd_transforms.cpp", "transposed ? 8 - i : i", "i", "proofs:test_kernel_geometry.py"),
+    Fault("winograd_transforms.cpp", "d[2 * step] = c - b", "d[2 * step] = b - c", "proofs:test_kernel_geometry.py"),
+    Fault(
+        "conv_geometry.cpp", "(p.in_width - 1 + p.padding_w) / column_step + 1", "(p.in_width + p.padding_w) / column_step + 1",
+        "proofs:test_kernel_geometry.py",
+    ),
+    Fault("sweeps_pool.cpp", "z > best, set1(position), at", "z >= best, set1(position), at", "tests/kernels/test_cpu_sweeps.py"),
+    Fault(
+        "sweeps_pool.cpp", "(h - a.kernel_h + a.stride_h) / a.stride_h", "(h - a.kernel_h) / a.stride_h",
+        "tests/kernels/test_cpu_sweeps.py",
+    ),
+    Fault("join_pixels.cpp", "spr = fma(p, vr - v.tr.mean, spr);", "spr = fma(p, vr, spr);", "tests/kernels/test_cpu_sweeps.py"),
+    Fault("depthwise_taps.h", "store(target, even + odd)", "store(target, even)", "proofs:test_kernel_geometry.py"),
+)  # fmt: skip
+
+#: The CUDA kernels, which run interpreted or on expressions here.
+CUDA = (
+    Fault("_merge_kernel", "count * d * d", "d * d", "proofs:test_triton_formulas.py"),
+    Fault("store_partial_statistics", "- count * remainder * remainder", "", "tests/cuda/interpreted/test_convolution.py"),
+    Fault(
+        "_residual_backward_kernel", "tl.where(inside, pull_back(g, u, ACT, SLOPE), 0.0)", "pull_back(g, u, ACT, SLOPE)",
+        "proofs:test_triton_formulas.py",
+    ),
+    Fault("cuda/edges:output_gradient", "tl.fma(y - mean, a, d + b)", "tl.fma(y, a, d + b)", "proofs:test_triton_formulas.py"),
+    Fault("first_read", "(dilation * (kernel - 1) - padding) // stride", "(kernel - 1 - padding) // stride", "proofs:test_cuda_ranges.py"),
+    Fault("Pixels.wide", "self.rows + 2**12", "self.rows", "proofs:test_cuda_ranges.py"),
+)  # fmt: skip
+
+#: 1-D and 3-D data.
+FOLDED = (
+    Fault("Folding.transform", "images // max(x[0], 1)", "1", "tests/kernels/test_cpu_folded.py"),
+    Fault("folding_of", "padding[0] == 0", "True", "proofs:test_kernel_geometry.py"),
+)  # fmt: skip
+
+FAULTS = (*FORMULAS, *NODES, *PASSES, *PATTERNS, *COMPILED, *CUDA, *FOLDED)

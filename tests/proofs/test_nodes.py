@@ -1,0 +1,302 @@
+"""Each fused node, for all N, C and sizes: forward and every gradient, with means and variances spelt out as sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from algebra import NotProved
+from prove import EPS, IMAGES, MOMENTUM, planted, prove, symbolic
+from torch import Tensor
+from torch.nn import functional as F
+
+from bnrestructure import ops
+from bnrestructure.core.activation import PLAIN_ACTIVATIONS, activate
+
+ACTIVATIONS = (*PLAIN_ACTIVATIONS, "leaky_relu(0.2)")
+#: Sizes of an image, from none (BatchNorm1d behind a linear layer) to a volume's.
+SPATIAL = ((), (100003,), (103, 107), (101, 103, 107))
+SAME = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "backend": "reference"}
+
+each_act = pytest.mark.parametrize("act", ACTIVATIONS)
+
+
+def applied(x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor, act: str = "identity") -> Tensor:
+    """The forward edge's definition."""
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    return activate((x - mean.view(shape)) * scale.view(shape) + beta.view(shape), act)
+
+
+@pytest.mark.parametrize("spatial", SPATIAL, ids=len)
+@pytest.mark.parametrize("affine", [True, False])
+def test_fission(spatial: tuple[int, ...], affine: bool) -> None:
+    """statistics, finalize and normalise are batch norm, with the running statistics it leaves, any momentum and any eps."""
+    s = symbolic()
+    with s.running():
+        x = s.tensor("x", IMAGES, 17, *spatial)
+        parameters = [s.tensor("gamma", 17), s.tensor("beta", 17)] if affine else []
+        state: list[Tensor] = []
+
+        def renewed() -> list[Tensor]:
+            state[:] = [s.tensor(s.algebra.leaf(name, 1), 17, grad=False) for name in ("running_mean", "running_var")]
+            return state
+
+        def original(x: Tensor, *parameters: Tensor) -> Tensor:
+            return F.batch_norm(x, *state, *(parameters or (None, None)), True, MOMENTUM, EPS)
+
+        prove(s, original, lambda x, *parameters: split_batch_norm(x, *(parameters or (None, None)), *state), [x, *parameters], renewed)
+
+
+def split_batch_norm(x: Tensor, gamma: Any, beta: Any, running_mean: Any = None, running_var: Any = None, act: str = "identity") -> Tensor:
+    """What fission makes of a batch norm."""
+    found = ops.statistics(x, backend="reference")
+    scale, shift = ops.finalize(
+        found.mean, found.var, found.size, gamma, beta, running_mean, running_var, None, MOMENTUM, EPS, backend="reference"
+    )
+    return ops.normalise(x, found.mean, scale, shift, act=act, backend="reference")[0]
+
+
+def test_pytorch_differentiates_the_same_definition() -> None:
+    """PyTorch's own backward, in the words of the algebra, is the derivative of batch norm's definition."""
+    s = symbolic()
+    with s.running():
+        inputs = [s.tensor("x", IMAGES, 17, 103, 107), s.tensor("gamma", 17), s.tensor("beta", 17)]
+
+        def norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+            return F.relu(F.batch_norm(x, None, None, gamma, beta, True, 0.0, EPS))
+
+        prove(s, norm, norm, inputs)
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_statistics(threaded: bool) -> None:
+    """The derivatives of mean and variance are 1 / M and 2 (x - mean) / M; a threaded tensor's other gradient is added."""
+    s = symbolic()
+    with s.running():
+        x = s.tensor("x", IMAGES, 17, 103, 107)
+
+        def rewritten(x: Tensor) -> list[Tensor | None]:
+            mean, var, _, passed = ops.statistics(x, thread=threaded, backend="reference")
+            return [mean, var, passed]
+
+        def original(x: Tensor) -> list[Tensor]:
+            var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+            return [mean, var, *([x] if threaded else [])]
+
+        prove(s, original, rewritten, [x])
+
+
+@each_act
+@pytest.mark.parametrize("threaded", [False, True])
+def test_normalise(act: str, threaded: bool) -> None:
+    s = symbolic()
+    with s.running():
+        x = s.tensor("x", IMAGES, 17, 103, 107)
+        vectors = [s.tensor(name, 17) for name in ("mean", "scale", "beta")]
+
+        def original(x: Tensor, *vectors: Tensor) -> list[Tensor]:
+            return [applied(x, *vectors, act), *([x] if threaded else [])]
+
+        def rewritten(x: Tensor, *vectors: Tensor) -> list[Tensor | None]:
+            return list(ops.normalise(x, *vectors, act=act, thread=threaded, backend="reference"))
+
+        prove(s, original, rewritten, [x, *vectors])
+
+
+def convolution(act: str, *, threaded: bool = False, dtype: torch.dtype = torch.float32, **geometry: Any) -> None:
+    """Prove the convolution node with everything on it: prologue, bias, statistics and thread."""
+    s = symbolic()
+    geometry = {**SAME, **geometry}
+    vector = torch.float64 if dtype is torch.float64 else torch.float32
+    with s.running():
+        x = s.tensor("x", IMAGES, 18, 103, 107, dtype=dtype)
+        vectors = [s.tensor(name, 18, dtype=vector) for name in ("mean", "scale", "beta")]
+        weight = s.tensor("w", 22, 18 // geometry["groups"], 3, 3, dtype=dtype)
+        bias = s.tensor("bias", 22, dtype=dtype)
+
+        def original(x: Tensor, *rest: Tensor) -> list[Tensor]:
+            *vectors, weight, bias = rest
+            z = applied(x, *vectors, act)
+            y = F.conv2d(z, weight.to(z.dtype), bias.to(z.dtype), *[geometry[k] for k in ("stride", "padding", "dilation", "groups")])
+            var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+            return [y, mean, var, *([x] if threaded else [])]
+
+        def rewritten(x: Tensor, *rest: Tensor) -> list[Tensor | None]:
+            y, mean, var, _, passed, _ = ops.conv(x, *rest, act=act, statistics=True, thread=threaded, **geometry)
+            return [y, mean, var, passed]
+
+        prove(s, original, rewritten, [x, *vectors, weight, bias])
+
+
+@each_act
+def test_convolution(act: str) -> None:
+    convolution(act)
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_convolution_in_other_dtypes(dtype: torch.dtype, threaded: bool) -> None:
+    """In bfloat16 the output gradient is multiplied by a factor before it is rounded: the factor leaves no trace."""
+    convolution("relu", dtype=dtype, threaded=threaded)
+
+
+@pytest.mark.parametrize("geometry", [{"stride": (2, 1)}, {"groups": 2}, {"dilation": (2, 3)}, {"padding": (0, 2)}], ids=str)
+def test_convolution_of_another_geometry(geometry: dict[str, Any]) -> None:
+    convolution("silu", **geometry)
+
+
+@pytest.mark.parametrize("act", ["silu", "relu", "hardswish"])
+def test_squeeze_and_excite(act: str) -> None:
+    """The average, the gate made of it, and the convolution of the gated tensor with its statistics; another reader of the average."""
+    s = symbolic()
+    with s.running():
+        x = s.tensor("x", IMAGES, 17, 103, 107)
+        vectors = [s.tensor(name, 17) for name in ("mean", "scale", "beta")]
+        weight = s.tensor("w", 19, 17, 3, 3)
+
+        def original(x: Tensor, *rest: Tensor) -> list[Tensor]:
+            z = applied(x, *rest[:3], act)
+            pooled = z.mean((2, 3))
+            y = F.conv2d(z * torch.sigmoid(pooled).view(*pooled.shape, 1, 1), rest[3], padding=1)
+            var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+            return [y, mean, var, pooled]
+
+        def rewritten(x: Tensor, *rest: Tensor) -> list[Tensor | None]:
+            pooled, z = ops.squeeze(x, *rest[:3], act=act, excite=True, backend="reference")
+            found = ops.conv(z, *rest[:3], rest[3], None, act=act, gate=torch.sigmoid(pooled), statistics=True, **SAME)
+            return [found.y, found.mean, found.var, pooled]
+
+        prove(s, original, rewritten, [x, *vectors, weight])
+
+
+@each_act
+def test_global_average(act: str) -> None:
+    s = symbolic()
+    with s.running():
+        inputs = [s.tensor("x", IMAGES, 17, 103, 107), *(s.tensor(name, 17) for name in ("mean", "scale", "beta"))]
+        prove(
+            s,
+            lambda x, *vectors: applied(x, *vectors, act).mean((2, 3)),
+            lambda x, *vectors: ops.squeeze(x, *vectors, act=act, backend="reference")[0],
+            inputs,
+        )
+
+
+def average_pool(act: str) -> None:
+    s = symbolic()
+    with s.running():
+        inputs = [s.tensor("x", IMAGES, 17, 103, 107), *(s.tensor(name, 17) for name in ("mean", "scale", "beta"))]
+        window: dict[str, Any] = {"kernel": (3, 2), "stride": (2, 2), "padding": (1, 0)}
+        prove(
+            s,
+            lambda x, *vectors: [F.avg_pool2d(applied(x, *vectors, act), *window.values()), x],
+            lambda x, *vectors: list(ops.avg_pool(x, *vectors, act=act, **window, thread=True, backend="reference")),
+            inputs,
+        )
+
+
+@pytest.mark.parametrize("act", ["identity", "relu", "leaky_relu(0.2)"])
+def test_average_pool(act: str) -> None:
+    """The window's size goes into scale and beta: the same for an activation that a positive factor goes through."""
+    average_pool(act)
+
+
+@pytest.mark.parametrize("act", [a for a in ACTIVATIONS if a not in ("identity", "relu", "leaky_relu(0.2)")])
+def test_no_other_activation_lets_the_window_out(act: str) -> None:
+    """Why the node refuses them: with the refusal out of the way there is no proof."""
+    with planted("is_homogeneous", lambda _: lambda act: True), pytest.raises(NotProved):
+        average_pool(act)
+
+
+@pytest.mark.parametrize("act", ["identity", "relu", "silu"])
+@pytest.mark.parametrize("window", [((3, 3), (2, 2), (1, 1)), ((2, 4), (3, 1), (1, 2))], ids=str)
+def test_max_pool(act: str, window: tuple[tuple[int, int], ...]) -> None:
+    """The position inside the window that forward stores finds the maximum again in backward."""
+    s = symbolic()
+    kernel, stride, padding = window
+    with s.running():
+        inputs = [s.tensor("x", IMAGES, 17, 103, 107), *(s.tensor(name, 17) for name in ("mean", "scale", "beta"))]
+        prove(
+            s,
+            lambda x, *vectors: [F.max_pool2d(applied(x, *vectors, act), kernel, stride, padding), x],
+            lambda x, *vectors: list(
+                ops.max_pool(x, *vectors, act=act, kernel=kernel, stride=stride, padding=padding, thread=True, backend="reference")
+            ),
+            inputs,
+        )
+
+
+def _normed(y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return F.batch_norm(y, None, None, gamma, beta, True, 0.0, EPS)
+
+
+def _vectors(found: Any, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """mean, scale and beta of a node's output."""
+    return found.mean, *ops.finalize(found.mean, found.var, found.size, gamma, beta, None, None, None, 0.0, EPS, backend="reference")
+
+
+@pytest.mark.parametrize("act", ["relu", "identity", "silu"])
+@pytest.mark.parametrize("shortcut", ["tensor", "normalised"])
+@pytest.mark.parametrize("gained", [False, True])
+def test_residual_join(act: str, shortcut: str, gained: bool) -> None:
+    """conv, batch norm, add, activation, and the statistics of the sum; with ``gain`` its producers apply their scales."""
+    join(act, shortcut, gained, "sweep")
+
+
+@pytest.mark.parametrize("shortcut", ["tensor", "normalised"])
+@pytest.mark.parametrize("gained", [False, True])
+def test_residual_join_in_a_convolution(shortcut: str, gained: bool) -> None:
+    """The same where the convolution that reads the sum forms it, and another reader has the sum from there."""
+    join("relu", shortcut, gained, "convolution")
+
+
+def join(act: str, shortcut: str, gained: bool, where: str) -> None:
+    s = symbolic(defined=False)
+    both = shortcut == "normalised"
+    with s.running():
+        x, r = s.tensor("x", IMAGES, 17, 103, 107), s.tensor("r", IMAGES, 17, 103, 107)
+        rest = [s.tensor("w", 17, 17, 3, 3), s.tensor("gamma", 17), s.tensor("beta", 17)]
+        rest += [s.tensor("w_r", 17, 17, 3, 3), s.tensor("gamma_r", 17), s.tensor("beta_r", 17)] if both else []
+        reader = s.tensor("w_next", 19, 17, 3, 3)
+
+        def original(x: Tensor, r: Tensor, reader: Tensor, *rest: Tensor) -> list[Tensor]:
+            u = _normed(F.conv2d(x, rest[0], padding=1), *rest[1:3])
+            z = activate(u + (_normed(F.conv2d(r, rest[3], padding=1), *rest[4:]) if both else r), act)
+            if where == "sweep":
+                var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+                return [z, mean, var]
+            y = F.conv2d(z, reader, padding=1)
+            var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+            return [z, y, mean, var]
+
+        def rewritten(x: Tensor, r: Tensor, reader: Tensor, *rest: Tensor) -> list[Tensor | None]:
+            plain: Callable[..., Any] = lambda x, w: ops.conv(x, None, None, None, w, None, statistics=True, gain=gained, **SAME)  # noqa: E731
+            one = plain(x, rest[0])
+            named: dict[str, Any] = {"act": act, "statistics": True}
+            vectors = _vectors(one, *rest[1:3])
+            other = plain(r, rest[3]) if both else None
+            of_r = _vectors(other, *rest[4:]) if both else (None, None, None)
+            named |= dict(zip(("r_mean", "r_scale", "r_beta"), of_r, strict=True))
+            r = other.y if other is not None else r
+            gains = one.gain if gained else None, other.gain if gained and other is not None else None
+            if where == "sweep":
+                joined = ops.residual(one.y, *vectors, r, **named, gain=gains[0], r_gain=gains[1], backend="reference")
+                return [joined.out, joined.mean, joined.var]
+            options = {**named, "x_gain": gains[0], "r_gain": gains[1], **SAME}
+            y, mean, var, _, passed, _ = ops.conv(one.y, *vectors, reader, None, r=r, thread=True, **options)
+            return [passed, y, mean, var]
+
+        prove(s, original, rewritten, [x, r, reader, *rest])
+
+
+def test_the_number_of_images_is_of_no_account() -> None:
+    """The same program at other sizes is the same algebra: no size was burnt in."""
+    found = []
+    for images, size in ((1009, (103, 107)), (2003, (59, 83))):
+        s = symbolic(images)
+        with s.running(), torch.no_grad():
+            x, gamma, beta = s.tensor("x", images, 17, *size), s.tensor("gamma", 17), s.tensor("beta", 17)
+            found.append(str(s.expression(split_batch_norm(x, gamma, beta, act="silu"))))
+    assert found[0] == found[1]

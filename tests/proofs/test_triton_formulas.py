@@ -1,0 +1,274 @@
+"""The formulas of the CUDA kernels' sweeps, for all values: the kernels themselves run on expressions, over tiles with ragged ends.
+
+Whole kernels run, with their masks and offsets; the shapes are small ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import sympy as sp
+from algebra import NotProved
+from prove import edited
+from triton_blocks import Block, Memory, launch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from bnrestructure.kernels.cuda import edges, merge, residual, statistics
+
+#: Rows, channels, and a tile's: neither is a multiple of the tile's.
+ROWS, CHANNELS, BR, BC = 5, 3, 2, 2
+TILES, CHANNEL_TILES = -(-ROWS // BR), -(-CHANNELS // BC)
+GRID = (TILES * CHANNEL_TILES,)
+
+
+def unknowns(name: str, *shape: int) -> Any:
+    return np.array(sp.symbols([f"{name}{i}" for i in range(int(np.prod(shape)))]), dtype=object).reshape(shape)
+
+
+def pitched(values: Any, pitch: int) -> Any:
+    """[rows, channels] in memory with room behind each row, which nobody may read."""
+    return Memory([e for row in values for e in (*row, *[None] * (pitch - len(row)))])
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    for one, other in zip(np.ravel(found), np.ravel(expected), strict=True):
+        rest = sp.expand(one - other)
+        if rest != 0 and sp.expand(sp.together(rest).as_numer_denom()[0]) != 0:
+            raise NotProved(f"{one} is not {other}")
+
+
+def moments(x: Any) -> tuple[Any, Any]:
+    """Mean and biased variance over the rows."""
+    mean = x.sum(0) / sp.Integer(len(x))
+    return mean, ((x - mean) ** 2).sum(0) / sp.Integer(len(x))
+
+
+def test_statistics_of_tiles() -> None:
+    """Each tile's mean and M2, and what they merge to, in two rounds: the statistics of all rows."""
+    x = unknowns("x", ROWS, CHANNELS)
+    partial = Memory(3 * TILES * CHANNELS)
+    launch(
+        statistics._statistics_kernel, GRID, pitched(x, CHANNELS + 2), partial, CHANNELS + 2, ROWS, TILES, CHANNELS,
+        WIDE=False, UNIT=1, BR=BR, BC=BC,
+    )  # fmt: skip
+    means, remainders, m2 = partial.array(3, TILES, CHANNELS)
+    for tile in range(TILES):
+        rows = x[tile * BR : (tile + 1) * BR]
+        mean, var = moments(rows)
+        assert_equal(means[tile] + remainders[tile], mean)
+        assert_equal(m2[tile], var * len(rows))
+    groups = -(-TILES // 2)
+    between, out = Memory(3 * groups * CHANNELS), Memory(2 * CHANNELS)
+    sizes: dict[str, Any] = {"BT": 2, "BC": BC}
+    launch(
+        merge._merge_kernel, (groups, CHANNEL_TILES), partial, None, between, None, TILES, CHANNELS, ROWS, BR, groups,
+        FINAL=False, **sizes,
+    )  # fmt: skip
+    launch(
+        merge._merge_kernel, (1, CHANNEL_TILES), between, None, out, None, groups, CHANNELS, ROWS, 2 * BR, 1, FINAL=True, **sizes
+    )  # fmt: skip
+    assert_equal(out.array(-1), np.concatenate(moments(x)))
+
+
+def test_merging_of_counted_tiles() -> None:
+    """Tiles of any numbers of rows: the formula of Chan, with the counts unknown."""
+    tiles = 3
+    counts = np.array(sp.symbols("n0:3", positive=True), dtype=object)
+    means, m2 = unknowns("mean", tiles, 1), unknowns("m2_", tiles, 1)
+    partial, out = Memory([*means.ravel(), *[sp.Integer(0)] * tiles, *m2.ravel()]), Memory(2)
+    launch(merge._merge_kernel, (1, 1), partial, Memory(list(counts)), out, None, tiles, 1, 0, 1, 1, FINAL=True, BT=4, BC=2)
+    mean = (counts * means[:, 0]).sum() / counts.sum()
+    var = (m2[:, 0].sum() + (counts * (means[:, 0] - mean) ** 2).sum()) / counts.sum()
+    assert_equal(out.array(-1), [mean, var])
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_statistics_backward(accumulate: bool) -> None:
+    x, before = unknowns("x", ROWS, CHANNELS), unknowns("before", ROWS, CHANNELS)
+    mean, a, b = (unknowns(name, CHANNELS) for name in ("mean", "a", "b"))
+    dx = Memory(list(before.ravel())) if accumulate else Memory(ROWS * CHANNELS)
+    launch(
+        statistics._statistics_backward_kernel, GRID, pitched(x, CHANNELS + 1), *(Memory(list(v)) for v in (mean, a, b)), dx,
+        CHANNELS + 1, CHANNELS, ROWS, CHANNELS, ACCUMULATE=accumulate, WIDE=False, UNIT=1, BR=BR, BC=BC,
+    )  # fmt: skip
+    assert_equal(dx.array(-1), a * (x - mean) + b + (before if accumulate else 0))
+
+
+@pytest.mark.parametrize("counted", [False, True], ids=["number", "tensor"])
+def test_finalize(counted: bool) -> None:
+    vectors = mean, var, gamma, beta, old_mean, old_var = [
+        unknowns(n, CHANNELS) for n in ("mean", "var", "gamma", "beta", "rm", "rv")
+    ]
+    m, eps, count = sp.symbols("m eps M", positive=True)
+    memories = [Memory(list(v)) for v in vectors]
+    out = Memory(3 * CHANNELS)
+    launch(
+        statistics._finalize_kernel, (1,), *memories[:2], Memory([count]) if counted else None, *memories[2:], out, CHANNELS,
+        count / (count - 1), m, eps, BLOCK=4,
+    )  # fmt: skip
+    root = np.array([1 / sp.sqrt(v + eps) for v in var], dtype=object)
+    assert_equal(out.array(-1), np.concatenate([root, gamma * root, beta]))
+    assert_equal(memories[4].array(-1), (1 - m) * old_mean + m * mean)
+    assert_equal(memories[5].array(-1), (1 - m) * old_var + m * var * count / (count - 1))
+
+
+def test_finalize_backward() -> None:
+    dscale, root, gamma = (unknowns(name, CHANNELS) for name in ("dscale", "root", "gamma"))
+    out = Memory(2 * CHANNELS)
+    launch(statistics._finalize_backward_kernel, (1,), *(Memory(list(v)) for v in (dscale, root, gamma)), out, CHANNELS, BLOCK=4)
+    assert_equal(out.array(-1), np.concatenate([-dscale * gamma * root**3 / 2, dscale * root]))
+
+
+def _unknown_activation() -> dict[str, Callable[..., Any]]:
+    """An arbitrary function and its derivative in the place of the activations."""
+    value, slope = sp.Function("act"), sp.Function("slope")
+
+    def over(function: Any, u: Any) -> Any:
+        return Block(np.vectorize(lambda e: function(sp.expand(e)), otypes=[object])(u.values))
+
+    return {"activate": lambda u, act, slope_of: over(value, u), "pull_back": lambda g, u, act, slope_of: g * over(slope, u)}
+
+
+def slope_at(u: Any) -> Any:
+    return np.vectorize(lambda e: sp.Function("slope")(sp.expand(e)), otypes=[object])(u)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_residual_backward(normalised: bool) -> None:
+    """G with its statistics' backward, and the three sums, tile by tile, for an unknown activation."""
+    dout, y, r, out = (unknowns(name, ROWS, CHANNELS) for name in ("d", "y", "r", "out"))
+    a, b, mean, y_mean, y_scale, y_beta, r_mean, r_scale, r_beta = (
+        unknowns(name, CHANNELS) for name in ("a", "b", "mean", "ym", "ys", "yb", "rm", "rs", "rb")
+    )
+    of_r = [Memory(list(v)) for v in (r_mean, r_scale, r_beta)] if normalised else [None] * 3
+    vectors = [Memory(list(v)) for v in (a, b, mean)], [Memory(list(v)) for v in (y_mean, y_scale, y_beta)]
+    planes = 3 if normalised else 2
+    g, partial = Memory(ROWS * CHANNELS), Memory(planes * TILES * CHANNELS)
+    pitch = CHANNELS + 1
+    launch(
+        residual._residual_backward_kernel, GRID, pitched(dout, pitch), None, *vectors[0], *(pitched(v, pitch) for v in (y, r, out)),
+        *vectors[1], *of_r, g, partial, pitch, 0, pitch, pitch, pitch, CHANNELS, ROWS, TILES, CHANNELS,
+        FACTOR=1.0, ACT="unknown", SLOPE=0.0, WIDE=False, UNIT=1, BR=BR, BC=BC, replaced=_unknown_activation(),
+    )  # fmt: skip
+    total = dout + a * (out - mean) + b
+    u = (y - y_mean) * y_scale + y_beta + ((r - r_mean) * r_scale + r_beta if normalised else r)
+    expected = total * slope_at(u)
+    assert_equal(g.array(-1), expected)
+    sums = [expected, expected * (y - y_mean), expected * (r - r_mean)][:planes]
+    assert_equal(partial.array(planes, TILES, CHANNELS).sum(1), [s.sum(0) for s in sums])
+
+
+tl: Any = None  # launch() gives the kernels below theirs
+output_gradient, input_gradient, store_sums, store_join_gradient = (
+    edges.output_gradient, edges.input_gradient, edges.store_sums, edges.store_join_gradient,
+)  # fmt: skip
+
+
+def _output_gradient_kernel(p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, mean_ptr, out_ptr, pitch, rows, channels):  # type: ignore[no-untyped-def]
+    row, channel = tl.arange(0, 8)[:, None], tl.arange(0, 4)[None, :]
+    valid = channel < channels
+    inside = (row < rows) & valid
+    d = output_gradient(p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, mean_ptr, pitch, pitch, row, channel, inside, valid, False)
+    tl.store(out_ptr + row * channels + channel, d, mask=inside)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_output_gradient(scaled: bool, corrected: bool) -> None:
+    """dY = s * P + a * (y - mean) + b."""
+    p, y = unknowns("p", ROWS, CHANNELS), unknowns("y", ROWS, CHANNELS)
+    s, a, b, mean = (unknowns(name, CHANNELS) for name in ("s", "a", "b", "mean"))
+    out, pitch = Memory(ROWS * CHANNELS), CHANNELS + 1
+    given = [Memory(list(v)) for v in (a, b, mean)] if corrected else [None] * 3
+    launch(
+        _output_gradient_kernel, (1,), pitched(p, pitch), pitched(y, pitch) if corrected else None, Memory(list(s)) if scaled else None,
+        *given, out, pitch, ROWS, CHANNELS,
+    )  # fmt: skip
+    assert_equal(out.array(-1), (s * p if scaled else p) + (a * (y - mean) + b if corrected else 0))
+
+
+def _input_gradient_kernel(  # type: ignore[no-untyped-def]
+    g_ptr, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, dx_ptr, sums_ptr, gate_sums_ptr, pitch, rows, channels
+):
+    row, channel = tl.arange(0, 8), tl.arange(0, 4)
+    row_valid, valid = row < rows, channel < channels
+    inside = row_valid[:, None] & valid[None, :]
+    place = row[:, None] * channels + channel[None, :]
+    g = tl.load(g_ptr + place, mask=inside, other=0.0)
+    g, first, second = input_gradient(
+        g, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, pitch, row, channel, row_valid, valid, 0, channels, "unknown", 0.0, False
+    )
+    store_sums(first, second, mean_ptr, gate_ptr, sums_ptr, gate_sums_ptr, channel, valid, 0, 1, channels)
+    tl.store(dx_ptr + place, g, mask=inside)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_input_gradient(gated: bool) -> None:
+    """scale * P with SP and SPX; behind a gate the gradient at the gate's input, and the gate's own."""
+    g, x = unknowns("g", ROWS, CHANNELS), unknowns("x", ROWS, CHANNELS)
+    mean, scale, beta, gate = (unknowns(name, CHANNELS) for name in ("mean", "scale", "beta", "gate"))
+    dx, sums, gate_sums, pitch = Memory(ROWS * CHANNELS), Memory(2 * CHANNELS), Memory(CHANNELS), CHANNELS + 1
+    launch(
+        _input_gradient_kernel, (1,), Memory(list(g.ravel())), pitched(x, pitch), *(Memory(list(v)) for v in (mean, scale, beta)),
+        Memory(list(gate)) if gated else None, dx, sums, gate_sums, pitch, ROWS, CHANNELS, replaced=_unknown_activation(),
+    )  # fmt: skip
+    u = (x - mean) * scale + beta
+    if gated:
+        value = np.vectorize(lambda e: sp.Function("act")(sp.expand(e)), otypes=[object])(u)
+        assert_equal(dx.array(-1), g * gate)
+        assert_equal(gate_sums.array(-1), (g * value).sum(0))
+    else:
+        p = g * slope_at(u)
+        assert_equal(dx.array(-1), p * scale)
+        assert_equal(sums.array(2, CHANNELS), [p.sum(0), (p * (x - mean)).sum(0)])
+
+
+def _join_kernel(  # type: ignore[no-untyped-def]
+    g_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, r_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, dx_ptr, sums_ptr, pitch, rows, channels
+):
+    row, channel = tl.arange(0, 8), tl.arange(0, 4)
+    row_valid, valid = row < rows, channel < channels
+    inside = row_valid[:, None] & valid[None, :]
+    g = tl.load(g_ptr + row[:, None] * channels + channel[None, :], mask=inside, other=0.0)
+    store_join_gradient(
+        g, y_ptr, mean_ptr, scale_ptr, beta_ptr, r_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, dx_ptr, sums_ptr, pitch, pitch, channels,
+        row, channel, row_valid, valid, 0, 1, channels, "unknown", 0.0, True, False,
+    )  # fmt: skip
+
+
+def test_join_gradient() -> None:
+    """What a convolution's dgrad finishes of the join's: the other readers' gradient added, the mask, the three sums."""
+    g, more, y, r = (unknowns(name, ROWS, CHANNELS) for name in ("g", "more", "y", "r"))
+    vectors = [unknowns(name, CHANNELS) for name in ("ym", "ys", "yb", "rm", "rs", "rb")]
+    memories = [Memory(list(v)) for v in vectors]
+    dx, sums, pitch = Memory(list(more.ravel())), Memory(3 * CHANNELS), CHANNELS + 1
+    launch(
+        _join_kernel, (1,), Memory(list(g.ravel())), pitched(y, pitch), *memories[:3], pitched(r, pitch), *memories[3:], dx, sums,
+        pitch, ROWS, CHANNELS, replaced=_unknown_activation(),
+    )  # fmt: skip
+    y_mean, y_scale, y_beta, r_mean, r_scale, r_beta = vectors
+    p = (g + more) * slope_at((y - y_mean) * y_scale + y_beta + (r - r_mean) * r_scale + r_beta)
+    assert_equal(dx.array(-1), p)
+    assert_equal(sums.array(3, CHANNELS), [p.sum(0), (p * (y - y_mean)).sum(0), (p * (r - r_mean)).sum(0)])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("g = tl.where(inside, pull_back(g, u, ACT, SLOPE), 0.0)", "g = pull_back(g, u, ACT, SLOPE)"),
+        ("r - tl.load(r_mean_ptr", "r - tl.load(y_mean_ptr"),
+        ("(row < rows) & valid", "(row < rows + 1) & valid"),
+        ("a, g + b)", "a, g)"),
+        ("place += row_tiles * channels\n        centred = r", "centred = r"),
+    ],
+)
+def test_an_error_in_a_kernel_has_no_proof(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = edited(old, new)(residual._residual_backward_kernel.fn)
+    monkeypatch.setattr(residual, "_residual_backward_kernel", SimpleNamespace(fn=wrong))
+    with pytest.raises(NotProved):
+        test_residual_backward(True)

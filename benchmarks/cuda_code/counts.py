@@ -19,7 +19,7 @@ __all__ = ["Counts", "Phase", "count"]
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of a program, for one warp: instructions issued, cycles of the unit behind shared memory and shuffles, tensor-core instructions."""
+    """Part of a program, for one warp: instructions issued, cycles of the unit behind shared memory, shuffles, tensor-core instructions."""
 
     issued: int
     shared: int
@@ -28,7 +28,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Counts:
-    """A kernel: before its longest loop, a turn of it, and behind it. Without a loop all is prologue. ``shared_bytes``: a block's memory."""
+    """A kernel: before its longest loop, a turn of it, and behind it; all prologue without one. ``shared_bytes``: a block's memory."""
 
     prologue: Phase
     loop: Phase

@@ -1,8 +1,8 @@
 """The least time that each launch of a step can take on an H100, from counts: what is issued, shuffled, multiplied and moved.
 
-A launch takes at least what the whole device needs for its instructions, for its passes over shared memory and its shuffles, for its products,
-and for the bytes of its tensors, each once. And it takes at least what its programs need one after another where few of them fit a
-multiprocessor: prologue, loop and epilogue of one program overlap only with those of another. Nothing here was timed.
+A launch takes at least what the whole device needs for its instructions, for its passes over shared memory and its shuffles, for its
+products, and for the bytes of its tensors, each once. And it takes at least what its programs need one after another where few of them
+fit a multiprocessor: prologue, loop and epilogue of one program overlap only with those of another. Nothing here was timed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cuda_code.counts import Counts, count
+from cuda_code.record import Product, Step
 from torch import Tensor
 
 from bnrestructure.kernels.cuda.launch import Launch
 from bnrestructure.kernels.cuda.specialisation import Specialisation
-from cuda_code.counts import Counts, count
-from cuda_code.record import Product, Step
 
 __all__ = ["Floor", "floors", "of_products", "small_launches"]
 

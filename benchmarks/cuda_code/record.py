@@ -27,10 +27,11 @@ from bnrestructure.kernels.cuda.launch import Launch, received_by
 __all__ = ["Product", "Step", "prepared", "record"]
 
 #: Operations that launch nothing.
-_FREE = frozenset(
-    "view _unsafe_view permute unbind select slice narrow as_strided detach alias t transpose expand unsqueeze empty empty_like new_empty"
-    " empty_strided set_ view_as reshape squeeze as_strided_ resize_ split new_empty_strided is_same_size device".split()
-)
+_FREE = frozenset({
+    "view", "_unsafe_view", "permute", "unbind", "select", "slice", "narrow", "as_strided", "detach", "alias", "t", "transpose", "expand",
+    "unsqueeze", "empty", "empty_like", "new_empty", "empty_strided", "set_", "view_as", "reshape", "squeeze", "as_strided_", "resize_",
+    "split", "new_empty_strided", "is_same_size", "device",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,13 @@ def _pretending() -> Iterator[Callable[[bool], None]]:
     with ExitStack() as stack:
         for patch in (
             mock.patch.dict(registry._DEVICES, {"meta": "bnrestructure.kernels.cuda"}),
-            mock.patch.object(cuda.CudaKernels, "unavailable_reason", lambda self: None),
-            mock.patch.object(tracer, "_random_state", lambda: None),
-            mock.patch.object(tracer, "_same_random_state", lambda a, b: True),
-            mock.patch.object(tracer, "_set_random_state", lambda state: None),
-            mock.patch.object(torch, "is_autocast_enabled", lambda *_: on[0]),
-            mock.patch.object(torch, "get_autocast_dtype", lambda *_: torch.bfloat16),
-            mock.patch.object(torch, "set_autocast_enabled", lambda *_: None),
+            mock.patch.object(cuda.CudaKernels, "unavailable_reason", return_value=None),
+            mock.patch.object(tracer, "_random_state", return_value=None),
+            mock.patch.object(tracer, "_same_random_state", return_value=True),
+            mock.patch.object(tracer, "_set_random_state", return_value=None),
+            mock.patch.object(torch, "is_autocast_enabled", side_effect=lambda *_: on[0]),
+            mock.patch.object(torch, "get_autocast_dtype", return_value=torch.bfloat16),
+            mock.patch.object(torch, "set_autocast_enabled", return_value=None),
             mock.patch.object(F, "conv2d", cast(conv2d)),
             mock.patch.object(F, "linear", cast(linear)),
         ):

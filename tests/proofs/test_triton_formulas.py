@@ -240,7 +240,8 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     row_valid, valid = row < rows, channel < channels
     inside = by_pixel(row_valid, AXIS) & by_channel(valid, AXIS)
     g = tl.load(g_ptr + by_pixel(row, AXIS) * channels + by_channel(channel, AXIS), mask=inside, other=0.0)
-    y, r = load_raw(y_ptr, pitch, row, channel, row_valid, valid, False, AXIS), load_raw(r_ptr, pitch, row, channel, row_valid, valid, False, AXIS)
+    y = load_raw(y_ptr, pitch, row, channel, row_valid, valid, False, AXIS)
+    r = load_raw(r_ptr, pitch, row, channel, row_valid, valid, False, AXIS)
     mean, r_mean = load_vector(mean_ptr, channel, valid, AXIS), load_vector(r_mean_ptr, channel, valid, AXIS)
     scale, r_scale = load_vector(scale_ptr, channel, valid, AXIS), load_vector(r_scale_ptr, channel, valid, AXIS)
     beta, r_beta = load_vector(beta_ptr, channel, valid, AXIS), load_vector(r_beta_ptr, channel, valid, AXIS)

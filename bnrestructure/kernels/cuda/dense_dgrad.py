@@ -93,7 +93,8 @@ def _dense_dgrad_kernel(
     shift_h, shift_w, shift_step_h, shift_step_w,
     ACT: tl.constexpr, SLOPE: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     ACCUMULATE: tl.constexpr, BY_IMAGE: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    FULL_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, FULL_STEPS: tl.constexpr, GROUPS: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
+    FULL_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, FULL_STEPS: tl.constexpr, GROUPS: tl.constexpr, UNIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     p_pitch, y_pitch = in_units(p_pitch, UNIT), in_units(y_pitch, UNIT)
     x_pitch, r_pitch, dx_pitch = in_units(x_pitch, UNIT), in_units(r_pitch, UNIT), in_units(dx_pitch, UNIT)
@@ -122,7 +123,7 @@ def _dense_dgrad_kernel(
     SWAPPED: tl.constexpr = is_swapped(BN)
     AXIS: tl.constexpr = 1 if SWAPPED else 0
     NEEDED: tl.constexpr = r_ptr is not None or is_input_needed(mean_ptr, gate_ptr, ACT)
-    if POINTWISE:
+    if POINTWISE:  # noqa: SIM108  (Triton's compiler decides a statement, not an expression, before it looks inside)
         pixel = row
     else:
         pixel = (n * H + ch * SH + first_h) * W + cw * SW + first_w
@@ -250,7 +251,8 @@ def dgrad(
             ACCUMULATE=in_place, BY_IMAGE=gated, PADDED=_leaves(i, edge.size[0]) or _leaves(j, edge.size[1]),
             WIDE=edge.wide or source.wide or dx.wide or (shortcut is not None and shortcut.wide), PRECISION=precision_of(dtype),
             FULL_ROWS=not gated and batch * i.size * j.size % tile.m == 0, FULL_COLUMNS=group_inputs % tile.n == 0,
-            FULL_STEPS=group_outputs % tile.k == 0, GROUPS=geometry.groups, UNIT=unit_of(*sizes), BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
+            FULL_STEPS=group_outputs % tile.k == 0, GROUPS=geometry.groups, UNIT=unit_of(*sizes),
+            BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
         first_tile += count
     sums = None if partial is None else partial.sum(1)

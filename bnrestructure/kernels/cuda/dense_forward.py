@@ -35,7 +35,8 @@ def _dense_forward_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     GATHERED: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    FULL_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, FULL_STEPS: tl.constexpr, GROUPS: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
+    FULL_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, FULL_STEPS: tl.constexpr, GROUPS: tl.constexpr, UNIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     x_pitch, r_pitch = in_units(x_pitch, UNIT), in_units(r_pitch, UNIT)
     sum_pitch, y_pitch = in_units(sum_pitch, UNIT), in_units(y_pitch, UNIT)
@@ -171,7 +172,8 @@ def conv_forward(
         y.pitch, y.rows, row_tiles, h, w, *shape[2:], inputs, outputs, group_inputs, group_outputs,
         **activation_constants(transform.act), **geometry_constants(geometry, kernel),
         GATHERED=gathered, PADDED=is_padded(geometry), WIDE=any(given.wide for given in (source, y, *more)), PRECISION=precision_of(dtype),
-        FULL_ROWS=y.rows % tile.m == 0, FULL_COLUMNS=group_outputs % tile.n == 0, FULL_STEPS=depth % tile.k == 0, GROUPS=geometry.groups, UNIT=unit_of(*sizes), BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
+        FULL_ROWS=y.rows % tile.m == 0, FULL_COLUMNS=group_outputs % tile.n == 0, FULL_STEPS=depth % tile.k == 0,
+        GROUPS=geometry.groups, UNIT=unit_of(*sizes), BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     result = y.tensor if out is None or y.tensor is out else out.copy_(y.tensor)
     found = (None, None) if partial is None else merge_statistics(partial, y.rows, tile.m)

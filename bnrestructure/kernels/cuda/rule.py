@@ -10,8 +10,8 @@ once for every tap and every tile that reads it: 3x3 convolutions pay it nine ti
 
 The rule knows two things. How many cycles a multiprocessor needs to issue the instructions of a step, and those before and behind
 the steps, counted in the compiler's output for sm_90 (compile_ahead.py; tests/cuda/test_compiled.py holds most of the numbers here
-against it, those of the variants that ``make test`` compiles). And that an H100 does about 800 TFLOP/s in bf16 and moves 3.0 TB/s. **None of it
-was timed as a whole on a GPU**: tune() is how to know.
+against it, those of the variants that ``make test`` compiles). And that an H100 does about 800 TFLOP/s in bf16 and moves 3.0 TB/s.
+**None of it was timed as a whole on a GPU**: tune() is how to know.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Issued(NamedTuple):
     fixed: float
 
 
-#: By what is done to the pixels: nothing, the prologue, that of a padded convolution, the sum of a join, the gradient at the output; where a
-#: step runs through several taps every number has an address of its own.
+#: By what is done to the pixels: nothing, the prologue, that of a padded convolution, the sum of a join, the gradient at the output;
+#: where a step runs through several taps every number has an address of its own.
 ISSUED = {
     "product": Issued(92, 92, 260, 1600),
     "gathered": Issued(1460, 1460, 2920, 4430),

@@ -42,7 +42,7 @@ class Specialisation:
 
     @classmethod
     def of(cls, launch: Launch, part: int) -> Specialisation:
-        """What the launch's arguments call for; tensors may be on meta: their storages are taken to be aligned, their offsets as they are."""
+        """What the launch's arguments call for. Storages of tensors on meta are taken to be aligned, their offsets as they are."""
         launch = launch.on(part)
         signature: dict[str, str] = {}
         constants: dict[str, Any] = dict(launch.constants)

@@ -123,7 +123,8 @@ def test_comparisons() -> None:
 
 def test_exchanges_within_a_warp() -> None:
     lane = np.arange(32)
-    state = run(["SHFL.BFLY PT, R0, R1, 0x5, 0x1f", "SHFL.IDX PT, R2, R1, 0x3, 0x1f", "SHFL.UP P0, R3, R1, 0x2, RZ", "REDUX.SUM.S32 UR4, R1"], {"R1": lane}).state
+    lines = ["SHFL.BFLY PT, R0, R1, 0x5, 0x1f", "SHFL.IDX PT, R2, R1, 0x3, 0x1f", "SHFL.UP P0, R3, R1, 0x2, RZ", "REDUX.SUM.S32 UR4, R1"]
+    state = run(lines, {"R1": lane}).state
     assert (state.registers[0] == lane ^ 5).all()
     assert (state.registers[2] == 3).all()
     assert (state.registers[3] == np.where(lane < 2, lane, lane - 2)).all()

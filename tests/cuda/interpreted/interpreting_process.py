@@ -1,7 +1,7 @@
 """Runs tests one by one in a process whose Triton interprets, for a pytest whose Triton compiles: the mode is fixed at import.
 
-As a script it is that process: it collects this folder, reads a test's name a line from its input, and writes the test's reports as one line
-of JSON. :class:`InterpretingProcess` is the other end.
+As a script it is that process: it collects this folder, reads a test's name a line from its input, and writes the test's reports as one
+line of JSON. :class:`InterpretingProcess` is the other end.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class InterpretingProcess:
     def run(self, name: str) -> list[dict[str, Any]]:
         """The test's reports, as pytest serialises them. Raises RuntimeError where the process ended instead."""
         if self._process is None:
+            environment = os.environ | {"TRITON_INTERPRET": "1"}
             self._process = subprocess.Popen(
-                [sys.executable, __file__], env=os.environ | {"TRITON_INTERPRET": "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -143,8 +143,8 @@ def test_what_depends_on_the_order_is_seen() -> None:
         value = tl.load(x_ptr + at) if READS else tl.zeros((4,), tl.float32)
         tl.store(x_ptr + tl.program_id(0) * 4 + tl.arange(0, 4) if READS else x_ptr + at, value + 1.0)
 
-    faulty = (False, 3, "write the same byte"), (True, 3, "reads what another program writes")
-    for reads, step, what in (*faulty, (False, 4, None), (True, 4, None)):
+    written_twice, read_elsewhere = (False, 3, "write the same byte"), (True, 3, "reads what another program writes")
+    for reads, step, what in (written_twice, read_elsewhere, (False, 4, None), (True, 4, None)):
         with watched() as launches:
             _overlapping[(3,)](torch.zeros(16), READS=reads, STEP=step)
         faults = launches[0].faults()

@@ -73,7 +73,8 @@ def test_a_group_ends_with_its_last_product() -> None:
 
 
 def test_the_next_turn_of_a_loop_is_followed() -> None:
-    loop = (".L_x_1:", "LDSM.16.M88.4 R60, [R2]", "WARPGROUP.ARRIVE", PRODUCT, "WARPGROUP.DEPBAR.LE gsb0, {}", "@P0 BRA `(.L_x_1)", DONE, "EXIT")
+    turn = ("LDSM.16.M88.4 R60, [R2]", "WARPGROUP.ARRIVE", PRODUCT, "WARPGROUP.DEPBAR.LE gsb0, {}")
+    loop = (".L_x_1:", *turn, "@P0 BRA `(.L_x_1)", DONE, "EXIT")
     assert found(*(line.format("0x1") for line in loop)) == ["LDSM.16.M88.4 writes to the left operand"]
     assert found(*(line.format("0x0") for line in loop)) == []
 

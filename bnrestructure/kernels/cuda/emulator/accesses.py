@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -27,7 +26,7 @@ def address(text: str) -> Callable[[Block], Array]:
         part = part.lstrip("+")
         if re.fullmatch(r"-?0x[0-9a-f]+|-?\d+", part):
             offset += int(part, 0)
-        elif part.endswith((".64", ".U32")) or part.startswith("UR") and pairs:
+        elif part.endswith((".64", ".U32")) or (part.startswith("UR") and pairs):
             name = part.partition(".")[0]
             pairs.append((words(name), words(name, 1) if not part.endswith(".U32") else words("RZ")))
         else:
@@ -256,6 +255,7 @@ def _restore(instruction: Instruction) -> Run:
 
 
 ACCESSES: dict[str, Callable[[Instruction], Run]] = {
-    "LDG": _load, "LDS": _load, "STG": _store, "STS": _store, "LDGSTS": _copy, "LDGDEPBAR": _commit, "DEPBAR": _wait, "SHFL": _shuffle, "REDUX": _reduce,
+    "LDG": _load, "LDS": _load, "STG": _store, "STS": _store, "LDGSTS": _copy, "LDGDEPBAR": _commit, "DEPBAR": _wait,
+    "SHFL": _shuffle, "REDUX": _reduce,
     "LDSM": _load_matrices, "STSM": _store_matrices, "FENCE": _fence, "STL": _spill, "LDL": _restore,
 }  # fmt: skip

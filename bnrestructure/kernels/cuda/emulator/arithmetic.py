@@ -171,10 +171,8 @@ def _shf(instruction: Instruction) -> Run:
             result = _long(low(state), False) << count
         else:
             pair = _long(low(state), False) | (_long(up(state), False) << np.uint64(32))
-            if right:
-                result = pair.view(np.int64) >> count.astype(np.int64) if signed else pair >> count
-            else:
-                result = pair << count
+            to_right = pair.view(np.int64) >> count.astype(np.int64) if signed else pair >> count
+            result = to_right if right else pair << count
             result = np.asarray(result).view(np.uint64) >> np.uint64(32) if high else result
         write(state, np.asarray(result).astype(np.uint32), mask)
 
@@ -385,7 +383,8 @@ def _count_bits(a: Any) -> Any:
 
 
 INTEGER: dict[str, Callable[[Instruction], Run]] = {
-    "IADD3": _iadd3, "IADD": _iadd3, "IADD64": _iadd64, "IMAD": _imad, "LEA": _lea, "SHF": _shf, "LOP3": _lop3, "PLOP3": _plop3, "ISETP": _isetp, "SEL": _sel,
+    "IADD3": _iadd3, "IADD": _iadd3, "IADD64": _iadd64, "IMAD": _imad, "LEA": _lea, "SHF": _shf, "LOP3": _lop3, "PLOP3": _plop3,
+    "ISETP": _isetp, "SEL": _sel,
     "VIMNMX": _minmax, "IMNMX": _minmax, "VIADDMNMX": _minmax, "PRMT": _prmt, "SGXT": _sgxt, "P2R": _predicates_as_word,
     "R2P": _word_as_predicates, "CS2R": _zero_pair, "LDC": _mov64, "MOV": _mov64, "S2R": _special, "S2UR": _special, "R2UR": _to_uniform,
     "VIADD": _elementwise(lambda a, b: np.asarray(a, np.uint32) + np.asarray(b, np.uint32), 2),

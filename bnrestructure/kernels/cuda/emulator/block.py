@@ -30,8 +30,9 @@ class Product:
 
 @dataclass(eq=False)
 class Block:
-    """One block of a launch. ``counting``: whether accesses are counted, which takes time. ``executed``: by instruction index, how many warps issued it, all turns together.
+    """One block of a launch. ``counting``: whether accesses are counted, which takes time.
 
+    ``executed``: by instruction index, how many warps issued it, all turns together;
     ``sectors``: 32-byte sectors of global memory that each request touched; ``wavefronts``: passes that shared memory needs for its banks.
     """
 

@@ -49,7 +49,8 @@ class GlobalMemory:
     def find(self, addresses: Array, size: int) -> list[tuple[Region, Array, Array]]:
         """(region, which of ``addresses``, [those, size] positions in its data). Raises Fault for what is misaligned or nobody's."""
         if (addresses % np.uint64(size)).any():
-            raise Fault(f"an access of {size} bytes at {int(addresses[(addresses % np.uint64(size)) > 0][0]):#x}, which is not aligned to that")
+            address = int(addresses[(addresses % np.uint64(size)) > 0][0])
+            raise Fault(f"an access of {size} bytes at {address:#x}, which is not aligned to that")
         starts = np.array([region.address for region in self.regions], dtype=np.uint64)
         owner = np.searchsorted(starts, addresses, side="right").astype(np.int64) - 1
         found = []

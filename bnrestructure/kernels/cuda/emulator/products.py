@@ -113,8 +113,8 @@ def _multiply_warp(instruction: Instruction) -> Run:
 def _matrix(block: Block, descriptor: int, columns: int, depth: int, item: int, by_columns: bool) -> Array:
     """Positions in shared memory of a matrix [columns, depth] of ``item`` bytes, as its descriptor says; [columns, depth, item].
 
-    ``by_columns``: neighbours in memory are neighbours along ``columns`` (.tnspB). In units of 16 bytes: where it starts (bits 0 to 13), the
-    leading (16 to 29) and the stride offset (32 to 45); from bit 62 on how far rows are swizzled: not, 128, 64 or 32 bytes.
+    ``by_columns``: neighbours in memory are neighbours along ``columns`` (.tnspB). In units of 16 bytes: where it starts (bits 0 to 13),
+    the leading (16 to 29) and the stride offset (32 to 45); from bit 62 on how far rows are swizzled: not, 128, 64 or 32 bytes.
     """
     start, leading, stride = ((descriptor >> at & 0x3FFF) * 16 for at in (0, 16, 32))
     row = {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62]

@@ -46,7 +46,9 @@ class _Ready:
 _ready: dict[str, _Ready] = {}
 
 
-def emulate(launch: Launch, part: int = 90, order: Callable[[int], list[int]] = lambda n: list(range(n)), counting: bool = False) -> Emulation:
+def emulate(
+    launch: Launch, part: int = 90, order: Callable[[int], list[int]] = lambda n: list(range(n)), counting: bool = False
+) -> Emulation:
     """Compile ``launch`` for ``part`` and run its blocks one after another in ``order``; its CPU tensors are written to in place.
 
     Raises Fault for an access outside the tensors, a misaligned one, or one that comes too early.

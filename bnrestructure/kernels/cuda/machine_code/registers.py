@@ -13,11 +13,12 @@ _REGISTER = re.compile(r"\bR(\d+)\b")
 _PREDICATE = re.compile(r"!?U?P(\d|T)$")
 
 #: Their first register operand, if any, is not written.
-_NO_DESTINATION = frozenset(
-    "ST STG STS STL STSM RED REDG LDGSTS LDGDEPBAR DEPBAR BAR BRA BRX EXIT RET NOP MEMBAR ERRBAR FENCE WARPGROUP WARPSYNC BSSY BSYNC BREAK"
-    " ISETP FSETP DSETP HSETP2 PLOP3 PSETP R2P R2UR CCTL SYNCS UBLKCP UTMALDG UTMASTG STTM ISETP3 FCHK UTCBAR UTCHMMA UTCATOMSWS ELECT"
-    " KILL YIELD NANOSLEEP CALL ACQBULK PREEXIT JMP VOTEU".split()
-)
+_NO_DESTINATION = frozenset({
+    "ST", "STG", "STS", "STL", "STSM", "RED", "REDG", "LDGSTS", "LDGDEPBAR", "DEPBAR", "BAR", "BRA", "BRX", "EXIT", "RET", "NOP",
+    "MEMBAR", "ERRBAR", "FENCE", "WARPGROUP", "WARPSYNC", "BSSY", "BSYNC", "BREAK", "ISETP", "FSETP", "DSETP", "HSETP2", "PLOP3",
+    "PSETP", "R2P", "R2UR", "CCTL", "SYNCS", "UBLKCP", "UTMALDG", "UTMASTG", "STTM", "ISETP3", "FCHK", "UTCBAR", "UTCHMMA",
+    "UTCATOMSWS", "ELECT", "KILL", "YIELD", "NANOSLEEP", "CALL", "ACQBULK", "PREEXIT", "JMP", "VOTEU",
+})  # fmt: skip
 #: Registers that these write, whatever their modifiers say.
 _WIDE = {"DADD": 2, "DMUL": 2, "DFMA": 2, "HMMA": 4, "IMMA": 4}
 
@@ -53,7 +54,8 @@ def _width(instruction: Instruction) -> int:
         return 1 if "32" in modifiers else 2
     if "128" in modifiers:
         return 4
-    if "64" in modifiers or "WIDE" in modifiers or (opcode in ("F2I", "I2I", "F2F", "I2F") and modifiers[:1] in (("F64",), ("S64",), ("U64",))):
+    converted = opcode in ("F2I", "I2I", "F2F", "I2F") and modifiers[:1] in (("F64",), ("S64",), ("U64",))
+    if "64" in modifiers or "WIDE" in modifiers or converted:
         return 2
     return 1
 

@@ -64,7 +64,8 @@ class Code:
         instruction = self.instructions[index]
         after = (index + 1,) if index + 1 < len(self.instructions) else ()
         target = self.target(instruction)
-        always = instruction.guard in (None, "PT", "UPT") and not any(o.startswith(("P", "UP", "!P", "!UP")) for o in instruction.operands[:-1])
+        asks = any(o.startswith(("P", "UP", "!P", "!UP")) for o in instruction.operands[:-1])
+        always = instruction.guard in (None, "PT", "UPT") and not asks
         if instruction.opcode not in _ENDS:
             return after
         found = () if target is None else (target,)

@@ -82,7 +82,8 @@ class ConvResult(NamedTuple):
 class ConvForward(Call[ConvResult]):
     """``y = conv(transform(x), weight) + bias``, and y's statistics; weight [C_out, C_in / groups, *kernel], bias [C_out].
 
-    With ``join`` x is uninitialised memory in ``dtype`` for that join's sum, which is written first; the transform is the identity then.
+    With ``join`` x is dense uninitialised memory in ``dtype`` for that join's sum, which is written first; the transform is the identity
+    then. The reference gives x the strides of its operands' sum.
     """
 
     x: Tensor

@@ -159,10 +159,10 @@ class Convolutions:
 
     def site(self, call: ConvForward | ConvBackward) -> Site:
         """Where calls like this one belong."""
-        x, weight, t = call.x, call.weight, call.transform
+        x, weight, t, of_join = call.x, call.weight, call.transform, call.join
         key = (
             x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype, call.geometry, call.dtype,
-            t.act, t.mean is None, t.gate is None, call.join is None, self.rule.state(),
+            t.act, t.mean is None, t.gate is None, of_join and (of_join.y.dtype, of_join.r.dtype, of_join.act), self.rule.state(),
         )  # fmt: skip
         site = self._sites.get(key)
         if site is None:
@@ -243,9 +243,12 @@ class Convolutions:
 
     def _settle(self, site: Site, device: torch.device) -> None:
         """Make the choices for a site: it is new, or there are new measurements, or measuring begins or ends."""
-        site.generation = tuning.generation
-        if site.unsupported is not None:
-            return
+        generation = tuning.generation
+        if site.unsupported is None:
+            self._choose_for(site, device)
+        site.generation = generation  # at the end: another thread takes the site to be settled then
+
+    def _choose_for(self, site: Site, device: torch.device) -> None:
         site.node = site.node._replace(machine=self.rule.machine(site.node.dtype))
         if tuning.is_measuring():
             site.forward, site.backward = self._measure_forward, self._measure_backward

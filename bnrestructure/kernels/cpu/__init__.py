@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from bnrestructure.kernels import tuning
-from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward
+from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward, FinalizeBackward, FinalizeForward
 from bnrestructure.kernels.choice import Choice, Convolutions, Implementation
 from bnrestructure.kernels.cpu import finalize, library, sweeps
 from bnrestructure.kernels.cpu.convolution import Fused
@@ -45,10 +45,11 @@ class CpuKernels:
 
     def supports(self, call: Call[Any]) -> str | None:
         """Why these kernels cannot answer the call, in one line, or None. Its tensors may be on the meta device."""
+        if (reason := library.unavailable_reason()) is not None:
+            return reason
         if isinstance(call, ConvForward | ConvBackward):
             return self.convolutions.rule.unsupported(call)
-        of = finalize if type(call) in finalize.RUN else sweeps
-        return library.unavailable_reason() or of.unsupported(call)
+        return finalize.unsupported(call) if isinstance(call, FinalizeForward | FinalizeBackward) else sweeps.unsupported(call)
 
     def unavailable_reason(self) -> str | None:
         """Why none of them can run in this installation, in one line, or None."""

@@ -168,7 +168,7 @@ def _dense_dgrad_kernel(
         total = multiply_rows(rounded_gradient(d, a_ptr, w_ptr.dtype.element_ty), w, total, PRECISION, True, PART, SWAPPED)
 
     total = restored_gradient(total, a_ptr, w_ptr.dtype.element_ty)
-    if NEEDED:
+    if x is not None:
         x = beside(x.to(tl.float32), total)
     if r_ptr is not None:  # x is the join's operand y
         store_join_gradient(

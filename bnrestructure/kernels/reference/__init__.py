@@ -41,8 +41,8 @@ class Reference:
     finishes_join = True
 
     def forms_sum(self, node: Any) -> bool:
-        """Yes."""
-        return True
+        """No: memory for the sum may be a view here, and the reference lays it out anew."""
+        return False
 
     def forward(self, call: ConvForward, site: Any = None) -> ConvResult:
         """The result."""

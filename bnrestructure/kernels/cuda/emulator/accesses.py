@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from bnrestructure.kernels.cuda.emulator.block import Block
-from bnrestructure.kernels.cuda.emulator.state import Array, Fault, predicate, store, store_predicate, words
+from bnrestructure.kernels.cuda.emulator.state import Array, Fault, Read, predicate, store, store_predicate, words
 from bnrestructure.kernels.cuda.machine_code.sass import Instruction
 
 __all__ = ["ACCESSES", "address"]
@@ -21,7 +21,8 @@ def address(text: str) -> Callable[[Block], Array]:
     inside = re.fullmatch(r"(?:desc\[\w+\])?\[([^\]]*)\]", text)
     if inside is None:
         raise ValueError(f"an address that is not understood: {text}")
-    pairs, singles, offset = [], [], 0
+    pairs: list[tuple[Read, Read]] = []
+    singles, offset = [], 0
     for part in re.findall(r"[+-]?[^+-]+", inside[1].replace(".reuse", "")):
         part = part.lstrip("+")
         if re.fullmatch(r"-?0x[0-9a-f]+|-?\d+", part):

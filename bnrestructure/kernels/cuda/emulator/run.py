@@ -79,7 +79,7 @@ def emulate(
 
 def _storage(tensor: Tensor) -> np.ndarray:
     """All bytes of a tensor's storage, shared with it."""
-    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     return np.asarray(whole.numpy())
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Transform
-from bnrestructure.kernels import reference
+from bnrestructure.kernels.calls import ConvBackward, ConvForward
+from bnrestructure.kernels.reference import REFERENCE
 from bnrestructure.kernels.reference.elementwise import affine
 
 
@@ -56,21 +57,21 @@ class Case:
         self.into = image(batch, c, node.size, dtype, node.pitch) if node.pitch else None
         self.needs = (c != 3, True, False)
 
-    def forward(self, kernel: Callable[..., Any]) -> Callable[[], Any]:
-        """A call of ``kernel`` that takes conv_forward's arguments."""
-        args = (self.x, self.transform, self.weight, None, self.geometry)
-        return lambda: kernel(*args, dtype=self.dtype, statistics=True)
+    def forward(self, run: Callable[[Any], Any]) -> Callable[[], Any]:
+        """The forward pass by ``run``, which takes a kernel call."""
+        call = ConvForward(self.x, self.transform, self.weight, None, self.geometry, self.dtype, True)
+        return lambda: run(call)
 
-    def backward(self, kernel: Callable[..., Any], *, accumulate: bool = True) -> Callable[[], Any]:
-        """A call of ``kernel`` that takes conv_backward's; where the node has a pitch, dx is added to a buffer unless forbidden."""
-        args = (self.p, self.edge, self.x, self.transform, self.weight, self.geometry)
+    def backward(self, run: Callable[[Any], Any], *, accumulate: bool = True) -> Callable[[], Any]:
+        """The backward pass by ``run``; where the node has a pitch, dx is added to a buffer unless forbidden."""
         into = self.into if accumulate else None
-        return lambda: kernel(*args, dtype=self.dtype, needs=self.needs, accumulate=into)
+        call = ConvBackward(self.p, self.edge, self.x, self.transform, self.weight, self.geometry, self.dtype, self.needs, into)
+        return lambda: run(call)
 
     def check(self, forwards: list[Callable[[], Any]], backwards: list[Callable[[], Any]]) -> None:
         """Raise AssertionError where a result is not the reference's; backward calls must not accumulate."""
         limit = 1e-4 if self.dtype is torch.float32 else 2e-2
-        expected = self.forward(reference.conv_forward)(), self.backward(reference.conv_backward, accumulate=False)()
+        expected = self.forward(REFERENCE.run)(), self.backward(REFERENCE.run, accumulate=False)()
         for runs, truth in zip((forwards, backwards), expected, strict=True):
             for run in runs:
                 for found, right in zip(run(), truth, strict=True):

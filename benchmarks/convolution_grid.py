@@ -1,4 +1,4 @@
-"""Checks the rule of kernels/cpu/convolution_choice.py: every candidate for convolution nodes of no model in particular.
+"""Checks the rule of kernels/cpu/rule.py: every candidate for convolution nodes of no model in particular.
 
     python benchmarks/convolution_grid.py [PATTERN] [--bf16] [--groups] [--batch 16] [--turns 9]
 
@@ -16,15 +16,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from convolution_case import Case, Node
 from torch import Tensor
 
-from bnrestructure.kernels.cpu import convolution, library, processor
-from bnrestructure.kernels.cpu.convolution_choice import candidates, instruction_set, rule
+from bnrestructure.kernels.choice import Node as ChoiceNode
+from bnrestructure.kernels.cpu import KERNELS, processor
+from bnrestructure.kernels.cpu.rule import CpuRule, instruction_set, rule
 
 
 def grid(batch: int) -> Iterator[Node]:
@@ -54,11 +54,11 @@ def _node(kernel: int, stride: int, size: int, channels: int, channels_out: int,
     return Node(name, channels, channels_out, size, kernel, stride, groups)
 
 
-def runs_of(case: Case, sizes: convolution.Node) -> dict[str, dict[str, Callable[[], Any]]]:
+def runs_of(case: Case, sizes: ChoiceNode) -> dict[str, dict[str, Callable[[], Any]]]:
     """What each direction could run. Raises AssertionError where a candidate's numbers are wrong."""
-    names = {direction: candidates(sizes, case.dtype, direction) for direction in ("forward", "backward")}
-    forward = {name: case.forward(partial(convolution.run_forward, name)) for name in names["forward"]}
-    backward = {name: case.backward(partial(convolution.run_backward, name)) for name in names["backward"]}
+    names = {direction: CpuRule().candidates(sizes, direction) for direction in ("forward", "backward")}
+    forward = {name: case.forward(KERNELS.convolutions.by(name).run) for name in names["forward"]}
+    backward = {name: case.backward(KERNELS.convolutions.by(name).run) for name in names["backward"]}
     case.check([*forward.values()], [*backward.values()])
     return {"forward": forward, "backward": backward}
 
@@ -87,7 +87,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    isa, threads = instruction_set(), library.threads()
+    isa, threads = instruction_set(), torch.get_num_threads()
     print(f"python {shlex.join(sys.argv)}: {processor.name()}, {isa}, {threads} threads, {dtype}, PyTorch {torch.__version__}, "
           f"Python {platform.python_version()}")  # fmt: skip
     print("milliseconds; backward: fused, hybrid, fused dgrad with hybrid wgrad, hybrid dgrad with fused wgrad; "
@@ -100,9 +100,9 @@ def main() -> None:
             continue
         line = f"{node.name:26}"
         case = Case(node, options.batch, dtype)
-        sizes = convolution.node_of(case.x.shape, case.weight.shape, case.geometry, True)
+        sizes = ChoiceNode(tuple(case.x.shape), tuple(case.weight.shape), case.geometry, dtype, True)
         for direction, runs in runs_of(case, sizes).items():
-            choice = rule(sizes, dtype, direction, isa).implementation
+            choice = rule(sizes, direction, isa).implementation
             times = medians(runs, options.turns, evict)
             line += "   " + "".join(f"{ms:8.2f}{'*' if name == choice else ' '}" for name, ms in times.items())
             best = min(times.values())

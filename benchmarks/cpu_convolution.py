@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnrestructure.core.activation import activate
-from bnrestructure.kernels.cpu import convolution, convolution_fused, convolution_hybrid
+from bnrestructure.kernels.cpu import KERNELS
 
 NODES = (
     *(Node(f"densenet 1x1 {c}->128 {s}", c, 128, s, pitch=p)
@@ -70,10 +70,10 @@ def paired_medians(runs: dict[str, Callable[[], object]], seconds: float) -> dic
 def measure(node: Node, batch: int, dtype: torch.dtype, seconds: float) -> dict[str, dict[str, float]]:
     """Milliseconds by direction and version. Raises AssertionError where a kernel's result is wrong."""
     case = Case(node, batch, dtype)
-    modules = {"fused": convolution_fused, "hybrid": convolution_hybrid, "chosen": convolution}
-    forward = {name: case.forward(module.conv_forward) for name, module in modules.items()}
-    backward = {name: case.backward(module.conv_backward) for name, module in modules.items()}
-    case.check([*forward.values()], [case.backward(module.conv_backward, accumulate=False) for module in modules.values()])
+    by = {name: KERNELS.convolutions.by(name).run for name in ("fused", "hybrid")} | {"chosen": KERNELS.run}
+    forward = {name: case.forward(run) for name, run in by.items()}
+    backward = {name: case.backward(run) for name, run in by.items()}
+    case.check([*forward.values()], [case.backward(run, accumulate=False) for run in by.values()])
 
     x, weight, p, needs = case.x, case.weight, case.p, case.needs
     z, w = x.contiguous(memory_format=torch.channels_last), weight.to(dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnrestructure
-from bnrestructure.kernels import cuda
+from bnrestructure.kernels.cuda import CudaKernels
 
 __all__ = ["check_step", "make_model", "restructured"]
 
@@ -45,8 +45,8 @@ def restructured(model: nn.Module, device: str) -> nn.Module:
     if device == "cpu":
         from bnrestructure.kernels import registry
 
-        registry._DEVICE_MODULES["cpu"] = "bnrestructure.kernels.cuda"
-        cuda.unavailable_reason = lambda: None
+        registry._DEVICES["cpu"] = "bnrestructure.kernels.cuda"
+        CudaKernels.unavailable_reason = lambda self: None
         registry.implementation.cache_clear()
         registry.unavailable_reason.cache_clear()
     return bnrestructure.restructure(model, backend="auto" if device == "cpu" else "cuda")

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
-from bnrestructure.kernels import cuda, join, reference
-from bnrestructure.kernels.choice import Choice
-from bnrestructure.kernels.cuda import convolution, convolution_fused, convolution_hybrid
+from bnrestructure.core.kept import kept_activation
+from bnrestructure.kernels import join
+from bnrestructure.kernels.calls import ConvBackward, ConvForward, JoinForward
+from bnrestructure.kernels.cuda import KERNELS
 from bnrestructure.kernels.cuda.device import uses_tf32
+from bnrestructure.kernels.reference import REFERENCE
 
 __all__ = ["NODES", "RAGGED", "Node", "check_node", "compared", "distance", "draw", "implementation", "implementations", "poisoned"]
 
@@ -107,31 +108,23 @@ class Inputs:
 
     def forward(self, kernels: Any, node: Node, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """(y, mean, var); of a joined node the sum before them."""
-        if node.joined:
-            return kernels.join_forward(self.join, self.weight, None, node.geometry, dtype=dtype, statistics=True)
-        return kernels.conv_forward(
-            self.x, self.transform, self.weight, None, node.geometry, dtype=dtype, statistics=True
-        )
+        if not node.joined:
+            return kernels.run(ConvForward(self.x, self.transform, self.weight, None, node.geometry, dtype, True))
+        z = kept_activation(self.x.shape, dtype, self.x.device)
+        return z, *kernels.run(ConvForward(z, Transform(), self.weight, None, node.geometry, dtype, True, join=self.join))
 
     def backward(self, kernels: Any, node: Node, dtype: torch.dtype, accumulate: Tensor) -> ConvGradients:
         """All gradients, dx added to ``accumulate``."""
-        if node.joined:
-            found = kernels.join_backward(
-                self.dy, self.edge, self.sum, self.join, self.weight, node.geometry,
-                dtype=dtype, needs=(True, False), accumulate=accumulate,
-            )  # fmt: skip
-            g, sum_p, sum_py, _, weight, _ = found
-            return ConvGradients(g, sum_p, sum_py, None, weight)
-        return kernels.conv_backward(
-            self.dy, self.edge, self.x, self.transform, self.weight, node.geometry,
-            dtype=dtype, needs=(True, True, False), accumulate=accumulate,
+        x, transform, join = (self.sum, Transform(), self.join) if node.joined else (self.x, self.transform, None)
+        needs = True, True, False
+        return kernels.run(
+            ConvBackward(self.dy, self.edge, x, transform, self.weight, node.geometry, dtype, needs, accumulate, join)
         )  # fmt: skip
 
     @cached_property
     def sum(self) -> Tensor:
         """The join's sum, which backward is given."""
-        z, _, _ = reference.residual_forward(*self.join.operands, dtype=self.x.dtype, statistics=False)
-        return z
+        return REFERENCE.run(JoinForward(self.join, self.x.dtype)).z
 
     def double(self) -> Inputs:
         t, e = self.transform, self.edge
@@ -184,13 +177,13 @@ def check_node(node: Node, dtype: torch.dtype, device: str = "cuda", batch: int 
         gradients = inputs.backward(kernels, node, compute, inputs.before.clone())
         return [t for t in (*inputs.forward(kernels, node, compute), *gradients) if t is not None]
 
-    truth, theirs = results(reference, wide, torch.float64), results(reference, a, dtype)
+    truth, theirs = results(REFERENCE, wide, torch.float64), results(REFERENCE, a, dtype)
     # One rounding is granted where the reference is exact by luck.
     unit = 2**-10 if dtype == torch.float32 and uses_tf32() else torch.finfo(dtype).eps
     found: dict[str, Any] = {"ok": True}
     for name in implementations(node):
-        with poisoned(), implementation(node, name) as kernels:
-            ours = results(kernels, a, dtype)
+        with poisoned():
+            ours = results(implementation(node, name), a, dtype)
         found[name] = compared(ours, theirs, truth, unit)
         found["ok"] = found["ok"] and found[name]["ok"]
     return found
@@ -204,16 +197,17 @@ def implementations(node: Node) -> tuple[str, ...]:
     return ("fused", "hybrid", "in turn") if node.joined else ("fused",) if node.gated else ("fused", "hybrid")
 
 
-@contextmanager
-def implementation(node: Node, name: str) -> Iterator[Any]:
-    """The kernels that run the node in this way; for those of a join the choice of its convolution is made beforehand, both ways."""
-    if name == "in turn":
-        yield SimpleNamespace(join_forward=partial(join.join_forward, cuda), join_backward=partial(join.join_backward, cuda))
-    elif node.joined:
-        with mock.patch.object(convolution, "choose", return_value=Choice(name, "asked for")):
-            yield cuda
-    else:
-        yield convolution_fused if name == "fused" else convolution_hybrid
+def implementation(node: Node, name: str) -> Any:
+    """The kernels that run the node in this way."""
+    if name != "in turn":
+        depthwise = name == "fused" and node.groups == node.channels
+        return KERNELS.convolutions.by("depthwise" if depthwise else name)
+
+    def run(call: ConvForward | ConvBackward) -> Any:
+        in_turn: Any = join.forward_in_turn if isinstance(call, ConvForward) else join.backward_in_turn
+        return in_turn(KERNELS, KERNELS.run, call)
+
+    return SimpleNamespace(run=run)
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 import bnrestructure
 from bnrestructure.kernels import tuning
-from bnrestructure.kernels.cuda.convolution_choice import choose
 
 __all__ = ["largest_batch", "time_model", "trains_alike"]
 
@@ -103,7 +102,7 @@ def _measurements(choices: Path | None) -> Iterator[None]:
     before = os.environ.get("BNRESTRUCTURE_CACHE")
     os.environ["BNRESTRUCTURE_CACHE"] = "off" if choices is None else str(choices)
     tuning.forget()
-    choose.cache_clear()
+    tuning.renew()
     try:
         yield
     finally:
@@ -111,7 +110,7 @@ def _measurements(choices: Path | None) -> Iterator[None]:
         if before is not None:
             os.environ["BNRESTRUCTURE_CACHE"] = before
         tuning.forget()
-        choose.cache_clear()
+        tuning.renew()
 
 
 def _clock(step: Callable[[], Tensor], losses: list[Tensor], on_gpu: bool) -> float:

@@ -10,8 +10,23 @@ from gpu_clock import clock_for
 from gpu_nodes import compared, poisoned
 from torch import Tensor
 
-from bnrestructure.core.edges import PoolGeometry, Transform
-from bnrestructure.kernels import cuda, reference
+from bnrestructure.core.edges import Join, PoolGeometry, Transform
+from bnrestructure.kernels.calls import (
+    FinalizeBackward,
+    FinalizeForward,
+    JoinBackward,
+    JoinForward,
+    MaxPoolBackward,
+    MaxPoolForward,
+    NormaliseBackward,
+    NormaliseForward,
+    SqueezeBackward,
+    SqueezeForward,
+    StatisticsBackward,
+    StatisticsForward,
+)
+from bnrestructure.kernels.cuda import KERNELS
+from bnrestructure.kernels.reference import REFERENCE
 
 __all__ = ["RAGGED_SHAPE", "Sweep", "check_sweeps", "draw_sweeps", "sweeps", "time_sweeps"]
 
@@ -48,7 +63,7 @@ def draw_sweeps(act: str, dtype: torch.dtype, device: str, shape: tuple[int, ...
     """Fresh operands, their means away from zero. The maxima's places are the reference's: on a tie any is right."""
     full = [(torch.randn(shape, device=device) + 2).to(dtype, memory_format=torch.channels_last) for _ in range(4)]
     vectors = [torch.rand(shape[1], device=device) + 0.5 for _ in range(4)]
-    pooled, index = reference.max_pool_forward(full[0], Transform(*vectors[:3], act), _WINDOW, dtype=dtype)
+    pooled, index = REFERENCE.run(MaxPoolForward(full[0], Transform(*vectors[:3], act), _WINDOW, dtype))
     drawn = torch.randn_like(pooled).contiguous(memory_format=torch.channels_last)
     squeezed = torch.randn(shape[:2], device=device).to(dtype)
     return Operands(full, drawn, index.contiguous(memory_format=torch.channels_last), squeezed, vectors)
@@ -58,29 +73,25 @@ def sweeps(kernels: Any, of: Operands, act: str, dtype: torch.dtype, target: Cal
     """Every kernel that is no convolution, by name, computing in ``dtype``. ``target`` gives the tensor to add to from one like it."""
     (x, y, dz, dout), (mean, scale, beta, a) = of.full, of.vectors
     t, own = Transform(mean, scale, beta, act), Transform(mean, scale, beta)
-    z = kernels.residual_forward(x, own, y, Transform(), act, dtype=dtype, statistics=True)[0]
+    run, join = kernels.run, Join(x, own, y, Transform(), act)
+    z = run(JoinForward(join, dtype, True)).z
+    both = Join(x, own, y, own, act)
     return {
-        "statistics_forward": Sweep(lambda: kernels.statistics_forward(x), [x]),
-        "statistics_backward": Sweep(lambda: (kernels.statistics_backward(x, mean, scale, beta, target(y)),), [x, y]),
-        "normalise_forward": Sweep(lambda: (kernels.normalise_forward(x, t, dtype=dtype),), [x]),
-        "normalise_backward": Sweep(lambda: kernels.normalise_backward(dz, x, t, accumulate=target(y)), [dz, x, y]),
-        "residual_forward": Sweep(
-            lambda: kernels.residual_forward(x, own, y, Transform(), act, dtype=dtype, statistics=True), [x, y]
-        ),
-        "residual_backward": Sweep(
-            lambda: kernels.residual_backward(dout, (a, beta, mean), x, own, y, own, z, act), [dout, x, y, z]
-        ),
+        "statistics_forward": Sweep(lambda: run(StatisticsForward(x)), [x]),
+        "statistics_backward": Sweep(lambda: (run(StatisticsBackward(x, mean, scale, beta, target(y))),), [x, y]),
+        "normalise_forward": Sweep(lambda: (run(NormaliseForward(x, t, dtype)),), [x]),
+        "normalise_backward": Sweep(lambda: run(NormaliseBackward(dz, x, t, target(y))), [dz, x, y]),
+        "residual_forward": Sweep(lambda: run(JoinForward(join, dtype, True)), [x, y]),
+        "residual_backward": Sweep(lambda: run(JoinBackward(dout, (a, beta, mean), both, z)), [dout, x, y, z]),
         # The places themselves are not compared: on a tie another one may be as right.
-        "max_pool_forward": Sweep(lambda: kernels.max_pool_forward(x, t, _WINDOW, dtype=dtype), [x]),
-        "max_pool_backward": Sweep(
-            lambda: kernels.max_pool_backward(of.pooled, of.index, x, t, _WINDOW), [of.pooled, of.index, x]
-        ),
-        "squeeze_forward": Sweep(lambda: (kernels.squeeze_forward(x, t, dtype=dtype),), [x]),
-        "squeeze_backward": Sweep(lambda: kernels.squeeze_backward(of.squeezed, dz, x, t), [of.squeezed, dz, x]),
+        "max_pool_forward": Sweep(lambda: run(MaxPoolForward(x, t, _WINDOW, dtype)), [x]),
+        "max_pool_backward": Sweep(lambda: run(MaxPoolBackward(of.pooled, of.index, x, t, _WINDOW)), [of.pooled, of.index, x]),
+        "squeeze_forward": Sweep(lambda: (run(SqueezeForward(x, t, dtype)),), [x]),
+        "squeeze_backward": Sweep(lambda: run(SqueezeBackward(of.squeezed, dz, x, t)), [of.squeezed, dz, x]),
         "finalize_forward": Sweep(
-            lambda: kernels.finalize_forward(mean, scale, 100, beta, a, None, None, 0.1, 1e-5), [mean, scale, beta, a]
+            lambda: run(FinalizeForward(mean, scale, 100, beta, a, None, None, 0.1, 1e-5)), [mean, scale, beta, a]
         ),
-        "finalize_backward": Sweep(lambda: kernels.finalize_backward(mean, scale, beta), [mean, scale, beta]),
+        "finalize_backward": Sweep(lambda: run(FinalizeBackward(mean, scale, beta)), [mean, scale, beta]),
     }
 
 
@@ -95,9 +106,9 @@ def check_sweeps(
         made["max_pool_forward"] = made["max_pool_forward"][:1]
         return [tensor for group in made.values() for tensor in group if tensor is not None]
 
-    truth, theirs = results(reference, drawn.double(), torch.float64), results(reference, drawn, dtype)
+    truth, theirs = results(REFERENCE, drawn.double(), torch.float64), results(REFERENCE, drawn, dtype)
     with poisoned():
-        ours = results(cuda, drawn, dtype)
+        ours = results(KERNELS, drawn, dtype)
     return compared(ours, theirs, truth, torch.finfo(dtype).eps)
 
 
@@ -106,7 +117,7 @@ def time_sweeps(act: str, shape: tuple[int, ...], ceilings: dict[str, float], de
     clock = clock_for(device)
     drawn = draw_sweeps(act, torch.bfloat16, device, shape)
     times, bounds = {}, {}
-    for name, sweep in sweeps(cuda, drawn, act, torch.bfloat16, lambda like: like).items():
+    for name, sweep in sweeps(KERNELS, drawn, act, torch.bfloat16, lambda like: like).items():
         times[name] = clock.milliseconds(name, sweep.run)
         if not name.startswith("finalize"):
             bounds[name] = sweep.bytes() / ceilings["bytes"] * 1e3

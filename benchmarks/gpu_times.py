@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnrestructure.core.activation import activate
-from bnrestructure.kernels.cuda.convolution_choice import choose, node_of
+from bnrestructure.kernels.choice import Node as ChoiceNode
+from bnrestructure.kernels.cuda.rule import rule
 
 __all__ = ["bounds", "time_node"]
 
@@ -19,7 +20,7 @@ __all__ = ["bounds", "time_node"]
 def time_node(node: Node, ceilings: dict[str, float], batch: int = 256, device: str = "cuda") -> dict[str, Any]:
     """Milliseconds of each implementation forward and backward, of the unfused sequence with cuDNN, and of their roofline; bf16.
 
-    ``forward_rule`` and ``backward_rule`` are what the rule of convolution_choice.py picks; check_node says whether they are right.
+    ``forward_rule`` and ``backward_rule`` are what the rule of kernels/cuda/rule.py picks; check_node says whether they are right.
     ``not_captured``: the times that hold their launches from Python, and why.
     """
     clock = clock_for(device)
@@ -39,7 +40,8 @@ def time_node(node: Node, ceilings: dict[str, float], batch: int = 256, device: 
         found[name] = clock.milliseconds(name, work)
 
     for name in implementations(node):
-        with implementation(node, name) as kernels, convolutions_chosen():
+        kernels = implementation(node, name)
+        with convolutions_chosen():
             time(f"{name}_forward", lambda k=kernels: a.forward(k, node, torch.bfloat16))
             time(f"{name}_backward", lambda k=kernels: a.backward(k, node, torch.bfloat16, a.before))
     x, weight = a.x.detach().requires_grad_(), a.weight.detach().requires_grad_()
@@ -49,9 +51,9 @@ def time_node(node: Node, ceilings: dict[str, float], batch: int = 256, device: 
         time("unfused_forward", lambda: unfused(x, weight))
         time("unfused_backward", lambda: torch.autograd.grad(y, (x, weight), a.dy, retain_graph=True))
         time("cudnn_forward", lambda: F.conv2d(a.x, a.weight, None, *geometry))
-    of = node_of(tuple(a.x.shape), tuple(a.weight.shape), geometry, not node.joined, node.gated, torch.bfloat16, True, node.joined)
+    of = ChoiceNode(tuple(a.x.shape), tuple(a.weight.shape), geometry, torch.bfloat16, not node.joined, node.gated, node.joined)
     for way in ("forward", "backward"):
-        found[f"{way}_rule"] = choose(of, way, None).implementation
+        found[f"{way}_rule"] = rule(of, way).implementation
         found[f"{way}_share"] = found[f"{way}_bound"] / found[f"fused_{way}"]
     return found | ({"not_captured": clock.not_captured} if clock.not_captured else {})
 

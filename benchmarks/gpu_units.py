@@ -17,7 +17,7 @@ from gpu_times import time_node
 
 import bnrestructure
 from bnrestructure.bench.ceilings import copy_bandwidth, fma_ceiling
-from bnrestructure.kernels import cuda
+from bnrestructure.kernels.cuda import KERNELS
 
 __all__ = ["run_unit"]
 
@@ -86,7 +86,7 @@ def _environment(dry: bool) -> dict[str, Any]:
     found = {"torch": torch.__version__, "triton": triton.__version__, "bnrestructure": bnrestructure.__version__}
     if dry:
         return {"device": "none: a dry run in Triton's interpreter", **found}
-    if (reason := cuda.unavailable_reason()) is not None:
+    if (reason := KERNELS.unavailable_reason()) is not None:
         raise RuntimeError(reason)
     device = torch.cuda.get_device_properties(0)
     own = {"device": device.name, "memory": device.total_memory, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}

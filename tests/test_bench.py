@@ -24,9 +24,11 @@ from bnrestructure.bench.settings import MALLOC, Settings
 from bnrestructure.bench.table import verdicts
 from bnrestructure.bench.workload import TrainingStep, Workload, training_loss
 from bnrestructure.cli.main import main
+from bnrestructure.core.edges import ConvGradients
 from bnrestructure.core.errors import UsageError
 from bnrestructure.core.memory_format import to_channels_last
 from bnrestructure.kernels import reference
+from bnrestructure.kernels.calls import ConvBackward
 
 FACTORY = """
 import torch
@@ -41,14 +43,15 @@ def make():
 """
 WRONG = """
 from bnrestructure.kernels import reference
+from bnrestructure.kernels.calls import ConvForward
 
-_right = reference.conv_forward
+_right = reference.RUN[ConvForward]
 
-def _wrong(*args, **options):
-    y, mean, var = _right(*args, **options)
+def _wrong(call):
+    y, mean, var = _right(call)
     return y, mean, None if var is None else var * 1.05
 
-reference.conv_forward = _wrong
+reference.RUN[ConvForward] = _wrong
 """
 
 
@@ -246,12 +249,12 @@ def test_right_numbers_pass(dtype: str, passes: str | None) -> None:
 
 
 def test_wrong_numbers_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = reference.conv_backward
+    right = reference.RUN[ConvBackward]
 
-    def without_mask(dy, edge, x, transform, *rest, **options):  # type: ignore[no-untyped-def]
-        return right(dy, edge, x, dataclasses.replace(transform, act="identity"), *rest, **options)
+    def without_mask(call: ConvBackward) -> ConvGradients:
+        return right(dataclasses.replace(call, transform=dataclasses.replace(call.transform, act="identity")))
 
-    monkeypatch.setattr(reference, "conv_backward", without_mask)
+    monkeypatch.setitem(reference.RUN, ConvBackward, without_mask)
     settings = Settings("small", backend="reference")
     report = check_numbers(small_model(), (torch.randn(2, 3, 16, 16),), settings, None)
     assert not report.ok

@@ -147,9 +147,10 @@ def test_verify_says_what_is_wrong(
     models: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bnrestructure.kernels import reference
+    from bnrestructure.kernels.calls import FinalizeBackward
 
-    original = reference.finalize_backward
-    monkeypatch.setattr(reference, "finalize_backward", lambda *args: tuple(t * 1.01 for t in original(*args)))
+    original = reference.RUN[FinalizeBackward]
+    monkeypatch.setitem(reference.RUN, FinalizeBackward, lambda call: tuple(t * 1.01 for t in original(call)))
     status, out, _ = run(
         capsys,
         "verify",

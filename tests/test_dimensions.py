@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 import bnrestructure
 from bnrestructure.core.memory_format import to_channels_last
-from bnrestructure.kernels import reference, registry
+from bnrestructure.kernels import registry
+from bnrestructure.kernels.calls import Call, FinalizeBackward, FinalizeForward
+from bnrestructure.kernels.reference import ReferenceKernels
 
 
 def conv_bn(inputs: int, outputs: int, kernel: Any, stride: Any = 1) -> nn.Sequential:
@@ -94,15 +96,21 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 def kernels_run(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often the folded kernels ran, and the reference."""
     found: Counter[str] = Counter()
-    select = registry.select
+    run, by_reference = registry.run, ReferenceKernels.run
 
-    def counted(backend: str, name: str, args: Any, kwargs: Any) -> Any:
-        kernel = select(backend, name, args, kwargs)
-        if not name.startswith("finalize"):
-            found["reference" if kernel is getattr(reference, name) else "folded"] += 1
-        return kernel
+    def plain(self: ReferenceKernels, call: Call[Any]) -> Any:
+        found["reference"] += not isinstance(call, FinalizeForward | FinalizeBackward)
+        return by_reference(self, call)
 
-    monkeypatch.setattr(registry, "select", counted)
+    def counted(backend: str, call: Call[Any]) -> Any:
+        before = found["reference"]
+        result = run(backend, call)
+        autocast = torch.is_autocast_enabled("cpu")  # then it has called itself
+        found["folded"] += found["reference"] == before and not isinstance(call, FinalizeForward | FinalizeBackward) and not autocast
+        return result
+
+    monkeypatch.setattr(ReferenceKernels, "run", plain)
+    monkeypatch.setattr(registry, "run", counted)
     return found
 
 

@@ -113,13 +113,14 @@ def test_the_demos_first_part_times_nothing(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_the_demo_says_when_numbers_are_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from bnrestructure.kernels import cpu
+    from bnrestructure.kernels.calls import FinalizeBackward, FinalizeGradients
+    from bnrestructure.kernels.cpu import KERNELS
 
     demo = imported("demo")
     if bnrestructure.kernels.registry.unavailable_reason("cpu") is not None:
         pytest.skip("the CPU kernels are not built")
-    right = cpu.finalize_backward
-    monkeypatch.setattr(cpu, "finalize_backward", lambda *args: tuple(t * 1.5 for t in right(*args)))
+    right = KERNELS._run[FinalizeBackward]
+    monkeypatch.setitem(KERNELS._run, FinalizeBackward, lambda call: FinalizeGradients(*(t * 1.5 for t in right(call))))
     monkeypatch.setattr(demo, "MODELS", ("resnet18",))
     monkeypatch.setattr(sys, "argv", ["demo.py"])
     assert demo.main() == 1

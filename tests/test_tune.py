@@ -16,7 +16,7 @@ from torch import nn
 import bnrestructure
 from bnrestructure.kernels import tuning
 from bnrestructure.kernels.choice import BACKWARD
-from bnrestructure.kernels.cpu import convolution, convolution_choice
+from bnrestructure.kernels.cpu import rule
 
 pytestmark = needs_kernels
 
@@ -38,17 +38,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder for measurements."""
     monkeypatch.setenv("BNRESTRUCTURE_CACHE", str(tmp_path / "cache"))
     tuning.forget()
-    convolution.forget_choices()
     yield tmp_path / "cache"
     monkeypatch.undo()
     tuning.forget()
-    convolution.forget_choices()
 
 
 def _pretend_fastest(monkeypatch: pytest.MonkeyPatch, forward: str, backward: str) -> None:
     """Have every measurement come out in favour of these candidates."""
 
-    def measure(call: str, candidates: dict) -> tuning.Measurement:
+    def measure(call: str, candidates: dict, timer: object) -> tuning.Measurement:
         winner = forward if " forward " in call else backward
         for run in candidates.values():
             run()
@@ -99,7 +97,6 @@ def test_another_process_finds_the_choice_on_disk(monkeypatch: pytest.MonkeyPatc
     (file,) = cache.iterdir()
     assert len(json.loads(file.read_text())["measurements"]) == 5
     tuning.forget()
-    convolution.forget_choices()
     assert {k.forward for k in bnrestructure.explain(_model(), _inputs()).kernels} == {"hybrid"}
 
 
@@ -115,8 +112,7 @@ def test_other_threads_shapes_and_machines_have_choices_of_their_own(monkeypatch
         assert [k.forward for k in bnrestructure.explain(_model(), _inputs()).kernels] == by_rule
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr(convolution_choice.processor, "name", lambda: "another processor")
-    convolution.forget_choices()
+    monkeypatch.setattr(rule.processor, "name", lambda: "another processor")
     assert [k.forward for k in bnrestructure.explain(_model(), _inputs()).kernels] == by_rule
 
 
@@ -125,10 +121,26 @@ def test_a_damaged_file_is_ignored_with_a_warning(cache: Path) -> None:
     (file,) = cache.iterdir()
     file.write_text('{"measurements": [{"call"')
     tuning.forget()
-    convolution.forget_choices()
     with pytest.warns(UserWarning, match="are ignored"):
         plan = bnrestructure.explain(_model(), _inputs())
     assert not any(k.forward_reason.startswith("measured") for k in plan.kernels)
+
+
+def test_an_unknown_kernel_in_the_file_is_a_warning_and_the_rule_decides(cache: Path) -> None:
+    model, x = _model(), _inputs()
+    bnrestructure.tune(model, x)
+    (file,) = cache.iterdir()
+    found = json.loads(file.read_text())
+    for entry in found["measurements"]:
+        entry["choice"] = "nonsense"
+    file.write_text(json.dumps(found))
+    tuning.forget()
+    fused = bnrestructure.restructure(copy.deepcopy(model))
+    with pytest.warns(UserWarning, match="unknown kernel 'nonsense'"):
+        fused(x).sum().backward()
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+    assert [k.forward for k in bnrestructure.explain(model, x).kernels] == ["fused", "winograd", "fused"]
+    assert len(bnrestructure.tune(model, x)) == 5  # measured anew
 
 
 def test_off_keeps_nothing_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

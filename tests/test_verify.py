@@ -22,6 +22,7 @@ from bnrestructure import UsageError, VerificationReport, verify
 from bnrestructure.core import edges
 from bnrestructure.core.edges import BackwardEdge
 from bnrestructure.kernels import reference
+from bnrestructure.kernels.calls import Call, ConvBackward, FinalizeBackward, FinalizeForward, StatisticsForward
 from bnrestructure.kernels.reference import elementwise
 from bnrestructure.ops import conv_options, join
 from bnrestructure.verification import distance, verifier
@@ -136,12 +137,12 @@ def test_a_correct_rewrite_passes(cls: type[nn.Module]) -> None:
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 
-def kernel(name: str, change: Callable[..., Any]) -> Patch:
-    """Replace a reference kernel by ``change(original, *args, **kwargs)``."""
+def kernel(kind: type[Call[Any]], change: Callable[[Callable[[Any], Any], Any], Any]) -> Patch:
+    """Have the reference answer calls of this kind by ``change(original, call)``."""
 
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        original = getattr(reference, name)
-        monkeypatch.setattr(reference, name, lambda *args, **kwargs: change(original, *args, **kwargs))
+        original = reference.RUN[kind]
+        monkeypatch.setitem(reference.RUN, kind, lambda call: change(original, call))
 
     return patch
 
@@ -196,46 +197,49 @@ def wrong_axis(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def finalize(change: Callable[..., Any]) -> Patch:
-    return kernel("finalize_forward", change)
+    return kernel(FinalizeForward, change)
 
 
-def biased_variance(original: Any, mean: Tensor, var: Tensor, count: int, *rest: Any) -> Any:
-    return original(mean, var, 10**12, *rest)
+def biased_variance(original: Any, call: FinalizeForward) -> Any:
+    return original(replace(call, count=10**12))
 
 
-def swapped_beta(original: Any, *args: Any) -> Any:
-    rstd, scale, beta = original(*args)
+def swapped_beta(original: Any, call: FinalizeForward) -> Any:
+    rstd, scale, beta = original(call)
     return rstd, scale, beta.flip(0)
 
 
-def wrong_eps(original: Any, *args: Any) -> Any:
-    return original(*args[:-1], args[-1] * 2)
+def wrong_eps(original: Any, call: FinalizeForward) -> Any:
+    return original(replace(call, eps=call.eps * 2))
 
 
-def no_weight_gradient(original: Any, *args: Any) -> Any:
-    dvar, dweight = original(*args)
+def no_weight_gradient(original: Any, call: FinalizeBackward) -> Any:
+    dvar, dweight = original(call)
     return dvar, torch.zeros_like(dweight)
 
 
-def no_accumulation(original: Any, *args: Any, accumulate: Tensor | None = None, **kwargs: Any) -> Any:
+def no_accumulation(original: Any, call: ConvBackward) -> Any:
     """The gradient that the other readers of the tensor made is lost."""
-    return original(*args, accumulate=None if accumulate is None else accumulate.zero_(), **kwargs)
+    return original(replace(call, accumulate=None if call.accumulate is None else call.accumulate.zero_()))
 
 
-def uncentred(original: Any, *args: Any, **kwargs: Any) -> Any:
-    gradients = original(*args, **kwargs)
+def no_accumulation_behind_joins(original: Any, call: ConvBackward) -> Any:
+    return original(call) if call.join is None else no_accumulation(original, call)
+
+
+def uncentred(original: Any, call: ConvBackward) -> Any:
+    gradients = original(call)
     return gradients if gradients.sum_px is None else gradients._replace(sum_px=gradients.sum_px + gradients.sum_p)
 
 
-def no_mask(original: Any, *args: Any, **kwargs: Any) -> Any:
+def no_mask(original: Any, call: ConvBackward) -> Any:
     """The sum's gradient is handed to both operands as it arrives."""
-    *rest, joined, weight, geometry = args
-    return original(*rest, replace(joined, act="identity"), weight, geometry, **kwargs)
+    return original(call if call.join is None else replace(call, join=replace(call.join, act="identity")))
 
 
-def no_shortcut_statistics(original: Any, *args: Any) -> Any:
-    g, sum_g, sum_gy, sum_gr = original(*args)
-    return g, torch.zeros_like(sum_g), sum_gy, sum_gr
+def no_shortcut_statistics(original: Any, call: ConvBackward) -> Any:
+    found = original(call)
+    return found if call.join is None else found._replace(sum_p=torch.zeros_like(found.sum_p))
 
 
 MUTATIONS: dict[str, tuple[type[nn.Module], Patch, set[str]]] = {
@@ -245,23 +249,27 @@ MUTATIONS: dict[str, tuple[type[nn.Module], Patch, set[str]]] = {
     "term b missing in the backward edge": (Net, edge(without_b), {"gradient", "input gradient"}),
     "factor s missing in the backward edge": (Net, edge(without_s), {"gradient", "input gradient"}),
     "count off by one in the backward edge": (Net, wrong_count, {"gradient", "input gradient"}),
-    "weight gradient of a batch norm missing": (Net, kernel("finalize_backward", no_weight_gradient), {"gradient"}),
+    "weight gradient of a batch norm missing": (Net, kernel(FinalizeBackward, no_weight_gradient), {"gradient"}),
     "gradient of a residual's shortcut missing": (
         Net,
-        kernel("conv_backward", no_accumulation),
+        kernel(ConvBackward, no_accumulation),
         {"gradient", "input gradient"},
     ),
     "gradient of a dense block's concat missing": (
         Dense,
-        kernel("conv_backward", no_accumulation),
+        kernel(ConvBackward, no_accumulation),
         {"gradient", "input gradient"},
     ),
-    "second sum not centred": (Net, kernel("conv_backward", uncentred), {"gradient", "input gradient"}),
-    "mask missing at a residual join": (Joins, kernel("join_backward", no_mask), {"gradient", "input gradient"}),
-    "gradient of a join's other readers missing": (Joins, kernel("join_backward", no_accumulation), {"gradient", "input gradient"}),
+    "second sum not centred": (Net, kernel(ConvBackward, uncentred), {"gradient", "input gradient"}),
+    "mask missing at a residual join": (Joins, kernel(ConvBackward, no_mask), {"gradient", "input gradient"}),
+    "gradient of a join's other readers missing": (
+        Joins,
+        kernel(ConvBackward, no_accumulation_behind_joins),
+        {"gradient", "input gradient"},
+    ),
     "bias gradient missing at a residual join": (
         Net,
-        kernel("residual_backward", no_shortcut_statistics),
+        kernel(ConvBackward, no_shortcut_statistics),
         {"gradient", "input gradient"},
     ),
     "biased running variance": (Net, finalize(biased_variance), {"buffer"}),
@@ -295,7 +303,8 @@ def test_a_broken_rewrite_is_caught(mutation: str, monkeypatch: pytest.MonkeyPat
 def test_cancellation_is_caught_in_float32_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """E[y^2] - E[y]^2 is right in exact arithmetic: only the distance rule sees it."""
 
-    def naive(original: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    def naive(call: StatisticsForward) -> tuple[Tensor, Tensor]:
+        x = call.x
         mean = x.mean((0, 2, 3))
         return mean, x.square().mean((0, 2, 3)) - mean.square()
 
@@ -304,7 +313,7 @@ def test_cancellation_is_caught_in_float32_alone(monkeypatch: pytest.MonkeyPatch
     assert check(model).ok
     import bnrestructure.kernels.reference.convolution as convolution
 
-    monkeypatch.setattr(convolution, "statistics_forward", lambda x: naive(None, x))
+    monkeypatch.setattr(convolution, "statistics_forward", naive)
     report = check(model)
     assert not report.ok
     assert {c.stage for c in report.failures} == {"float32"}
@@ -340,7 +349,7 @@ def test_a_rewrite_that_raises_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(original: Any, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("no such kernel\nsecond line")
 
-    kernel("conv_backward", fail)(monkeypatch)
+    kernel(ConvBackward, fail)(monkeypatch)
     report = check(built(Net))
     assert not report.ok
     assert report.worst is not None
@@ -459,12 +468,13 @@ def test_nan_and_infinity_stand_where_eager_has_them(value: float) -> None:
 
 
 def test_nan_where_eager_has_none_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoil(original: Any, *args: Any, **kwargs: Any) -> Any:
-        g, *sums = original(*args, **kwargs)
-        g.view(-1)[0] = math.nan
-        return (g, *sums)
+    def spoil(original: Any, call: ConvBackward) -> Any:
+        found = original(call)
+        if call.join is not None:
+            found.dx[0, 0, 0, 0] = math.nan
+        return found
 
-    kernel("residual_backward", spoil)(monkeypatch)
+    kernel(ConvBackward, spoil)(monkeypatch)
     report = check(built(Net))
     assert report.worst is not None
     assert report.worst.ratio == math.inf

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from bnrestructure import VerificationReport, verify
 from bnrestructure.kernels import reference
+from bnrestructure.kernels.calls import FinalizeForward
 from bnrestructure.verification.judge import FLOAT64_LIMIT, judge_double
 from bnrestructure.verification.rounding import RandomRounding
 from bnrestructure.verification.trial import Trial
@@ -44,13 +44,13 @@ def test_a_well_conditioned_model_keeps_the_limit() -> None:
 
 
 def test_a_broken_rewrite_of_an_ill_conditioned_model_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = reference.finalize_forward
+    original = reference.RUN[FinalizeForward]
 
-    def slightly_wrong(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        rstd, scale, beta = original(*args)
+    def slightly_wrong(call: FinalizeForward) -> tuple[Tensor, Tensor, Tensor]:
+        rstd, scale, beta = original(call)
         return rstd, scale, beta * (1 + 1e-5)
 
-    monkeypatch.setattr(reference, "finalize_forward", slightly_wrong)
+    monkeypatch.setitem(reference.RUN, FinalizeForward, slightly_wrong)
     report = check(1e-7)
     assert not report.ok
     assert "output" in report.failed_kinds

@@ -94,8 +94,8 @@ def _pretending() -> Iterator[Callable[[bool], None]]:
     caches = (registry.implementation, registry.unavailable_reason, registry._usable)
     with ExitStack() as stack:
         for patch in (
-            mock.patch.dict(registry._DEVICE_MODULES, {"meta": "bnrestructure.kernels.cuda"}),
-            mock.patch.object(cuda, "unavailable_reason", return_value=None),
+            mock.patch.dict(registry._DEVICES, {"meta": "bnrestructure.kernels.cuda"}),
+            mock.patch.object(cuda.CudaKernels, "unavailable_reason", return_value=None),
             mock.patch.object(tracer, "_random_state", return_value=None),
             mock.patch.object(tracer, "_same_random_state", return_value=True),
             mock.patch.object(tracer, "_set_random_state", return_value=None),

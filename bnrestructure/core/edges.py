@@ -12,11 +12,12 @@ tensor, float32 for everything else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from bnrestructure.core.records import record
 
 __all__ = [
     "BackwardEdge",
@@ -57,7 +58,7 @@ def statistics_factors(y: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tens
     return a, b
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Transform:
     """The forward edge: ``z = act((x - mean) * scale + beta) * gate``.
 
@@ -77,7 +78,7 @@ class Transform:
         return self.mean is None and self.act == "identity" and self.gate is None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class BackwardEdge:
     """The backward edge: ``dY = s * P + a * (y - mean) + b``. ``s`` None is 1; ``a`` and ``b`` are both [C] or both None.
 
@@ -91,7 +92,7 @@ class BackwardEdge:
     mean: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Join:
     """A residual join: ``z = act((y - ty.mean) * ty.scale + ty.beta + (r - tr.mean) * tr.scale + tr.beta)``.
 
@@ -103,15 +104,6 @@ class Join:
     r: Tensor
     tr: Transform
     act: str
-
-    @property
-    def device(self) -> torch.device:
-        """Of its tensors: kernels are chosen by it, as by a tensor's."""
-        return self.y.device
-
-    def dim(self) -> int:
-        """Of its tensors, likewise."""
-        return self.y.dim()
 
     @property
     def operands(self) -> tuple[Tensor, Transform, Tensor, Transform, str]:
@@ -166,12 +158,20 @@ class PoolGeometry(NamedTuple):
     padding: tuple[int, ...]
     ceil_mode: bool
 
+    def output_size(self, spatial: Sequence[int]) -> tuple[int, ...]:
+        """Spatial size of the result; in ceil_mode the last window must start inside the input or its left padding."""
+        sizes = []
+        for n, k, s, p in zip(spatial, self.kernel, self.stride, self.padding, strict=True):
+            size = (n + 2 * p - k + (s - 1 if self.ceil_mode else 0)) // s + 1
+            sizes.append(size - 1 if self.ceil_mode and (size - 1) * s >= n + p else size)
+        return tuple(sizes)
+
 
 class ConvGradients(NamedTuple):
     """What a fused convolution's backward hands back. Members that were not asked for, or do not apply, are None.
 
     dx        gradient of the raw input x, [N, C, *spatial] in x's dtype: ``scale * P`` (P itself without a scale);
-              with a gate, the gradient at the gate's input, ``G * gate``, mask *not* applied (see ops/squeeze.py).
+              with a gate, the gradient at the gate's input, ``G * gate``, mask *not* applied (see SqueezeBackward).
               Behind a residual join, G of that join: the gradient at the sum, mask applied, no scale.
     sum_p     SP = sum P, [C].                 sum_px    SPX = sum P * (x - mean), [C].
               Behind a join sum G and sum G * (y - ty.mean), None without such a mean.

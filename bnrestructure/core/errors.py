@@ -8,7 +8,7 @@ __all__ = [
     "CaptureError",
     "NotFollowedError",
     "NotFullyFusedError",
-    "UnexpectedTensorError",
+    "UnsupportedCallError",
     "UsageError",
     "first_line",
 ]
@@ -45,10 +45,10 @@ class NotFullyFusedError(BNRestructureError):
     """``restructure(model, strict=True)`` and some batch norm is not fully fused."""
 
 
-class UnexpectedTensorError(BNRestructureError):
-    """A tensor of another size, dtype or layout than a kernel was told to expect.
+class UnsupportedCallError(BNRestructureError):
+    """A kernel call that an implementation cannot answer: a dtype, a layout, or tensors that do not fit each other.
 
-    Raised before anything is written; the reference runs the call then, so that PyTorch's own operators say what is wrong with it.
+    Raised before anything is written. The reference answers the call then, so that PyTorch's own operators say what is wrong with it.
     """
 
 

@@ -8,8 +8,6 @@ gradient goes where the activation was.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -27,12 +25,11 @@ def kept_activation(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
 
     Its storage is longer than it where that lets the CPU's memory be used again. What backward itself allocates must have exact sizes.
     """
-    elements = math.prod(shape)
-    large = device.type == "cpu" and elements * dtype.itemsize >= _LARGE_BYTES
-    slack = _SLACK_BYTES // dtype.itemsize if large else 0
     strides = [1] * len(shape)
     pitch = shape[1]
     for dim in (*range(len(shape) - 1, 1, -1), 0):
         strides[dim] = pitch
         pitch *= shape[dim]
-    return torch.empty(elements + slack, dtype=dtype, device=device).as_strided_(shape, strides)
+    if pitch * dtype.itemsize < _LARGE_BYTES or device.type != "cpu":
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    return torch.empty(pitch + _SLACK_BYTES // dtype.itemsize, dtype=dtype, device=device).as_strided_(shape, strides)

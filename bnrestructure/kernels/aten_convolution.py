@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # ops imports the kernels
-    from bnrestructure.core.edges import ConvGeometry
+from bnrestructure.core.edges import ConvGeometry
 
 __all__ = ["convolution_backward", "sampled_weight_gradient", "weight_gradient_overruns"]
 

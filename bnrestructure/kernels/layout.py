@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from bnrestructure.core.errors import UnexpectedTensorError
+from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.kernels.operands import readable
 
 __all__ = ["pitch_of", "vector"]
@@ -44,5 +44,5 @@ def vector(v: Tensor | None) -> Tensor | None:
     if v is None or (v.dtype is torch.float32 and v.is_contiguous()):
         return v
     if not v.is_floating_point():
-        raise UnexpectedTensorError(f"a per-channel vector of {v.dtype}")
+        raise UnsupportedCallError(f"a per-channel vector of {v.dtype}")
     return readable(v).detach().to(torch.float32).contiguous()

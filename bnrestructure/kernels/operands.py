@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from bnrestructure.core.edges import Transform
-from bnrestructure.core.errors import UnexpectedTensorError
+from bnrestructure.core.errors import UnsupportedCallError
+from bnrestructure.kernels.calls import Call
 
 __all__ = ["readable", "require_fit", "require_memory", "require_memory_of_all", "tensors_of"]
 
@@ -25,9 +26,10 @@ def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors_of(getattr(value, field.name) for field in fields(value))
 
 
-def require_memory_of_all(values: Iterable[Any], device: str) -> None:
-    """Raise RuntimeError where one of the arguments' tensors is on another type of device, or longer than its storage."""
-    for x in tensors_of(values):
+def require_memory_of_all(call: Call[Any]) -> None:
+    """Raise RuntimeError where one of the call's tensors is on another type of device than its operand, or longer than its storage."""
+    device = call.operand.device.type
+    for x in tensors_of([call]):
         require_memory(x, reach_of(x) if x.numel() else 0, device)
 
 
@@ -47,16 +49,16 @@ def require_memory(x: Tensor, reach: int, device: str) -> None:
 
 
 def require_fit(x: Tensor, *transforms: Transform) -> None:
-    """Raise UnexpectedTensorError where a transform's vectors are not one number a channel of x, or its gate one a channel of each image.
+    """Raise UnsupportedCallError where a transform's vectors are not one number a channel of x, or its gate one a channel of each image.
 
     For what runs several kernels: the last must not find out when the first has written already.
     """
     for t in transforms:
         for vector in (t.mean, t.scale, t.beta):
             if vector is not None and (vector.shape != x.shape[1:2] or not vector.is_floating_point()):
-                raise UnexpectedTensorError(f"a per-channel vector {list(vector.shape)} of {vector.dtype} for {x.shape[1]} channels")
+                raise UnsupportedCallError(f"a per-channel vector {list(vector.shape)} of {vector.dtype} for {x.shape[1]} channels")
         if t.gate is not None and t.gate.shape != x.shape[:2]:
-            raise UnexpectedTensorError(f"a gate {list(t.gate.shape)} for {list(x.shape)}")
+            raise UnsupportedCallError(f"a gate {list(t.gate.shape)} for {list(x.shape)}")
 
 
 def readable(x: Tensor) -> Tensor:

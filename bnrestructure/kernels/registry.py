@@ -1,50 +1,64 @@
-"""The one list of kernel implementations, and the choice among them for a node's actual arguments.
+"""The one list of kernel implementations, and the choice among them for each call.
 
-An implementation is a module with the functions of ``kernels/reference`` and ``supports(name, args, kwargs)``, which gives a
-one-line reason when it cannot run these arguments, or None. ``auto`` takes the implementation of the tensor's device where it
-supports the call, and the reference otherwise; the reference supports everything. Devices' kernels are for 4-D activations; others reach
-them through kernels/folded. The CUDA kernels have to be asked for by name until they have been proved on a device.
+An implementation is a :class:`bnrestructure.kernels.calls.Kernels`. ``auto`` takes that of the tensor's device where it can answer the
+call, and the reference otherwise; the reference answers everything. Devices' kernels are for 4-D activations; others reach them through
+kernels/folded. The CUDA kernels have to be asked for by name until they have been proved on a device.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from functools import cache
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar
 
-from bnrestructure.kernels import reference
+import torch
 
-if TYPE_CHECKING:  # it imports ops, which import this
-    from bnrestructure.kernels.folded import FoldedKernels
+from bnrestructure.core.errors import UnsupportedCallError
+from bnrestructure.kernels.calls import Call, Kernels
+from bnrestructure.kernels.device import DeviceKernels
+from bnrestructure.kernels.folded import FoldedKernels
+from bnrestructure.kernels.reference import REFERENCE
 
-__all__ = ["BACKENDS", "folded", "implementation", "reason_for_device", "select", "unavailable_reason"]
+__all__ = ["BACKENDS", "folded", "implementation", "reason_for_device", "run", "unavailable_reason"]
+
+R = TypeVar("R")
 
 #: What ``restructure(backend=...)`` accepts.
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 
-_DEVICE_MODULES = {"cpu": "bnrestructure.kernels.cpu", "cuda": "bnrestructure.kernels.cuda"}
+_DEVICES = {"cpu": "bnrestructure.kernels.cpu", "cuda": "bnrestructure.kernels.cuda"}
 
 #: What ``auto`` leaves alone, and why: users get it by asking for it.
 _ON_REQUEST = {"cuda": "the CUDA kernels have not been tried on a device yet: backend='cuda' asks for them"}
 
-#: Where the first activation stands among a kernel's arguments, if not in front.
-_ACTIVATION = {"squeeze_backward": 2}
+
+def run(backend: str, call: Call[R]) -> R:
+    """The call's result by the implementation for its tensors, with autocast off: kernels do their own casting."""
+    operand = call.operand
+    device = "cpu" if operand.is_cpu else operand.device.type
+    kernels = _usable(backend, device, operand.dim())
+    if not torch.is_autocast_enabled(device):
+        try:
+            return REFERENCE.run(call) if kernels is None else kernels.run(call)
+        except UnsupportedCallError:
+            return REFERENCE.run(call)
+    torch.set_autocast_enabled(device, False)  # a torch.autocast block costs ten times as much, a thousand times a step
+    try:
+        return run(backend, call)
+    finally:
+        torch.set_autocast_enabled(device, True)
 
 
 @cache
-def implementation(name: str) -> ModuleType | None:
-    """The implementation module for a device type, or None where this installation has none."""
-    if name == "reference":
-        return reference
+def implementation(device: str) -> DeviceKernels | None:
+    """The implementation for a type of device, or None where this installation has none."""
     try:
-        module = importlib.import_module(_DEVICE_MODULES[name])
+        module = importlib.import_module(_DEVICES[device])
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("bnrestructure"):
             return None
         raise
-    return module if module.__file__ is not None else None  # a folder without code is a namespace package
+    return getattr(module, "KERNELS", None)  # a folder without code is a namespace package
 
 
 @cache
@@ -52,46 +66,31 @@ def unavailable_reason(name: str) -> str | None:
     """Why no kernel of this implementation can run in this installation at all, or None if some can."""
     if name == "reference":
         return None
-    module = implementation(name)
-    if module is None:
-        return f"this installation has no {name} kernels"
-    return module.unavailable_reason()
+    kernels = implementation(name)
+    return f"this installation has no {name} kernels" if kernels is None else kernels.unavailable_reason()
 
 
 def reason_for_device(backend: str, device: str) -> str | None:
     """Why ``backend`` uses no kernels of tensors on this type of device (then the reference runs), or None."""
     if backend == "reference":
         return "the reference backend was asked for"
-    if device not in _DEVICE_MODULES:
+    if device not in _DEVICES:
         return f"there are no {device} kernels"
     if backend not in ("auto", device):
         return f"backend {backend!r} was asked for, the tensor is on {device}"
     return _ON_REQUEST.get(device) if backend == "auto" else None
 
 
-def select(backend: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-    """The function to call for kernel ``name`` on these arguments; ``args[0]`` is a tensor, or has a tensor's ``device`` and ``dim``."""
-    module: ModuleType | FoldedKernels | None = _usable(backend, args[0].device.type)
-    if module is not None:
-        dimensions = args[_ACTIVATION.get(name, 0)].dim()
-        if dimensions not in (4, 1):  # the finalize kernels are for vectors
-            module = folded(module)
-        if module.supports(name, args, kwargs) is not None:
-            module = None
-    kernel: Callable[..., Any] = getattr(reference if module is None else module, name)
-    return kernel
-
-
 @cache
-def folded(module: ModuleType) -> FoldedKernels:
+def folded(kernels: DeviceKernels) -> FoldedKernels:
     """The implementation for activations that are not 4-D."""
-    from bnrestructure.kernels.folded import FoldedKernels
-
-    return FoldedKernels(module)
+    return FoldedKernels(kernels)
 
 
 @cache
-def _usable(backend: str, device: str) -> ModuleType | None:
-    """The implementation whose kernels ``backend`` may use of tensors on this type of device, or None."""
-    usable = reason_for_device(backend, device) is None and unavailable_reason(device) is None
-    return implementation(device) if usable else None
+def _usable(backend: str, device: str, dimensions: int) -> Kernels | None:
+    """What ``backend`` may use of tensors on this type of device with so many dimensions, or None; vectors have one."""
+    if reason_for_device(backend, device) is not None or unavailable_reason(device) is not None:
+        return None
+    kernels = implementation(device)
+    return kernels if kernels is None or dimensions in (4, 1) else folded(kernels)

@@ -16,13 +16,10 @@ So values here must not lie on representable ones either when they are rounded:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # ops imports the kernels
-    from bnrestructure.core.edges import Transform
+from bnrestructure.core.edges import Transform
 
 __all__ = ["GRADIENT_FACTOR", "dithered", "gradient_factor", "narrowed", "restored"]
 

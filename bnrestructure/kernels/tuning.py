@@ -26,11 +26,13 @@ import torch
 __all__ = [
     "Measurement",
     "cache_file",
+    "discard",
     "forget",
     "is_measuring",
     "measure",
     "measured",
     "measuring",
+    "renew",
     "set_machine",
     "wall_clock",
     "where_kept",
@@ -62,6 +64,8 @@ _known: dict[str, Measurement] | None = None
 #: Those of other machines: a process may go to and fro between a processor and its GPUs.
 _others: dict[str, dict[str, Measurement] | None] = {}
 _recorder: list[Measurement] | None = None
+#: Changes whenever a choice that was made before might be another one now.
+generation = 0
 _listener: Callable[[Measurement], None] | None = None
 
 
@@ -104,11 +108,24 @@ def measured(call: str) -> Measurement | None:
     return _known.get(call)
 
 
+def discard(call: str) -> None:
+    """Forget the measurement of this call, in this process: it cannot be used."""
+    if _known is not None:
+        _known.pop(call, None)
+
+
+def renew() -> None:
+    """Have every choice made anew."""
+    global generation
+    generation += 1
+
+
 def forget() -> None:
     """Read the files again at the next question."""
     global _known
     _known = None
     _others.clear()
+    renew()
 
 
 def is_measuring() -> bool:
@@ -126,10 +143,12 @@ def measuring(listener: Callable[[Measurement], None] | None = None) -> Iterator
     if _recorder is not None:
         raise RuntimeError("tuning is under way already")
     _recorder, _listener = [], listener
+    renew()
     try:
         yield _recorder
     finally:
         _recorder, _listener, found = None, None, _recorder
+        renew()
         if found:
             _write(cache_file())
 

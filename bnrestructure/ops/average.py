@@ -10,8 +10,8 @@ from torch import Tensor
 from bnrestructure.core.activation import is_homogeneous
 from bnrestructure.core.edges import ConvGeometry
 from bnrestructure.ops import library
-from bnrestructure.ops.conv import PlainConv, check_shapes
-from bnrestructure.ops.conv_options import ConvOptions
+from bnrestructure.ops.conv import PlainConv
+from bnrestructure.ops.conv_options import ConvOptions, check_shapes
 from bnrestructure.ops.sweeps import PoolOutputs
 
 __all__ = ["avg_pool"]

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from bnrestructure.core.aliases import alias
 from bnrestructure.core.edges import ConvGeometry, Transform, accumulation_dtype
+from bnrestructure.kernels import registry
+from bnrestructure.kernels.calls import ConvBackward, ConvForward
 from bnrestructure.ops import library
-from bnrestructure.ops.conv_options import ConvOptions, backward_edge, destination, incoming_gradient, remember
-from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative, in_format_of
+from bnrestructure.ops.conv_options import ConvOptions, Written, backward_edge, check_shapes, destination, incoming_gradient
+from bnrestructure.ops.dispatch import guard_second_derivative, in_format_of
 from bnrestructure.ops.join import JoinConv, join_is_fusible
 from bnrestructure.ops.residual import residual
 from bnrestructure.ops.unbatched import unbatched_conv
 
-__all__ = ["ConvOutputs", "PlainConv", "check_shapes", "conv"]
+__all__ = ["ConvOutputs", "PlainConv", "conv"]
 
 
 class ConvOutputs(NamedTuple):
@@ -93,21 +95,22 @@ def conv(
             x, mean, scale, beta, r, r_mean, r_scale, r_beta, act=act, gain=x_gain, r_gain=r_gain, backend=backend
         )  # fmt: skip
         x, mean, scale, beta, act, r = joined.out, None, None, None, "identity", None
-    dtype = compute_dtype(x)
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise RuntimeError(f"Input type ({x.dtype}) and weight type ({weight.dtype}) should be the same")
-    if bias is not None and bias.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise RuntimeError(f"Input type ({x.dtype}) and bias type ({bias.dtype}) should be the same")
+    device = "cpu" if x.is_cpu else x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    if not autocast and (x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype)):
+        other, found = ("weight", weight.dtype) if x.dtype != weight.dtype or bias is None else ("bias", bias.dtype)
+        raise RuntimeError(f"Input type ({x.dtype}) and {other} type ({found}) should be the same")
+    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     if x.dim() == weight.dim() - 1 and gate is None and into is None and channels is None:
         transform = Transform(mean, scale, beta, act)
         return ConvOutputs(*unbatched_conv(
             x, transform, weight, bias, geometry, wants_statistics=statistics, thread=thread, gain=gain, backend=backend
         ))  # fmt: skip
-    check_shapes(x, weight, geometry)
     if gate is not None:
         gate = gate.to(accumulation_dtype(x.dtype))
     if torch.compiler.is_compiling() and not (thread or gain or into is not None or channels is not None):
+        check_shapes(x, weight, geometry)
         y, ymean, yvar = library.conv(
             x, mean, scale, beta, act, gate, weight, bias, stride, padding, dilation, groups, statistics, dtype, backend
         )
@@ -123,26 +126,6 @@ def conv(
         )
     size = torch.Size((y.shape[0], weight.shape[0], *y.shape[2:])) if statistics else None
     return ConvOutputs(y, ymean, yvar, size, passed, ones)
-
-
-def check_shapes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> None:
-    """Raise RuntimeError, in the words of PyTorch's convolution, where these do not fit each other."""
-    spatial = len(geometry.stride)
-    if x.dim() != spatial + 2:
-        raise RuntimeError(
-            f"Expected {spatial + 2}D input [N, C, *spatial] to a {spatial}-D convolution, but got input of size: {list(x.shape)}"
-        )
-    expected = weight.shape[1] * geometry.groups
-    if x.shape[1] != expected:
-        raise RuntimeError(
-            f"Given groups={geometry.groups}, weight of size {list(weight.shape)}, expected input{list(x.shape)} "
-            f"to have {expected} channels, but got {x.shape[1]} channels instead"
-        )
-    if min(geometry.output_size(x.shape[2:], weight.shape[2:])) < 1:
-        raise RuntimeError(
-            f"Calculated output size is too small for input {list(x.shape)} and kernel {list(weight.shape[2:])}: "
-            "kernel size can't be greater than actual input size"
-        )
 
 
 class PlainConv(torch.autograd.Function):
@@ -162,12 +145,13 @@ class PlainConv(torch.autograd.Function):
         options: ConvOptions,
     ) -> tuple[Tensor | None, ...]:
         transform = Transform(mean, scale, beta, options.act, gate)
-        buffer, out, offset = destination(x, weight, into, options)
-        y, ymean, yvar = call_kernel(
-            options.backend, "conv_forward", x, transform, weight, bias, options.geometry,
-            dtype=options.dtype, statistics=options.statistics, out=out,
-        )  # fmt: skip
-        remember(ctx, options, weight, bias, into, offset)
+        buffer = out = written = None
+        if into is not None or options.channels is not None:
+            buffer, out, offset = destination(x, weight, into, options)
+            written = Written(None if into is None else into.shape[1], offset, weight.shape[0])
+        call = ConvForward(x, transform, weight, bias, options.geometry, options.dtype, options.statistics, out)
+        y, ymean, yvar = registry.run(options.backend, call)
+        ctx.options, ctx.has_bias, ctx.written = options, bias is not None, written
         ctx.save_for_backward(x, mean, scale, beta, gate, weight, y if options.statistics else None, ymean)
         ctx.set_materialize_grads(False)
         result = y if buffer is None else buffer
@@ -180,18 +164,20 @@ class PlainConv(torch.autograd.Function):
         options: ConvOptions = ctx.options
         x, mean, scale, beta, gate, weight, y, ymean = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        needs_x = needs[0] or any(needs[1:5])
+        needs_x = True in needs[:5]
         if dresult is None and dmean is None and dvar is None:
             return guard_second_derivative((dpassed, *[None] * 8))
-        dy, dinto = incoming_gradient(ctx, dresult)
+        dy, dinto = dresult, None
+        if dresult is not None and ctx.written is not None:
+            dy, dinto = incoming_gradient(ctx.written, dresult)
         edge = backward_edge(dgain, dmean, dvar, y, ymean)
         if dy is None:
             dy = torch.zeros_like(y)
         own = None if dpassed is None or dpassed.dtype != x.dtype else dpassed
-        gradients = call_kernel(
-            options.backend, "conv_backward", dy, edge, x, Transform(mean, scale, beta, options.act, gate), weight,
-            options.geometry, dtype=options.dtype, needs=(needs_x, needs[5], ctx.has_bias and needs[6]), accumulate=own,
-        )  # fmt: skip
+        transform = Transform(mean, scale, beta, options.act, gate)
+        wanted = needs_x, needs[5], ctx.has_bias and needs[6]
+        call = ConvBackward(dy, edge, x, transform, weight, options.geometry, options.dtype, wanted, own)
+        gradients = registry.run(options.backend, call)
         dx = in_format_of(x, gradients.dx) if needs_x else dpassed
         dmu = dscale = dbeta = None
         if gradients.sum_p is not None and mean is not None:

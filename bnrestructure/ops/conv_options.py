@@ -11,7 +11,7 @@ from bnrestructure.core.aliases import channel_slice
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, statistics_factors
 from bnrestructure.core.kept import kept_activation
 
-__all__ = ["ConvOptions", "backward_edge", "destination", "incoming_gradient", "remember"]
+__all__ = ["ConvOptions", "Written", "backward_edge", "check_shapes", "destination", "incoming_gradient"]
 
 
 class ConvOptions(NamedTuple):
@@ -31,10 +31,12 @@ class ConvOptions(NamedTuple):
 
 def destination(
     x: Tensor, weight: Tensor, into: Tensor | None, options: ConvOptions
-) -> tuple[Tensor | None, Tensor | None, int]:
-    """(the buffer to return, the slice of it to write, its first channel); (None, None, 0) when y is a tensor of its own."""
-    if into is None and options.channels is None:
-        return None, None, 0
+) -> tuple[Tensor, Tensor, int]:
+    """(the concat buffer to return, the slice of it to write, its first channel), where y goes into one.
+
+    Raises RuntimeError, in the words of PyTorch's convolution, where x and the weight do not fit each other.
+    """
+    check_shapes(x, weight, options.geometry)
     out_channels = weight.shape[0]
     if into is None:
         size = options.geometry.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
@@ -54,17 +56,35 @@ def backward_edge(dgain: Any, dmean: Any, dvar: Any, y: Any, ymean: Any) -> Back
     return BackwardEdge(s=dgain, a=a, b=b, y=y, mean=ymean)
 
 
-def remember(ctx: Any, options: ConvOptions, weight: Tensor, bias: Tensor | None, into: Tensor | None, offset: int) -> None:
-    """What :func:`incoming_gradient` and the nodes' backward need to know beside their tensors."""
-    ctx.options = options
-    ctx.has_bias = bias is not None
-    ctx.into_channels = None if into is None else into.shape[1]
-    ctx.offset, ctx.out_channels = offset, weight.shape[0]
+class Written(NamedTuple):
+    """Where in a concat buffer y was written: the channels of the one it was given, or None for a new one; y's first one, and how many."""
+
+    into_channels: int | None
+    offset: int
+    channels: int
 
 
-def incoming_gradient(ctx: Any, dresult: Any) -> tuple[Any, Any]:
+def incoming_gradient(written: Written, dresult: Tensor) -> tuple[Tensor, Tensor | None]:
     """(the gradient at what the convolution wrote, the rest for the buffer it wrote into) from that of what the node returned."""
-    if dresult is None or (ctx.options.channels is None and ctx.into_channels is None):
-        return dresult, None
-    dinto = None if ctx.into_channels is None else dresult.narrow(1, 0, ctx.into_channels)
-    return dresult.narrow(1, ctx.offset, ctx.out_channels), dinto
+    dinto = None if written.into_channels is None else dresult.narrow(1, 0, written.into_channels)
+    return dresult.narrow(1, written.offset, written.channels), dinto
+
+
+def check_shapes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> None:
+    """Raise RuntimeError, in the words of PyTorch's convolution, where these do not fit each other."""
+    spatial = len(geometry.stride)
+    if x.dim() != spatial + 2:
+        raise RuntimeError(
+            f"Expected {spatial + 2}D input [N, C, *spatial] to a {spatial}-D convolution, but got input of size: {list(x.shape)}"
+        )
+    expected = weight.shape[1] * geometry.groups
+    if x.shape[1] != expected:
+        raise RuntimeError(
+            f"Given groups={geometry.groups}, weight of size {list(weight.shape)}, expected input{list(x.shape)} "
+            f"to have {expected} channels, but got {x.shape[1]} channels instead"
+        )
+    if min(geometry.output_size(x.shape[2:], weight.shape[2:])) < 1:
+        raise RuntimeError(
+            f"Calculated output size is too small for input {list(x.shape)} and kernel {list(weight.shape[2:])}: "
+            "kernel size can't be greater than actual input size"
+        )

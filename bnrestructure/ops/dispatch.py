@@ -1,54 +1,21 @@
-"""From a fused node to a kernel: compute dtype, implementation, and the guard that every node's backward shares."""
+"""What every fused node needs around its kernels: the compute dtype, the gradient's format, and the guard of its backward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnrestructure.core.errors import UnexpectedTensorError
-from bnrestructure.kernels import reference, registry
-from bnrestructure.kernels.operands import require_memory_of_all
-
-__all__ = ["call_kernel", "compute_dtype", "guard_second_derivative", "in_format_of"]
+__all__ = ["compute_dtype", "guard_second_derivative", "in_format_of"]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype a node computes and stores in: autocast's where it applies (never to float64), else x's own."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    device = "cpu" if x.is_cpu else x.device.type  # the latter takes ten times as long
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
-
-
-def call_kernel(backend: str, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Run kernel ``name`` of the implementation chosen for these arguments (see kernels/registry.py).
-
-    Kernels do their own casting, so autocast is off inside them.
-    """
-    kernel: Callable[..., Any] = registry.select(backend, name, args, kwargs)
-    device = args[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return _run(kernel, name, device, args, kwargs)
-    torch.set_autocast_enabled(device, False)  # a torch.autocast block costs ten times as much, a thousand times a step
-    try:
-        return _run(kernel, name, device, args, kwargs)
-    finally:
-        torch.set_autocast_enabled(device, True)
-
-
-def _run(kernel: Callable[..., Any], name: str, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The kernel on these arguments; the reference where it meets a tensor that it does not expect."""
-    plain = getattr(reference, name)
-    if kernel is not plain:
-        try:
-            return kernel(*args, **kwargs)
-        except UnexpectedTensorError:
-            pass
-    require_memory_of_all((*args, *kwargs.values()), device)
-    return plain(*args, **kwargs)
 
 
 def in_format_of(x: Tensor, gradient: Tensor | None) -> Tensor | None:

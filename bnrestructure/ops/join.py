@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from bnrestructure.core.edges import Join, Transform, accumulation_dtype
-from bnrestructure.ops.conv_options import ConvOptions, backward_edge, destination, incoming_gradient, remember
-from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative
+from bnrestructure.core.kept import kept_activation
+from bnrestructure.kernels import registry
+from bnrestructure.kernels.calls import ConvBackward, ConvForward, JoinBackward, JoinGradients
+from bnrestructure.ops.conv_options import ConvOptions, Written, backward_edge, destination, incoming_gradient
+from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative
 from bnrestructure.ops.residual import operand_gradients
 
 __all__ = ["JoinConv", "join_is_fusible"]
@@ -53,12 +56,15 @@ class JoinConv(torch.autograd.Function):
         into: Tensor | None,
         options: ConvOptions,
     ) -> tuple[Tensor | None, ...]:
-        buffer, out, offset = destination(x, weight, into, options)
-        z, y, ymean, yvar = call_kernel(
-            options.backend, "join_forward", Join(x, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), options.act),
-            weight, bias, options.geometry, dtype=options.dtype, statistics=options.statistics, out=out,
-        )  # fmt: skip
-        remember(ctx, options, weight, bias, into, offset)
+        buffer = out = written = None
+        if into is not None or options.channels is not None:
+            buffer, out, offset = destination(x, weight, into, options)
+            written = Written(None if into is None else into.shape[1], offset, weight.shape[0])
+        join = Join(x, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), options.act)
+        z = kept_activation(x.shape, options.dtype, x.device)
+        call = ConvForward(z, Transform(), weight, bias, options.geometry, options.dtype, options.statistics, out, join)
+        y, ymean, yvar = registry.run(options.backend, call)
+        ctx.options, ctx.has_bias, ctx.written = options, bias is not None, written
         ctx.has_gain, ctx.has_r_gain = x_gain is not None, r_gain is not None
         kept = y if options.statistics else None
         ctx.save_for_backward(x, mean, scale, beta, r, r_mean, r_scale, r_beta, z, weight, kept, ymean)
@@ -71,18 +77,23 @@ class JoinConv(torch.autograd.Function):
         options: ConvOptions = ctx.options
         x, mean, scale, beta, r, r_mean, r_scale, r_beta, z, weight, y, ymean = ctx.saved_tensors
         join = Join(x, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), options.act)
-        dy, dinto = incoming_gradient(ctx, dresult)
+        dy, dinto = dresult, None
+        if dresult is not None and ctx.written is not None:
+            dy, dinto = incoming_gradient(ctx.written, dresult)
         dweight = dbias = None
         if dy is None and dmean is None and dvar is None:  # only the sum's other readers take part
             if dz is None:
                 return guard_second_derivative((None,) * 14)
-            g, *sums = call_kernel(options.backend, "residual_backward", dz, None, *join.operands[:-1], z, join.act)
+            gradients = registry.run(options.backend, JoinBackward(dz, None, join, z))
         else:
-            needs = ctx.needs_input_grad[10], ctx.has_bias and ctx.needs_input_grad[11]
-            g, *sums, dweight, dbias = call_kernel(
-                options.backend, "join_backward", torch.zeros_like(y) if dy is None else dy,
-                backward_edge(dgain, dmean, dvar, y, ymean), z, join, weight, options.geometry,
-                dtype=options.dtype, needs=needs, accumulate=dz,
-            )  # fmt: skip
+            needs = True, ctx.needs_input_grad[10], ctx.has_bias and ctx.needs_input_grad[11]
+            dy = torch.zeros_like(y) if dy is None else dy
+            edge = backward_edge(dgain, dmean, dvar, y, ymean)
+            call = ConvBackward(dy, edge, z, Transform(), weight, options.geometry, options.dtype, needs, dz, join)
+            found = registry.run(options.backend, call)
+            assert found.dx is not None
+            assert found.sum_p is not None
+            gradients = JoinGradients(found.dx, found.sum_p, found.sum_px, found.sum_pr)
+            dweight, dbias = found.weight, found.bias
         operands = (x, scale, ctx.has_gain), (r, r_scale, ctx.has_r_gain)
-        return guard_second_derivative((*operand_gradients(*operands, g, *sums), dweight, dbias, dinto, None))
+        return guard_second_derivative((*operand_gradients(*operands, gradients), dweight, dbias, dinto, None))

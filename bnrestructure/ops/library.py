@@ -21,7 +21,15 @@ from bnrestructure.core.edges import (
     statistics_factors,
 )
 from bnrestructure.core.memory_format import in_channels_last
-from bnrestructure.ops.dispatch import call_kernel
+from bnrestructure.kernels import registry
+from bnrestructure.kernels.calls import (
+    ConvBackward,
+    ConvForward,
+    NormaliseBackward,
+    NormaliseForward,
+    StatisticsBackward,
+    StatisticsForward,
+)
 
 __all__ = ["conv", "conv_backward", "normalise", "normalise_backward", "statistics", "statistics_backward"]
 
@@ -77,10 +85,8 @@ def conv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, var) of ``ops.conv``."""
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    y, ymean, yvar = call_kernel(
-        backend, "conv_forward", x, Transform(mean, scale, beta, act, gate), weight, bias, geometry,
-        dtype=dtype, statistics=statistics,
-    )  # fmt: skip
+    call = ConvForward(x, Transform(mean, scale, beta, act, gate), weight, bias, geometry, dtype, statistics)
+    y, ymean, yvar = registry.run(backend, call)
     y, ymean, yvar = _apart(_last(y), _given(ymean, weight), _given(yvar, weight), of=x)
     return y, ymean, yvar
 
@@ -122,10 +128,10 @@ def conv_backward(
     edge = BackwardEdge()
     if dmean is not None and dvar is not None and y is not None and y_mean is not None:
         edge = BackwardEdge(None, *statistics_factors(y, y_mean, dmean, dvar), y, y_mean)
-    g = call_kernel(
-        backend, "conv_backward", dy, edge, x, Transform(mean, scale, beta, act, gate), weight,
-        geometry, dtype=dtype, needs=(True, True, needs_bias),
-    )  # fmt: skip
+    transform = Transform(mean, scale, beta, act, gate)
+    g = registry.run(backend, ConvBackward(dy, edge, x, transform, weight, geometry, dtype, (True, True, needs_bias)))
+    assert g.dx is not None
+    assert g.weight is not None
     sum_p, sum_px, gate_gradient, bias = (_given(t, weight) for t in (g.sum_p, g.sum_px, g.gate, g.bias))
     dx, sum_p, sum_px, gate_gradient, dweight, bias = _apart(_last(g.dx), sum_p, sum_px, gate_gradient, g.weight.contiguous(), bias, of=dy)
     return dx, sum_p, sum_px, gate_gradient, dweight, bias
@@ -164,7 +170,7 @@ conv.register_autograd(_conv_gradient, setup_context=_conv_context)
 @_custom_op("bnrestructure::statistics", mutates_args=())
 def statistics(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """(mean, biased var) of ``ops.statistics``."""
-    mean, var = _apart(*call_kernel(backend, "statistics_forward", x), of=x)
+    mean, var = _apart(*registry.run(backend, StatisticsForward(x)), of=x)
     return mean, var
 
 
@@ -176,7 +182,7 @@ def _(x, backend):  # type: ignore[no-untyped-def]
 @_custom_op("bnrestructure::statistics_backward", mutates_args=())
 def statistics_backward(x: Tensor, mean: Tensor, dmean: Tensor, dvar: Tensor, backend: str) -> Tensor:
     """``2 dvar / M * (x - mean) + dmean / M`` in x's dtype."""
-    return _last(call_kernel(backend, "statistics_backward", x, mean, *statistics_factors(x, mean, dmean, dvar), None))
+    return _last(registry.run(backend, StatisticsBackward(x, mean, *statistics_factors(x, mean, dmean, dvar))))
 
 
 @statistics_backward.register_fake
@@ -200,7 +206,7 @@ statistics.register_autograd(_statistics_gradient, setup_context=_statistics_con
 @_custom_op("bnrestructure::normalise", mutates_args=())
 def normalise(x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor, act: str, backend: str) -> Tensor:
     """z of ``ops.normalise``."""
-    z = call_kernel(backend, "normalise_forward", x, Transform(mean, scale, beta, act), dtype=x.dtype)
+    z = registry.run(backend, NormaliseForward(x, Transform(mean, scale, beta, act), x.dtype))
     return _apart(_last(z), of=x)[0]
 
 
@@ -214,8 +220,8 @@ def normalise_backward(
     dz: Tensor, x: Tensor, mean: Tensor, scale: Tensor, beta: Tensor, act: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, SP, SPX)."""
-    dx, sum_p, sum_px = call_kernel(backend, "normalise_backward", dz, x, Transform(mean, scale, beta, act))
-    dx, sum_p, sum_px = _apart(_last(dx), sum_p, sum_px, of=dz)
+    found = registry.run(backend, NormaliseBackward(dz, x, Transform(mean, scale, beta, act)))
+    dx, sum_p, sum_px = _apart(_last(found.dx), _given(found.sum_p, x), _given(found.sum_px, x), of=dz)
     return dx, sum_p, sum_px
 
 

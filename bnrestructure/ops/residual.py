@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from bnrestructure.core.activation import activate
-from bnrestructure.core.edges import Transform, per_channel, statistics_factors
+from bnrestructure.core.edges import Join, Transform, per_channel, statistics_factors
+from bnrestructure.kernels import registry
+from bnrestructure.kernels.calls import JoinBackward, JoinForward, JoinGradients
 from bnrestructure.kernels.operands import readable
 from bnrestructure.ops.concat import own_gradient
-from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative, in_format_of
+from bnrestructure.ops.dispatch import guard_second_derivative, in_format_of
 from bnrestructure.ops.statistics import statistics as compute_statistics
 from bnrestructure.ops.sweeps import normalise
 
@@ -100,10 +102,8 @@ class _Residual(torch.autograd.Function):
         statistics: bool,
         backend: str,
     ) -> Any:
-        ty, tr = Transform(mean, scale, beta), Transform(r_mean, r_scale, r_beta)
-        out, omean, ovar = call_kernel(
-            backend, "residual_forward", y, ty, r, tr, act, dtype=y.dtype, statistics=statistics
-        )
+        join = Join(y, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), act)
+        out, omean, ovar = registry.run(backend, JoinForward(join, y.dtype, statistics))
         ctx.act, ctx.backend = act, backend
         ctx.has_gain, ctx.has_r_gain = gain is not None, r_gain is not None
         # Backward reads out for its statistics alone (and under an activation eager would have saved it, too): without them the caller
@@ -116,37 +116,33 @@ class _Residual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Any, dmean: Any, dvar: Any) -> Any:
         y, mean, scale, beta, r, r_mean, r_scale, r_beta, out, omean = ctx.saved_tensors
-        out = y if out is None else out  # the same shape and dtype
         statistics = None
         if dmean is not None or dvar is not None:
             statistics = (*statistics_factors(out, omean, dmean, dvar), omean)
         if dout is None:
             if statistics is None:
                 return (None,) * 13
-            dout = torch.zeros_like(out)
-        g, sum_g, sum_gy, sum_gr = call_kernel(
-            ctx.backend, "residual_backward", dout, statistics, y, Transform(mean, scale, beta), r,
-            Transform(r_mean, r_scale, r_beta), out, ctx.act,
-        )  # fmt: skip
-        if g.data_ptr() == dout.data_ptr():
-            g = g.clone()  # a join without an activation: the threads behind r will write to g, and dout may be the caller's
+            dout = torch.zeros_like(y)
+        join = Join(y, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), ctx.act)
+        found = registry.run(ctx.backend, JoinBackward(dout, statistics, join, out))
+        if found.g.data_ptr() == dout.data_ptr():
+            # A join without an activation: the threads behind r will write to g, and dout may be the caller's.
+            found = found._replace(g=found.g.clone())
         operands = (y, scale, ctx.has_gain), (r, r_scale, ctx.has_r_gain)
-        return guard_second_derivative((*operand_gradients(*operands, g, sum_g, sum_gy, sum_gr), None, None, None))
+        return guard_second_derivative((*operand_gradients(*operands, found), None, None, None))
 
 
 def operand_gradients(
     left: tuple[Tensor, Tensor, bool],
     right: tuple[Tensor, Tensor | None, bool],
-    g: Tensor,
-    sum_g: Tensor,
-    sum_gy: Tensor | None,
-    sum_gr: Tensor | None,
+    found: JoinGradients,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of y, its mean, scale and beta, the same four of r, gain and r_gain, from the gradient g at the sum.
+    """The gradients of y, its mean, scale and beta, the same four of r, gain and r_gain, from those at the sum.
 
     An operand is (its tensor, its scale, whether its producer applies the scale).
     """
     (y, scale, has_gain), (r, r_scale, has_r_gain) = left, right
+    g, sum_g, sum_gy, sum_gr = found
     dy, dgain = (g, scale) if has_gain else (_scaled(g, scale), None)
     of_y = (in_format_of(y, dy), -scale * sum_g, sum_gy, sum_g)
     if r_scale is None:

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from bnrestructure.core.activation import activate
 from bnrestructure.core.aliases import alias
 from bnrestructure.core.edges import statistics_factors
+from bnrestructure.kernels import registry
+from bnrestructure.kernels.calls import FinalizeBackward, FinalizeForward, StatisticsBackward, StatisticsForward
 from bnrestructure.ops import library
-from bnrestructure.ops.dispatch import call_kernel, guard_second_derivative, in_format_of
+from bnrestructure.ops.dispatch import guard_second_derivative, in_format_of
 
 __all__ = ["FinalizeOutputs", "StatisticsOutputs", "batch_norm", "finalize", "statistics"]
 
@@ -41,7 +43,7 @@ def statistics(x: Tensor, *, thread: bool = False, backend: str = "auto") -> Sta
 class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, thread: bool, backend: str) -> Any:
-        mean, var = call_kernel(backend, "statistics_forward", x)
+        mean, var = registry.run(backend, StatisticsForward(x))
         ctx.backend = backend
         ctx.save_for_backward(x, mean)
         ctx.set_materialize_grads(False)
@@ -52,7 +54,7 @@ class _Statistics(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         if dmean is None and dvar is None:
             return guard_second_derivative((dpassed, None, None))
-        dx = call_kernel(ctx.backend, "statistics_backward", x, mean, *statistics_factors(x, mean, dmean, dvar), dpassed)
+        dx = registry.run(ctx.backend, StatisticsBackward(x, mean, *statistics_factors(x, mean, dmean, dvar), dpassed))
         return guard_second_derivative((in_format_of(x, dx), None, None))
 
 
@@ -88,7 +90,6 @@ def finalize(
     ``dimensions`` (empty: any) in number of dimensions, RuntimeError when a parameter or running statistic does not have C elements, is of
     a dtype that the input cannot have been of, or, a running statistic, requires a gradient.
     """
-    _check_vectors(mean, weight, bias, running_mean, running_var)
     eps, momentum = float(eps), None if momentum is None else float(momentum)  # a graph may compute them, even as tensors
     if eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
@@ -100,8 +101,10 @@ def finalize(
         if count == 1:
             shown = torch.Size((size[0], mean.shape[0], *size[2:]))
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shown}")
-        if count == 0:  # PyTorch's layer leaves the running statistics as they are
+        if count == 0:  # PyTorch's layer leaves the running statistics as they are, and looks at no dtype
             running_mean = running_var = None
+    if isinstance(count, Tensor) or count:
+        _check_vectors(mean, weight, bias, running_mean, running_var)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if momentum is None:
@@ -115,7 +118,10 @@ def _check_vectors(
     """Raise PyTorch's errors about a batch norm's parameters and running statistics."""
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    channels, dtype = mean.numel(), None
+    channels, grad = mean.numel(), torch.is_grad_enabled()
+    # Statistics are float64 for a float64 input alone; parameters are of the input's dtype, or float32 beside 16 bits.
+    allowed = (torch.float64,) if mean.dtype is torch.float64 else _NARROW
+    dtype = None
     for name, vector in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
         if vector is None:
             continue
@@ -123,18 +129,16 @@ def _check_vectors(
             raise RuntimeError(f"{name} should contain {channels} elements not {vector.numel()}")
         if vector.dim() != 1:
             raise RuntimeError(f"{name}: expected 1 dims but tensor has {vector.dim()}")
-        # Statistics are float64 for a float64 input alone; parameters are of the input's dtype, or float32 beside 16 bits.
-        allowed = (torch.float64,) if mean.dtype is torch.float64 else _NARROW
-        dtype = vector.dtype if dtype is None else dtype
-        if vector.dtype not in allowed or vector.dtype is not dtype:
-            raise RuntimeError(f"mixed dtype: {name} is {vector.dtype}, where {allowed[0] if dtype not in allowed else dtype} was expected")
-    if torch.is_grad_enabled() and running_mean is not None and running_var is not None:
-        for name, vector in (("running_mean", running_mean), ("running_var", running_var)):
-            if vector.requires_grad:
-                raise RuntimeError(
-                    f"The function 'native_batch_norm' is not differentiable with respect to argument '{name}'. "
-                    "This input cannot have requires_grad True."
-                )
+        found = vector.dtype
+        if dtype is None and found in allowed:
+            dtype = found
+        if found is not dtype:
+            raise RuntimeError(f"mixed dtype: {name} is {found}, where {allowed[0] if dtype is None else dtype} was expected")
+        if grad and vector.requires_grad and name.startswith("running"):
+            raise RuntimeError(
+                f"The function 'native_batch_norm' is not differentiable with respect to argument '{name}'. "
+                "This input cannot have requires_grad True."
+            )
 
 
 def _check_dimensions(found: int, allowed: tuple[int, ...]) -> None:
@@ -179,9 +183,8 @@ class _Finalize(torch.autograd.Function):
         eps: float,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        rstd, scale, beta = call_kernel(
-            backend, "finalize_forward", mean, var, count, weight, bias, running_mean, running_var, momentum, eps
-        )
+        call = FinalizeForward(mean, var, count, weight, bias, running_mean, running_var, momentum, eps)
+        rstd, scale, beta = registry.run(backend, call)
         ctx.backend = backend
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(rstd, weight)
@@ -193,7 +196,7 @@ class _Finalize(torch.autograd.Function):
         rstd, weight = ctx.saved_tensors
         dvar = dweight = None
         if dscale is not None:
-            dvar, dweight = call_kernel(ctx.backend, "finalize_backward", dscale, rstd, weight)
+            dvar, dweight = registry.run(ctx.backend, FinalizeBackward(dscale, rstd, weight))
             dweight = None if weight is None else dweight.to(weight.dtype)
         dbias = None if dbeta is None or ctx.bias_dtype is None else dbeta.to(ctx.bias_dtype)
         return guard_second_derivative((None, dvar, None, dweight, dbias, None, None, None, None, None))

@@ -9,8 +9,18 @@ from torch import Tensor
 
 from bnrestructure.core.aliases import alias
 from bnrestructure.core.edges import PoolGeometry, Transform
+from bnrestructure.kernels import registry
+from bnrestructure.kernels.calls import (
+    MaxPoolBackward,
+    MaxPoolForward,
+    NormaliseBackward,
+    NormaliseForward,
+    SqueezeBackward,
+    SqueezeForward,
+    SweepGradients,
+)
 from bnrestructure.ops import library
-from bnrestructure.ops.dispatch import call_kernel, compute_dtype, guard_second_derivative, in_format_of
+from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, in_format_of
 
 __all__ = ["NormaliseOutputs", "PoolOutputs", "SqueezeOutputs", "max_pool", "normalise", "squeeze"]
 
@@ -36,9 +46,12 @@ class SqueezeOutputs(NamedTuple):
     deferred: Tensor | None
 
 
-def _vector_gradients(scale: Tensor | None, sum_p: Any, sum_px: Any) -> tuple[Any, Any, Any]:
-    """Gradients of (mean, scale, beta) from the two sums."""
-    return (None, None, None) if scale is None or sum_p is None else (-scale * sum_p, sum_px, sum_p)
+def _gradients(x: Tensor, scale: Tensor | None, found: SweepGradients) -> tuple[Any, ...]:
+    """Gradients of (x, mean, scale, beta) from a sweep's."""
+    dx, sum_p, sum_px, _ = found
+    if scale is None or sum_p is None:
+        return in_format_of(x, dx), None, None, None
+    return in_format_of(x, dx), -scale * sum_p, sum_px, sum_p
 
 
 def normalise(
@@ -63,7 +76,7 @@ class _Normalise(torch.autograd.Function):
         ctx.act, ctx.backend = act, backend
         ctx.save_for_backward(x, mean, scale, beta)
         ctx.set_materialize_grads(False)
-        z = call_kernel(backend, "normalise_forward", x, Transform(mean, scale, beta, act), dtype=x.dtype)
+        z = registry.run(backend, NormaliseForward(x, Transform(mean, scale, beta, act), x.dtype))
         return z, alias(x) if thread else None
 
     @staticmethod
@@ -71,10 +84,8 @@ class _Normalise(torch.autograd.Function):
         x, mean, scale, beta = ctx.saved_tensors
         if dz is None:
             return guard_second_derivative((dpassed, *[None] * 6))
-        dx, sum_p, sum_px = call_kernel(
-            ctx.backend, "normalise_backward", dz, x, Transform(mean, scale, beta, ctx.act), accumulate=dpassed
-        )
-        return guard_second_derivative((in_format_of(x, dx), *_vector_gradients(scale, sum_p, sum_px), None, None, None))
+        found = registry.run(ctx.backend, NormaliseBackward(dz, x, Transform(mean, scale, beta, ctx.act), dpassed))
+        return guard_second_derivative((*_gradients(x, scale, found), None, None, None))
 
 
 def max_pool(
@@ -101,9 +112,7 @@ class _MaxPool(torch.autograd.Function):
     def forward(
         ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, act: str, geometry: PoolGeometry, thread: bool, backend: str
     ) -> Any:
-        y, index = call_kernel(
-            backend, "max_pool_forward", x, Transform(mean, scale, beta, act), geometry, dtype=x.dtype
-        )
+        y, index = registry.run(backend, MaxPoolForward(x, Transform(mean, scale, beta, act), geometry, x.dtype))
         ctx.act, ctx.geometry, ctx.backend = act, geometry, backend
         ctx.save_for_backward(x, mean, scale, beta, index)
         ctx.set_materialize_grads(False)
@@ -114,11 +123,8 @@ class _MaxPool(torch.autograd.Function):
         x, mean, scale, beta, index = ctx.saved_tensors
         if dy is None:
             return guard_second_derivative((dpassed, *[None] * 7))
-        dx, sum_p, sum_px = call_kernel(
-            ctx.backend, "max_pool_backward", dy, index, x, Transform(mean, scale, beta, ctx.act), ctx.geometry,
-            accumulate=dpassed,
-        )  # fmt: skip
-        return guard_second_derivative((in_format_of(x, dx), *_vector_gradients(scale, sum_p, sum_px), None, None, None, None))
+        call = MaxPoolBackward(dy, index, x, Transform(mean, scale, beta, ctx.act), ctx.geometry, dpassed)
+        return guard_second_derivative((*_gradients(x, scale, registry.run(ctx.backend, call)), None, None, None, None))
 
 
 def squeeze(
@@ -146,7 +152,7 @@ class _Squeeze(torch.autograd.Function):
         ctx.save_for_backward(x, mean, scale, beta)
         ctx.set_materialize_grads(False)
         dtype = compute_dtype(x) if excite else x.dtype
-        pooled = call_kernel(backend, "squeeze_forward", x, Transform(mean, scale, beta, act), dtype=dtype)
+        pooled = registry.run(backend, SqueezeForward(x, Transform(mean, scale, beta, act), dtype))
         return pooled, alias(x) if excite else None
 
     @staticmethod
@@ -156,9 +162,7 @@ class _Squeeze(torch.autograd.Function):
         if dpooled is None and dz is None:
             return (None,) * 7
         if dpooled is None:
-            dx, sum_p, sum_px = call_kernel(ctx.backend, "normalise_backward", dz, x, transform)
+            found = registry.run(ctx.backend, NormaliseBackward(dz, x, transform))
         else:
-            dx, sum_p, sum_px = call_kernel(
-                ctx.backend, "squeeze_backward", dpooled, dz, x, transform, accumulate=dz
-            )
-        return guard_second_derivative((in_format_of(x, dx), *_vector_gradients(scale, sum_p, sum_px), None, None, None))
+            found = registry.run(ctx.backend, SqueezeBackward(dpooled, dz, x, transform, dz))
+        return guard_second_derivative((*_gradients(x, scale, found), None, None, None))

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bnrestructure.core.edges import ConvGeometry, Transform
+from bnrestructure.core.edges import ConvGeometry, Join, Transform
 from bnrestructure.graph.ir import Conv
 from bnrestructure.graph.provenance import provenance
 from bnrestructure.kernels import registry
+from bnrestructure.kernels.calls import ConvForward
 from bnrestructure.kernels.folded.views import folded, image
 from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.plan.plan import Kernel
@@ -69,17 +70,22 @@ def _kernel(
         reason = registry.unavailable_reason(device)
     if reason is None and min(*x, *geometry.output_size(x[2:], weight[2:])) < 1:
         reason = "an empty tensor"
-    module: Any = registry.implementation(device) if reason is None else None
-    if module is None:
+    kernels = registry.implementation(device) if reason is None else None
+    if kernels is None:
         reason = reason or f"this installation has no {device} kernels"
         return Kernel(name, x, "reference", reason, "reference", reason)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    joins = conv.forms_residual  # then the product reads the sum as it is
-    rides = torch.empty(0) if conv.mean is not None and not joins else None
-    gate = torch.empty(x[:2], device="meta") if conv.gate is not None else None
-    transform = Transform(rides, rides, rides, "identity" if joins else conv.act, gate)
-    if len(x) != 4:
-        module = registry.folded(module)
-    forward, backward = module.convolution_choices(x, weight, transform, geometry, dtype, joins)
+    call = _call(conv, torch.empty(x, dtype=dtype, device="meta"), torch.empty(weight, dtype=dtype, device="meta"), geometry)
+    forward, backward = (kernels if len(x) == 4 else registry.folded(kernels)).convolution_choices(call)
     return Kernel(name, x, *forward, *backward)
+
+
+def _call(conv: Conv, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> ConvForward:
+    """The kernel call of a node, on tensors of the meta device."""
+    plain = Transform()
+    if conv.forms_residual:  # then the product reads the sum as it is
+        return ConvForward(x, plain, weight, None, geometry, x.dtype, join=Join(x, plain, x, plain, conv.act))
+    vector = torch.empty(x.shape[1], device="meta") if conv.mean is not None else None
+    gate = torch.empty(x.shape[:2], device="meta") if conv.gate is not None else None
+    return ConvForward(x, Transform(vector, vector, vector, conv.act, gate), weight, None, geometry, x.dtype)

@@ -57,9 +57,8 @@ def _kernels(name: str) -> dict[str, Any]:
         reason = "there is no CUDA device to run them on"
     found: dict[str, Any] = {"available": reason is None, "reason": reason}
     if reason is None:
-        module = registry.implementation(name)
-        description = getattr(module, "description", None)  # e.g. the instruction set that was picked
-        found["description"] = description() if callable(description) else None
+        kernels = None if name == "reference" else registry.implementation(name)
+        found["description"] = None if kernels is None else kernels.description()  # e.g. the instruction set that was picked
     return found
 
 

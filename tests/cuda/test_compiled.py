@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from needs import needs_triton
 
-from bnrestructure.kernels.cuda.convolution_choice import ISSUED, ISSUED_BY_WGRAD, step_cycles
+from bnrestructure.kernels.cuda.rule import ISSUED, ISSUED_BY_WGRAD, step_cycles
 
 pytestmark = needs_triton
 

@@ -12,7 +12,7 @@ from needs import needs_no_gpu
 
 import bnrestructure
 from bnrestructure.kernels import tuning
-from bnrestructure.kernels.cuda import device
+from bnrestructure.kernels.cuda import device, rule
 
 
 def test_a_run_is_timed_between_two_events_after_the_cache_was_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,22 +48,10 @@ def test_a_run_is_timed_between_two_events_after_the_cache_was_flushed(monkeypat
 
 
 def test_tuning_uses_that_clock_for_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    from bnrestructure.core.edges import ConvGeometry
-    from bnrestructure.kernels.cuda import convolution
-    from bnrestructure.kernels.cuda.convolution_choice import node_of
-
-    node = node_of((2, 3, 4, 4), (5, 3, 1, 1), ConvGeometry((1, 1), (0, 0), (1, 1), 1), True, False, torch.bfloat16, True)
-    seen: list[Any] = []
-    monkeypatch.setattr(device, "gpu_of", lambda x: "a GPU of the test's")
-    monkeypatch.setattr(device, "event_timer", lambda where: f"the clock of {where}")
-    monkeypatch.setattr(tuning, "measured", lambda call: None)
-    monkeypatch.setattr(tuning, "measure", lambda call, candidates, timer: seen.append((list(candidates), timer)))
-    for where in ("cuda:1", "cpu"):
-        x: Any = SimpleNamespace(is_cuda=where != "cpu", device=where)
-        convolution._measure_once(node, "forward", x, lambda name: None)
-    names = ["fused", "hybrid", "reference"]
-    assert seen == [(names, "the clock of cuda:1"), (names, tuning.wall_clock)]
+    monkeypatch.setattr(rule, "event_timer", lambda where: f"the clock of {where}")
+    on_gpu: Any = SimpleNamespace(is_cuda=True, device="cuda:1")
+    assert rule.CudaRule().timer(on_gpu) == "the clock of cuda:1"
+    assert rule.CudaRule().timer(torch.empty(0)) is tuning.wall_clock
 
 
 def test_measurements_of_a_gpu_are_kept_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -15,8 +15,9 @@ from torch import nn
 import bnrestructure
 from bnrestructure.core.edges import ConvGeometry
 from bnrestructure.kernels import registry
-from bnrestructure.kernels.cuda import convolution_choice
-from bnrestructure.kernels.cuda.convolution_choice import candidates, choose, node_of
+from bnrestructure.kernels.choice import Node
+from bnrestructure.kernels.cuda import rule as rules
+from bnrestructure.kernels.cuda.rule import CudaRule, rule
 from bnrestructure.plan.plan import Plan
 
 
@@ -52,8 +53,8 @@ def test_each_convolution_has_a_kernel_and_a_reason() -> None:
 def test_the_two_products_of_a_backward_pass_are_chosen_apart() -> None:
     """A dense block's growth convolutions: a narrow output makes dgrad cheap, and wgrad transforms its wide input nine times."""
     geometry = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
-    node = node_of((256, 128, 28, 28), (24, 128, 3, 3), geometry, True, False, torch.bfloat16, True)
-    assert choose(node, "backward", None).implementation == "fused dgrad, hybrid wgrad"
+    node = Node((256, 128, 28, 28), (24, 128, 3, 3), geometry, torch.bfloat16, True)
+    assert rule(node, "backward").implementation == "fused dgrad, hybrid wgrad"
 
 
 @pytest.mark.parametrize(
@@ -74,33 +75,36 @@ def test_rules(changes: dict[str, Any], kernel: str, reason: str, direction: str
     of = {"groups": 1, "kernel": 3, "gated": False, "dtype": torch.bfloat16, "tf32": True} | changes
     geometry = ConvGeometry((1, 1), (1, 1), (1, 1), of["groups"])
     weight = (256, 256 // of["groups"], of["kernel"], of["kernel"])
-    node = node_of((256, 256, 14, 14), weight, geometry, True, of["gated"], of["dtype"], of["tf32"])
-    found = choose(node, direction, None)
+    machine = "tf32" if of["tf32"] else "exact products"
+    node = Node((256, 256, 14, 14), weight, geometry, of["dtype"], True, of["gated"], machine=machine)
+    found = rule(node, direction)
     assert found.implementation == kernel
     assert reason in found.reason
-    assert found.implementation in candidates(node, direction)
+    assert found.implementation in CudaRule().candidates(node, direction)
 
 
 @pytest.mark.parametrize(("gated", "kernel"), [(False, "hybrid"), (True, "reference")])
 @pytest.mark.parametrize(("size", "stride"), [(17, 1), (16, 16)])
 def test_very_wide_depthwise_kernels_are_not_ours(size: int, stride: int, gated: bool, kernel: str) -> None:
     geometry = ConvGeometry((stride, stride), (size // 2, size // 2), (1, 1), 256)
-    node = node_of((256, 256, 34, 34), (256, 1, size, size), geometry, True, gated, torch.bfloat16, True)
+    node = Node((256, 256, 34, 34), (256, 1, size, size), geometry, torch.bfloat16, True, gated)
     for direction in ("forward", "backward"):
-        found = choose(node, direction, None)
+        found = rule(node, direction)
         assert found.implementation == kernel
         assert "registers" in found.reason
-        assert found.implementation in candidates(node, direction)
+        assert found.implementation in CudaRule().candidates(node, direction)
 
 
 @pytest.mark.parametrize(("precision", "tf32"), [("ieee", False), ("tf32", True)])
 def test_tf32_may_be_chosen_by_the_newer_switch(precision: str, tf32: bool) -> None:
     """In a process of its own: once it was used, torch.backends.cudnn.allow_tf32 raises for good."""
     code = (
-        "import torch; from bnrestructure.kernels import cuda; from bnrestructure.core.edges import ConvGeometry, Transform\n"
+        "import torch; from bnrestructure.kernels.cuda import KERNELS; from bnrestructure.core.edges import ConvGeometry, Transform\n"
+        "from bnrestructure.kernels.calls import ConvForward\n"
         f"torch.backends.cudnn.conv.fp32_precision = {precision!r}\n"
         "geometry = ConvGeometry((1, 1), (1, 1), (1, 1), 1)\n"
-        "forward, _ = cuda.convolution_choices((256, 64, 56, 56), (64, 64, 3, 3), Transform(), geometry, torch.float32)\n"
+        "x, weight = (torch.empty(shape, device='meta') for shape in ((256, 64, 56, 56), (64, 64, 3, 3)))\n"
+        "forward, _ = KERNELS.convolution_choices(ConvForward(x, Transform(), weight, None, geometry, torch.float32))\n"
         "print('without TF32' not in forward.reason)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -112,8 +116,8 @@ def test_the_rule_weighs_the_sweeps() -> None:
 
     def share(channels: int, out: int, kernel: int) -> float:
         geometry = ConvGeometry((1, 1), (kernel // 2,) * 2, (1, 1), 1)
-        node = node_of((256, channels, 28, 28), (out, channels, kernel, kernel), geometry, True, False, torch.bfloat16, True)
-        costs = convolution_choice._forward_costs(node)
+        node = Node((256, channels, 28, 28), (out, channels, kernel, kernel), geometry, torch.bfloat16, True)
+        costs = rules._forward_costs(node)
         return costs["hybrid"] / costs["fused"]
 
     assert share(128, 128, 1) > 1 > share(128, 128, 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, PoolGeometry, Transform
-from bnrestructure.kernels import cuda, reference
+from bnrestructure.kernels import reference
+from bnrestructure.kernels.calls import ConvBackward, ConvForward, FinalizeForward, MaxPoolForward
+from bnrestructure.kernels.cuda import KERNELS
 from bnrestructure.kernels.cuda import limits as rules
 
 GEOMETRY = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
@@ -29,15 +32,16 @@ import sys
 sys.modules["triton"] = None  # importing it is an error from here on
 import bnrestructure, torch
 from bnrestructure.kernels import cuda, registry
-assert registry.implementation("cuda") is cuda
-print(cuda.supports("statistics_forward", (torch.empty(1, 1, 1, 1),), {}), "|", cuda.unavailable_reason() is not None)
+from bnrestructure.kernels.calls import StatisticsForward
+assert registry.implementation("cuda") is cuda.KERNELS
+print(cuda.KERNELS.supports(StatisticsForward(torch.empty(1, 1, 1, 1))), "|", cuda.KERNELS.unavailable_reason() is not None)
 """
     assert run_python(code) == "None | True"
 
 
 def test_asking_does_not_import_triton() -> None:
     code = (
-        "import sys; from bnrestructure.kernels import cuda; cuda.unavailable_reason(); print('triton' in sys.modules)"
+        "import sys; from bnrestructure.kernels.cuda import KERNELS; KERNELS.unavailable_reason(); print('triton' in sys.modules)"
     )
     assert run_python(code) == "False"
 
@@ -66,7 +70,7 @@ def pixels(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (2, 4, 3
 
 def forward_reason(x: Tensor, transform: Transform | None = None, *, dtype: torch.dtype = torch.float32) -> str | None:
     weight = torch.empty(5, 4, 3, 3, dtype=torch.float32, device="meta")
-    return cuda.supports("conv_forward", (x, transform or Transform(), weight, None, GEOMETRY), {"dtype": dtype})
+    return KERNELS.supports(ConvForward(x, transform or Transform(), weight, None, GEOMETRY, dtype=dtype))
 
 
 def test_what_a_convolution_is_refused_for() -> None:
@@ -85,37 +89,37 @@ def test_a_gate_before_a_strided_convolution_is_refused_in_backward() -> None:
     gate = Transform(gate=torch.empty(2, 4, device="meta"))
     for stride, refused in ((1, False), (2, True)):
         args = (
-            pixels(shape=(2, 5, 2, 2)),
+            pixels(shape=(2, 5, 4 - stride, 4 - stride)),
             BackwardEdge(),
             x,
             gate,
             weight,
             ConvGeometry((stride,) * 2, (1, 1), (1, 1), 1),
         )
-        reason = cuda.supports("conv_backward", args, {"dtype": torch.float32})
+        reason = KERNELS.supports(ConvBackward(*args, dtype=torch.float32))
         assert (reason is not None) == refused
 
 
 def test_finalize() -> None:
     v = torch.empty(3, device="meta")
-    arguments: list[Any] = [v, v, 10, v, v, v, v, 0.1, 1e-5]
+    call = FinalizeForward(v, v, 10, v, v, v, v, 0.1, 1e-5)
 
-    def reason(i: int, value: Any) -> str | None:
-        changed = [value if i == j else a for j, a in enumerate(arguments)]
-        return cuda.supports("finalize_forward", tuple(changed), {})
+    def reason(**changes: Any) -> str | None:
+        return KERNELS.supports(replace(call, **changes))
 
-    assert reason(2, 10) is None
-    assert reason(3, v.half()) is None
-    assert "float64" in str(reason(3, v.double()))
-    assert "contiguous" in str(reason(5, torch.empty(6, device="meta")[::2]))
-    assert "momentum" in str(reason(7, v[0]))
-    assert "fp32" in str(reason(0, v.double()))
+    assert reason() is None
+    assert reason(weight=v.half()) is None
+    assert "float64" in str(reason(weight=v.double()))
+    assert "contiguous" in str(reason(running_mean=torch.empty(6, device="meta")[::2]))
+    assert "momentum" in str(reason(momentum=v[0]))
+    assert "fp32" in str(reason(mean=v.double()))
+    assert "channels" in str(reason(bias=torch.empty(4, device="meta")))
 
 
 def test_what_a_max_pool_is_refused_for() -> None:
     def reason(kernel: tuple[int, int], padding: tuple[int, int] = (0, 0)) -> str | None:
         geometry = PoolGeometry(kernel, (2, 2), padding, False)
-        return cuda.supports("max_pool_forward", (pixels(), Transform(), geometry), {"dtype": torch.float32})
+        return KERNELS.supports(MaxPoolForward(pixels(), Transform(), geometry, dtype=torch.float32))
 
     assert reason((3, 3), (1, 1)) is None
     assert "255" in str(reason((16, 16)))
@@ -123,8 +127,8 @@ def test_what_a_max_pool_is_refused_for() -> None:
 
 
 def test_every_reference_kernel_has_a_rule_and_a_cuda_kernel() -> None:
-    assert set(rules._RULES) == set(reference.__all__)
-    assert set(reference.__all__) == set(cuda.__all__) - {"convolution_choices", "description", "supports", "unavailable_reason"}
+    pytest.importorskip("triton")
+    assert set(rules._RULES) == set(reference.RUN) == {*KERNELS._sweeps, ConvForward, ConvBackward}
 
 
 def test_auto_leaves_them_alone_until_they_are_asked_for() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from bnrestructure.core.edges import BackwardEdge, Transform
 
 LAYOUTS = ("channels_last", "slice", "nchw")
 #: Where an activation's derivative jumps.
@@ -27,17 +26,28 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
 
 
 def to_double(value: Any) -> Any:
-    """Tensors, transforms and tuples of them in fp64; everything else as it is."""
+    """Tensors, dtypes, and calls, edges and tuples of them in fp64; everything else as it is."""
+    if isinstance(value, torch.dtype):
+        return torch.float64
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
-    if isinstance(value, Transform):
-        vectors = [to_double(v) for v in (value.mean, value.scale, value.beta)]
-        return Transform(*vectors, value.act, to_double(value.gate))
-    if isinstance(value, BackwardEdge):
-        return BackwardEdge(*[to_double(v) for v in (value.s, value.a, value.b, value.y, value.mean)])
+    if is_dataclass(value):
+        return replace(value, **{field.name: to_double(getattr(value, field.name)) for field in fields(value)})
     if type(value) is tuple:
         return tuple(to_double(v) for v in value)
     return value
+
+
+def fresh(call: Any) -> Any:
+    """The call with a copy of what it writes in place, of the same strides, gaps and all; NaN between."""
+    place = next((name for name in ("out", "accumulate") if getattr(call, name, None) is not None), None)
+    return call if place is None else replace(call, **{place: like(getattr(call, place))})
+
+
+def like(x: Tensor) -> Tensor:
+    """A copy with the same strides."""
+    size = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return torch.full((size,), torch.nan, dtype=x.dtype).as_strided(x.shape, x.stride()).copy_(x)
 
 
 def largest_error(value: Tensor, truth: Tensor) -> float:

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Transform
-from bnrestructure.kernels import reference
-from bnrestructure.kernels.cpu import depthwise
+from bnrestructure.kernels.calls import ConvBackward, ConvForward, StatisticsForward
+from bnrestructure.kernels.cpu import KERNELS
+from bnrestructure.kernels.reference import REFERENCE
+
+DEPTHWISE = KERNELS.convolutions.by("depthwise")
 
 FACTOR = 2.0
 ULPS = 4.0
 
 GRADIENTS = ("dx", "sum_p", "sum_px", "gate", "weight", "bias")
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -55,16 +59,16 @@ class Case:
     dtype: torch.dtype
 
     def forward(self, kernels, **options):
-        return kernels.conv_forward(
+        return kernels.run(ConvForward(
             self.x, self.transform, self.weight, self.bias, self.geometry,
             dtype=self.dtype, **{"statistics": True, **options},
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def backward(self, kernels, **options):
-        return kernels.conv_backward(
+        return kernels.run(ConvBackward(
             self.dy, self.edge, self.x, self.transform, self.weight, self.geometry,
             dtype=self.dtype, **{"needs": (True, True, self.bias is not None), **options},
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def double(self) -> Case:
         """The same numbers in float64."""
@@ -142,19 +146,19 @@ def check(name: str, value: Tensor | None, expected: Tensor | None, truth: Tenso
 
 
 def check_forward(case: Case, **options) -> None:
-    y, mean, var = case.forward(depthwise, **options)
-    expected = case.forward(reference)[0]
-    check("y", y, expected, case.double().forward(reference)[0])
+    y, mean, var = case.forward(DEPTHWISE, **options)
+    expected = case.forward(REFERENCE)[0]
+    check("y", y, expected, case.double().forward(REFERENCE)[0])
     # Of y as stored: nothing but the sums' own rounding is left.
-    true_mean, true_var = reference.statistics_forward(y.double())
+    true_mean, true_var = REFERENCE.run(StatisticsForward(y.double()))
     deviation = true_var.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
     assert ((mean - true_mean).abs() <= 1e-6 * deviation + 1.2e-7 * true_mean.abs()).all()
     assert ((var - true_var).abs() <= 2e-6 * true_var + torch.finfo(torch.float32).tiny).all()
 
 
 def check_backward(case: Case, **options) -> None:
-    value = case.backward(depthwise, **options)
-    expected = case.backward(reference, **options)
-    truth = case.double().backward(reference, **options)
+    value = case.backward(DEPTHWISE, **options)
+    expected = case.backward(REFERENCE, **options)
+    truth = case.double().backward(REFERENCE, **options)
     for name in GRADIENTS:
         check(name, getattr(value, name), getattr(expected, name), getattr(truth, name))

@@ -16,8 +16,8 @@ from torch import nn
 
 import bnrestructure
 from bnrestructure import ops
-from bnrestructure.core.errors import UnexpectedTensorError
-from bnrestructure.kernels.cpu import library, memory
+from bnrestructure.core.errors import UnsupportedCallError
+from bnrestructure.kernels.cpu import library, memory, structures
 
 pytestmark = needs_kernels
 
@@ -58,16 +58,47 @@ def test_a_storage_that_is_cut_before_backward_is_an_error() -> None:
 
 
 def test_what_a_kernel_does_not_expect_is_told_apart_from_what_is_not_there() -> None:
-    x = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last)
-    assert memory.of_pixels(x, 4, (2, 4, 3, 3), torch.float32) == x.data_ptr()
+    x, keep = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last), memory.Keep()
+    assert memory.pixels(x, (2, 4, 3, 3), torch.float32, keep) == (x.data_ptr(), 4)
+    assert not keep
+    with pytest.raises(UnsupportedCallError):
+        memory.pixels(x, (2, 4, 3, 4), torch.float32, keep)
     for shape, dtype in (((2, 4, 3, 4), torch.float32), ((2, 4, 3, 3), torch.bfloat16)):
-        with pytest.raises(UnexpectedTensorError):
-            memory.of_pixels(x, 4, shape, dtype)
+        with pytest.raises(UnsupportedCallError):
+            memory.written(x, shape, dtype)
     with pytest.raises(RuntimeError, match="reaches beyond"):
-        memory.of_pixels(x, 5, (2, 4, 3, 3), torch.float32)
-    for vector in (torch.zeros(5), torch.zeros(1).expand(4), torch.zeros(8)[::2], torch.zeros(4, dtype=torch.float64)):
-        with pytest.raises(UnexpectedTensorError):
-            memory.of_vector(vector, 4)
+        memory.span(x, 73)
+    for vector in (torch.zeros(5), torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64)):
+        with pytest.raises(UnsupportedCallError):
+            memory.vector(vector, keep, 4)
+        with pytest.raises(UnsupportedCallError):
+            memory.vectors(keep, 4, vector, vector)
+    with pytest.raises(UnsupportedCallError):
+        memory.vectors(keep, 4, torch.zeros(4), None)
+    assert memory.vectors(keep, 4, None, None) == [0, 0]
+    for copied in (torch.ones(1).expand(4), torch.ones(8)[::2], torch.ones(4, dtype=torch.float64)):
+        keep.clear()
+        assert memory.vector(copied, keep, 4) == keep[0].data_ptr()
+        assert keep[0].tolist() == [1.0] * 4
+
+
+def test_addresses_are_taken_in_one_file() -> None:
+    folder = Path(library.__file__).parent
+    found = [path.name for path in sorted(folder.glob("*.py")) if ".data_ptr(" in path.read_text()]
+    assert found == ["memory.py"]
+
+
+def test_both_sides_of_the_boundary_declare_the_same_structures(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = structures.layout()
+    assert "ForwardArguments" in text
+    assert "problem 0 264," in text
+    assert library.available_isas()
+    library._fault.cache_clear()
+    monkeypatch.setattr(library, "layout", lambda: text.replace("x_pitch", "pitch_x"))
+    assert library.available_isas() == []
+    assert all("built of other sources" in reason for reason in library.damaged().values())
+    monkeypatch.undo()
+    library._fault.cache_clear()
 
 
 def _copies(folder: Path) -> list[Path]:

@@ -116,14 +116,14 @@ class TestLoading:
         assert library.available_isas()[0] == "amx"
 
     def test_an_unknown_instruction_set_is_a_reason(self) -> None:
-        code = "from bnrestructure.kernels import cpu; print(cpu.unavailable_reason())"
+        code = "from bnrestructure.kernels import cpu; print(cpu.KERNELS.unavailable_reason())"
         assert "unknown instruction set 'sse'" in python(code, BNRESTRUCTURE_CPU_ISA="sse").stdout
 
     @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc to read loaded libraries from")
     def test_one_openmp_runtime_is_shared_with_torch(self) -> None:
         code = (
-            "import torch\nfrom bnrestructure.kernels import cpu\n"
-            "cpu.statistics_forward(torch.randn(4, 64, 32, 32))\n"
+            "import torch\nfrom bnrestructure.kernels import cpu\nfrom bnrestructure.kernels.calls import StatisticsForward\n"
+            "cpu.KERNELS.run(StatisticsForward(torch.randn(4, 64, 32, 32)))\n"
             "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'libgomp' in l or 'libomp' in l}))"
         )
         assert python(code).stdout.strip() == "1"

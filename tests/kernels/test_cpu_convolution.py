@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
-from types import ModuleType
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,13 +12,16 @@ from needs import needs_kernels
 from torch import Tensor
 
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
-from bnrestructure.kernels import reference
-from bnrestructure.kernels.cpu import convolution, convolution_fused, convolution_hybrid, convolution_winograd, library
-from bnrestructure.kernels.cpu.convolution_choice import Node, candidates, choose
+from bnrestructure.core.errors import UnsupportedCallError
+from bnrestructure.kernels.calls import ConvBackward, ConvForward, ConvResult, Kernels, StatisticsForward
+from bnrestructure.kernels.choice import Node, OneOf
+from bnrestructure.kernels.cpu import KERNELS, library
+from bnrestructure.kernels.cpu.rule import CpuRule, rule
+from bnrestructure.kernels.reference import REFERENCE
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 
-IMPLEMENTATIONS = {"fused": convolution_fused, "hybrid": convolution_hybrid, "winograd": convolution_winograd}
+FUSED, WINOGRAD = KERNELS.convolutions.by("fused"), KERNELS.convolutions.by("winograd")
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu(0.1)")
 EVERYTHING = (True, True, True)
 
@@ -105,17 +107,17 @@ class Case:
     dtype: torch.dtype
     into: Tensor | None = None
 
-    def forward(self, module: ModuleType, out: Tensor | None = None) -> tuple[Tensor, ...]:
-        return module.conv_forward(
+    def forward(self, module: Kernels | OneOf, out: Tensor | None = None) -> ConvResult:
+        return module.run(ConvForward(
             self.x, self.transform, self.weight, self.bias, self.geometry, dtype=self.dtype, statistics=True, out=out
-        )
+        ))
 
-    def backward(self, module: ModuleType, needs: tuple[bool, bool, bool] = EVERYTHING) -> ConvGradients:
+    def backward(self, module: Kernels | OneOf, needs: tuple[bool, bool, bool] = EVERYTHING) -> ConvGradients:
         into = None if self.into is None else self.into.clone(memory_format=torch.preserve_format)
-        return module.conv_backward(
+        return module.run(ConvBackward(
             self.dy, self.edge, self.x, self.transform, self.weight, self.geometry,
             dtype=self.dtype, needs=needs, accumulate=into,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def double(self) -> Case:
         into = None if self.into is None else self.into.double()
@@ -156,17 +158,17 @@ def make_case(
     )
 
 
-def check_forward(case: Case, module: ModuleType) -> None:
+def check_forward(case: Case, module: Kernels | OneOf) -> None:
     y, mean, var = case.forward(module)
-    truth = case.double().forward(reference)
-    assert_as_good("y", y, case.forward(reference)[0], truth[0])
+    truth = case.double().forward(REFERENCE)
+    assert_as_good("y", y, case.forward(REFERENCE)[0], truth[0])
     # Statistics are those of y as stored, whatever its own error.
-    exact = reference.statistics_forward(y.double())
-    assert_as_good("statistics", (mean, var), reference.statistics_forward(y), exact)
+    exact = REFERENCE.run(StatisticsForward(y.double()))
+    assert_as_good("statistics", (mean, var), REFERENCE.run(StatisticsForward(y)), exact)
 
 
-def check_backward(case: Case, module: ModuleType) -> None:
-    found, plain, truth = case.backward(module), case.backward(reference), case.double().backward(reference)
+def check_backward(case: Case, module: Kernels | OneOf) -> None:
+    found, plain, truth = case.backward(module), case.backward(REFERENCE), case.double().backward(REFERENCE)
     for name, *parts in zip(ConvGradients._fields, found, plain, truth, strict=True):
         assert_as_good(name, *parts, factor=8.0 if name in ("sum_p", "sum_px", "gate", "bias") else 4.0)
 
@@ -177,16 +179,16 @@ def everywhere(*names: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, to
     for name in names:
         shape = SHAPES[name]
         weight = (shape.channels_out, shape.channels // shape.groups, *shape.kernel)
-        node = convolution.node_of((shape.batch, shape.channels, *shape.size), weight, shape.geometry, True)
         for dtype in dtypes:
-            for implementation in candidates(node, dtype, "forward"):
+            node = Node((shape.batch, shape.channels, *shape.size), weight, shape.geometry, dtype, True)
+            for implementation in CpuRule().candidates(node, "forward"):
                 label = f"{implementation}-{name}-{dtype}".replace("torch.", "")
-                cases.append(pytest.param(IMPLEMENTATIONS[implementation], name, dtype, id=label))
+                cases.append(pytest.param(KERNELS.convolutions.by(implementation), name, dtype, id=label))
     return pytest.mark.parametrize(("module", "name", "dtype"), cases)
 
 
 @everywhere(*SHAPES)
-def test_shapes(module: ModuleType, name: str, dtype: torch.dtype) -> None:
+def test_shapes(module: Kernels | OneOf, name: str, dtype: torch.dtype) -> None:
     case = make_case(SHAPES[name], dtype)
     check_forward(case, module)
     check_backward(case, module)
@@ -194,14 +196,14 @@ def test_shapes(module: ModuleType, name: str, dtype: torch.dtype) -> None:
 
 @everywhere("1x1 odd", "3x3 odd", "3x3 stride 2", "3x3 odd groups", "1x1 stride 2")
 @pytest.mark.parametrize("gate", [False, True])
-def test_accumulates_in_place(module: ModuleType, name: str, gate: bool, dtype: torch.dtype) -> None:
+def test_accumulates_in_place(module: Kernels | OneOf, name: str, gate: bool, dtype: torch.dtype) -> None:
     case = make_case(SHAPES[name], dtype, "silu", gate=gate, accumulate=True, layout="slice")
     check_backward(case, module)
     into = in_layout(case.into, "slice")
-    dx = module.conv_backward(
+    dx = module.run(ConvBackward(
         case.dy, case.edge, case.x, case.transform, case.weight, case.geometry,
         dtype=dtype, needs=(True, False, False), accumulate=into,
-    ).dx  # fmt: skip
+    )).dx  # fmt: skip
     assert dx is into
     n, c, h, w = into.shape
     around = into.as_strided((n, c + 7, h, w), into.stride(), into.storage_offset() - 3)
@@ -212,7 +214,7 @@ def test_accumulates_in_place(module: ModuleType, name: str, gate: bool, dtype: 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("affine", [False, True])
 @everywhere("1x1 odd", "3x3 odd", dtypes=(torch.float32,))
-def test_activations(module: ModuleType, name: str, dtype: torch.dtype, act: str, affine: bool) -> None:
+def test_activations(module: Kernels | OneOf, name: str, dtype: torch.dtype, act: str, affine: bool) -> None:
     case = make_case(SHAPES[name], dtype, act, affine=affine)
     check_forward(case, module)
     check_backward(case, module)
@@ -221,18 +223,18 @@ def test_activations(module: ModuleType, name: str, dtype: torch.dtype, act: str
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("edge", [False, True])
 @everywhere("1x1", "3x3 odd")
-def test_layouts(module: ModuleType, name: str, dtype: torch.dtype, layout: str, edge: bool) -> None:
+def test_layouts(module: Kernels | OneOf, name: str, dtype: torch.dtype, layout: str, edge: bool) -> None:
     case = make_case(SHAPES[name], dtype, layout=layout, edge=edge, act="identity", affine=edge)
-    out = in_layout(torch.full_like(case.forward(reference)[0], torch.nan), layout)
+    out = in_layout(torch.full_like(case.forward(REFERENCE)[0], torch.nan), layout)
     y, *_ = case.forward(module, out)
     assert y is out
-    assert_as_good("y", y, case.forward(reference)[0], case.double().forward(reference)[0])
+    assert_as_good("y", y, case.forward(REFERENCE)[0], case.double().forward(REFERENCE)[0])
     check_backward(case, module)
 
 
 @pytest.mark.parametrize("offset", [1e2, 1e4])
 @everywhere("1x1", "3x3", dtypes=(torch.float32,))
-def test_large_means(module: ModuleType, name: str, dtype: torch.dtype, offset: float) -> None:
+def test_large_means(module: Kernels | OneOf, name: str, dtype: torch.dtype, offset: float) -> None:
     case = make_case(SHAPES[name], dtype, offset=offset)
     check_forward(case, module)
     check_backward(case, module)
@@ -240,7 +242,7 @@ def test_large_means(module: ModuleType, name: str, dtype: torch.dtype, offset: 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
 @everywhere("3x3 stride 2", "3x3 odd", dtypes=(torch.float32,))
-def test_only_what_is_needed(module: ModuleType, name: str, dtype: torch.dtype, needs: tuple[bool, bool, bool]) -> None:
+def test_only_what_is_needed(module: Kernels | OneOf, name: str, dtype: torch.dtype, needs: tuple[bool, bool, bool]) -> None:
     case = make_case(SHAPES[name], dtype)
     everything, some = case.backward(module), case.backward(module, needs)
     needed = dict.fromkeys(("dx", "sum_p", "sum_px"), needs[0]) | {"gate": False, "weight": needs[1], "bias": needs[2]}
@@ -257,17 +259,17 @@ def test_weight_gradient_of_more_than_is_staged_at_once(dtype: torch.dtype, thre
     # src/conv_weight_gradient.cpp.
     case = make_case(Shape(3, 576, 512, (65, 65), **POINT), dtype)
     needs = (False, True, True)
-    truth, expected = case.double().backward(reference, needs), case.backward(reference, needs)
+    truth, expected = case.double().backward(REFERENCE, needs), case.backward(REFERENCE, needs)
     previous = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = case.backward(convolution_fused, needs)
+        found = case.backward(FUSED, needs)
     finally:
         torch.set_num_threads(previous)
     assert_as_good("gradients", tuple(found), tuple(expected), tuple(truth))
 
 
-def check_twice(case: Case, module: ModuleType) -> None:
+def check_twice(case: Case, module: Kernels | OneOf) -> None:
     """Right, and the same bits each time."""
     check_forward(case, module)
     check_backward(case, module)
@@ -285,21 +287,21 @@ def test_threads_and_instruction_sets(isa: str, threads: int) -> None:
         with library.use(isa):
             for name in ("1x1 odd", "3x3 odd", "3x3 stride 2", "3x3 narrow groups", "stem"):
                 for dtype in (torch.float32, torch.bfloat16):
-                    check_twice(make_case(SHAPES[name], dtype), convolution_fused)
+                    check_twice(make_case(SHAPES[name], dtype), FUSED)
             for name in ("3x3 across rows", "3x3 stride 2 along rows", "3x3 groups of tiles", "1x1 of whole lines"):
-                check_twice(make_case(SHAPES[name], torch.bfloat16), convolution_fused)
+                check_twice(make_case(SHAPES[name], torch.bfloat16), FUSED)
             for name in ("3x3 odd", "3x3 many strips", "3x3 padded by 2 and by 0", "3x3 odd groups"):
-                check_twice(make_case(SHAPES[name]), convolution_winograd)
+                check_twice(make_case(SHAPES[name]), WINOGRAD)
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
     ("module", "names"),
-    [(convolution_fused, ("1x1", "3x3", "3x3 stride 2", "stem")), (convolution_winograd, ("3x3", "3x3 odd", "3x3 many strips"))],
+    [(FUSED, ("1x1", "3x3", "3x3 stride 2", "stem")), (WINOGRAD, ("3x3", "3x3 odd", "3x3 many strips"))],
     ids=["fused", "winograd"],
 )
-def test_concurrent_calls(module: ModuleType, names: tuple[str, ...]) -> None:
+def test_concurrent_calls(module: Kernels | OneOf, names: tuple[str, ...]) -> None:
     cases = [make_case(SHAPES[name]) for name in names]
     expected = [case.backward(module).weight for case in cases]
     failures: list[int] = []
@@ -327,53 +329,57 @@ def test_infinity_stays_where_it_is_read(name: str, isa: str) -> None:
     case = make_case(SHAPES[name], torch.bfloat16)
     case.x[0, 3, 4, 2] = torch.inf
     case.dy[0, 2, 3, 1] = torch.inf
-    reference_y, reference_gradients = case.forward(reference)[0], case.backward(reference)
+    reference_y, reference_gradients = case.forward(REFERENCE)[0], case.backward(REFERENCE)
     with library.use(isa):
-        y, gradients = case.forward(convolution_fused)[0], case.backward(convolution_fused)
+        y, gradients = case.forward(FUSED)[0], case.backward(FUSED)
     assert torch.equal(y.isfinite(), reference_y.isfinite())
     assert torch.equal(gradients.dx.isfinite(), reference_gradients.dx.isfinite())
 
 
 @everywhere("3x3", dtypes=(torch.float32,))
-def test_nan_propagates(module: ModuleType, name: str, dtype: torch.dtype) -> None:
+def test_nan_propagates(module: Kernels | OneOf, name: str, dtype: torch.dtype) -> None:
     case = make_case(SHAPES[name], dtype)
     case.x[0, 5, 4, 4] = torch.nan
     y, mean, _ = case.forward(module)
-    assert torch.equal(y.isnan(), case.forward(reference)[0].isnan())
+    assert torch.equal(y.isnan(), case.forward(REFERENCE)[0].isnan())
     assert mean.isnan().all()
 
 
 def test_supports() -> None:
     case = make_case(SHAPES["3x3"])
-    arguments = (case.x, case.transform, case.weight, None, case.geometry)
-    assert convolution.supports("conv_forward", arguments, {"dtype": torch.float32}) is None
-    assert "float64" in convolution.supports("conv_forward", arguments, {"dtype": torch.float64})
-    volume = (case.x[..., None], case.transform, case.weight[..., None], None, case.geometry)
-    assert "3-D" in convolution.supports("conv_forward", volume, {"dtype": torch.float32})
-    unknown = (case.x, Transform(act="mish"), case.weight, None, case.geometry)
-    assert "mish" in convolution.supports("conv_forward", unknown, {"dtype": torch.float32})
+    call = ConvForward(case.x, case.transform, case.weight, None, case.geometry, torch.float32)
+    assert KERNELS.supports(call) is None
+    refused = {
+        "float64": replace(call, dtype=torch.float64),
+        "3-D": replace(call, x=case.x[..., None], weight=case.weight[..., None]),
+        "mish": replace(call, transform=Transform(act="mish")),
+        "groups": replace(call, weight=case.weight[:, 1:]),
+        "empty": replace(call, x=case.x[:0]),
+    }
+    for words, wrong in refused.items():
+        assert words in str(KERNELS.supports(wrong)), words
+        with pytest.raises(UnsupportedCallError, match=words):
+            KERNELS.run(wrong)
 
 
 def test_choice() -> None:
     same = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
-    deep = Node(16, 512, (7, 7), 512, (7, 7), (3, 3), same, True)
-    image = deep._replace(channels=3)
-    in_groups = deep._replace(geometry=same._replace(groups=32))
-    point = Node(16, 256, (28, 28), 128, (28, 28), (1, 1), ConvGeometry((1, 1), (0, 0), (1, 1), 1), True)
-    assert choose(deep, torch.bfloat16, "forward", "avx512bf16", 2).implementation == "hybrid"
+    deep = Node((16, 512, 7, 7), (512, 512, 3, 3), same, torch.bfloat16, True)
+    image = deep._replace(x=(16, 3, 7, 7), weight=(512, 3, 3, 3))
+    in_groups = deep._replace(weight=(512, 16, 3, 3), geometry=same._replace(groups=32))
+    point = Node((16, 256, 28, 28), (128, 256, 1, 1), ConvGeometry((1, 1), (0, 0), (1, 1), 1), torch.bfloat16, True)
+    assert rule(deep, "forward", "avx512bf16").implementation == "hybrid"
     for direction in ("forward", "backward"):
         for node in (deep, image, point, in_groups):
-            assert choose(node, torch.bfloat16, direction, "avx512bf16+amx", 2).implementation == "hybrid"
-        assert choose(point, torch.bfloat16, direction, "avx512bf16", 2).implementation == "fused"
+            assert rule(node, direction, "avx512bf16+amx").implementation == "hybrid"
+        assert rule(point, direction, "avx512bf16").implementation == "fused"
         for node in (deep, point, in_groups):
-            assert choose(node, torch.bfloat16, direction, "amx", 2).implementation == "fused"
-        assert choose(image, torch.bfloat16, direction, "amx", 2).implementation == "hybrid"
-    few = in_groups._replace(channels=128, channels_out=128)
-    assert choose(few, torch.bfloat16, "forward", "avx512bf16+amx", 2).implementation == "hybrid"
-    assert choose(few, torch.bfloat16, "backward", "avx512bf16+amx", 2).implementation == "hybrid dgrad, fused wgrad"
+            assert rule(node, direction, "amx").implementation == "fused"
+        assert rule(image, direction, "amx").implementation == "hybrid"
+    few = in_groups._replace(x=(16, 128, 7, 7), weight=(128, 4, 3, 3))
+    assert rule(few, "forward", "avx512bf16+amx").implementation == "hybrid"
+    assert rule(few, "backward", "avx512bf16+amx").implementation == "hybrid dgrad, fused wgrad"
     for direction in ("forward", "backward"):
-        assert choose(point, torch.float32, direction, "avx512bf16+amx", 2).implementation == "fused"
-        assert choose(deep, torch.float32, direction, "avx512", 2).implementation == "winograd"
-        assert choose(image, torch.float32, direction, "avx512", 2).implementation == "fused"
-        assert choose(in_groups, torch.float32, direction, "avx512", 2).implementation == "fused"
-        assert choose(point, torch.float32, direction, "avx512", 2).implementation == "fused"
+        assert rule(point._replace(dtype=torch.float32), direction, "avx512bf16+amx").implementation == "fused"
+        for node, implementation in ((deep, "winograd"), (image, "fused"), (in_groups, "fused"), (point, "fused")):
+            assert rule(node._replace(dtype=torch.float32), direction, "avx512").implementation == implementation

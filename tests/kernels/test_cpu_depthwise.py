@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from depthwise_cases import GRADIENTS, Shape, check, check_backward, check_forward, make
+from depthwise_cases import DEPTHWISE, GRADIENTS, Shape, check, check_backward, check_forward, make
 from needs import needs_kernels
 from torch import Tensor
 
-from bnrestructure.kernels import reference
-from bnrestructure.kernels.cpu import depthwise, library
+from bnrestructure.kernels.calls import ConvBackward, ConvForward
+from bnrestructure.kernels.cpu import KERNELS, library
+from bnrestructure.kernels.reference import REFERENCE
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -81,7 +82,7 @@ def test_edges(affine, gate, edge):
 def test_identity_returns_no_sums():
     case = make(SHAPES["3x3"], act="identity", affine=False)
     check_backward(case)
-    assert case.backward(depthwise).sum_p is None
+    assert case.backward(DEPTHWISE).sum_p is None
 
 
 @pytest.mark.parametrize(
@@ -95,10 +96,10 @@ def test_only_what_is_asked_for(needs, gate):
 
 def test_without_statistics_or_bias():
     case = make(SHAPES["3x3"], bias=False)
-    y, mean, var = case.forward(depthwise, statistics=False)
+    y, mean, var = case.forward(DEPTHWISE, statistics=False)
     assert mean is None
     assert var is None
-    check("y", y, case.forward(reference)[0], case.double().forward(reference)[0])
+    check("y", y, case.forward(REFERENCE)[0], case.double().forward(REFERENCE)[0])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
@@ -109,7 +110,7 @@ def test_threads(threads, count, batch):
         case = make(Shape(batch, 72, (23, 21), stride=(2, 2)), gate=gate)
         check_forward(case)
         check_backward(case)
-        first, second = case.backward(depthwise), case.backward(depthwise)
+        first, second = case.backward(DEPTHWISE), case.backward(DEPTHWISE)
         for name in GRADIENTS:
             one, two = getattr(first, name), getattr(second, name)
             assert one is two is None or torch.equal(one, two), name
@@ -117,12 +118,12 @@ def test_threads(threads, count, batch):
 
 def test_two_callers_at_once():
     cases = [make(Shape(4, 64, (28, 28)), seed=seed) for seed in range(2)]
-    expected = [case.backward(depthwise) for case in cases]
+    expected = [case.backward(DEPTHWISE) for case in cases]
     failures = []
 
     def call(index: int) -> None:
         for _ in range(20):
-            value = cases[index].backward(depthwise)
+            value = cases[index].backward(DEPTHWISE)
             if not (torch.equal(value.dx, expected[index].dx) and torch.equal(value.weight, expected[index].weight)):
                 failures.append(index)
 
@@ -154,7 +155,7 @@ def test_channel_slices_in_and_out(dtype):
     case = replace(case, x=pitched(case.x), dy=pitched(case.dy), edge=replace(case.edge, y=pitched(case.edge.y)))
     out = pitched(torch.full_like(case.edge.y, torch.nan))
     check_forward(case, out=out)
-    assert case.forward(depthwise, out=out)[0] is out
+    assert case.forward(DEPTHWISE, out=out)[0] is out
     assert neighbours(out).isnan().all()
     check_backward(case)
 
@@ -165,25 +166,25 @@ def test_accumulates_in_place(dtype, gate):
     case = make(SHAPES["5x5"], dtype, gate=gate)
     before = torch.randn_like(case.x)
     target = pitched(before)
-    value = case.backward(depthwise, accumulate=target)
+    value = case.backward(DEPTHWISE, accumulate=target)
     assert value.dx is target
     assert neighbours(target).isnan().all()
-    expected = case.backward(reference, accumulate=before.clone()).dx
-    check("dx", value.dx, expected, case.double().backward(reference, accumulate=before.double()).dx)
+    expected = case.backward(REFERENCE, accumulate=before.clone()).dx
+    check("dx", value.dx, expected, case.double().backward(REFERENCE, accumulate=before.double()).dx)
 
 
 def test_other_layouts_are_copied():
     case = make(SHAPES["3x3"])
-    y, mean, _ = case.forward(depthwise)
+    y, mean, _ = case.forward(DEPTHWISE)
     other = replace(case, x=case.x.contiguous(), dy=case.dy.contiguous(), weight=case.weight.repeat(1, 2, 1, 1)[:, :1])
     out = torch.full(y.shape, torch.nan)
-    assert torch.equal(other.forward(depthwise, out=out)[0], y)
+    assert torch.equal(other.forward(DEPTHWISE, out=out)[0], y)
     assert torch.equal(out, y)
-    assert torch.equal(other.forward(depthwise)[1], mean)
+    assert torch.equal(other.forward(DEPTHWISE)[1], mean)
     target = torch.ones(case.x.shape)
-    value = other.backward(depthwise, accumulate=target)
+    value = other.backward(DEPTHWISE, accumulate=target)
     assert value.dx is target
-    torch.testing.assert_close(target, case.backward(depthwise).dx + 1)
+    torch.testing.assert_close(target, case.backward(DEPTHWISE).dx + 1)
     expanded = replace(case, dy=torch.ones(1, 1, 1, 1).expand(case.dy.shape))
     check_backward(expanded)
 
@@ -193,7 +194,7 @@ def test_weight_gradient_has_the_weights_layout(last):
     case = make(SHAPES["5x5"])
     layout = torch.channels_last if last else torch.contiguous_format
     case = replace(case, weight=case.weight.contiguous(memory_format=layout))
-    dw = case.backward(depthwise).weight
+    dw = case.backward(DEPTHWISE).weight
     assert dw.stride() == case.weight.stride()
     check_backward(case)
 
@@ -224,25 +225,35 @@ def test_nan_reaches_its_neighbourhood_and_no_further(act):
     case = make(SHAPES["3x3"], act=act, edge="none")
     case.x[1, 5, 4, 4] = torch.nan
     case = replace(case, transform=replace(case.transform, mean=torch.zeros(32)))
-    y, mean, _ = case.forward(depthwise)
-    assert torch.equal(y.isnan(), case.forward(reference)[0].isnan())
+    y, mean, _ = case.forward(DEPTHWISE)
+    assert torch.equal(y.isnan(), case.forward(REFERENCE)[0].isnan())
     assert int(y.isnan().sum()) == 9
     assert mean[5].isnan()
-    value, expected = case.backward(depthwise), case.backward(reference)
+    value, expected = case.backward(DEPTHWISE), case.backward(REFERENCE)
     for name in ("dx", "sum_p", "sum_px", "weight"):
         assert torch.equal(getattr(value, name).isnan(), getattr(expected, name).isnan()), name
 
 
 def test_says_what_it_cannot_do():
     case = make(SHAPES["3x3"])
-    forward = (case.x, case.transform, case.weight, case.bias, case.geometry)
-    backward = (case.dy, case.edge, case.x, case.transform, case.weight, case.geometry)
-    options = {"dtype": torch.float32}
-    assert depthwise.supports("conv_forward", forward, options) is None
-    assert depthwise.supports("conv_backward", backward, options) is None
-    assert "float64" in depthwise.supports("conv_forward", (case.x.double(), *forward[1:]), options)
-    assert "float64" in depthwise.supports("conv_forward", forward, {"dtype": torch.float64})
-    assert "1-D" in depthwise.supports("conv_forward", (case.x[..., 0], *forward[1:]), options)
-    assert "empty" in depthwise.supports("conv_forward", (case.x[:0], *forward[1:]), options)
-    dense = (*forward[:2], case.weight.repeat(2, 1, 1, 1), *forward[3:])
-    assert "depthwise" in depthwise.supports("conv_forward", dense, options)
+    forward = ConvForward(case.x, case.transform, case.weight, case.bias, case.geometry, torch.float32)
+    backward = ConvBackward(case.dy, case.edge, case.x, case.transform, case.weight, case.geometry, torch.float32)
+    assert KERNELS.convolution_choices(forward)[0].implementation == "depthwise"
+    assert KERNELS.supports(forward) is None
+    assert KERNELS.supports(backward) is None
+    refused = {
+        "float64": replace(forward, x=case.x.double()),
+        "computing in torch.float64": replace(forward, dtype=torch.float64),
+        "an input of sizes": replace(forward, x=case.x[..., 0]),
+        "empty": replace(forward, x=case.x[:0]),
+        "groups": replace(forward, weight=case.weight[:-1]),
+    }
+    for words, call in refused.items():
+        assert words in str(KERNELS.supports(call)), words
+
+
+def test_several_outputs_a_channel_are_no_depthwise_convolution():
+    case = make(SHAPES["3x3"])
+    call = ConvForward(case.x, case.transform, case.weight.repeat(2, 1, 1, 1), None, case.geometry, torch.float32)
+    assert KERNELS.convolution_choices(call)[0].implementation != "depthwise"
+    torch.testing.assert_close(KERNELS.run(call).y, REFERENCE.run(call).y, rtol=1e-4, atol=1e-4)

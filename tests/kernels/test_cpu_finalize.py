@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import product
-from types import ModuleType
 
 import pytest
 import torch
@@ -11,7 +10,9 @@ from cpu_checks import assert_as_good, to_double
 from needs import needs_kernels
 from torch import Tensor
 
-from bnrestructure.kernels import cpu, reference
+from bnrestructure.kernels.calls import FinalizeBackward, FinalizeForward, Kernels
+from bnrestructure.kernels.cpu import KERNELS
+from bnrestructure.kernels.reference import REFERENCE
 
 pytestmark = needs_kernels
 
@@ -32,20 +33,20 @@ def test_forward(
     weight, bias = (None, None) if parameter_dtype is None else torch.randn(2, channels).to(parameter_dtype).unbind()
     running = (None, None) if running_dtype is None else torch.rand(2, channels).to(running_dtype).unbind()
     buffers, results = [], []
-    for module, convert in ((cpu, lambda v: v), (reference, lambda v: v), (reference, to_double)):
+    for module, convert in ((KERNELS, lambda v: v), (REFERENCE, lambda v: v), (REFERENCE, to_double)):
         own = [None if r is None else convert(r.clone()) for r in running]
         arguments = [convert(v) for v in (mean, var, count, weight, bias)]
-        results.append(module.finalize_forward(*arguments, *own, 0.1, 1e-5))
+        results.append(module.run(FinalizeForward(*arguments, *own, 0.1, 1e-5)))
         buffers.append(tuple(own))
     assert_as_good("results", *results)
     assert_as_good("running statistics", *buffers)
 
 
-@pytest.mark.parametrize("module", [cpu, reference], ids=["cpu", "reference"])
-def test_running_statistics_are_updated_in_place_and_alone(module: ModuleType) -> None:
+@pytest.mark.parametrize("module", [KERNELS, REFERENCE], ids=["cpu", "reference"])
+def test_running_statistics_are_updated_in_place_and_alone(module: Kernels) -> None:
     mean, var = statistics(9)
     running_mean = torch.zeros(9)
-    module.finalize_forward(mean, var, 50, None, None, running_mean, None, torch.tensor(1.0), 1e-5)
+    module.run(FinalizeForward(mean, var, 50, None, None, running_mean, None, torch.tensor(1.0), 1e-5))
     assert torch.equal(running_mean, mean)
     assert running_mean._version == 0  # autograd does not count this write, as it does not count PyTorch's own batch norm's
 
@@ -55,27 +56,27 @@ def test_running_statistics_are_updated_in_place_and_alone(module: ModuleType) -
 def test_backward(channels: int, dtype: torch.dtype | None) -> None:
     dscale, rstd = torch.randn(channels), torch.rand(channels) * 30
     weight = None if dtype is None else torch.randn(channels).to(dtype)
-    result = cpu.finalize_backward(dscale, rstd, weight)
-    truth = reference.finalize_backward(*map(to_double, (dscale, rstd, weight)))
-    assert_as_good("gradients", result, reference.finalize_backward(dscale, rstd, weight), truth)
+    result = KERNELS.run(FinalizeBackward(dscale, rstd, weight))
+    truth = REFERENCE.run(FinalizeBackward(*map(to_double, (dscale, rstd, weight))))
+    assert_as_good("gradients", result, REFERENCE.run(FinalizeBackward(dscale, rstd, weight)), truth)
 
 
 def test_strided_vectors() -> None:
     mean, var = (torch.rand(20)[::2] for _ in range(2))
     weight = torch.rand(30)[::3]
-    result = cpu.finalize_forward(mean, var, 8, weight, None, None, None, 0.1, 1e-5)
+    result = KERNELS.run(FinalizeForward(mean, var, 8, weight, None, None, None, 0.1, 1e-5))
     mean, var, weight = mean.contiguous(), var.contiguous(), weight.contiguous()
-    expected = cpu.finalize_forward(mean, var, 8, weight, None, None, None, 0.1, 1e-5)
+    expected = KERNELS.run(FinalizeForward(mean, var, 8, weight, None, None, None, 0.1, 1e-5))
     assert all(map(torch.equal, result, expected))
 
 
 def test_supports_gives_reasons() -> None:
     mean, var = statistics(4)
-    assert cpu.supports("finalize_forward", (mean, var, 8, mean, mean, mean, var, 0.1, 1e-5), {}) is None
+    assert KERNELS.supports(FinalizeForward(mean, var, 8, mean, mean, mean, var, 0.1, 1e-5)) is None
     half = mean.half()
     strided = torch.rand(8)[::2]
-    assert cpu.supports("finalize_forward", (mean, var, 8, half, None, None, None, 0.1, 1e-5), {})
-    assert cpu.supports("finalize_forward", (mean, var, 8, None, None, strided, None, 0.1, 1e-5), {})
-    assert cpu.supports("finalize_forward", (mean.double(), var.double(), 8, None, None, None, None, 0.1, 1e-5), {})
-    assert cpu.supports("finalize_backward", (mean, var, half), {})
-    assert cpu.supports("finalize_backward", (mean, var, None), {}) is None
+    assert KERNELS.supports(FinalizeForward(mean, var, 8, half, None, None, None, 0.1, 1e-5))
+    assert KERNELS.supports(FinalizeForward(mean, var, 8, None, None, strided, None, 0.1, 1e-5))
+    assert KERNELS.supports(FinalizeForward(mean.double(), var.double(), 8, None, None, None, None, 0.1, 1e-5))
+    assert KERNELS.supports(FinalizeBackward(mean, var, half))
+    assert KERNELS.supports(FinalizeBackward(mean, var, None)) is None

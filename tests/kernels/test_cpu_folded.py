@@ -7,19 +7,39 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_checks import assert_as_good, to_double
+from cpu_checks import assert_as_good, fresh, like, to_double
 from needs import needs_kernels
 from torch import Tensor
 
 from bnrestructure.core.aliases import channels_last_buffer
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, PoolGeometry, Transform
-from bnrestructure.kernels import cpu, reference, registry
+from bnrestructure.core.errors import UnsupportedCallError
+from bnrestructure.kernels import registry
+from bnrestructure.kernels.calls import (
+    Call,
+    ConvBackward,
+    ConvForward,
+    FinalizeForward,
+    JoinBackward,
+    JoinForward,
+    MaxPoolForward,
+    NormaliseBackward,
+    NormaliseForward,
+    OutputGradient,
+    SqueezeBackward,
+    SqueezeForward,
+    StatisticsBackward,
+    StatisticsForward,
+)
+from bnrestructure.kernels.cpu import KERNELS
+from bnrestructure.kernels.folded import FoldedKernels
 from bnrestructure.kernels.folded.geometry import folding_of
 from bnrestructure.kernels.folded.views import folded, frames, image, lines, unfolded
+from bnrestructure.kernels.reference import REFERENCE, ReferenceKernels
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 
-kernels = registry.folded(cpu)
+kernels = registry.folded(KERNELS)
 DTYPES = (torch.float32, torch.bfloat16)
 #: Between nodes; a channel slice of a wider tensor; NCDHW; rows with gaps between them, which no view can fold.
 LAYOUTS = ("last", "slice", "contiguous", "gaps")
@@ -44,52 +64,39 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "last") -> 
 
 
 def transform_of(x: Tensor, act: str = "silu", gate: bool = False) -> Transform:
-    mean, var = reference.statistics_forward(x)
+    mean, var = REFERENCE.run(StatisticsForward(x))
     c = x.shape[1]
     vectors = mean, torch.rand(c) / (var + 1e-2).sqrt() + 0.1, torch.randn(c)
     return Transform(*vectors, act, torch.rand(x.shape[0], c) + 0.5 if gate else None)
 
 
 def edge_of(y: Tensor) -> BackwardEdge:
-    mean, _ = reference.statistics_forward(y)
+    mean, _ = REFERENCE.run(StatisticsForward(y))
     c = y.shape[1]
     return BackwardEdge(torch.rand(c) + 0.5, torch.randn(c) * 0.1, torch.randn(c) * 0.1, y, mean)
 
 
-def double(value: Any) -> Any:
-    if isinstance(value, Join):
-        return Join(*map(to_double, (value.y, value.ty, value.r, value.tr)), value.act)
-    return to_double(value)
+def check(call: Call[Any]) -> None:
+    """The call folded, by the reference, and by the reference in fp64. What is written in place is written in place."""
 
-
-def like(x: Tensor) -> Tensor:
-    """A copy with the same strides, gaps and all."""
-    size = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    return torch.full((size,), torch.nan, dtype=x.dtype).as_strided(x.shape, x.stride()).copy_(x)
-
-
-def check(name: str, *args: Any, **kwargs: Any) -> None:
-    """``name`` folded, by the reference, and by the reference in fp64. What is written in place is written in place."""
-    place = "out" if "out" in kwargs else "accumulate"
-
-    def run(module: Any, convert: Any) -> Any:
-        fresh = {key: convert(like(v)) if isinstance(v, Tensor) else v for key, v in kwargs.items()}
-        if fresh.get("dtype") is not None and convert is double:
-            fresh["dtype"] = torch.float64
-        found = getattr(module, name)(*map(convert, args), **fresh)
-        into = fresh.get(place)
-        if into is not None and name != "join_backward":  # there its memory may be used
-            given = {"conv_forward": lambda: found[0], "join_forward": lambda: found[1], "normalise_forward": lambda: found}
-            assert given.get(name, lambda: found[0])() is into
+    def run(by: Any, of: Any) -> Any:
+        given = fresh(of)
+        found = by.run(given)
+        into = getattr(given, "accumulate", getattr(given, "out", None))
+        if into is not None and getattr(given, "join", None) is None:  # behind a join its memory may be used
+            assert (found if isinstance(found, Tensor) else found[0]) is into
+        if isinstance(given, ConvForward) and given.join is not None:
+            return given.x.clone(), *found
         return tuple(found) if isinstance(found, tuple) else found
 
-    assert kernels.supports(name, args, kwargs) is None
-    mine, theirs = run(kernels, lambda v: v), run(reference, lambda v: v)
+    assert kernels.supports(call) is None
+    mine, theirs = run(kernels, call), run(REFERENCE, call)
+    in_place = getattr(call, "out", None) is not None or getattr(call, "accumulate", None) is not None
     for a, b in zip(*(pair if isinstance(pair, tuple) else (pair,) for pair in (mine, theirs)), strict=True):
         assert (a is None) == (b is None)
-        assert a is None or a.dim() < 3 or place in kwargs or not a._is_view(), "autograd refuses to write to it"
+        assert a is None or a.dim() < 3 or in_place or not a._is_view(), "autograd refuses to write to it"
     # 8 where other tests have 4: results that are summed from a few dozen rounded values are the reference's luck as much as ours.
-    assert_as_good(name, mine, theirs, run(reference, double), factor=8.0)
+    assert_as_good(type(call).__name__, mine, theirs, run(REFERENCE, to_double(call)), factor=8.0)
 
 
 @pytest.mark.parametrize("fold", [image, frames, lines])
@@ -112,40 +119,38 @@ def test_sweeps(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None
     x, dz = values(shape, dtype, layout), values(shape, dtype)
     t = transform_of(x)
     mean, a, b = torch.randn(3, shape[1]).unbind()
-    check("statistics_forward", x)
-    check("statistics_backward", x, mean, a, b, None)
-    check("normalise_forward", x, t, dtype=dtype)
-    check("normalise_forward", dz, t, dtype=dtype, out=x)
-    check("normalise_backward", dz, x, t)
-    check("normalise_backward", dz, x, t, accumulate=values(shape, dtype, layout))
+    check(StatisticsForward(x))
+    check(StatisticsBackward(x, mean, a, b))
+    check(StatisticsBackward(x, mean, a, b, values(shape, dtype, layout)))
+    check(OutputGradient(dz, BackwardEdge(a, b, mean, x, mean), dtype, 0.7, True))
+    check(NormaliseForward(x, t, dtype=dtype))
+    check(NormaliseForward(dz, t, dtype=dtype, out=x))
+    check(NormaliseBackward(dz, x, t))
+    check(NormaliseBackward(dz, x, t, accumulate=values(shape, dtype, layout)))
     if len(shape) == 2:
         return  # no spatial positions to take a mean over
-    check("squeeze_forward", x, t, dtype=dtype)
+    check(SqueezeForward(x, t, dtype=dtype))
     pooled = torch.randn(shape[:2]).to(dtype)
-    check("squeeze_backward", pooled, None, x, t)
-    check("squeeze_backward", pooled, dz, x, t)
-    check("squeeze_backward", pooled, dz, x, t, accumulate=values(shape, dtype, layout))
+    check(SqueezeBackward(pooled, None, x, t))
+    check(SqueezeBackward(pooled, dz, x, t))
+    check(SqueezeBackward(pooled, dz, x, t, accumulate=values(shape, dtype, layout)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_what_is_added_to_in_place_by_position(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
-    """``accumulate`` of statistics_backward, and squeeze_backward's that is ``dz`` itself and is overwritten."""
+def test_what_is_overwritten_by_its_identity(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    """SqueezeBackward's ``accumulate`` that is ``dz`` itself."""
     x, into = values(shape, dtype), values(shape, dtype, layout)
-    t = transform_of(x)
-    mean, a, b = torch.randn(3, shape[1]).unbind()
-    pooled = torch.randn(shape[:2]).to(dtype)
-    cases = [("statistics_backward", (x, mean, a, b, into), 4), ("squeeze_backward", (pooled, into, x, t), 1)]
-    for name, args, place in cases[: len(shape) - 1]:
-        results = []
-        for module, convert in ((kernels, lambda v: v), (reference, lambda v: v), (reference, double)):
-            given = [convert(like(v)) if i == place else convert(v) for i, v in enumerate(args)]
-            options = {} if place == 4 else {"accumulate": given[1]}
-            found = getattr(module, name)(*given, **options)
-            assert (found if place == 4 else found[0]) is given[place]
-            results.append(found)
-        assert_as_good(name, *results)
+    if len(shape) == 2:
+        return
+    pooled, t, results = torch.randn(shape[:2]).to(dtype), transform_of(x), []
+    for by, convert in ((kernels, lambda v: v), (REFERENCE, lambda v: v), (REFERENCE, to_double)):
+        given = convert(like(into))
+        found = by.run(SqueezeBackward(*map(convert, (pooled,)), given, convert(x), convert(t), given))
+        assert found.dx is given
+        results.append(tuple(found))
+    assert_as_good("squeeze", *results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -157,9 +162,11 @@ def test_residual(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> No
     statistics = tuple(torch.randn(3, shape[1]).unbind())
     for tr in (Transform(), transform_of(r, "identity")):
         ty = transform_of(y, "identity")
-        check("residual_forward", y, ty, r, tr, "silu", dtype=dtype, statistics=True)
-        check("residual_backward", dout, statistics, y, ty, r, tr, out, "silu")
-        check("residual_backward", dout, None, y, ty, r, tr, out, "identity")
+        join = Join(y, ty, r, tr, "silu")
+        check(JoinForward(join, dtype, True))
+        check(JoinForward(join, dtype, out=values(shape, dtype)))
+        check(JoinBackward(dout, statistics, join, out))
+        check(JoinBackward(dout, None, replace(join, act="identity"), out))
 
 
 # x, outputs, kernel, stride, padding, dilation, groups
@@ -205,16 +212,16 @@ def test_convolutions(name: str, layout: str, dtype: torch.dtype) -> None:
     x, weight, geometry, shape = convolution(name, dtype, layout)
     bias = torch.randn(shape[1])
     for t in (transform_of(x), Transform()):
-        check("conv_forward", x, t, weight, bias, geometry, dtype=dtype, statistics=True)
-        check("conv_forward", x, t, weight, None, geometry, dtype=dtype, statistics=True, out=values(shape, dtype, layout))
+        check(ConvForward(x, t, weight, bias, geometry, dtype=dtype, statistics=True))
+        check(ConvForward(x, t, weight, None, geometry, dtype=dtype, statistics=True, out=values(shape, dtype, layout)))
         dy, y = values(shape, dtype, layout), values(shape, dtype)
         for edge in (edge_of(y), BackwardEdge(), BackwardEdge(torch.rand(shape[1]) + 0.5)):
-            check("conv_backward", dy, edge, x, t, weight, geometry, dtype=dtype, needs=(True, True, True))
+            check(ConvBackward(dy, edge, x, t, weight, geometry, dtype=dtype, needs=(True, True, True)))
         into = values(x.shape, dtype, layout)
-        check("conv_backward", dy, edge_of(y), x, t, weight, geometry, dtype=dtype, needs=(True, True, False), accumulate=into)
+        check(ConvBackward(dy, edge_of(y), x, t, weight, geometry, dtype=dtype, needs=(True, True, False), accumulate=into))
         if layout == "last":
             for needs in ((False, True, True), (True, False, False), (False, False, True)):
-                check("conv_backward", dy, edge_of(y), x, t, weight, geometry, dtype=dtype, needs=needs)
+                check(ConvBackward(dy, edge_of(y), x, t, weight, geometry, dtype=dtype, needs=needs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -222,9 +229,9 @@ def test_convolutions(name: str, layout: str, dtype: torch.dtype) -> None:
 def test_gates(name: str, dtype: torch.dtype) -> None:
     x, weight, geometry, shape = convolution(name, dtype)
     t = transform_of(x, gate=True)
-    check("conv_forward", x, t, weight, None, geometry, dtype=dtype, statistics=True)
+    check(ConvForward(x, t, weight, None, geometry, dtype=dtype, statistics=True))
     dy, y = values(shape, dtype), values(shape, dtype)
-    check("conv_backward", dy, edge_of(y), x, t, weight, geometry, dtype=dtype, needs=(True, True, False))
+    check(ConvBackward(dy, edge_of(y), x, t, weight, geometry, dtype=dtype, needs=(True, True, False)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -237,11 +244,11 @@ def test_joins(name: str, layout: str, dtype: torch.dtype) -> None:
     dy, y = values(shape, dtype, layout), values(shape, dtype)
     for tr in (Transform(), transform_of(r, "identity")):
         join = Join(x, transform_of(x, "identity"), r, tr, "silu")
-        check("join_forward", join, weight, bias, geometry, dtype=dtype, statistics=True)
-        check("join_forward", join, weight, bias, geometry, dtype=dtype, statistics=True, out=values(shape, dtype, layout))
-        args = dy, edge_of(y), z, join, weight, geometry
-        check("join_backward", *args, dtype=dtype, needs=(True, True))
-        check("join_backward", *args, dtype=dtype, needs=(True, True), accumulate=values(x.shape, dtype, layout))
+        check(ConvForward(z, Transform(), weight, bias, geometry, dtype, True, join=join))
+        check(ConvForward(z, Transform(), weight, bias, geometry, dtype, True, values(shape, dtype, layout), join))
+        args = dy, edge_of(y), z, Transform(), weight, geometry, dtype, (True, True, True)
+        check(ConvBackward(*args, join=join))
+        check(ConvBackward(*args, values(x.shape, dtype, layout), join))
 
 
 @pytest.mark.parametrize("name", ["frames", "lines", "volume", "every other frame"])
@@ -249,14 +256,14 @@ def test_a_float32_input_under_autocast(name: str) -> None:
     """The video itself, before the first convolution. Where it is normalised first, in float32, none of these kernels is for it."""
     x, weight, geometry, shape = convolution(name, torch.float32)
     dy, t = values(shape, torch.bfloat16), Transform()
-    check("conv_forward", x, t, weight, None, geometry, dtype=torch.bfloat16, statistics=True)
+    check(ConvForward(x, t, weight, None, geometry, dtype=torch.bfloat16, statistics=True))
     options = {"dtype": torch.bfloat16, "needs": (True, True, False)}
-    check("conv_backward", dy, BackwardEdge(), x, t, weight, geometry, **options)
-    check("conv_backward", dy, BackwardEdge(), x, t, weight, geometry, **options, accumulate=values(x.shape, torch.float32))
-    forward = (x, transform_of(x), weight, None, geometry), {"dtype": torch.bfloat16, "statistics": True}
-    backward = (dy, BackwardEdge(), x, transform_of(x), weight, geometry), options
-    for kernel, (args, given) in (("conv_forward", forward), ("conv_backward", backward)):
-        assert "normalised" in str(kernels.supports(kernel, args, given))
+    check(ConvBackward(dy, BackwardEdge(), x, t, weight, geometry, **options))
+    check(ConvBackward(dy, BackwardEdge(), x, t, weight, geometry, **options, accumulate=values(x.shape, torch.float32)))
+    forward = ConvForward(x, transform_of(x), weight, None, geometry, torch.bfloat16, True)
+    backward = ConvBackward(dy, BackwardEdge(), x, transform_of(x), weight, geometry, **options)
+    for call in (forward, backward):
+        assert "normalised" in str(kernels.supports(call))
 
 
 @pytest.mark.parametrize("layout", ["slice", "gaps"])
@@ -264,10 +271,10 @@ def test_a_float32_input_under_autocast(name: str) -> None:
 def test_neighbours_in_memory_stay_as_they_are(name: str, layout: str) -> None:
     x, weight, geometry, shape = convolution(name, torch.float32)
     out, into = values(shape, torch.float32, layout), values(x.shape, torch.float32, layout)
-    kernels.conv_forward(x, transform_of(x), weight, None, geometry, dtype=x.dtype, statistics=False, out=out)
+    kernels.run(ConvForward(x, transform_of(x), weight, None, geometry, dtype=x.dtype, statistics=False, out=out))
     dy = values(shape, torch.float32)
     options: dict[str, Any] = {"dtype": x.dtype, "needs": (True, True, False)}
-    kernels.conv_backward(dy, edge_of(out), x, transform_of(x), weight, geometry, **options, accumulate=into)
+    kernels.run(ConvBackward(dy, edge_of(out), x, transform_of(x), weight, geometry, **options, accumulate=into))
     for t in (out, into):
         size = t.untyped_storage().nbytes() // 4
         assert torch.empty(0).set_(t.untyped_storage(), 0, (size,), (1,)).isnan().sum() == size - t.numel()
@@ -279,57 +286,67 @@ def test_a_small_correction_survives_a_volume_in_bfloat16() -> None:
     _, weight, geometry, _ = convolution("volume", torch.bfloat16)
     x, y = values((2, 5, 8, 12, 12), torch.bfloat16), values((2, 7, 8, 12, 12), torch.bfloat16)
     dy = laid_out((torch.randn(y.shape) + 1e-3).to(y.dtype), "last")
-    mean, _ = reference.statistics_forward(y)
-    edge = BackwardEdge(torch.ones(7), torch.zeros(7), -reference.statistics_forward(dy)[0], y, mean)
-    args = dy, edge, x, Transform(), weight.abs(), geometry
-    found = kernels.conv_backward(*args, dtype=torch.bfloat16, needs=(True, False, False)).dx
-    truth = reference.conv_backward(*map(to_double, args), dtype=torch.float64, needs=(True, False, False)).dx
-    plain = reference.conv_backward(
-        *map(to_double, (args[0], BackwardEdge(), *args[2:])), dtype=torch.float64, needs=(True, False, False)
-    ).dx
+    mean, _ = REFERENCE.run(StatisticsForward(y))
+    edge = BackwardEdge(torch.ones(7), torch.zeros(7), -REFERENCE.run(StatisticsForward(dy)).mean, y, mean)
+    call = ConvBackward(dy, edge, x, Transform(), weight.abs(), geometry, torch.bfloat16, (True, False, False))
+    found = kernels.run(call).dx
+    truth = REFERENCE.run(to_double(call)).dx
+    plain = REFERENCE.run(to_double(replace(call, edge=BackwardEdge()))).dx
     lost, error = (truth - plain).sum().abs(), (found.double() - truth).sum().abs()
     assert error < 0.5 * lost, (float(error), float(lost))
 
 
-@pytest.mark.parametrize("args", [(2, 5, 3, 4, 6), (2, 5, 9), (6, 7)], ids=str)
-def test_select_takes_them_where_it_can(args: tuple[int, ...]) -> None:
-    x = values(args, torch.float32)
-    t = transform_of(x)
-    assert registry.select("auto", "normalise_forward", (x, t), {"dtype": x.dtype}).__qualname__.startswith("FoldedKernels")
-    assert registry.select("auto", "normalise_forward", (x.double(), t), {"dtype": torch.float64}) is reference.normalise_forward
-    pooled = torch.randn(args[:2])
-    assert registry.select("auto", "squeeze_backward", (pooled, None, x, t), {}).__qualname__.startswith("FoldedKernels")
-    assert registry.select("reference", "statistics_forward", (x,), {}) is reference.statistics_forward
-    vectors = tuple(torch.rand(8, 5).unbind())
-    assert registry.select("auto", "finalize_forward", vectors, {}).__module__ == "bnrestructure.kernels.cpu.finalize"
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4, 6), (2, 5, 9), (6, 7)], ids=str)
+def test_what_they_can_answer_is_asked_of_them(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    for kind in (FoldedKernels, ReferenceKernels):
+        run = kind.run
+        monkeypatch.setattr(kind, "run", lambda self, call, run=run, kind=kind: (asked.append(kind.__name__), run(self, call))[1])
+    x = values(shape, torch.float32)
+    t, vector = transform_of(x), torch.rand(5)
+    asked.clear()
+    calls = {
+        "FoldedKernels": NormaliseForward(x, t, x.dtype),
+        "ReferenceKernels": NormaliseForward(x.double(), to_double(t), torch.float64),
+        "": FinalizeForward(vector, vector, 3, None, None, None, None, 0.1, 1e-5),
+    }
+    for last, call in calls.items():
+        registry.run("auto", call)
+        assert (asked or [""])[-1] == last
+        asked.clear()
+    registry.run("reference", StatisticsForward(x))
+    assert asked == ["ReferenceKernels"]
 
 
 def test_what_is_refused_says_why() -> None:
     x, weight, geometry, _ = convolution("volume", torch.float32)
-    gated = transform_of(x, gate=True)
-    options = {"dtype": torch.float32, "statistics": True}
-    reasons = {
-        "a gate": kernels.supports("conv_forward", (x, gated, weight, None, geometry), options),
-        "float64": kernels.supports("conv_forward", (x, Transform(), weight, None, geometry), {**options, "dtype": torch.float64}),
-        "empty": kernels.supports("conv_forward", (x[:0], Transform(), weight, None, geometry), options),
-        "4-D": kernels.supports("max_pool_forward", (x, Transform(), PoolGeometry((2,), (2,), (0,), False)), {"dtype": x.dtype}),
+    call = ConvForward(x, Transform(), weight, None, geometry, torch.float32, True)
+    refused: dict[str, Call[Any]] = {
+        "a gate": replace(call, transform=transform_of(x, gate=True)),
+        "float64": replace(call, dtype=torch.float64),
+        "empty": replace(call, x=x[:0]),
+        "4-D": MaxPoolForward(x, Transform(), PoolGeometry((2,), (2,), (0,), False), x.dtype),
     }
-    for word, reason in reasons.items():
+    for word, wrong in refused.items():
+        reason = kernels.supports(wrong)
         assert reason is not None
         assert word in reason
         assert "\n" not in reason
+        with pytest.raises(UnsupportedCallError):
+            kernels.run(wrong)
     x, weight, geometry, _ = convolution("frames", torch.float32)
-    assert "float64" in str(kernels.supports("conv_forward", (x.double(), Transform(), weight, None, geometry), options))
+    call = ConvForward(x, Transform(), weight, None, geometry, torch.float32, True)
+    assert "float64" in str(kernels.supports(replace(call, x=x.double())))
     join = Join(x, transform_of(x, "identity"), x, Transform(), "tanh")
-    assert kernels.supports("join_forward", (join, weight, None, geometry), options) is not None
-    assert kernels.supports("join_forward", (replace(join, act="relu"), weight, None, geometry), options) is None
+    assert kernels.supports(replace(call, join=join)) is not None
+    assert kernels.supports(replace(call, join=replace(join, act="relu"))) is None
 
 
 @pytest.mark.parametrize(("name", "forward"), [("lines", "fused"), ("frames, depthwise", "depthwise"), ("volume", "hybrid")])
 def test_choices(name: str, forward: str) -> None:
     x, weight, geometry, _ = convolution(name, torch.float32)
-    found = kernels.convolution_choices(tuple(x.shape), tuple(weight.shape), transform_of(x), geometry, torch.float32)
-    assert found[0].implementation == forward
-    refused = kernels.convolution_choices(tuple(x.shape), tuple(weight.shape), Transform(), geometry, torch.float64)
+    call = ConvForward(x.to("meta"), transform_of(x), weight.to("meta"), None, geometry, torch.float32)
+    assert kernels.convolution_choices(call)[0].implementation == forward
+    refused = kernels.convolution_choices(replace(call, transform=Transform(), dtype=torch.float64))
     assert refused[0].implementation == "reference"
     assert "float64" in refused[0].reason

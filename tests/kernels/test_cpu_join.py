@@ -10,10 +10,14 @@ from cpu_checks import KINKS, LAYOUTS, assert_as_good, in_layout, to_double
 from needs import needs_kernels
 from torch import Tensor
 
-from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
-from bnrestructure.kernels import cpu, reference
-from bnrestructure.kernels.cpu import convolution, library
-from bnrestructure.kernels.cpu.convolution_choice import candidates
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, Transform
+from bnrestructure.core.kept import kept_activation
+from bnrestructure.kernels import join
+from bnrestructure.kernels.calls import ConvBackward, ConvForward, JoinForward, Kernels
+from bnrestructure.kernels.choice import Node, OneOf
+from bnrestructure.kernels.cpu import KERNELS as CPU
+from bnrestructure.kernels.cpu import library
+from bnrestructure.kernels.reference import REFERENCE
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -46,19 +50,22 @@ class Case:
     geometry: ConvGeometry
     into: Tensor | None
 
-    def forward(self, kernels, out: Tensor | None = None):
-        args = (self.join, self.weight, self.bias, self.geometry)
-        return kernels.join_forward(*args, dtype=self.dy.dtype, statistics=True, out=out)
+    def forward(self, kernels: Kernels | OneOf, out: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """(z, y, mean, var)."""
+        z = kept_activation(self.join.y.shape, self.dy.dtype, self.dy.device)
+        return z, *kernels.run(ConvForward(z, Transform(), self.weight, self.bias, self.geometry, self.dy.dtype, True, out, self.join))
 
-    def backward(self, kernels, z: Tensor, needs: tuple[bool, bool] = (True, True)):
+    def backward(self, kernels: Kernels | OneOf, z: Tensor, needs: tuple[bool, bool] = (True, True)) -> tuple[Tensor | None, ...]:
+        """(G, SP, SPY, SPR, weight, bias)."""
         into = None if self.into is None else self.into.clone(memory_format=torch.preserve_format)
-        args = (self.dy, self.edge, z, self.join, self.weight, self.geometry)
-        return kernels.join_backward(*args, dtype=self.dy.dtype, needs=needs, accumulate=into)
+        of = self.weight, self.geometry, self.dy.dtype
+        found = kernels.run(ConvBackward(self.dy, self.edge, z, Transform(), *of, (True, *needs), into, self.join))
+        return found.dx, found.sum_p, found.sum_px, found.sum_pr, found.weight, found.bias
 
     def double(self) -> Case:
         into = None if self.into is None else self.into.double()
-        join = Join(*to_double(self.join.operands))
-        return Case(self.dy.double(), to_double(self.edge), join, self.weight.double(), self.bias.double(), self.geometry, into)
+        join, edge = to_double(self.join), to_double(self.edge)
+        return Case(self.dy.double(), edge, join, self.weight.double(), self.bias.double(), self.geometry, into)
 
 
 def vectors(channels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,8 +74,7 @@ def vectors(channels: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def away_from_kinks(y: Tensor, ty: Transform, r: Tensor, tr: Transform, act: str) -> Tensor:
     """r, moved where the sum lies so near a kink of the activation that its own rounding decides on which side."""
-    exact = y.double(), to_double(ty), r.double(), to_double(tr)
-    u, _, _ = reference.residual_forward(*exact, "identity", dtype=torch.float64, statistics=False)
+    u, _, _ = REFERENCE.run(to_double(JoinForward(Join(y, ty, r, tr, "identity"), torch.float64)))
     near = torch.zeros_like(u, dtype=torch.bool)
     for kink in KINKS.get(act, ()):
         near |= (u - kink).abs() < 0.06
@@ -105,10 +111,10 @@ def make_case(
 def check(name: str, case: Case) -> None:
     """Both directions against fp64, judged by the reference's own error in the case's dtype."""
     truth = case.double()
-    z, *_ = case.forward(reference)
-    assert_as_good(f"{name}: forward", case.forward(cpu), case.forward(reference), truth.forward(reference))
-    expected, exact = case.backward(reference, z), truth.backward(reference, z.double())
-    compare(f"{name}: backward", case.backward(cpu, z), expected, exact)
+    z, *_ = case.forward(REFERENCE)
+    assert_as_good(f"{name}: forward", case.forward(CPU), case.forward(REFERENCE), truth.forward(REFERENCE))
+    expected, exact = case.backward(REFERENCE, z), truth.backward(REFERENCE, z.double())
+    compare(f"{name}: backward", case.backward(CPU, z), expected, exact)
 
 
 def compare(name: str, found: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...], exact: tuple[Tensor | None, ...]) -> None:
@@ -145,29 +151,23 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
 def test_each_implementation(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the choice falls on, the join is finished in the dgrad's epilogue of that implementation."""
     case = make_case(name, dtype, "relu", shortcut=True, into="channels_last")
-    z, *_ = case.forward(reference)
-    node = convolution.node_of(tuple(z.shape), tuple(case.weight.shape), case.geometry, False)
-    expected, exact = case.backward(reference, z), case.double().backward(reference, z.double())
-    finished: list[str] = []
-    for implementation in candidates(node, dtype, "backward"):
-
-        def run(_: str, *args: object, chosen: str = implementation, original=convolution.run_backward, **options: object) -> ConvGradients:
-            finished.append(chosen)
-            return original(chosen, *args, **options)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(convolution, "run_backward", run)
-            compare(implementation, case.backward(cpu, z), expected, exact)
-    assert finished == list(candidates(node, dtype, "backward"))
+    z, *_ = case.forward(REFERENCE)
+    expected, exact = case.backward(REFERENCE, z), case.double().backward(REFERENCE, z.double())
+    alone: list[object] = []
+    monkeypatch.setattr(join, "backward_in_turn", lambda *args: alone.append(args))
+    node = Node(tuple(z.shape), tuple(case.weight.shape), case.geometry, dtype, False, joined=True)
+    for implementation in CPU.convolutions.rule.candidates(node, "backward"):
+        compare(implementation, case.backward(CPU.convolutions.by(implementation), z), expected, exact)
+    assert not alone
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["1x1 odd", "3x3 odd"])
 def test_written_into_a_buffer(name: str, layout: str) -> None:
     case = make_case(name, torch.float32, "relu", shortcut=True)
-    expected = case.forward(cpu)
+    expected = case.forward(CPU)
     out = in_layout(torch.full_like(expected[1], torch.nan), layout)
-    found = case.forward(cpu, out)
+    found = case.forward(CPU, out)
     assert found[1] is out
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
@@ -175,10 +175,10 @@ def test_written_into_a_buffer(name: str, layout: str) -> None:
 
 def test_needs() -> None:
     case = make_case("3x3", torch.float32, "relu", shortcut=False, into="channels_last")
-    z, *_ = case.forward(cpu)
-    whole = case.backward(cpu, z)
+    z, *_ = case.forward(CPU)
+    whole = case.backward(CPU, z)
     for needs in ((True, False), (False, True), (False, False)):
-        found = case.backward(cpu, z, needs)
+        found = case.backward(CPU, z, needs)
         for one, all_of_it in zip(found[:4], whole[:4], strict=True):
             assert (one is None and all_of_it is None) or torch.allclose(one, all_of_it, rtol=1e-4, atol=1e-4)
         assert tuple(x is not None for x in found[4:]) == needs
@@ -187,25 +187,23 @@ def test_needs() -> None:
 def test_in_place_where_it_can() -> None:
     """The other readers' gradient is finished where it lies; nothing is copied, and the join is passed no second tensor."""
     case = make_case("1x1", torch.float32, "relu", shortcut=True)
-    z, *_ = case.forward(cpu)
+    z, *_ = case.forward(CPU)
     into = torch.zeros_like(z)
-    g = cpu.join_backward(
-        case.dy, case.edge, z, case.join, case.weight, case.geometry,
-        dtype=torch.float32, needs=(True, True), accumulate=into,
-    )[0]  # fmt: skip
+    call = ConvBackward(case.dy, case.edge, z, Transform(), case.weight, case.geometry, torch.float32, accumulate=into, join=case.join)
+    g = CPU.run(call).dx
     assert g is into
-    assert torch.equal(g, case.backward(cpu, z)[0])
+    assert torch.equal(g, case.backward(CPU, z)[0])
 
 
 def test_supports_gives_reasons() -> None:
     case = make_case("1x1", torch.float32, "relu", shortcut=False)
-    join, rest = case.join, (case.weight, case.bias, case.geometry)
-    options = {"dtype": torch.float32, "statistics": True}
-    assert cpu.supports("join_forward", (join, *rest), options) is None
+    of = case.join
+    call = ConvForward(torch.empty_like(of.y), Transform(), case.weight, case.bias, case.geometry, torch.float32, True, join=of)
+    assert CPU.supports(call) is None
     wrong = {
-        "softplus": replace(join, act="softplus"),
-        "one dtype": replace(join, r=join.r.bfloat16()),
-        "float64": replace(join, y=join.y.double(), r=join.r.double()),
+        "softplus": replace(of, act="softplus"),
+        "one dtype": replace(of, r=of.r.bfloat16()),
     }
-    for words, of in wrong.items():
-        assert words in str(cpu.supports("join_forward", (of, *rest), options)), words
+    for words, joined in wrong.items():
+        assert words in str(CPU.supports(replace(call, join=joined))), words
+    assert "float64" in str(CPU.supports(to_double(call)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,8 +16,21 @@ from needs import needs_kernels
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bnrestructure.core.edges import BackwardEdge, ConvGeometry, PoolGeometry, Transform
-from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, convolution_winograd, depthwise, sweeps
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, PoolGeometry, Transform
+from bnrestructure.kernels.calls import (
+    ConvBackward,
+    ConvForward,
+    JoinBackward,
+    JoinForward,
+    MaxPoolBackward,
+    MaxPoolForward,
+    NormaliseBackward,
+    NormaliseForward,
+    SqueezeForward,
+    StatisticsBackward,
+    StatisticsForward,
+)
+from bnrestructure.kernels.cpu import KERNELS as CPU
 from bnrestructure.kernels.layout import pitch_of
 
 pytestmark = needs_kernels
@@ -87,28 +99,28 @@ def check(buffer: Buffer, call: Callable[[list[Tensor]], Any], count: int) -> No
 DENSE = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
 POINTWISE = ConvGeometry((1, 1), (0, 0), (1, 1), 1)
 KERNELS = [
-    pytest.param(convolution_fused, POINTWISE, (CHANNELS, CHANNELS, 1, 1), DTYPE, id="fused-1x1"),
-    pytest.param(convolution_fused, DENSE, (CHANNELS, CHANNELS, 3, 3), DTYPE, id="fused-3x3"),
-    pytest.param(convolution_hybrid, DENSE, (CHANNELS, CHANNELS, 3, 3), DTYPE, id="hybrid-3x3"),
-    pytest.param(convolution_winograd, DENSE, (CHANNELS, CHANNELS, 3, 3), torch.float32, id="winograd-3x3"),
-    pytest.param(depthwise, DENSE._replace(groups=CHANNELS), (CHANNELS, 1, 3, 3), DTYPE, id="depthwise-3x3"),
+    pytest.param("fused", POINTWISE, (CHANNELS, CHANNELS, 1, 1), DTYPE, id="fused-1x1"),
+    pytest.param("fused", DENSE, (CHANNELS, CHANNELS, 3, 3), DTYPE, id="fused-3x3"),
+    pytest.param("hybrid", DENSE, (CHANNELS, CHANNELS, 3, 3), DTYPE, id="hybrid-3x3"),
+    pytest.param("winograd", DENSE, (CHANNELS, CHANNELS, 3, 3), torch.float32, id="winograd-3x3"),
+    pytest.param("depthwise", DENSE._replace(groups=CHANNELS), (CHANNELS, 1, 3, 3), DTYPE, id="depthwise-3x3"),
 ]
 
 
 @pytest.mark.parametrize(("kernel", "geometry", "shape", "dtype"), KERNELS)
 def test_convolution(
-    kernel: ModuleType, geometry: ConvGeometry, shape: tuple[int, ...], dtype: torch.dtype, buffer: Buffer
+    kernel: str, geometry: ConvGeometry, shape: tuple[int, ...], dtype: torch.dtype, buffer: Buffer
 ) -> None:
     def forward(tensors: list[Tensor]) -> Any:
         x, out = tensors
         weight = torch.randn(shape)
-        return kernel.conv_forward(x, transform(), weight, None, geometry, dtype=dtype, statistics=True, out=out), out
+        return CPU.convolutions.by(kernel).run(ConvForward(x, transform(), weight, None, geometry, dtype, True, out)), out
 
     def backward(tensors: list[Tensor]) -> Any:
         dy, y, x, dx = tensors
         weight = torch.randn(shape)
         options: dict[str, Any] = {"dtype": dtype, "needs": (True, True, True), "accumulate": dx}
-        return tuple(kernel.conv_backward(dy, edge(y), x, transform(), weight, geometry, **options)), dx
+        return tuple(CPU.convolutions.by(kernel).run(ConvBackward(dy, edge(y), x, transform(), weight, geometry, **options))), dx
 
     check(buffer, forward, 2)
     check(buffer, backward, 4)
@@ -116,26 +128,26 @@ def test_convolution(
 
 def test_sweeps(buffer: Buffer) -> None:
     vector = torch.randn(CHANNELS)
-    check(buffer, lambda t: sweeps.statistics_forward(t[0]), 1)
-    check(buffer, lambda t: sweeps.statistics_backward(t[0], vector, vector, vector, t[1]), 2)
-    check(buffer, lambda t: (sweeps.normalise_forward(t[0], transform(), dtype=DTYPE, out=t[1]), t[1]), 2)
-    check(buffer, lambda t: sweeps.normalise_backward(t[0], t[1], transform(), accumulate=t[2]), 3)
-    check(buffer, lambda t: sweeps.squeeze_forward(t[0], transform(), dtype=DTYPE), 1)
+    check(buffer, lambda t: CPU.run(StatisticsForward(t[0])), 1)
+    check(buffer, lambda t: CPU.run(StatisticsBackward(t[0], vector, vector, vector, t[1])), 2)
+    check(buffer, lambda t: (CPU.run(NormaliseForward(t[0], transform(), dtype=DTYPE, out=t[1])), t[1]), 2)
+    check(buffer, lambda t: CPU.run(NormaliseBackward(t[0], t[1], transform(), accumulate=t[2])), 3)
+    check(buffer, lambda t: CPU.run(SqueezeForward(t[0], transform(), dtype=DTYPE)), 1)
 
 
 def test_residual_join(buffer: Buffer) -> None:
     vector = torch.randn(CHANNELS) * 0.01
     affine = Transform(vector, vector + 1, vector)
-    check(buffer, lambda t: sweeps.residual_forward(t[0], affine, t[1], Transform(), "relu", dtype=DTYPE, statistics=True), 2)
+    check(buffer, lambda t: CPU.run(JoinForward(Join(t[0], affine, t[1], Transform(), "relu"), DTYPE, True)), 2)
     check(
         buffer,
-        lambda t: sweeps.residual_backward(t[0], (vector, vector, vector), t[1], affine, t[2], Transform(), t[3], "relu"),
+        lambda t: CPU.run(JoinBackward(t[0], (vector,) * 3, Join(t[1], affine, t[2], Transform(), "relu"), t[3])),
         4,
     )
 
 
 def test_max_pool(buffer: Buffer) -> None:
     geometry = PoolGeometry((3, 3), (1, 1), (1, 1), False)
-    _, index = sweeps.max_pool_forward(values(), transform(), geometry, dtype=DTYPE)
-    check(buffer, lambda t: sweeps.max_pool_forward(t[0], transform(), geometry, dtype=DTYPE), 1)
-    check(buffer, lambda t: sweeps.max_pool_backward(t[0], index, t[1], transform(), geometry, accumulate=t[2]), 3)
+    _, index = CPU.run(MaxPoolForward(values(), transform(), geometry, dtype=DTYPE))
+    check(buffer, lambda t: CPU.run(MaxPoolForward(t[0], transform(), geometry, dtype=DTYPE)), 1)
+    check(buffer, lambda t: CPU.run(MaxPoolBackward(t[0], index, t[1], transform(), geometry, accumulate=t[2])), 3)

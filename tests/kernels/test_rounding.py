@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import pytest
 import torch
 from needs import needs_kernels
 from small_corrections import kept, total
 from torch import Tensor
 
-from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Transform
-from bnrestructure.kernels import reference
-from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, depthwise, sweeps
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, Transform
+from bnrestructure.kernels.calls import ConvBackward, JoinBackward, Kernels, SqueezeBackward, StatisticsBackward
+from bnrestructure.kernels.cpu import KERNELS as CPU
+from bnrestructure.kernels.reference import REFERENCE
 from bnrestructure.kernels.rounding import GRADIENT_FACTOR, dithered
 
 KERNELS = [
-    pytest.param(convolution_fused, id="fused", marks=needs_kernels),
-    pytest.param(convolution_hybrid, id="hybrid", marks=needs_kernels),
-    pytest.param(reference, id="reference"),
+    pytest.param(CPU.convolutions.by("fused"), id="fused", marks=needs_kernels),
+    pytest.param(CPU.convolutions.by("hybrid"), id="hybrid", marks=needs_kernels),
+    pytest.param(REFERENCE, id="reference"),
 ]
-SWEEPS = [pytest.param(sweeps, id="cpu", marks=needs_kernels), pytest.param(reference, id="reference")]
+SWEEPS = [pytest.param(CPU, id="cpu", marks=needs_kernels), pytest.param(REFERENCE, id="reference")]
 
 N, CHANNELS, SIZE = 4, 24, 32
 
@@ -39,14 +38,14 @@ def corrections(p: Tensor, y: Tensor) -> BackwardEdge:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("transform", ["none", "affine"])
-def test_convolution_backward(kernel: ModuleType, transform: str) -> None:
+def test_convolution_backward(kernel: Kernels, transform: str) -> None:
     p, y, x = activation(), activation(), activation(16)
     edge = corrections(p, y)
     weight = torch.randn(CHANNELS, 16, 1, 1).to(torch.bfloat16).float()
     t = Transform() if transform == "none" else Transform(torch.zeros(16), torch.full((16,), 1.7), torch.full((16,), 90.0), "relu")
-    found = kernel.conv_backward(
+    found = kernel.run(ConvBackward(
         p, edge, x, t, weight, ConvGeometry((1, 1), (0, 0), (1, 1), 1), dtype=torch.bfloat16, needs=(True, True, False)
-    )
+    ))
     matrix = weight.double().view(CHANNELS, 16) * (1.0 if t.scale is None else 1.7)
     exact = edge.b.double() * (N * SIZE * SIZE) + total(p)
     assert 0.8 < kept(total(found.dx), total(p) @ matrix, exact @ matrix) < 1.2
@@ -58,44 +57,42 @@ def test_convolution_backward(kernel: ModuleType, transform: str) -> None:
     assert error < (0.01 if t.scale is None else 0.3 * lost)
 
 
-@pytest.mark.parametrize("kernel", [pytest.param(depthwise, id="cpu", marks=needs_kernels), pytest.param(reference, id="reference")])
-def test_depthwise_backward(kernel: ModuleType) -> None:
+@pytest.mark.parametrize("kernel", SWEEPS)
+def test_depthwise_backward(kernel: Kernels) -> None:
     p, y, x = activation(), activation(), activation()
     edge = corrections(p, y)
     weight = torch.full((CHANNELS, 1, 1, 1), 1.5)
-    found = kernel.conv_backward(
+    found = kernel.run(ConvBackward(
         p, edge, x, Transform(), weight, ConvGeometry((1, 1), (0, 0), (1, 1), CHANNELS),
         dtype=torch.bfloat16, needs=(True, False, False),
-    )  # fmt: skip
+    ))  # fmt: skip
     exact = total(p) + edge.b.double() * (N * SIZE * SIZE)
     assert 0.8 < kept(total(found.dx), 1.5 * total(p), 1.5 * exact) < 1.2
 
 
 @pytest.mark.parametrize("kernel", SWEEPS)
-def test_statistics_backward(kernel: ModuleType) -> None:
+def test_statistics_backward(kernel: Kernels) -> None:
     p, y = activation(), activation()
     edge = corrections(p, y)
-    found = total(kernel.statistics_backward(y, edge.mean, edge.a, edge.b, p.clone()))
+    found = total(kernel.run(StatisticsBackward(y, edge.mean, edge.a, edge.b, p.clone())))
     assert 0.9 < kept(found, total(p), total(p) + edge.b.double() * (N * SIZE * SIZE)) < 1.1
 
 
 @pytest.mark.parametrize("kernel", SWEEPS)
-def test_residual_backward(kernel: ModuleType) -> None:
+def test_residual_backward(kernel: Kernels) -> None:
     p, y = activation(), activation()
     edge = corrections(p, y)
-    found, *_ = kernel.residual_backward(
-        p, (edge.a, edge.b, edge.mean), y, Transform(), activation(), Transform(), y, "identity"
-    )
+    found, *_ = kernel.run(JoinBackward(p, (edge.a, edge.b, edge.mean), Join(y, Transform(), activation(), Transform(), "identity"), y))
     assert 0.9 < kept(total(found), total(p), total(p) + edge.b.double() * (N * SIZE * SIZE)) < 1.1
 
 
 @pytest.mark.parametrize("kernel", SWEEPS)
-def test_squeeze_backward(kernel: ModuleType) -> None:
+def test_squeeze_backward(kernel: Kernels) -> None:
     """All pixels of an image get the same gradient: rounded alike, the whole sum would be off by up to half a unit."""
     share = torch.rand(N, CHANNELS) + 1
     identity = Transform(torch.zeros(CHANNELS), torch.ones(CHANNELS), torch.zeros(CHANNELS))
     for into in (None, torch.zeros(N, CHANNELS, SIZE, SIZE, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)):
-        dx, sum_p, _ = kernel.squeeze_backward(share, None, activation(), identity, accumulate=into)
+        dx, sum_p, *_ = kernel.run(SqueezeBackward(share, None, activation(), identity, accumulate=into))
         assert dx.dtype is torch.bfloat16
         torch.testing.assert_close(total(dx), sum_p.double(), rtol=1e-4, atol=0)
 
@@ -104,8 +101,8 @@ def test_squeeze_backward(kernel: ModuleType) -> None:
 def test_the_cpu_kernels_dither_as_the_reference_does() -> None:
     p, y = activation(), activation()
     edge = corrections(p, y)
-    arguments = (y, edge.mean, edge.a, edge.b)
-    assert torch.equal(sweeps.statistics_backward(*arguments, p.clone()), reference.statistics_backward(*arguments, p.clone()))
+    found, expected = (kernels.run(StatisticsBackward(y, edge.mean, edge.a, edge.b, p.clone())) for kernels in (CPU, REFERENCE))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

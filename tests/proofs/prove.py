@@ -184,13 +184,19 @@ def planted(name: str, wrong: Callable[[Any], Any]) -> Iterator[None]:
     if method:
         holders = [vars(holders[0])[first]]
     kept = [(holder, vars(holder)[method or first]) for holder in holders]
+    tables = {id(table): table for m in modules for n, table in vars(m).items() if n == "RUN"}.values()  # of kernels, by call
+    answers = [(table, call) for table in tables for call, function in table.items() if function is kept[0][1]]
     found = kept[0][1].__func__ if isinstance(kept[0][1], staticmethod) else kept[0][1]
     replacement = wrong(found)
     try:
         for holder, before in kept:
             setattr(holder, method or first, staticmethod(replacement) if isinstance(before, staticmethod) else replacement)
+        for table, call in answers:
+            table[call] = replacement
         yield
     finally:
+        for table, call in answers:
+            table[call] = kept[0][1]
         for holder, before in kept:
             setattr(holder, method or first, before)
 

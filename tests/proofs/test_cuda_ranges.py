@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from bnrestructure.kernels.calls import StatisticsForward
 from bnrestructure.kernels.cuda import layout, limits, patches, tiles
 from bnrestructure.kernels.cuda.layout import Pixels
 
@@ -109,6 +110,6 @@ def test_numbers_of_rows_fit() -> None:
     assert limit + _reach() < 2**31
     for rows, refused in ((limit, False), (limit + 1, True)):
         x = torch.empty(1, 1, 1, rows, device="meta")
-        reason = limits.supports("statistics_forward", (x,), {})
+        reason = limits.supports(StatisticsForward(x))
         assert (reason is not None) is refused, reason
     assert layout._REACH == 2**31

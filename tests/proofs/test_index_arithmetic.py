@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from bnrestructure.core.aliases import alias, channel_slice, channels_last_buffer
 from bnrestructure.core.edges import ConvGeometry, PoolGeometry, Transform
 from bnrestructure.core.kept import kept_activation
-from bnrestructure.kernels import reference
+from bnrestructure.kernels.calls import MaxPoolBackward, MaxPoolForward
+from bnrestructure.kernels.reference import REFERENCE
 
 
 def test_output_size() -> None:
@@ -45,11 +46,11 @@ def test_the_gradient_of_a_max_pool_goes_to_the_first_maximum() -> None:
     generator = torch.Generator().manual_seed(0)
     for geometry, (h, w) in product(_pool_geometries(), [(3, 3), (4, 5), (5, 3)]):
         x = torch.randint(0, 3, (1, 2, h, w), generator=generator).double().requires_grad_()
-        y, index = reference.max_pool_forward(x.detach(), Transform(), geometry, dtype=x.dtype)
+        y, index = REFERENCE.run(MaxPoolForward(x.detach(), Transform(), geometry, x.dtype))
         expected = F.max_pool2d(x, geometry.kernel, geometry.stride, geometry.padding, ceil_mode=geometry.ceil_mode)
         assert torch.equal(y, expected)
         dy = torch.arange(1.0, y.numel() + 1, dtype=torch.float64).view(y.shape)
-        dx, _, _ = reference.max_pool_backward(dy, index, x.detach(), Transform(), geometry)
+        dx = REFERENCE.run(MaxPoolBackward(dy, index, x.detach(), Transform(), geometry)).dx
         assert torch.equal(dx, torch.autograd.grad(expected, x, dy)[0])
         n, c, row, column = (int(i) for i in torch.tensor(y.shape) - 1)
         i, j = first_maximum(x.detach(), geometry, n, c, row, column)

@@ -7,8 +7,8 @@ else: padding that it was applied to would show, too. Folded kernels (1-D and 3-
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,9 +17,10 @@ from needs import needs_kernels
 from torch import Tensor
 
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Transform
-from bnrestructure.kernels import reference
-from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, convolution_winograd, depthwise
+from bnrestructure.kernels import cpu
+from bnrestructure.kernels.calls import ConvBackward, ConvForward
 from bnrestructure.kernels.folded import FoldedKernels
+from bnrestructure.kernels.reference import REFERENCE, ReferenceKernels
 
 Pair = tuple[int, int]
 
@@ -58,30 +59,27 @@ def transform_of(channels: int) -> Transform:
 def assert_same(kernels: Any, x: Tensor, weight: Tensor, geometry: ConvGeometry, generator: torch.Generator) -> None:
     """Forward, both gradients, the sums, the bias's gradient and the accumulation, exactly."""
     transform, bias = transform_of(x.shape[1]), integers(generator, weight.shape[0])
-    forward: dict[str, Any] = {"dtype": torch.float32, "statistics": False}
-    arguments = (x, transform, weight, bias, geometry)
-    y = reference.conv_forward(*arguments, **forward)[0]
-    found = kernels.conv_forward(*arguments, **forward)[0]
-    assert torch.equal(found, y), "forward"
+    forward = ConvForward(x, transform, weight, bias, geometry, torch.float32)
+    y = REFERENCE.run(forward).y
+    assert torch.equal(kernels.run(forward).y, y), "forward"
     dy, before = integers(generator, *y.shape), integers(generator, *x.shape)
     edge = BackwardEdge(s=integers(generator, y.shape[1]))
-    backward: dict[str, Any] = {"dtype": torch.float32, "needs": (True, True, True)}
-    expected = reference.conv_backward(dy, edge, x, transform, weight, geometry, **backward, accumulate=before.clone())
-    gradients = kernels.conv_backward(dy, edge, x, transform, weight, geometry, **backward, accumulate=before.clone())
+    backward = ConvBackward(dy, edge, x, transform, weight, geometry, torch.float32)
+    expected, gradients = (k.run(replace(backward, accumulate=before.clone())) for k in (REFERENCE, kernels))
     for name, one, other in zip(expected._fields, expected, gradients, strict=True):
         assert (one is None and other is None) or torch.equal(one, other), name
 
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("kernels", "groups"), [(convolution_fused, 1), (convolution_fused, 3), (convolution_hybrid, 1)], ids=["fused", "groups", "hybrid"]
+    ("implementation", "groups"), [("fused", 1), ("fused", 3), ("hybrid", 1)], ids=["fused", "groups", "hybrid"]
 )
-def test_dense_convolutions(kernels: ModuleType, groups: int) -> None:
+def test_dense_convolutions(implementation: str, groups: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for size, kernel, geometry in geometries(groups):
         x, weight = integers(generator, 2, 6, *size), integers(generator, 9, 6 // groups, *kernel)
         try:
-            assert_same(kernels, x, weight, geometry, generator)
+            assert_same(cpu.KERNELS.convolutions.by(implementation), x, weight, geometry, generator)
         except AssertionError as error:
             raise AssertionError(f"{error} of {size}, {kernel}, {geometry}") from None
 
@@ -92,7 +90,7 @@ def test_depthwise_convolutions() -> None:
     for size, kernel, geometry in geometries(17, (*KERNELS, (7, 7))):
         x, weight = integers(generator, 2, 17, *size), integers(generator, 17, 1, *kernel)
         try:
-            assert_same(depthwise, x, weight, geometry, generator)
+            assert_same(cpu.KERNELS.convolutions.by("depthwise"), x, weight, geometry, generator)
         except AssertionError as error:
             raise AssertionError(f"{error} of {size}, {kernel}, {geometry}") from None
 
@@ -107,7 +105,7 @@ def test_winograd(channels: tuple[int, int]) -> None:
         if min(geometry.output_size((h, w), (3, 3))) >= 4:
             x, weight = integers(generator, 2, channels[0], h, w), integers(generator, channels[1], channels[0], 3, 3)
             try:
-                assert_same(convolution_winograd, x, weight, geometry, generator)
+                assert_same(cpu.KERNELS.convolutions.by("winograd"), x, weight, geometry, generator)
             except AssertionError as error:
                 raise AssertionError(f"{error} of {h} x {w}, {geometry}") from None
 
@@ -120,21 +118,19 @@ FOLDED = [
 ]  # fmt: skip
 
 
-class _Reference:
+class _Images(ReferenceKernels):
     """The reference as a device's kernels, for 4-D tensors only."""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(reference, name)
-
-    def supports(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        return None
+    def run(self, call: Any) -> Any:
+        assert call.operand.dim() == 4
+        return super().run(call)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_folded_convolutions(groups: int) -> None:
     """A convolution of 1-D or 3-D data is the 2-D one of its folded views."""
     generator = torch.Generator().manual_seed(0)
-    kernels = FoldedKernels(_Reference())
+    kernels = FoldedKernels(_Images())  # type: ignore[arg-type]
     for size, kernel, *geometry in FOLDED:
         made = ConvGeometry(*geometry, groups)  # type: ignore[arg-type, misc]
         if min(made.output_size(size, kernel)) < 1:

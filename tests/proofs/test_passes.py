@@ -189,12 +189,12 @@ def test_a_wrong_graph_has_no_proof(name: str, last: str, node: str, argument: s
 #: (the function, what stands in it, what is put in its place, a model, the last pass).
 ERRORS = [
     ("PlainConv.backward", "dinto, None))", "None, None))", "dense", "eliminate-concat"),
-    ("incoming_gradient", "ctx.offset, ctx.out_channels", "0, ctx.out_channels", "dense", "eliminate-concat"),
+    ("incoming_gradient", "written.offset, written.channels", "0, written.channels", "dense", "eliminate-concat"),
     ("destination", "into.shape[1], into.shape[1] + out_channels", "into.shape[1], into.shape[1]", "dense", "eliminate-concat"),
     ("_ConcatBuffer.backward", "gradient.narrow(1, ctx.offset,", "gradient.narrow(1, 0,", "mixed", "eliminate-concat"),
-    ("PlainConv.backward", "accumulate=own", "accumulate=None", "preact", "thread-forks"),
+    ("PlainConv.backward", "wanted, own)", "wanted, None)", "preact", "thread-forks"),
     ("_ConcatBuffer.backward", ", copy=True", "", "handed", "eliminate-concat"),
-    ("_Residual.backward", "g = g.clone()", "pass", "handed", "thread-forks"),
+    ("_Residual.backward", "g=found.g.clone()", "g=found.g", "handed", "thread-forks"),
 ]
 
 

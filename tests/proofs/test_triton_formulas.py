@@ -164,8 +164,9 @@ def test_residual_backward(normalised: bool) -> None:
 
 
 tl: Any = None  # launch() gives the kernels below theirs
-output_gradient, input_gradient, store_sums, store_join_gradient = (
+output_gradient, input_gradient, store_sums, store_join_gradient, load_raw, load_vector, by_pixel, by_channel = (
     edges.output_gradient, edges.input_gradient, edges.store_sums, edges.store_join_gradient,
+    edges.load_raw, edges.load_vector, edges.by_pixel, edges.by_channel,
 )  # fmt: skip
 
 
@@ -193,29 +194,33 @@ def test_output_gradient(scaled: bool, corrected: bool) -> None:
 
 
 def _input_gradient_kernel(  # type: ignore[no-untyped-def]
-    g_ptr, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, dx_ptr, sums_ptr, gate_sums_ptr, pitch, rows, channels
+    g_ptr, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, dx_ptr, sums_ptr, gate_sums_ptr, pitch, rows, channels, AXIS
 ):
     row, channel = tl.arange(0, 8), tl.arange(0, 4)
     row_valid, valid = row < rows, channel < channels
-    inside = row_valid[:, None] & valid[None, :]
-    place = row[:, None] * channels + channel[None, :]
+    inside = by_pixel(row_valid, AXIS) & by_channel(valid, AXIS)
+    place = by_pixel(row, AXIS) * channels + by_channel(channel, AXIS)
     g = tl.load(g_ptr + place, mask=inside, other=0.0)
+    x = load_raw(x_ptr, pitch, row, channel, row_valid, valid, False, AXIS)
+    mean = load_vector(mean_ptr, channel, valid, AXIS)
+    scale, beta = load_vector(scale_ptr, channel, valid, AXIS), load_vector(beta_ptr, channel, valid, AXIS)
     g, first, second = input_gradient(
-        g, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, pitch, row, channel, row_valid, valid, 0, channels, "unknown", 0.0, False
+        g, x, mean, scale, beta, gate_ptr, channel, row_valid, valid, 0, channels, "unknown", 0.0, AXIS
     )
-    store_sums(first, second, mean_ptr, gate_ptr, sums_ptr, gate_sums_ptr, channel, valid, 0, 1, channels)
+    store_sums(first, second, mean_ptr, gate_ptr, sums_ptr, gate_sums_ptr, channel, valid, 0, 1, channels, AXIS)
     tl.store(dx_ptr + place, g, mask=inside)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("gated", [False, True])
-def test_input_gradient(gated: bool) -> None:
+def test_input_gradient(gated: bool, axis: int) -> None:
     """scale * P with SP and SPX; behind a gate the gradient at the gate's input, and the gate's own."""
     g, x = unknowns("g", ROWS, CHANNELS), unknowns("x", ROWS, CHANNELS)
     mean, scale, beta, gate = (unknowns(name, CHANNELS) for name in ("mean", "scale", "beta", "gate"))
     dx, sums, gate_sums, pitch = Memory(ROWS * CHANNELS), Memory(2 * CHANNELS), Memory(CHANNELS), CHANNELS + 1
     launch(
         _input_gradient_kernel, (1,), Memory(list(g.ravel())), pitched(x, pitch), *(Memory(list(v)) for v in (mean, scale, beta)),
-        Memory(list(gate)) if gated else None, dx, sums, gate_sums, pitch, ROWS, CHANNELS, replaced=_unknown_activation(),
+        Memory(list(gate)) if gated else None, dx, sums, gate_sums, pitch, ROWS, CHANNELS, axis, replaced=_unknown_activation(),
     )  # fmt: skip
     u = (x - mean) * scale + beta
     if gated:
@@ -229,19 +234,25 @@ def test_input_gradient(gated: bool) -> None:
 
 
 def _join_kernel(  # type: ignore[no-untyped-def]
-    g_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, r_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, dx_ptr, sums_ptr, pitch, rows, channels
+    g_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, r_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, dx_ptr, sums_ptr, pitch, rows, channels, AXIS
 ):
     row, channel = tl.arange(0, 8), tl.arange(0, 4)
     row_valid, valid = row < rows, channel < channels
-    inside = row_valid[:, None] & valid[None, :]
-    g = tl.load(g_ptr + row[:, None] * channels + channel[None, :], mask=inside, other=0.0)
+    inside = by_pixel(row_valid, AXIS) & by_channel(valid, AXIS)
+    g = tl.load(g_ptr + by_pixel(row, AXIS) * channels + by_channel(channel, AXIS), mask=inside, other=0.0)
+    y = load_raw(y_ptr, pitch, row, channel, row_valid, valid, False, AXIS)
+    r = load_raw(r_ptr, pitch, row, channel, row_valid, valid, False, AXIS)
+    mean, r_mean = load_vector(mean_ptr, channel, valid, AXIS), load_vector(r_mean_ptr, channel, valid, AXIS)
+    scale, r_scale = load_vector(scale_ptr, channel, valid, AXIS), load_vector(r_scale_ptr, channel, valid, AXIS)
+    beta, r_beta = load_vector(beta_ptr, channel, valid, AXIS), load_vector(r_beta_ptr, channel, valid, AXIS)
     store_join_gradient(
-        g, y_ptr, mean_ptr, scale_ptr, beta_ptr, r_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, dx_ptr, sums_ptr, pitch, pitch, channels,
-        row, channel, row_valid, valid, 0, 1, channels, "unknown", 0.0, True, False,
+        g, y, mean, scale, beta, r, r_mean, r_scale, r_beta, dx_ptr, sums_ptr, channels,
+        row, channel, row_valid, valid, 0, 1, channels, "unknown", 0.0, True, False, AXIS,
     )  # fmt: skip
 
 
-def test_join_gradient() -> None:
+@pytest.mark.parametrize("axis", [0, 1])
+def test_join_gradient(axis: int) -> None:
     """What a convolution's dgrad finishes of the join's: the other readers' gradient added, the mask, the three sums."""
     g, more, y, r = (unknowns(name, ROWS, CHANNELS) for name in ("g", "more", "y", "r"))
     vectors = [unknowns(name, CHANNELS) for name in ("ym", "ys", "yb", "rm", "rs", "rb")]
@@ -249,7 +260,7 @@ def test_join_gradient() -> None:
     dx, sums, pitch = Memory(list(more.ravel())), Memory(3 * CHANNELS), CHANNELS + 1
     launch(
         _join_kernel, (1,), Memory(list(g.ravel())), pitched(y, pitch), *memories[:3], pitched(r, pitch), *memories[3:], dx, sums,
-        pitch, ROWS, CHANNELS, replaced=_unknown_activation(),
+        pitch, ROWS, CHANNELS, axis, replaced=_unknown_activation(),
     )  # fmt: skip
     y_mean, y_scale, y_beta, r_mean, r_scale, r_beta = vectors
     p = (g + more) * slope_at((y - y_mean) * y_scale + y_beta + (r - r_mean) * r_scale + r_beta)

@@ -26,6 +26,10 @@ class Block:
     def __init__(self, values: Any) -> None:
         self.values = np.array(values, dtype=object)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
     def to(self, dtype: Any, **_: Any) -> Block:
         return self
 

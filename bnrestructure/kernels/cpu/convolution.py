@@ -1,180 +1,200 @@
-"""The dense fused convolution on CPU: 2-D, channels_last, float32 and bfloat16.
+"""The convolutions in C++ with everything inside them: prologue, product and epilogue tile by tile, or row by row where depthwise.
 
-:func:`conv_forward` and :func:`conv_backward` mean what their namesakes in kernels/reference mean; for each node they
-run the implementation that convolution_choice.py expects to be the faster one. Tensors of another layout are copied to
-channels_last first: correct, and slower.
+Dense ones (src/conv_forward.cpp, conv_backward.cpp), those by Winograd's algorithm (winograd.h), and depthwise ones (depthwise_rows.h) take
+the same arguments. What is the same for all calls of a site is written into them once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import Any
+import ctypes
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from bnrestructure.core.activation import unsupported_activation
-from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
-from bnrestructure.kernels import tuning
-from bnrestructure.kernels.choice import Choice
-from bnrestructure.kernels.cpu import convolution_fused, convolution_hybrid, convolution_winograd, layout, library
-from bnrestructure.kernels.cpu.convolution_choice import (
-    IMPLEMENTATIONS,
-    Node,
-    call_of,
-    candidates,
-    choose,
-    identify_machine,
-    instruction_set,
-)
-from bnrestructure.kernels.rounding import narrowed
+from bnrestructure.core.edges import ConvGradients
+from bnrestructure.core.records import record
+from bnrestructure.kernels.calls import ConvBackward, ConvForward, ConvResult
+from bnrestructure.kernels.choice import Node, Site
+from bnrestructure.kernels.cpu import memory
+from bnrestructure.kernels.cpu.elements import ELEMENT_CODES, activation_code
+from bnrestructure.kernels.cpu.library import declare
+from bnrestructure.kernels.cpu.memory import Keep
+from bnrestructure.kernels.cpu.structures import BackwardArguments, ForwardArguments
+from bnrestructure.kernels.layout import pitch_of
+from bnrestructure.kernels.rounding import gradient_factor
 
-__all__ = ["choice", "conv_backward", "conv_forward", "forget_choices", "node_of", "supports"]
+__all__ = ["Fused"]
 
-_MODULES: dict[str, Any] = {"fused": convolution_fused, "hybrid": convolution_hybrid, "winograd": convolution_winograd}
+_byref = ctypes.byref
 
 
-def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why these kernels cannot run ``conv_forward`` or ``conv_backward`` on these arguments, or None."""
-    x, transform, weight = args[0:3] if name == "conv_forward" else args[2:5]
-    geometry = args[4] if name == "conv_forward" else args[5]
-    if weight.dim() != 4:
-        return f"{weight.dim() - 2}-D convolution"
-    codes = layout.ELEMENT_CODES
-    if not (kwargs["dtype"] in codes and x.dtype in codes and weight.dtype in codes):
-        return f"computing in {kwargs['dtype']} with an input in {x.dtype} and a weight in {weight.dtype}"
-    if x.numel() == 0 or weight.numel() == 0 or args[0].numel() == 0:
-        return "an empty tensor"
-    return narrowed(x, transform, kwargs["dtype"]) or geometry.misfit(x.shape, weight.shape) or unsupported_activation(transform.act)
+@record
+class _Notes:
+    """What calls of one site have in common: arguments without addresses, sizes, and how much of x and of the weight is read."""
+
+    forward: bytes
+    backward: bytes
+    shape_out: tuple[int, ...]
+    x_reach: int
+    weight_reach: int
+    gradient_factor: float  # where dY has corrections to lose
 
 
-def choice(
-    x: Tensor,
-    transform: Transform,
-    weight: Tensor,
-    geometry: ConvGeometry,
-    dtype: torch.dtype,
-    direction: str,
-    joined: bool = False,
-) -> Choice:
-    """Which implementation runs this node in ``direction`` ("forward" or "backward"), and why."""
-    how = not transform.is_identity, joined
-    return _choice(x.shape, weight.shape, geometry, how, dtype, direction, instruction_set(), library.threads())
+class Fused:
+    """An implementation of the convolution node (kernels/choice.py) by the C++ functions ``bnr_NAME_forward`` and ``bnr_NAME_backward``.
 
+    ``depthwise`` ones read x in its own dtype; the others in that which is computed in. They know no residual joins.
+    """
 
-@lru_cache(maxsize=4096)
-def _choice(
-    x: tuple[int, ...],
-    weight: tuple[int, ...],
-    geometry: ConvGeometry,
-    how: tuple[bool, bool],
-    dtype: torch.dtype,
-    direction: str,
-    isa: str,
-    threads: int,
-) -> Choice:
-    return choose(node_of(x, weight, geometry, *how), dtype, direction, isa, threads)
+    def __init__(self, name: str, *, joins: bool, depthwise: bool = False) -> None:
+        self._forward, self._backward = declare(f"bnr_{name}_forward"), declare(f"bnr_{name}_backward")
+        self._depthwise = depthwise
+        self._forms_sum = joins and name == "conv"
+        self.finishes_join = joins
 
+    def forms_sum(self, node: Node) -> bool:
+        """Where each pixel is in one tile alone: larger kernels would form it again where tiles overlap."""
+        return self._forms_sum and node.geometry.is_pointwise(node.weight)
 
-def forget_choices() -> None:
-    """Ask again for every node: there are new measurements."""
-    choose.cache_clear()
-    _choice.cache_clear()
+    def forward(self, call: ConvForward, site: Site) -> ConvResult:
+        """The result."""
+        x, weight, t, dtype, out = call.x, call.weight, call.transform, call.dtype, call.out
+        notes = site.notes
+        if notes is None:
+            notes = site.notes = self._notes(call)
+        if not notes.x_reach:
+            return self.forward(replace(call, x=self._readable(x, dtype)), Site(site.node, None))
+        keep, shape, channels = Keep(), notes.shape_out, x.shape[1]
+        a = ForwardArguments.from_buffer_copy(notes.forward)
+        a.x, a.weight = memory.span(x, notes.x_reach), memory.span(weight, notes.weight_reach)
+        if t.mean is not None:
+            a.mean, a.scale, a.beta = memory.vectors(keep, channels, t.mean, t.scale, t.beta)
+        if t.gate is not None:
+            a.gate = memory.vector(t.gate, keep, shape[0], channels)
+        if call.bias is not None:
+            a.bias = memory.vector(call.bias, keep, shape[1])
+        if call.join is not None:
+            a.join = memory.join(call.join, tuple(x.shape), dtype, keep)
+        if out is not None and out.dtype is dtype and pitch_of(out):
+            y = out
+            a.y, a.y_pitch = memory.written(out, shape, dtype)
+        else:
+            y, a.y, a.y_pitch = memory.fresh_kept(shape, dtype)
+        mean = var = None
+        if call.statistics:
+            mean, a.y_mean = memory.fresh_vector(shape[1])
+            var, a.y_var = memory.fresh_vector(shape[1])
+        self._forward.call(_byref(a))
+        if out is not None and y is not out:
+            y = out.copy_(y)
+        return ConvResult(y, mean, var)
 
+    def backward(self, call: ConvBackward, site: Site) -> ConvGradients:
+        """The gradients."""
+        x, weight, t, dtype, edge = call.x, call.weight, call.transform, call.dtype, call.edge
+        notes = site.notes
+        if notes is None:
+            notes = site.notes = self._notes(call)
+        if not notes.x_reach:
+            return self._converted_backward(call, site)
+        need_x, need_weight, need_bias = call.needs
+        keep, shape, channels, channels_out = Keep(), notes.shape_out, x.shape[1], weight.shape[0]
+        a = BackwardArguments.from_buffer_copy(notes.backward)
+        a.x, a.weight = memory.span(x, notes.x_reach), memory.span(weight, notes.weight_reach)
+        if t.mean is not None:
+            a.mean, a.scale, a.beta = memory.vectors(keep, channels, t.mean, t.scale, t.beta)
+        if t.gate is not None:
+            a.gate = memory.vector(t.gate, keep, shape[0], channels)
+        a.dy, a.dy_pitch = memory.pixels(call.dy, shape, dtype, keep)
+        a.gradient_factor = 1.0
+        if edge.s is not None:
+            a.s = memory.vector(edge.s, keep, channels_out)
+        if edge.a is not None and edge.y is not None:
+            a.a, a.b, a.y_mean = memory.vectors(keep, channels_out, edge.a, edge.b, edge.mean)
+            a.y, a.y_pitch = memory.pixels(edge.y, shape, dtype, keep)
+            a.gradient_factor = notes.gradient_factor
+        dx = sum_p = sum_px = sum_pr = dgate = dw = db = None
+        if need_x:
+            dx = self._destination(call, a)
+            if call.join is not None:
+                a.join = memory.join(call.join, tuple(x.shape), dtype, keep)
+                sum_pr, a.sum_pr = memory.fresh_vector(channels)
+            if t.gate is not None:
+                dgate, a.gate_gradient = memory.fresh_vector(shape[0], channels)
+            elif t.mean is not None or call.join is not None:
+                sum_p, a.sum_p = memory.fresh_vector(channels)
+                sum_px, a.sum_px = memory.fresh_vector(channels)
+        if need_weight:
+            dw, a.weight_gradient = memory.fresh_like(weight)
+            a.weight_gradient_strides = dw.stride()
+        if need_bias:
+            db, a.bias_gradient = memory.fresh_vector(channels_out)
+        self._backward.call(_byref(a))
+        if call.join is not None:
+            sum_px = sum_px if call.join.ty.mean is not None else None
+            sum_pr = sum_pr if call.join.tr.mean is not None else None
+        elif dx is not None and call.accumulate is not None and dx is not call.accumulate:
+            dx = call.accumulate.add_(dx.to(call.accumulate.dtype))
+        if dgate is not None and t.gate is not None:
+            dgate = dgate.to(t.gate.dtype)
+        return ConvGradients(dx, sum_p, sum_px, dgate, dw, None if db is None else db.to(dtype), sum_pr)
 
-@lru_cache(maxsize=4096)
-def node_of(
-    x: tuple[int, ...], weight: tuple[int, ...], geometry: ConvGeometry, transformed: bool, joined: bool = False
-) -> Node:
-    """The sizes that the choice depends on, from the shapes of x and of the weight."""
-    n, c, h, w = x
-    out, _, *kernel = weight
-    return Node(n, c, (h, w), out, geometry.output_size((h, w), tuple(kernel)), tuple(kernel), geometry, transformed, joined)
+    def _destination(self, call: ConvBackward, a: BackwardArguments) -> Tensor:
+        """Where dx is written: what is accumulated to, if it can be added to in place, else fresh memory."""
+        x, accumulate = call.x, call.accumulate
+        if accumulate is None:
+            dx, a.dx, a.dx_pitch = memory.fresh(x.shape, x.dtype)
+            return dx
+        if accumulate.dtype is x.dtype and pitch_of(accumulate):
+            dx = accumulate
+        elif call.join is not None:  # the mask comes after the sum
+            dx = memory.channels_last(accumulate, x.dtype)
+        else:
+            dx, a.dx, a.dx_pitch = memory.fresh(x.shape, x.dtype)
+            return dx
+        a.dx, a.dx_pitch = memory.written(dx, x.shape, x.dtype)
+        a.accumulate = 1
+        return dx
 
+    def _readable(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of x that the kernel can read."""
+        return memory.channels_last(x, x.dtype if self._depthwise else dtype)
 
-def conv_forward(
-    x: Tensor,
-    transform: Transform,
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: ConvGeometry,
-    *,
-    dtype: torch.dtype,
-    statistics: bool,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y, mean, var) as kernels/reference says; x and the weight are float32 or bfloat16."""
-    args = (x, transform, weight, bias, geometry)
-    options = {"dtype": dtype, "statistics": statistics, "out": out}
-    if tuning.is_measuring():
-        node = node_of(x.shape, weight.shape, geometry, not transform.is_identity)
-        _measure_once(node, dtype, "forward", lambda name: partial(run_forward, name, *args, **options))
-    return run_forward(choice(x, transform, weight, geometry, dtype, "forward").implementation, *args, **options)
+    def _converted_backward(self, call: ConvBackward, site: Site) -> ConvGradients:
+        """The gradients at a copy of x that the kernel can read, in x's own dtype."""
+        x, accumulate = self._readable(call.x, call.dtype), call.accumulate
+        own = accumulate if accumulate is not None and accumulate.dtype is x.dtype else None
+        found = self.backward(replace(call, x=x, accumulate=own), Site(site.node, None))
+        if found.dx is None or (own is not None and found.dx is own):
+            return found
+        if accumulate is None or call.join is not None:
+            return found._replace(dx=found.dx.to(call.x.dtype))
+        return found._replace(dx=accumulate.add_(found.dx.to(accumulate.dtype)))
 
-
-def run_forward(implementation: str, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """:func:`conv_forward` by one implementation, "fused", "hybrid" or "winograd"."""
-    found: tuple[Tensor, Tensor | None, Tensor | None] = _MODULES[implementation].conv_forward(*args, **options)
-    return found
-
-
-def conv_backward(
-    dy: Tensor,
-    edge: BackwardEdge,
-    x: Tensor,
-    transform: Transform,
-    weight: Tensor,
-    geometry: ConvGeometry,
-    *,
-    dtype: torch.dtype,
-    needs: tuple[bool, bool, bool],
-    accumulate: Tensor | None = None,
-    join: Join | None = None,
-) -> ConvGradients:
-    """The gradients as kernels/reference says; dy, x and the weight are float32 or bfloat16. x is ``join``'s sum where there is one."""
-    args = (dy, edge, x, transform, weight, geometry)
-    if tuning.is_measuring() and needs[0] and needs[1]:
-        into = None if accumulate is None else _like(accumulate)
-        options: dict[str, Any] = {"dtype": dtype, "needs": needs, "accumulate": into, "join": join}
-        node = node_of(x.shape, weight.shape, geometry, not transform.is_identity, join is not None)
-        _measure_once(node, dtype, "backward", lambda name: partial(run_backward, name, *args, **options))
-    chosen = choice(x, transform, weight, geometry, dtype, "backward", join is not None).implementation
-    return run_backward(chosen, *args, dtype=dtype, needs=needs, accumulate=accumulate, join=join)
-
-
-def run_backward(
-    implementation: str,
-    *args: Any,
-    needs: tuple[bool, bool, bool],
-    accumulate: Tensor | None,
-    join: Join | None = None,
-    **options: Any,
-) -> ConvGradients:
-    """:func:`conv_backward` by one of the implementations in convolution_choice.py."""
-    dgrad, wgrad = IMPLEMENTATIONS[implementation]
-    if not needs[0]:
-        dgrad = wgrad
-    elif not any(needs[1:]):
-        wgrad = dgrad
-    if dgrad == wgrad:
-        found: ConvGradients = _MODULES[dgrad].conv_backward(*args, needs=needs, accumulate=accumulate, join=join, **options)
-        return found
-    weights = _MODULES[wgrad].conv_backward(*args, needs=(False, *needs[1:]), accumulate=None, **options)
-    inputs = _MODULES[dgrad].conv_backward(*args, needs=(needs[0], False, False), accumulate=accumulate, join=join, **options)
-    merged: ConvGradients = inputs._replace(weight=weights.weight, bias=weights.bias)
-    return merged
-
-
-def _measure_once(node: Node, dtype: torch.dtype, direction: str, run_of: Callable[[str], Callable[[], Any]]) -> None:
-    """Time the node's candidates on these very arguments, unless nodes of this size were timed before."""
-    call = call_of(node, dtype, direction, instruction_set(), library.threads())
-    identify_machine()
-    if tuning.measured(call) is None:
-        tuning.measure(call, {name: run_of(name) for name in candidates(node, dtype, direction)})
-        forget_choices()
-
-
-def _like(accumulate: Tensor) -> Tensor:
-    """A tensor to add to that many times, with the strides of the real one and nobody's gradient."""
-    return torch.empty_strided(accumulate.shape, accumulate.stride(), dtype=accumulate.dtype).copy_(accumulate)
+    def _notes(self, call: ConvForward | ConvBackward) -> _Notes:
+        """What all calls of this site have in common; an x_reach of 0 where x must be copied first."""
+        x, weight, geometry, dtype = call.x, call.weight, call.geometry, call.dtype
+        size = geometry.output_size(x.shape[2:], weight.shape[2:])
+        shape_out = (x.shape[0], weight.shape[0], *size)
+        pitch = pitch_of(x) if self._depthwise or x.dtype is dtype else 0
+        if not pitch:
+            return _Notes(b"", b"", shape_out, 0, 0, 1.0)
+        forward, backward = ForwardArguments(), BackwardArguments()
+        for a in (forward, backward):
+            a.batch, a.in_channels, a.in_height, a.in_width = x.shape
+            _, a.out_channels, a.out_height, a.out_width = shape_out
+            a.kernel_h, a.kernel_w = weight.shape[2:]
+            a.stride_h, a.stride_w = geometry.stride
+            a.padding_h, a.padding_w = geometry.padding
+            a.dilation_h, a.dilation_w = geometry.dilation
+            a.groups = geometry.groups
+            a.x_element, a.y_element, a.weight_element = (ELEMENT_CODES[d] for d in (x.dtype, dtype, weight.dtype))
+            a.threads = torch.get_num_threads()
+            a.activation, a.slope = activation_code(call.transform.act)
+            a.weight_strides = weight.stride()
+            a.x_pitch = pitch
+        n, c, h, w = x.shape
+        weight_reach = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+        factor = gradient_factor(not self._depthwise, dtype, torch.float32)
+        return _Notes(bytes(forward), bytes(backward), shape_out, (n * h * w - 1) * pitch + c, weight_reach, factor)

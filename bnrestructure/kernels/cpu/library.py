@@ -4,8 +4,8 @@ The library is the most capable one this machine's CPU can run; ``BNRESTRUCTURE_
 (``amx``, ``avx512bf16``, ``avx512``, ``avx2``, ``portable``), and ``BNRESTRUCTURE_CPU_SANITIZE=1`` asks for the sanitized build.
 Kernels are declared once, at import, and bound to the library on their first call::
 
-    _sweep = library.declare("bnr_sweep", "piifp")     # p pointer or None, i int64, f float, d double
-    _sweep(x.data_ptr(), n, channels, slope, None)
+    _sweep = library.declare("bnr_sweep")
+    _sweep.call(ctypes.byref(arguments))     # one of structures.py
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import ctypes
 import hashlib
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-import torch
+from bnrestructure.kernels import tuning
+from bnrestructure.kernels.cpu.structures import layout
 
 __all__ = [
     "CPU_LEVELS",
@@ -30,13 +32,11 @@ __all__ = [
     "isa_name",
     "load",
     "sources_digest",
-    "threads",
     "unavailable_reason",
     "use",
 ]
 
 _FOLDER = Path(__file__).parent
-_ARGUMENT_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 
 #: Instruction sets, the most capable first, and the level that src/cpu_level.cpp gives a CPU that has it.
 CPU_LEVELS = {"amx": 4, "avx512bf16": 3, "avx512": 2, "avx2": 1, "portable": 0}
@@ -52,36 +52,31 @@ _kernels: list[Kernel] = []
 
 
 class Kernel:
-    """One C function. Calling it calls the function in the library that is loaded at the time."""
+    """One C function of one structure. ``call`` is the function in the library that is loaded at the time, without Python around it."""
 
-    __slots__ = ("_function", "_name", "_signature")
+    __slots__ = ("_name", "call")
 
-    def __init__(self, name: str, signature: str) -> None:
+    call: Callable[[Any], None]
+
+    def __init__(self, name: str) -> None:
         self._name = name
-        self._signature = signature.replace(" ", "")
-        self._function = self._bind
+        self.call = self._bind
 
-    def __call__(self, *arguments: int | float | bytes | None) -> None:
-        self._function(*arguments)
-
-    def _bind(self, *arguments: int | float | bytes | None) -> None:
+    def _bind(self, arguments: Any) -> None:
         function = getattr(load(), self._name)
         function.restype = None
-        function.argtypes = [_ARGUMENT_TYPES[letter] for letter in self._signature]
-        self._function = function
-        function(*arguments)
+        function.argtypes = [ctypes.c_void_p]
+        self.call = function
+        function(arguments)
 
     def unbind(self) -> None:
         """Forgets the library; the next call binds again."""
-        self._function = self._bind
+        self.call = self._bind
 
 
-def declare(name: str, signature: str) -> Kernel:
-    """The C function ``name``, whose arguments have the types ``signature`` spells.
-
-    p is a pointer, i an int64, f a float, d a double; spaces are ignored.
-    """
-    kernel = Kernel(name, signature)
+def declare(name: str) -> Kernel:
+    """The C function ``name``, which takes a pointer to one of the structures."""
+    kernel = Kernel(name)
     _kernels.append(kernel)
     return kernel
 
@@ -141,11 +136,11 @@ def use(isa: str) -> Iterator[None]:
     previous = _loaded, _failure
     _loaded, _failure = _open(isa), None
     try:
-        _unbind_all()
+        _changed()
         yield
     finally:
         _loaded, _failure = previous
-        _unbind_all()
+        _changed()
 
 
 def sources_digest() -> str:
@@ -156,14 +151,11 @@ def sources_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def threads() -> int:
-    """How many threads a kernel may use: PyTorch's setting."""
-    return torch.get_num_threads()
-
-
-def _unbind_all() -> None:
+def _changed() -> None:
+    """Another library is loaded: kernels are bound anew, and choices among them made anew."""
     for kernel in _kernels:
         kernel.unbind()
+    tuning.renew()
 
 
 def _path(isa: str) -> Path:
@@ -175,12 +167,16 @@ def _path(isa: str) -> Path:
 def _fault(path: Path) -> str | None:
     """What is wrong with a library's file, or None. Only what looks whole is loaded to see: a truncated one would kill the process."""
     try:
-        reason = _truncation(path)
-        if reason is None:
-            ctypes.CDLL(str(path))
+        if (reason := _truncation(path)) is not None:
+            return f"{path.name} is damaged: {reason}"
+        library = ctypes.CDLL(str(path))
     except OSError as error:
-        reason = str(error)
-    return None if reason is None else f"{path.name} is damaged: {reason}"
+        return f"{path.name} is damaged: {error}"
+    if (found := getattr(library, "bnr_layout", None)) is not None:
+        found.restype = ctypes.c_char_p
+        if found().decode() == layout():
+            return None
+    return f"{path.name} was built of other sources: python -m bnrestructure.kernels.cpu.build"
 
 
 def _truncation(path: Path) -> str | None:

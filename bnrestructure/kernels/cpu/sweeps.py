@@ -1,11 +1,12 @@
-"""The sweeps that ride on no convolution: statistics, normalise, residual join, max pooling, squeeze (global average).
+"""The sweeps that ride on no convolution: statistics, normalise, residual join, max pooling, squeeze (global average), output gradient.
 
-Same functions, arguments and results as kernels/reference; 4-D tensors in fp32 or bf16 (``supports`` says what is
-not). Inputs of any strides are accepted, those that are not channels_last at the price of a copy.
+For 4-D tensors in fp32 or bf16; :func:`unsupported` says what is not. Inputs of any strides are accepted, those that are not channels_last
+at the price of a copy.
 """
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -13,306 +14,335 @@ from torch import Tensor
 
 from bnrestructure.core.activation import unsupported_activation
 from bnrestructure.core.edges import PoolGeometry, Transform
-from bnrestructure.core.kept import kept_activation
-from bnrestructure.kernels.cpu.layout import ELEMENT_CODES, activation_code, addressable, destination, empty_like, unsupported_tensor
-from bnrestructure.kernels.cpu.library import declare, threads
-from bnrestructure.kernels.cpu.memory import of_pixels, of_vector
-from bnrestructure.kernels.layout import pitch_of, vector
+from bnrestructure.core.errors import UnsupportedCallError
+from bnrestructure.kernels.calls import (
+    Call,
+    JoinBackward,
+    JoinForward,
+    JoinGradients,
+    JoinResult,
+    MaxPoolBackward,
+    MaxPoolForward,
+    MaxPoolResult,
+    NormaliseBackward,
+    NormaliseForward,
+    OutputGradient,
+    OutputGradientResult,
+    SqueezeBackward,
+    SqueezeForward,
+    StatisticsBackward,
+    StatisticsForward,
+    StatisticsResult,
+    SweepGradients,
+)
+from bnrestructure.kernels.cpu import memory
+from bnrestructure.kernels.cpu.elements import ELEMENT_CODES, activation_code
+from bnrestructure.kernels.cpu.library import declare
+from bnrestructure.kernels.cpu.memory import Keep
+from bnrestructure.kernels.cpu.structures import SweepArguments
+from bnrestructure.kernels.layout import pitch_of
+from bnrestructure.kernels.rounding import narrowed
 
-__all__ = [
-    "max_pool_backward",
-    "max_pool_forward",
-    "normalise_backward",
-    "normalise_forward",
-    "residual_backward",
-    "residual_forward",
-    "squeeze_backward",
-    "squeeze_forward",
-    "statistics_backward",
-    "statistics_forward",
-    "supports",
-]
+__all__ = ["RUN", "unsupported"]
 
-Sums = tuple[Tensor, Tensor | None, Tensor | None]
-
-# element type and activation as "i if"; a tensor as "pi" (pointer, pitch); an edge's affine part as "ppp"
-_statistics_forward = declare("bnr_statistics_forward", "i pi ii pp i")
-_statistics_backward = declare("bnr_statistics_backward", "i pi ii ppp pi i i")
-_normalise_forward = declare("bnr_normalise_forward", "i if pi ii ppp pi i")
-_normalise_backward = declare("bnr_normalise_backward", "i if pi pi ii ppp pi i pp i")
-_squeeze_forward = declare("bnr_squeeze_forward", "i if pi iii ppp p i")
-_squeeze_backward = declare("bnr_squeeze_backward", "i if p pi pi iii ppp pi i pp i")
-_residual_forward = declare("bnr_residual_forward", "i if pi ppp pi ppp ii p pp i")
-_residual_backward = declare("bnr_residual_backward", "i if pi ppp pi pi ppp pi ppp ii p ppp i")
-_max_pool_forward = declare("bnr_max_pool_forward", "i if pi iiii ppp iiiiiiii pp i")
-_max_pool_backward = declare("bnr_max_pool_backward", "i if pi pi pi iiii ppp iiiiiiii pi i pp i")
-
-
-def statistics_forward(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of x [N, C, H, W], each [C] in fp32."""
-    x, pitch = addressable(x)
-    channels = x.shape[1]
-    mean, var = torch.empty(2, channels).unbind()
-    pixels = x.numel() // channels
-    _statistics_forward(
-        ELEMENT_CODES[x.dtype], of_pixels(x, pitch, x.shape, x.dtype), pitch, pixels, channels,
-        mean.data_ptr(), var.data_ptr(), threads(),
-    )  # fmt: skip
-    return mean, var
+_byref = ctypes.byref
+_statistics_forward = declare("bnr_statistics_forward")
+_statistics_backward = declare("bnr_statistics_backward")
+_normalise_forward = declare("bnr_normalise_forward")
+_normalise_backward = declare("bnr_normalise_backward")
+_squeeze_forward = declare("bnr_squeeze_forward")
+_squeeze_backward = declare("bnr_squeeze_backward")
+_join_forward = declare("bnr_join_forward")
+_join_backward = declare("bnr_join_backward")
+_max_pool_forward = declare("bnr_max_pool_forward")
+_max_pool_backward = declare("bnr_max_pool_backward")
+_output_gradient = declare("bnr_output_gradient")
 
 
-def statistics_backward(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, accumulate: Tensor | None) -> Tensor:
-    """``a * (x - mean) + b`` in x's dtype, or added in place to ``accumulate``."""
-    x, pitch = addressable(x)
-    channels = x.shape[1]
-    mean, a, b = vector(mean), vector(a), vector(b)
-    out = destination(x, accumulate)
-    _statistics_backward(
-        ELEMENT_CODES[x.dtype], of_pixels(x, pitch, x.shape, x.dtype), pitch, x.numel() // channels, channels,
-        of_vector(mean, channels), of_vector(a, channels), of_vector(b, channels),
-        *_place(out, x), out is accumulate, threads(),
-    )  # fmt: skip
-    return _delivered(out, accumulate)
+def _sweep(shape: torch.Size, dtype: torch.dtype) -> SweepArguments:
+    """The arguments of a sweep over tensors of this shape and dtype, without any of them."""
+    code = ELEMENT_CODES.get(dtype)
+    if code is None or len(shape) != 4 or 0 in shape:
+        raise UnsupportedCallError(_unsupported_tensor(shape, dtype))
+    a = SweepArguments()
+    a.element = code
+    a.images, a.channels, a.height, a.width = shape
+    a.threads = torch.get_num_threads()
+    a.gradient_factor = 1.0
+    return a
 
 
-def normalise_forward(x: Tensor, transform: Transform, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """``z = act((x - mean) * scale + beta)`` in x's dtype; written to ``out`` (any strides) when given."""
-    x, pitch = addressable(x)
-    channels = x.shape[1]
-    edge = _Edge(transform)
-    z = out if out is not None and out.dtype == x.dtype and pitch_of(out) else kept_activation(x.shape, x.dtype, x.device)
-    _normalise_forward(
-        ELEMENT_CODES[x.dtype], *edge.activation, of_pixels(x, pitch, x.shape, x.dtype), pitch, x.numel() // channels, channels,
-        *edge.pointers(channels), *_place(z, x), threads(),
-    )  # fmt: skip
+def _of_x(x: Tensor, transform: Transform, dtype: torch.dtype, keep: Keep, gated: bool = False) -> SweepArguments:
+    """The arguments of a sweep over transform(x), computed in ``dtype``."""
+    if transform.gate is not None and not gated:
+        raise UnsupportedCallError(_GATE)
+    if x.dtype is not dtype and (reason := narrowed(x, transform, dtype)) is not None:
+        raise UnsupportedCallError(reason)
+    a = _sweep(x.shape, dtype)
+    a.x, a.x_pitch = memory.pixels(x, x.shape, dtype, keep)
+    a.mean, a.scale, a.beta = memory.vectors(keep, a.channels, transform.mean, transform.scale, transform.beta)
+    if transform.gate is not None:
+        a.gate = memory.vector(transform.gate, keep, *x.shape[:2])
+    a.activation, a.slope = activation_code(transform.act)
+    return a
+
+
+def _to_dx(a: SweepArguments, x: Tensor, accumulate: Tensor | None) -> Tensor:
+    """Where the sweep writes the gradient of x: ``accumulate`` if it can be added to in place, else fresh memory."""
+    if accumulate is None or accumulate.dtype is not x.dtype or not pitch_of(accumulate):
+        dx, a.dx, a.dx_pitch = memory.fresh(x.shape, x.dtype)
+        return dx
+    a.dx, a.dx_pitch = memory.written(accumulate, x.shape, x.dtype)
+    a.accumulate = 1
+    return accumulate
+
+
+def _sums(a: SweepArguments, affine: bool) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Memory for SP and SPX, which only a transform with a mean has."""
+    if not affine:
+        return None, None
+    sum_p, a.sum_p = memory.fresh_vector(a.channels)
+    sum_px, a.sum_px = memory.fresh_vector(a.channels)
+    return sum_p, sum_px
+
+
+def _delivered(dx: Tensor, accumulate: Tensor | None) -> Tensor:
+    """``dx``, added to ``accumulate`` where the kernel could not write there itself."""
+    return dx if accumulate is None or dx is accumulate else accumulate.add_(dx)
+
+
+def statistics_forward(call: StatisticsForward) -> StatisticsResult:
+    x, keep = call.x, Keep()
+    a = _sweep(x.shape, x.dtype)
+    a.x, a.x_pitch = memory.pixels(x, x.shape, x.dtype, keep)
+    mean, a.z_mean = memory.fresh_vector(a.channels)
+    var, a.z_var = memory.fresh_vector(a.channels)
+    _statistics_forward.call(_byref(a))
+    return StatisticsResult(mean, var)
+
+
+def statistics_backward(call: StatisticsBackward) -> Tensor:
+    x, keep = call.x, Keep()
+    a = _sweep(x.shape, x.dtype)
+    a.x, a.x_pitch = memory.pixels(x, x.shape, x.dtype, keep)
+    a.z_mean, a.a, a.b = memory.vectors(keep, a.channels, call.mean, call.a, call.b)
+    dx = _to_dx(a, x, call.accumulate)
+    _statistics_backward.call(_byref(a))
+    return _delivered(dx, call.accumulate)
+
+
+def normalise_forward(call: NormaliseForward) -> Tensor:
+    x, out, keep = call.x, call.out, Keep()
+    a = _of_x(x, call.transform, call.dtype, keep, gated=True)
+    if out is not None and out.dtype is call.dtype and pitch_of(out):
+        z = out
+        a.z, a.z_pitch = memory.written(out, x.shape, call.dtype)
+    else:
+        z, a.z, a.z_pitch = memory.fresh_kept(x.shape, call.dtype)
+    _normalise_forward.call(_byref(a))
     return z if out is None or z is out else out.copy_(z)
 
 
-def normalise_backward(dz: Tensor, x: Tensor, transform: Transform, *, accumulate: Tensor | None = None) -> Sums:
-    """(dx, SP, SPX) from the gradient at z; dx is added in place to ``accumulate`` when given."""
-    x, pitch = addressable(x)
-    dz, dz_pitch = addressable(dz)
-    channels = x.shape[1]
-    edge = _Edge(transform)
-    out = destination(x, accumulate)
-    sum_p, sum_px = edge.sums(channels)
-    _normalise_backward(
-        ELEMENT_CODES[x.dtype], *edge.activation, of_pixels(dz, dz_pitch, x.shape, x.dtype), dz_pitch,
-        of_pixels(x, pitch, x.shape, x.dtype), pitch, x.numel() // channels, channels, *edge.pointers(channels),
-        *_place(out, x), out is accumulate, of_vector(sum_p, channels), of_vector(sum_px, channels), threads(),
-    )  # fmt: skip
-    return _delivered(out, accumulate), sum_p, sum_px
+def normalise_backward(call: NormaliseBackward) -> SweepGradients:
+    x, gate, keep = call.x, call.transform.gate, Keep()
+    a = _of_x(x, call.transform, x.dtype, keep, gated=True)
+    a.dz, a.dz_pitch = memory.pixels(call.dz, x.shape, x.dtype, keep)
+    a.gradient_factor = call.factor
+    dx = _to_dx(a, x, call.accumulate)
+    sum_p, sum_px = _sums(a, call.transform.mean is not None and gate is None)
+    dgate = None
+    if gate is not None:
+        dgate, a.gate_gradient = memory.fresh_vector(*gate.shape)
+    _normalise_backward.call(_byref(a))
+    return SweepGradients(_delivered(dx, call.accumulate), sum_p, sum_px, None if dgate is None or gate is None else dgate.to(gate.dtype))
 
 
-def squeeze_forward(x: Tensor, transform: Transform, *, dtype: torch.dtype) -> Tensor:
-    """Mean of ``transform(x)`` over the spatial positions, [N, C] in x's dtype."""
-    x, pitch = addressable(x)
-    n, channels, height, width = x.shape
-    edge = _Edge(transform)
-    pooled = torch.empty(n, channels, dtype=torch.float32)
-    _squeeze_forward(
-        ELEMENT_CODES[x.dtype], *edge.activation, of_pixels(x, pitch, x.shape, x.dtype), pitch, n, height * width, channels,
-        *edge.pointers(channels), pooled.data_ptr(), threads(),
-    )  # fmt: skip
-    return pooled.to(x.dtype)
+def squeeze_forward(call: SqueezeForward) -> Tensor:
+    x, keep = call.x, Keep()
+    a = _of_x(x, call.transform, call.dtype, keep)
+    pooled, a.pooled = memory.fresh_vector(*x.shape[:2])
+    _squeeze_forward.call(_byref(a))
+    return pooled.to(call.dtype)
 
 
-def squeeze_backward(
-    dpooled: Tensor, dz: Tensor | None, x: Tensor, transform: Transform, *, accumulate: Tensor | None = None
-) -> Sums:
-    """(dx, SP, SPX); the gradient at z is ``dpooled[n, c] / positions + dz``.
-
-    ``accumulate`` that *is* ``dz`` is overwritten instead of added to.
-    """
-    overwrite = dz is not None and accumulate is not None and accumulate is dz
-    x, pitch = addressable(x)
-    n, channels, height, width = x.shape
-    edge = _Edge(transform)
-    out = destination(x, accumulate)
-    dpooled = vector(dpooled)
-    gradient, gradient_pitch = (None, 0) if dz is None else addressable(dz)
-    sum_p, sum_px = edge.sums(channels)
-    _squeeze_backward(
-        ELEMENT_CODES[x.dtype], *edge.activation, of_vector(dpooled, n, channels),
-        of_pixels(gradient, gradient_pitch, x.shape, x.dtype), gradient_pitch, of_pixels(x, pitch, x.shape, x.dtype), pitch,
-        n, height * width, channels, *edge.pointers(channels), *_place(out, x), out is accumulate and not overwrite,
-        of_vector(sum_p, channels), of_vector(sum_px, channels), threads(),
-    )  # fmt: skip
-    if overwrite:
-        return out if accumulate is None or out is accumulate else accumulate.copy_(out), sum_p, sum_px
-    return _delivered(out, accumulate), sum_p, sum_px
+def squeeze_backward(call: SqueezeBackward) -> SweepGradients:
+    x, dz, accumulate, keep = call.x, call.dz, call.accumulate, Keep()
+    a = _of_x(x, call.transform, x.dtype, keep)
+    a.pooled = memory.vector(call.dpooled, keep, *x.shape[:2])
+    if dz is not None:
+        a.dz, a.dz_pitch = memory.pixels(dz, x.shape, x.dtype, keep)
+    dx = _to_dx(a, x, accumulate)
+    overwrites = accumulate is not None and accumulate is dz
+    if overwrites:
+        a.accumulate = 0
+    sum_p, sum_px = _sums(a, call.transform.mean is not None)
+    _squeeze_backward.call(_byref(a))
+    if overwrites and accumulate is not None and dx is not accumulate:
+        dx = accumulate.copy_(dx)
+    return SweepGradients(_delivered(dx, accumulate), sum_p, sum_px)
 
 
-def residual_forward(
-    y: Tensor, ty: Transform, r: Tensor, tr: Transform, act: str, *, dtype: torch.dtype, statistics: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``out = act(ty(y) + tr(r))`` in y's dtype, and its statistics if asked for."""
-    y, y_pitch = addressable(y)
-    r, r_pitch = addressable(r)
-    channels = y.shape[1]
-    y_edge, r_edge = _Edge(ty), _Edge(tr)
-    out = kept_activation(y.shape, y.dtype, y.device)
-    mean, var = torch.empty(2, channels).unbind() if statistics else (None, None)
-    _residual_forward(
-        ELEMENT_CODES[y.dtype], *activation_code(act), of_pixels(y, y_pitch, y.shape, y.dtype), y_pitch, *y_edge.pointers(channels),
-        of_pixels(r, r_pitch, y.shape, y.dtype), r_pitch, *r_edge.pointers(channels), y.numel() // channels, channels,
-        out.data_ptr(), of_vector(mean, channels), of_vector(var, channels), threads(),
-    )  # fmt: skip
-    return out, mean, var
+def join_forward(call: JoinForward) -> JoinResult:
+    join, keep = call.join, Keep()
+    y = join.y
+    a = _with_join(call.join, call.dtype, keep)
+    if call.out is None:
+        z, a.z, a.z_pitch = memory.fresh_kept(y.shape, call.dtype)
+    else:
+        z = call.out
+        a.z, a.z_pitch = memory.written(z, y.shape, call.dtype)
+    mean = var = None
+    if call.statistics:
+        mean, a.z_mean = memory.fresh_vector(a.channels)
+        var, a.z_var = memory.fresh_vector(a.channels)
+    _join_forward.call(_byref(a))
+    return JoinResult(z, mean, var)
 
 
-def residual_backward(
-    dout: Tensor,
-    statistics: tuple[Tensor, Tensor, Tensor] | None,
-    y: Tensor,
-    ty: Transform,
-    r: Tensor,
-    tr: Transform,
-    out: Tensor,
-    act: str,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(G, SP, SPY, SPR): the gradient at the sum and its sums, plain and against each operand's centred values."""
-    dout, dout_pitch = addressable(dout)
-    out, out_pitch = addressable(out)
-    y, y_pitch = addressable(y)
-    r, r_pitch = addressable(r)
-    channels = y.shape[1]
-    y_edge, r_edge = _Edge(ty), _Edge(tr)
-    a, b, mean = (None, None, None) if statistics is None else map(vector, statistics)
-    g = empty_like(y)
-    sum_p, sum_py, sum_pr = torch.empty(3, channels).unbind()
-    _residual_backward(
-        ELEMENT_CODES[y.dtype], *activation_code(act), of_pixels(dout, dout_pitch, y.shape, y.dtype), dout_pitch,
-        of_vector(a, channels), of_vector(b, channels), of_vector(mean, channels),
-        of_pixels(out, out_pitch, y.shape, y.dtype), out_pitch, of_pixels(y, y_pitch, y.shape, y.dtype), y_pitch,
-        *y_edge.pointers(channels), of_pixels(r, r_pitch, y.shape, y.dtype), r_pitch, *r_edge.pointers(channels),
-        y.numel() // channels, channels, g.data_ptr(),
-        sum_p.data_ptr(), sum_py.data_ptr(), sum_pr.data_ptr(), threads(),
-    )  # fmt: skip
-    return g, sum_p, sum_py if y_edge.is_affine else None, sum_pr if r_edge.is_affine else None
+def join_backward(call: JoinBackward) -> JoinGradients:
+    join, z, accumulate, keep = call.join, call.z, call.accumulate, Keep()
+    y = join.y
+    dtype = y.dtype if z is None else z.dtype
+    a = _with_join(join, dtype, keep)
+    a.dz, a.dz_pitch = memory.pixels(call.dz, y.shape, dtype, keep)
+    a.gradient_factor = call.factor
+    if call.statistics is not None:
+        if z is None:
+            raise UnsupportedCallError("a join's statistics without its sum")
+        a.a, a.b, a.z_mean = memory.vectors(keep, a.channels, *call.statistics)
+        a.z, a.z_pitch = memory.pixels(z, y.shape, dtype, keep)
+    if accumulate is not None and (accumulate.dtype is not dtype or not pitch_of(accumulate)):  # the mask comes after the sum
+        accumulate = memory.channels_last(accumulate, dtype)
+    if accumulate is None:
+        g, a.dx, a.dx_pitch = memory.fresh(y.shape, dtype)
+    else:
+        g, a.accumulate = accumulate, 1
+        a.dx, a.dx_pitch = memory.written(g, y.shape, dtype)
+    sum_p, a.sum_p = memory.fresh_vector(a.channels)
+    sum_py, a.sum_px = memory.fresh_vector(a.channels)
+    sum_pr, a.sum_pr = memory.fresh_vector(a.channels)
+    _join_backward.call(_byref(a))
+    return JoinGradients(g, sum_p, None if join.ty.mean is None else sum_py, None if join.tr.mean is None else sum_pr)
 
 
-def max_pool_forward(
-    x: Tensor, transform: Transform, geometry: PoolGeometry, *, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(max pool of transform(x) in x's dtype, uint8 position of the maximum inside its window)."""
-    x, pitch = addressable(x)
-    n, channels, height, width = x.shape
-    size = _pooled_size(x, geometry)
-    edge = _Edge(transform)
-    y = kept_activation((n, channels, *size), x.dtype, x.device)
-    index = kept_activation((n, channels, *size), torch.uint8, x.device)
-    _max_pool_forward(
-        ELEMENT_CODES[x.dtype], *edge.activation, of_pixels(x, pitch, x.shape, x.dtype), pitch, n, height, width, channels,
-        *edge.pointers(channels), *geometry.kernel, *geometry.stride, *geometry.padding, *size, y.data_ptr(), index.data_ptr(), threads(),
-    )  # fmt: skip
-    return y, index
+def _with_join(join: Any, dtype: torch.dtype, keep: Keep) -> SweepArguments:
+    """The arguments of a join's sweep: its operands, their vectors and its activation."""
+    y = join.y
+    if join.r.dtype is not y.dtype or y.dtype is not dtype:
+        raise UnsupportedCallError("the tensors of one sweep must have one dtype")
+    a = _sweep(y.shape, dtype)
+    j = memory.join(join, y.shape, dtype, keep)
+    a.x, a.x_pitch, a.mean, a.scale, a.beta = j.y, j.y_pitch, j.y_mean, j.y_scale, j.y_beta
+    a.r, a.r_pitch, a.r_mean, a.r_scale, a.r_beta = j.r, j.r_pitch, j.r_mean, j.r_scale, j.r_beta
+    a.activation, a.slope = j.activation, j.slope
+    return a
 
 
-def max_pool_backward(
-    dy: Tensor,
-    index: Tensor,
-    x: Tensor,
-    transform: Transform,
-    geometry: PoolGeometry,
-    *,
-    accumulate: Tensor | None = None,
-) -> Sums:
-    """(dx, SP, SPX) of :func:`max_pool_forward`."""
-    x, pitch = addressable(x)
-    dy, dy_pitch = addressable(dy)
-    index, index_pitch = addressable(index)
-    n, channels, height, width = x.shape
-    pooled = (n, channels, *_pooled_size(x, geometry))
-    edge = _Edge(transform)
-    out = destination(x, accumulate)
-    sum_p, sum_px = edge.sums(channels)
-    _max_pool_backward(
-        ELEMENT_CODES[x.dtype], *edge.activation, of_pixels(dy, dy_pitch, pooled, x.dtype), dy_pitch,
-        of_pixels(index, index_pitch, pooled, torch.uint8), index_pitch, of_pixels(x, pitch, x.shape, x.dtype), pitch,
-        n, height, width, channels, *edge.pointers(channels), *geometry.kernel, *geometry.stride, *geometry.padding, *pooled[2:],
-        *_place(out, x), out is accumulate, of_vector(sum_p, channels), of_vector(sum_px, channels), threads(),
-    )  # fmt: skip
-    return _delivered(out, accumulate), sum_p, sum_px
+def max_pool_forward(call: MaxPoolForward) -> MaxPoolResult:
+    x, keep = call.x, Keep()
+    a = _of_x(x, call.transform, call.dtype, keep)
+    shape = _with_window(a, x, call.geometry)
+    y, a.z, a.z_pitch = memory.fresh_kept(shape, call.dtype)
+    index, a.index, a.index_pitch = memory.fresh_kept(shape, torch.uint8)
+    _max_pool_forward.call(_byref(a))
+    return MaxPoolResult(y, index)
 
 
-def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why kernel ``name`` cannot run these arguments, in one line, or None."""
-    tensors = [value for value in args if isinstance(value, Tensor) and value.dim() > 2]
-    activation = args[2] if name == "squeeze_backward" else args[0]
-    if reason := unsupported_tensor(activation):
+def max_pool_backward(call: MaxPoolBackward) -> SweepGradients:
+    x, index, keep = call.x, call.index, Keep()
+    a = _of_x(x, call.transform, x.dtype, keep)
+    shape = _with_window(a, x, call.geometry)
+    a.dz, a.dz_pitch = memory.pixels(call.dy, shape, x.dtype, keep)
+    a.index, a.index_pitch = memory.pixels(index, shape, torch.uint8, keep)
+    dx = _to_dx(a, x, call.accumulate)
+    sum_p, sum_px = _sums(a, call.transform.mean is not None)
+    _max_pool_backward.call(_byref(a))
+    return SweepGradients(_delivered(dx, call.accumulate), sum_p, sum_px)
+
+
+def _with_window(a: SweepArguments, x: Tensor, geometry: PoolGeometry) -> tuple[int, ...]:
+    """The shape of the pool's result, which ``a`` is told together with the window."""
+    if (reason := _unusable_window(x.shape, geometry)) is not None:
+        raise UnsupportedCallError(reason)
+    size = geometry.output_size(x.shape[2:])
+    a.kernel_h, a.kernel_w = geometry.kernel
+    a.stride_h, a.stride_w = geometry.stride
+    a.padding_h, a.padding_w = geometry.padding
+    a.out_height, a.out_width = size
+    return (*x.shape[:2], *size)
+
+
+def output_gradient(call: OutputGradient) -> OutputGradientResult:
+    dy, edge, keep = call.dy, call.edge, Keep()
+    a = _sweep(dy.shape, call.dtype)
+    a.dz, a.dz_pitch = memory.pixels(dy, dy.shape, call.dtype, keep)
+    a.gradient_factor = call.factor
+    c = a.channels
+    a.s = memory.vector(edge.s, keep, c)
+    if edge.a is not None and edge.y is not None:
+        a.a, a.b, a.z_mean = memory.vectors(keep, c, edge.a, edge.b, edge.mean)
+        a.z, a.z_pitch = memory.pixels(edge.y, dy.shape, call.dtype, keep)
+    d, a.dx, a.dx_pitch = memory.fresh(dy.shape, call.dtype)
+    bias = None
+    if call.bias:
+        bias, a.sum_p = memory.fresh_vector(c)
+    _output_gradient.call(_byref(a))
+    return OutputGradientResult(d, bias)
+
+
+#: What answers each call.
+RUN: dict[type[Call[Any]], Any] = {
+    StatisticsForward: statistics_forward,
+    StatisticsBackward: statistics_backward,
+    NormaliseForward: normalise_forward,
+    NormaliseBackward: normalise_backward,
+    SqueezeForward: squeeze_forward,
+    SqueezeBackward: squeeze_backward,
+    JoinForward: join_forward,
+    JoinBackward: join_backward,
+    MaxPoolForward: max_pool_forward,
+    MaxPoolBackward: max_pool_backward,
+    OutputGradient: output_gradient,
+}
+
+_GATE = "a gate is applied by convolutions only"
+
+
+def unsupported(call: Call[Any]) -> str | None:
+    """Why a sweep cannot answer this call, in one line, or None. Memory is not asked for: the tensors may be on the meta device."""
+    x: Tensor = call.operand
+    dtype = getattr(call, "dtype", x.dtype)
+    if (reason := _unsupported_tensor(x.shape, x.dtype)) is not None:
         return reason
-    dtype = activation.dtype
-    if any(t.dtype != dtype for t in tensors if t.dtype is not torch.uint8) or kwargs.get("dtype", dtype) != dtype:
-        return "the tensors of one sweep must have one dtype"
-    for value in args:
-        if isinstance(value, str) and (reason := unsupported_activation(value)):
+    if isinstance(call, JoinForward | JoinBackward):
+        join = call.join
+        if join.r.dtype != x.dtype or dtype != x.dtype:
+            return "the tensors of one sweep must have one dtype"
+        return unsupported_activation(join.act)
+    transform = getattr(call, "transform", None)
+    if transform is not None:
+        if transform.gate is not None and not isinstance(call, NormaliseForward | NormaliseBackward):
+            return _GATE
+        if reason := unsupported_activation(transform.act) or narrowed(x, transform, dtype):
             return reason
-        if isinstance(value, Transform):
-            if value.gate is not None:
-                return "a gate is applied by convolutions only"
-            if reason := unsupported_activation(value.act):
-                return reason
-        if isinstance(value, PoolGeometry) and (reason := _unusable_window(value)):
-            return reason
-    if name == "max_pool_forward" and min(_pooled_size(args[0], args[2])) < 1:
-        return "a result without pixels"
-    return None
+    if dtype not in ELEMENT_CODES:
+        return f"the CPU kernels are for fp32 and bf16, not {dtype}"
+    return _unusable_window(x.shape, call.geometry) if isinstance(call, MaxPoolForward | MaxPoolBackward) else None
 
 
-def _unusable_window(geometry: PoolGeometry) -> str | None:
+def _unsupported_tensor(shape: torch.Size, dtype: torch.dtype) -> str | None:
+    if len(shape) != 4:
+        return f"the CPU kernels are for 4-D tensors, this one has {len(shape)} dimensions"
+    if dtype not in ELEMENT_CODES:
+        return f"the CPU kernels are for fp32 and bf16, not {dtype}"
+    return "the tensor is empty" if 0 in shape else None
+
+
+def _unusable_window(x: torch.Size, geometry: PoolGeometry) -> str | None:
     """Why the pooling kernels cannot take this window, or None."""
     if geometry.kernel[0] * geometry.kernel[1] > 255:
         return "a pooling window has at most 255 positions"
     fits = all(0 <= 2 * p <= k for p, k in zip(geometry.padding, geometry.kernel, strict=True))
-    if min(*geometry.kernel, *geometry.stride) < 1 or not fits:
+    if min(*geometry.kernel, *geometry.stride) < 1 or not fits or min(geometry.output_size(x[2:])) < 1:
         return "a pooling window that PyTorch refuses"
     return None
-
-
-class _Edge:
-    """A transform as the kernels take it. Keeps its vectors alive while their pointers are in use."""
-
-    __slots__ = ("_act", "_vectors", "is_affine")
-
-    def __init__(self, t: Transform) -> None:
-        self._act = t.act
-        self._vectors = vector(t.mean), vector(t.scale), vector(t.beta)
-        self.is_affine = t.mean is not None
-
-    @property
-    def activation(self) -> tuple[int, float]:
-        return activation_code(self._act)
-
-    def pointers(self, channels: int) -> tuple[int, int, int]:
-        mean, scale, beta = self._vectors
-        return of_vector(mean, channels), of_vector(scale, channels), of_vector(beta, channels)
-
-    def sums(self, channels: int) -> tuple[Tensor | None, Tensor | None]:
-        """Memory for SP and SPX, which only a transform with a mean has."""
-        if not self.is_affine:
-            return None, None
-        sum_p, sum_px = torch.empty(2, channels).unbind()
-        return sum_p, sum_px
-
-
-def _place(out: Tensor, x: Tensor) -> tuple[int, int]:
-    """(address, pitch) of what is written: of x's shape and dtype."""
-    pitch = pitch_of(out)
-    return of_pixels(out, pitch, x.shape, x.dtype), pitch
-
-
-def _delivered(out: Tensor, accumulate: Tensor | None) -> Tensor:
-    """``out``, added to ``accumulate`` where the kernel could not write there itself."""
-    return out if accumulate is None or out is accumulate else accumulate.add_(out)
-
-
-def _pooled_size(x: Tensor, geometry: PoolGeometry) -> tuple[int, int]:
-    """Output size of a max pooling; in ceil_mode the last window must start inside the input or its left padding."""
-    sizes = []
-    for n, k, s, p in zip(x.shape[2:], geometry.kernel, geometry.stride, geometry.padding, strict=True):
-        size = (n + 2 * p - k + (s - 1 if geometry.ceil_mode else 0)) // s + 1
-        if geometry.ceil_mode and (size - 1) * s >= n + p:
-            size -= 1
-        sizes.append(size)
-    return sizes[0], sizes[1]

@@ -1,116 +1,81 @@
-"""Triton kernels for NVIDIA GPUs (compute capability 8.0 and newer): drop-in replacements for kernels/reference.
+"""Triton kernels for NVIDIA GPUs (compute capability 8.0 and newer).
 
-Importing this package needs neither a GPU nor Triton: the modules behind the kernels are imported when one is first
-asked for. ``supports`` says for a call's actual arguments why it needs the reference instead, ``unavailable_reason``
-why no kernel can run here at all. Under TRITON_INTERPRET=1 the same kernels run, slowly, on CPU tensors: so they are
-tested without a GPU.
+Importing this package needs neither a GPU nor Triton: the modules behind the kernels are imported when a call is first answered. Under
+TRITON_INTERPRET=1 the same kernels run, slowly, on CPU tensors: so they are tested without a GPU.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-import torch
-
-from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Transform
+from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.kernels import tuning
-from bnrestructure.kernels.choice import Choice
-from bnrestructure.kernels.cuda.convolution_choice import choose, node_of
-from bnrestructure.kernels.cuda.device import gpu_here, identify_machine, uses_tf32
-from bnrestructure.kernels.cuda.limits import supports, unavailable_reason
+from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward
+from bnrestructure.kernels.choice import Choice, Convolutions
+from bnrestructure.kernels.cuda import limits
+from bnrestructure.kernels.cuda.device import gpu_here, identify_machine
+from bnrestructure.kernels.cuda.rule import BACKWARD, CudaRule
+from bnrestructure.kernels.hybrid import Hybrid
+from bnrestructure.kernels.operands import require_memory_of_all
+from bnrestructure.kernels.reference import Reference
 
-if TYPE_CHECKING:
-    from bnrestructure.kernels.cuda.convolution import conv_backward, conv_forward
-    from bnrestructure.kernels.cuda.join import join_backward, join_forward
-    from bnrestructure.kernels.cuda.max_pool import max_pool_backward, max_pool_forward
-    from bnrestructure.kernels.cuda.residual import residual_backward, residual_forward
-    from bnrestructure.kernels.cuda.statistics import (
-        finalize_backward,
-        finalize_forward,
-        statistics_backward,
-        statistics_forward,
-    )
-    from bnrestructure.kernels.cuda.sweeps import (
-        normalise_backward,
-        normalise_forward,
-        squeeze_backward,
-        squeeze_forward,
-    )
+__all__ = ["KERNELS", "CudaKernels"]
 
-__all__ = [
-    "conv_backward",
-    "conv_forward",
-    "convolution_choices",
-    "description",
-    "finalize_backward",
-    "finalize_forward",
-    "join_backward",
-    "join_forward",
-    "max_pool_backward",
-    "max_pool_forward",
-    "normalise_backward",
-    "normalise_forward",
-    "residual_backward",
-    "residual_forward",
-    "squeeze_backward",
-    "squeeze_forward",
-    "statistics_backward",
-    "statistics_forward",
-    "supports",
-    "unavailable_reason",
-]
-
-_MODULES = {
-    "conv": "convolution",
-    "finalize": "statistics",
-    "join": "join",
-    "max": "max_pool",
-    "normalise": "sweeps",
-    "residual": "residual",
-    "squeeze": "sweeps",
-    "statistics": "statistics",
-}
+R = TypeVar("R")
 
 
-def __getattr__(name: str) -> Any:
-    """A kernel, from the module that holds it."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(f"{__name__}.{_MODULES[name.partition('_')[0]]}")
-    return getattr(module, name)
+class CudaKernels:
+    """See :class:`bnrestructure.kernels.device.DeviceKernels`."""
+
+    def __init__(self) -> None:
+        self._rule = CudaRule()
+
+    @cached_property
+    def convolutions(self) -> Convolutions:
+        """The convolution nodes."""
+        fused = import_module(f"{__name__}.convolution")
+        implementations = {"fused": fused.Dense(), "depthwise": fused.Depthwise(), "hybrid": Hybrid(self), "reference": Reference()}
+        return Convolutions(self, self._rule, implementations, BACKWARD)
+
+    @cached_property
+    def _sweeps(self) -> dict[type[Call[Any]], Any]:
+        found: dict[type[Call[Any]], Any] = import_module(f"{__name__}.sweep_calls").RUN
+        return found
+
+    def run(self, call: Call[R]) -> R:
+        """The call's result. Raises UnsupportedCallError where these kernels cannot answer, before anything is written."""
+        if (reason := limits.supports(call)) is not None:
+            raise UnsupportedCallError(reason)
+        require_memory_of_all(call)
+        found: Any
+        if isinstance(call, ConvForward):
+            found = self.convolutions.forward(call)
+        elif isinstance(call, ConvBackward):
+            found = self.convolutions.backward(call)
+        else:
+            found = self._sweeps[type(call)](call)
+        result: R = found
+        return result
+
+    def supports(self, call: Call[Any]) -> str | None:
+        """Why these kernels cannot answer the call, in one line, or None. Neither memory nor the device is touched."""
+        return limits.supports(call)
+
+    def unavailable_reason(self) -> str | None:
+        """Why none of them can run in this installation, in one line, or None."""
+        return limits.unavailable_reason()
+
+    def convolution_choices(self, call: ConvForward) -> tuple[Choice, Choice]:
+        """(forward, backward): what a convolution node like this one will run, and why; by rule where there is no GPU."""
+        return Convolutions(self, self._rule, {}, BACKWARD).choices(call)
+
+    def description(self) -> str:
+        """The GPU, and where its measured choices are kept."""
+        gpu = gpu_here() or "no GPU"
+        identify_machine(gpu)
+        return f"{gpu}; {tuning.where_kept()}"
 
 
-def convolution_choices(
-    x: tuple[int, ...],
-    weight: tuple[int, ...],
-    transform: Transform,
-    geometry: ConvGeometry,
-    dtype: torch.dtype,
-    joined: bool = False,
-) -> tuple[Choice, Choice]:
-    """(forward, backward): what a convolution node will run on tensors of these shapes, computing in ``dtype``, and why.
-
-    ``reference`` where no kernel here can. By rule where there is no GPU, or none that the node was measured on. Backward is
-    meant with both the input's and the weight's gradient wanted. ``joined``: behind a residual join, formed and finished by the node.
-    """
-    tensors = torch.empty(x, dtype=dtype, device="meta"), torch.empty(weight, dtype=dtype, device="meta")
-    dy = torch.empty(x[0], weight[0], *geometry.output_size(x[2:], weight[2:]), dtype=dtype, device="meta")
-    forward = supports("conv_forward", (tensors[0], transform, tensors[1], None, geometry), {"dtype": dtype})
-    backward = supports("conv_backward", (dy, BackwardEdge(), tensors[0], transform, tensors[1], geometry), {"dtype": dtype})
-    found = []
-    for direction, reason in (("forward", forward), ("backward", backward)):
-        if reason is not None:
-            found.append(Choice("reference", reason))
-            continue
-        gated, tf32 = transform.gate is not None, uses_tf32()
-        node = node_of(x, weight, geometry, not transform.is_identity, gated, dtype, tf32, joined)
-        found.append(choose(node, direction, gpu_here()))
-    return found[0], found[1]
-
-
-def description() -> str:
-    """The GPU and where its tuned choices are kept, for ``doctor``."""
-    gpu = gpu_here() or "no GPU"
-    identify_machine(gpu)
-    return f"{gpu}; {tuning.where_kept()}"
+KERNELS = CudaKernels()

@@ -168,8 +168,8 @@ def _dense_dgrad_kernel(
         total = multiply_rows(rounded_gradient(d, a_ptr, w_ptr.dtype.element_ty), w, total, PRECISION, True, PART, SWAPPED)
 
     total = restored_gradient(total, a_ptr, w_ptr.dtype.element_ty)
-    if NEEDED:
-        x = beside(x.to(tl.float32), total)  # type: ignore[union-attr]  # it was loaded where NEEDED
+    if x is not None:
+        x = beside(x.to(tl.float32), total)
     if r_ptr is not None:  # x is the join's operand y
         store_join_gradient(
             total, x, mean, scale, beta, beside(r.to(tl.float32), total), r_mean, r_scale, r_beta, dx_ptr, partial_ptr, dx_pitch,

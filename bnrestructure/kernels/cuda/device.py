@@ -9,7 +9,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from bnrestructure.kernels import tuning
 
@@ -20,9 +19,11 @@ __all__ = ["event_timer", "gpu_here", "gpu_of", "identify_machine", "uses_tf32"]
 _FLUSHED_BYTES, _FLUSHES = 2**28, 4
 
 
-def gpu_of(x: Tensor) -> str:
-    """The name of the GPU that holds ``x``; on CPU tensors the kernels are interpreted."""
-    return _name(x.device.index or 0) if x.is_cuda else "Triton's interpreter"
+def gpu_of(device: torch.device) -> str | None:
+    """The name of this GPU; on the CPU the kernels are interpreted. None for a device that is none."""
+    if device.type == "cpu":
+        return "Triton's interpreter"
+    return _name(device.index or 0) if device.type == "cuda" else None
 
 
 def gpu_here() -> str | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import util
 from typing import Any
 
@@ -11,7 +11,27 @@ import torch
 from torch import Tensor
 
 from bnrestructure.core.activation import unsupported_activation
-from bnrestructure.kernels import join
+from bnrestructure.core.edges import BackwardEdge, Join, Transform
+from bnrestructure.core.errors import UnsupportedCallError
+from bnrestructure.kernels.calls import (
+    Call,
+    ConvBackward,
+    ConvForward,
+    FinalizeBackward,
+    FinalizeForward,
+    JoinBackward,
+    JoinForward,
+    MaxPoolBackward,
+    MaxPoolForward,
+    NormaliseBackward,
+    NormaliseForward,
+    OutputGradient,
+    SqueezeBackward,
+    SqueezeForward,
+    StatisticsBackward,
+    StatisticsForward,
+)
+from bnrestructure.kernels.operands import require_fit
 
 __all__ = ["ELEMENT_TYPES", "supports", "unavailable_reason"]
 
@@ -37,13 +57,13 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def supports(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why kernel ``name`` cannot run with these arguments (those of kernels/reference), in one line, or None if it can.
+def supports(call: Call[Any]) -> str | None:
+    """Why the kernels cannot answer this call, in one line, or None if they can.
 
     Activations are 4-D, fp32, bf16 or fp16, with elements, of any strides: what is not channels_last (or a channel
     slice of that) is copied to it first. Neither memory nor the device is touched here.
     """
-    return _RULES[name](args, kwargs)
+    return _RULES[type(call)](call)
 
 
 def _activation_tensor(what: str, x: Tensor) -> str | None:
@@ -58,128 +78,176 @@ def _activation_tensor(what: str, x: Tensor) -> str | None:
     return None
 
 
-def _first(*reasons: str | None) -> str | None:
-    return next((reason for reason in reasons if reason is not None), None)
+def _fits(x: Tensor, *others: Tensor | None, shape: Sequence[int] | None = None) -> str | None:
+    """Why these are not all of x's shape (or of ``shape``), or None."""
+    wanted = x.shape if shape is None else shape
+    wrong = next((t for t in others if t is not None and t.shape != wanted), None)
+    return None if wrong is None else f"a tensor of shape {list(wrong.shape)} where {list(wanted)} was expected"
 
 
-def _conv_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    x, transform, weight, _, geometry = args
-    return _convolution(x, transform, weight, geometry, kwargs["dtype"])
+def _transform(x: Tensor, *transforms: Transform) -> str | None:
+    try:
+        require_fit(x, *transforms)
+    except UnsupportedCallError as error:
+        return str(error)
+    return None
 
 
-def _conv_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    dy, _, x, transform, weight, geometry = args
+def _conv_forward(call: ConvForward) -> str | None:
+    joined = None if call.join is None else _join(call.join, call.dtype) or _fits(call.x, call.join.y)
+    return joined or _convolution(call) or (None if call.out is None else _fits(call.x, call.out, shape=_result(call)))
+
+
+def _conv_backward(call: ConvBackward) -> str | None:
     gate = None
-    if transform.gate is not None and any(s != 1 for s in geometry.stride) and weight.shape[1] != 1:
+    if call.transform.gate is not None and any(s != 1 for s in call.geometry.stride) and call.weight.shape[1] != 1:
         gate = "a gate before a dense convolution with a stride"
-    return _first(
-        _activation_tensor("the gradient", dy), gate, _convolution(x, transform, weight, geometry, kwargs["dtype"])
-    )
+    joined = None if call.join is None else _join(call.join, call.dtype) or _fits(call.x, call.join.y)
+    reason = _activation_tensor("the gradient", call.dy) or gate or joined or _convolution(call)
+    reason = reason or _fits(call.dy, call.dy, call.edge.y, shape=_result(call)) or _fits(call.x, call.accumulate)
+    return reason or _edge(call.edge, call.dy)
 
 
-def _convolution(x: Tensor, transform: Any, weight: Tensor, geometry: Any, dtype: torch.dtype) -> str | None:
-    for what, found in (("compute dtype", dtype), ("the weight", weight.dtype)):
+def _edge(edge: BackwardEdge, dy: Tensor) -> str | None:
+    return next((r for v in (edge.s, edge.a, edge.b, edge.mean) if v is not None and (r := _fits(v, v, shape=dy.shape[1:2]))), None)
+
+
+def _result(call: ConvForward | ConvBackward) -> tuple[int, ...]:
+    size = call.geometry.output_size(call.x.shape[2:], call.weight.shape[2:])
+    return call.x.shape[0], call.weight.shape[0], *size
+
+
+def _convolution(call: ConvForward | ConvBackward) -> str | None:
+    x, weight, geometry = call.x, call.weight, call.geometry
+    for what, found in (("compute dtype", call.dtype), ("the weight", weight.dtype)):
         if found not in ELEMENT_TYPES:
             return f"the CUDA kernels are for fp32, bf16 and fp16, {what} is {found}"
     if weight.numel() == 0:
         return "the weight is empty"
     if geometry.groups > 65535 and weight.shape[1] != 1:
         return "more than 65535 groups"
-    return _first(_activation_tensor("the input", x), unsupported_activation(transform.act))
+    reason = _activation_tensor("the input", x) or geometry.misfit(x.shape, weight.shape)
+    return reason or _transform(x, call.transform) or unsupported_activation(call.transform.act)
 
 
-def _normalise_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    x, transform = args
-    dtype = kwargs["dtype"] if kwargs.get("out") is None else kwargs["out"].dtype
+def _join(join: Join, dtype: torch.dtype) -> str | None:
+    y, r = join.y, join.r
+    reason = _activation_tensor("an operand", y) or _activation_tensor("an operand", r) or _fits(y, r)
+    if reason is None and {y.dtype, r.dtype} != {dtype}:
+        reason = "the tensors of one sweep must have one dtype"
+    return reason or _transform(y, join.ty, join.tr) or unsupported_activation(join.act)
+
+
+def _join_forward(call: JoinForward) -> str | None:
+    return _join(call.join, call.dtype)
+
+
+def _join_backward(call: JoinBackward) -> str | None:
+    dtype = call.join.y.dtype if call.z is None else call.z.dtype
+    return _join(call.join, dtype) or _activation_tensor("the gradient", call.dz) or _fits(call.join.y, call.dz, call.z, call.accumulate)
+
+
+def _normalise_forward(call: NormaliseForward) -> str | None:
+    dtype = call.dtype if call.out is None else call.out.dtype
     wrong = None if dtype in ELEMENT_TYPES else f"the result would be {dtype}"
-    return _first(_activation_tensor("the input", x), wrong, unsupported_activation(transform.act))
+    return _activation_tensor("the input", call.x) or wrong or _of_x(call) or _fits(call.x, call.out)
 
 
-def _normalise_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    dz, x, transform = args
-    return _first(
-        _activation_tensor("the gradient", dz),
-        _activation_tensor("the input", x),
-        unsupported_activation(transform.act),
-    )
+def _normalise_backward(call: NormaliseBackward) -> str | None:
+    gate = None if call.transform.gate is None else "a gate is applied by convolutions only"
+    reason = _activation_tensor("the gradient", call.dz) or _activation_tensor("the input", call.x) or gate or _of_x(call)
+    return reason or _fits(call.x, call.dz, call.accumulate)
 
 
-def _residual(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    act = next(a for a in args if isinstance(a, str))
-    named = [a for a in args if isinstance(a, Tensor)]
-    reasons = (_activation_tensor("an operand", x) for x in named)
-    return _first(*reasons, unsupported_activation(act))
+def _of_x(call: NormaliseForward | NormaliseBackward | SqueezeForward | SqueezeBackward | MaxPoolForward | MaxPoolBackward) -> str | None:
+    return _transform(call.x, call.transform) or unsupported_activation(call.transform.act)
 
 
-def _statistics(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    return _activation_tensor("the input", args[0])
+def _statistics_forward(call: StatisticsForward) -> str | None:
+    return _activation_tensor("the input", call.x)
 
 
-def _finalize(parameters: slice) -> Callable[[tuple[Any, ...], dict[str, Any]], str | None]:
-    def rule(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        if args[0].dtype is not torch.float32 or args[0].dim() != 1 or args[0].numel() == 0:
-            return f"batch statistics must be fp32 vectors with elements, not {args[0].dtype} {list(args[0].shape)}"
-        for parameter in args[parameters]:
-            if parameter is not None and parameter.dtype not in ELEMENT_TYPES:
-                return f"a batch norm's {parameter.dtype} parameters are none of fp32, bf16 and fp16"
-        if len(args) > 5 and any(r is not None and not r.is_contiguous() for r in args[5:7]):
-            return "running statistics must be contiguous to be updated in place"
-        if len(args) > 7 and isinstance(args[7], Tensor):
-            return "the momentum is a tensor"
-        return None
-
-    return rule
+def _statistics_backward(call: StatisticsBackward) -> str | None:
+    reason = _activation_tensor("the input", call.x) or _fits(call.x, call.accumulate)
+    return reason or _transform(call.x, Transform(call.mean, call.a, call.b))
 
 
-def _squeeze_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    x, transform = args
-    wrong = None if kwargs["dtype"] in ELEMENT_TYPES else f"the result would be {kwargs['dtype']}"
-    return _first(_activation_tensor("the input", x), wrong, unsupported_activation(transform.act))
+def _output_gradient(call: OutputGradient) -> str | None:
+    return _activation_tensor("the gradient", call.dy) or _fits(call.dy, call.edge.y) or _edge(call.edge, call.dy)
 
 
-def _squeeze_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    dpooled, dz, x, transform = args
-    if dpooled.dtype not in ELEMENT_TYPES:
-        return f"the gradient of the average is {dpooled.dtype}"
-    gradient = None if dz is None else _activation_tensor("the gradient", dz)
-    return _first(gradient, _activation_tensor("the input", x), unsupported_activation(transform.act))
+def _finalize_forward(call: FinalizeForward) -> str | None:
+    running = call.running_mean, call.running_var
+    if any(r is not None and not r.is_contiguous() for r in running):
+        return "running statistics must be contiguous to be updated in place"
+    if isinstance(call.momentum, Tensor):
+        return "the momentum is a tensor"
+    return _finalize(call.mean, (call.weight, call.bias, *running)) or _fits(call.mean, call.var)
 
 
-def _max_pool_forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    x, transform, geometry = args
+def _finalize_backward(call: FinalizeBackward) -> str | None:
+    return _finalize(call.rstd, (call.weight,)) or _fits(call.rstd, call.dscale)
+
+
+def _finalize(of: Tensor, parameters: tuple[Tensor | None, ...]) -> str | None:
+    if of.dtype is not torch.float32 or of.dim() != 1 or of.numel() == 0:
+        return f"batch statistics must be fp32 vectors with elements, not {of.dtype} {list(of.shape)}"
+    for parameter in parameters:
+        if parameter is not None and parameter.dtype not in ELEMENT_TYPES:
+            return f"a batch norm's {parameter.dtype} parameters are none of fp32, bf16 and fp16"
+        if parameter is not None and parameter.numel() != of.numel():
+            return f"a parameter of {parameter.numel()} numbers for {of.numel()} channels"
+    return None
+
+
+def _squeeze_forward(call: SqueezeForward) -> str | None:
+    wrong = None if call.dtype in ELEMENT_TYPES else f"the result would be {call.dtype}"
+    gate = None if call.transform.gate is None else "a gate is applied by convolutions only"
+    return _activation_tensor("the input", call.x) or wrong or gate or _of_x(call)
+
+
+def _squeeze_backward(call: SqueezeBackward) -> str | None:
+    if call.dpooled.dtype not in ELEMENT_TYPES:
+        return f"the gradient of the average is {call.dpooled.dtype}"
+    gradient = None if call.dz is None else _activation_tensor("the gradient", call.dz)
+    reason = gradient or _activation_tensor("the input", call.x) or _of_x(call) or _fits(call.x, call.dz, call.accumulate)
+    return reason or _fits(call.x, call.dpooled, shape=call.x.shape[:2])
+
+
+def _max_pool_forward(call: MaxPoolForward) -> str | None:
+    wrong = None if call.dtype in ELEMENT_TYPES else f"the result would be {call.dtype}"
+    return _window(call) or wrong
+
+
+def _max_pool_backward(call: MaxPoolBackward) -> str | None:
+    reason = _activation_tensor("the gradient", call.dy) or _window(call)
+    return reason or _fits(call.x, call.dy, call.index, shape=(*call.x.shape[:2], *call.geometry.output_size(call.x.shape[2:])))
+
+
+def _window(call: MaxPoolForward | MaxPoolBackward) -> str | None:
+    geometry = call.geometry
     if len(geometry.kernel) != 2 or geometry.kernel[0] * geometry.kernel[1] > 255:
         return "a pooling window of more than 255 positions, or not 2-D"
     if any(2 * p > k for p, k in zip(geometry.padding, geometry.kernel, strict=True)):
         return "padding of more than half the window, which PyTorch refuses"
-    wrong = None if kwargs["dtype"] in ELEMENT_TYPES else f"the result would be {kwargs['dtype']}"
-    gate = None if transform.gate is None else "a gate before a max pool"
-    return _first(_activation_tensor("the input", x), wrong, gate, unsupported_activation(transform.act))
+    gate = None if call.transform.gate is None else "a gate before a max pool"
+    return _activation_tensor("the input", call.x) or gate or _of_x(call)
 
 
-def _max_pool_backward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    dy, _, x, transform, _ = args
-    return _first(
-        _activation_tensor("the gradient", dy),
-        _activation_tensor("the input", x),
-        unsupported_activation(transform.act),
-    )
-
-
-_RULES: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], str | None]] = {
-    "conv_forward": _conv_forward,
-    "conv_backward": _conv_backward,
-    "normalise_forward": _normalise_forward,
-    "normalise_backward": _normalise_backward,
-    "join_forward": partial(join.unsupported_part, supports, "join_forward"),
-    "join_backward": partial(join.unsupported_part, supports, "join_backward"),
-    "residual_forward": _residual,
-    "residual_backward": _residual,
-    "statistics_forward": _statistics,
-    "statistics_backward": _statistics,
-    "finalize_forward": _finalize(slice(3, 7)),
-    "finalize_backward": _finalize(slice(2, 3)),
-    "max_pool_forward": _max_pool_forward,
-    "max_pool_backward": _max_pool_backward,
-    "squeeze_forward": _squeeze_forward,
-    "squeeze_backward": _squeeze_backward,
+_RULES: dict[type[Call[Any]], Callable[[Any], str | None]] = {
+    ConvForward: _conv_forward,
+    ConvBackward: _conv_backward,
+    OutputGradient: _output_gradient,
+    NormaliseForward: _normalise_forward,
+    NormaliseBackward: _normalise_backward,
+    JoinForward: _join_forward,
+    JoinBackward: _join_backward,
+    StatisticsForward: _statistics_forward,
+    StatisticsBackward: _statistics_backward,
+    FinalizeForward: _finalize_forward,
+    FinalizeBackward: _finalize_backward,
+    MaxPoolForward: _max_pool_forward,
+    MaxPoolBackward: _max_pool_backward,
+    SqueezeForward: _squeeze_forward,
+    SqueezeBackward: _squeeze_backward,
 }

@@ -55,7 +55,7 @@ class Specialisation:
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, Tensor):
                 signature[name] = _POINTERS[value.dtype]
-                aligned = bool(value.storage_offset() * value.element_size() % 16 == 0)
+                aligned = int(value.storage_offset()) * value.element_size() % 16 == 0
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:

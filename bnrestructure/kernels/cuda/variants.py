@@ -7,27 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, PoolGeometry, Transform
-from bnrestructure.kernels.cuda import convolution_fused, convolution_hybrid
-from bnrestructure.kernels.cuda.max_pool import max_pool_backward, max_pool_forward
-from bnrestructure.kernels.cuda.residual import residual_backward, residual_forward
-from bnrestructure.kernels.cuda.statistics import (
-    finalize_backward,
-    finalize_forward,
-    statistics_backward,
-    statistics_forward,
+from bnrestructure.kernels.calls import (
+    ConvBackward,
+    ConvForward,
+    ConvResult,
+    FinalizeBackward,
+    FinalizeForward,
+    JoinBackward,
+    JoinForward,
+    MaxPoolBackward,
+    MaxPoolForward,
+    NormaliseBackward,
+    NormaliseForward,
+    SqueezeBackward,
+    SqueezeForward,
+    StatisticsBackward,
+    StatisticsForward,
 )
-from bnrestructure.kernels.cuda.sweeps import (
-    normalise_backward,
-    normalise_forward,
-    squeeze_backward,
-    squeeze_forward,
-)
+from bnrestructure.kernels.cuda import KERNELS
 
 __all__ = ["VARIANTS", "Variant"]
 
@@ -56,6 +58,16 @@ def _transform(c: int, act: str, gated: bool = False) -> Transform:
     return Transform(_vector(c), _vector(c), _vector(c), act, gate)
 
 
+def _forward(implementation: str, call: ConvForward) -> ConvResult:
+    convolutions = KERNELS.convolutions
+    return convolutions.implementations[implementation].forward(call, convolutions.site(call))
+
+
+def _backward(implementation: str, call: ConvBackward) -> None:
+    convolutions = KERNELS.convolutions
+    convolutions.implementations[implementation].backward(call, convolutions.site(call))
+
+
 def _convolution(
     name: str,
     c: int,
@@ -70,7 +82,7 @@ def _convolution(
     gated: bool = False,
     plain: bool = False,
     quick: bool = False,
-    implementation: ModuleType = convolution_fused,
+    implementation: str = "fused",
 ) -> Variant:
     """Forward with statistics, then backward with an affine edge, accumulating into dx; with a bias' gradient where hybrid."""
 
@@ -79,12 +91,12 @@ def _convolution(
         x = _pixels(c, size, dtype)
         weight = torch.empty(out, c // groups, kernel, kernel, dtype=dtype, device="meta")
         transform = Transform() if plain else _transform(c, act, gated)
-        y, mean, _ = implementation.conv_forward(x, transform, weight, None, geometry, dtype=dtype, statistics=True)
+        by = "depthwise" if geometry.is_depthwise(weight.shape) else implementation
+        y, mean, _ = _forward(by, ConvForward(x, transform, weight, None, geometry, dtype, True))
         edge = BackwardEdge(_vector(out), _vector(out), _vector(out), y, mean)
-        implementation.conv_backward(
-            torch.empty_like(y), edge, x, transform, weight, geometry,
-            dtype=dtype, needs=(True, True, implementation is convolution_hybrid), accumulate=torch.empty_like(x),
-        )  # fmt: skip
+        needs = True, True, implementation == "hybrid"
+        into = torch.empty_like(x)
+        _backward(by, ConvBackward(torch.empty_like(y), edge, x, transform, weight, geometry, dtype, needs, into))
 
     return Variant(name, run, quick)
 
@@ -100,7 +112,7 @@ def _join(
     act: str = "relu",
     stride: int = 1,
     quick: bool = False,
-    implementation: ModuleType = convolution_fused,
+    implementation: str = "fused",
 ) -> Variant:
     """A convolution behind a residual join, with and without a batch norm in the shortcut."""
 
@@ -110,14 +122,11 @@ def _join(
         weight = torch.empty(out, c, kernel, kernel, dtype=dtype, device="meta")
         for shortcut in (Transform(), _transform(c, "identity")):
             join = Join(y, _transform(c, "identity"), r, shortcut, act)
-            forms = kernel == stride == 1 and implementation is convolution_fused
-            options = {"join": join} if forms else {}
-            made, mean, _ = implementation.conv_forward(z, Transform(), weight, None, geometry, dtype=dtype, statistics=True, **options)
+            forms = join if kernel == stride == 1 and implementation == "fused" else None
+            made, mean, _ = _forward(implementation, ConvForward(z, Transform(), weight, None, geometry, dtype, True, join=forms))
             edge = BackwardEdge(_vector(out), _vector(out), _vector(out), made, mean)
-            implementation.conv_backward(
-                torch.empty_like(made), edge, z, Transform(), weight, geometry,
-                dtype=dtype, needs=(True, True, False), accumulate=torch.empty_like(z), join=join,
-            )  # fmt: skip
+            dy, into, needs = torch.empty_like(made), torch.empty_like(z), (True, True, False)
+            _backward(implementation, ConvBackward(dy, edge, z, Transform(), weight, geometry, dtype, needs, into, join))
 
     return Variant(name, run, quick)
 
@@ -126,21 +135,23 @@ def _sweeps() -> None:
     x = _pixels(256, 56, torch.bfloat16)
     a, b, c, d = (_vector(256) for _ in range(4))
     own = _transform(256, "identity")
-    mean, var = statistics_forward(x)
-    statistics_backward(x, a, b, c, torch.empty_like(x))
-    z = normalise_forward(x, _transform(256, "relu"), dtype=x.dtype)
-    normalise_backward(z, x, _transform(256, "relu"))
-    normalise_backward(z, x, _transform(256, "silu"), accumulate=torch.empty_like(x))
+    run = KERNELS.run
+    mean, var = run(StatisticsForward(x))
+    run(StatisticsBackward(x, a, b, c, torch.empty_like(x)))
+    z = run(NormaliseForward(x, _transform(256, "relu"), x.dtype))
+    run(NormaliseBackward(z, x, _transform(256, "relu")))
+    run(NormaliseBackward(z, x, _transform(256, "silu"), torch.empty_like(x)))
     for shortcut in (Transform(), own):
-        out, *_ = residual_forward(x, own, z, shortcut, "relu", dtype=x.dtype, statistics=True)
-        residual_backward(out, (a, b, c), x, own, z, shortcut, out, "relu")
-    pooled = squeeze_forward(x, _transform(256, "silu"), dtype=x.dtype)
-    squeeze_backward(pooled, z, x, _transform(256, "silu"), accumulate=z)
+        join = Join(x, own, z, shortcut, "relu")
+        out, *_ = run(JoinForward(join, x.dtype, True))
+        run(JoinBackward(out, (a, b, c), join, out))
+    pooled = run(SqueezeForward(x, _transform(256, "silu"), x.dtype))
+    run(SqueezeBackward(pooled, z, x, _transform(256, "silu"), z))
     window = PoolGeometry((3, 3), (2, 2), (1, 1), False)
-    y, index = max_pool_forward(x, _transform(256, "relu"), window, dtype=x.dtype)
-    max_pool_backward(y, index, x, _transform(256, "relu"), window)
-    _, scale, _ = finalize_forward(mean, var, 1000, a, b, c, d, 0.1, 1e-5)
-    finalize_backward(scale, var, a)
+    y, index = run(MaxPoolForward(x, _transform(256, "relu"), window, x.dtype))
+    run(MaxPoolBackward(y, index, x, _transform(256, "relu"), window))
+    _, scale, _ = run(FinalizeForward(mean, var, 1000, a, b, c, d, 0.1, 1e-5))
+    run(FinalizeBackward(scale, var, a))
 
 
 VARIANTS = (
@@ -171,7 +182,7 @@ VARIANTS = (
     _join("1x1 join fp32", 256, 64, 1, 56, dtype=torch.float32),
     _join("1x1 join stride 2 bf16", 256, 512, 1, 56, stride=2),
     _join("3x3 join bf16", 128, 128, 3, 28),
-    _join("hybrid 3x3 join bf16", 256, 256, 3, 14, implementation=convolution_hybrid),
+    _join("hybrid 3x3 join bf16", 256, 256, 3, 14, implementation="hybrid"),
     _convolution("7x7 stem bf16", 3, 64, 7, 224, stride=2, plain=True),
     _convolution("depthwise 3x3 bf16", 144, 144, 3, 56, act="relu6", groups=144, quick=True),
     _convolution("depthwise channels in eights bf16", 72, 72, 3, 56, act="relu6", groups=72, quick=True),
@@ -181,6 +192,6 @@ VARIANTS = (
     _convolution("depthwise 15x15 bf16", 128, 128, 15, 28, groups=128),
     _convolution("depthwise 3x3 gate fp16", 144, 144, 3, 28, act="hardswish", groups=144, gated=True, dtype=torch.float16),
     _convolution("depthwise 7x7 fp32", 96, 96, 7, 56, act="identity", groups=96, dtype=torch.float32),
-    _convolution("hybrid 3x3 bf16", 256, 256, 3, 14, quick=True, implementation=convolution_hybrid),
+    _convolution("hybrid 3x3 bf16", 256, 256, 3, 14, quick=True, implementation="hybrid"),
     Variant("sweeps bf16", _sweeps, quick=True),
 )

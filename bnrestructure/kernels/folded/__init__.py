@@ -1,162 +1,171 @@
 """1-D and 3-D activations for the kernels of a device, which are 2-D inside: views of them (views.py), and calls of the same kernels.
 
-A call of a kernel by name, ``FoldedKernels(device).conv_forward(...)``, takes and gives what kernels/reference does. Per-pixel kernels see
-images of one long row block; convolutions are 2-D ones of other images (geometry.py, convolution.py), or ATen's between sweeps (volume.py).
+Per-pixel kernels see images of one long row block; convolutions are 2-D ones of other images (geometry.py, convolution.py), or ATen's
+between sweeps (kernels/hybrid.py).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import fields, replace
+from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
-from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Transform
+from bnrestructure.core.edges import BackwardEdge, Join
+from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.kernels import join as in_turn
+from bnrestructure.kernels.calls import (
+    Call,
+    ConvBackward,
+    ConvForward,
+    JoinBackward,
+    JoinForward,
+    NormaliseBackward,
+    NormaliseForward,
+    OutputGradient,
+    SqueezeBackward,
+    SqueezeForward,
+    StatisticsBackward,
+    StatisticsForward,
+)
 from bnrestructure.kernels.choice import Choice
-from bnrestructure.kernels.folded import convolution, volume
-from bnrestructure.kernels.folded.geometry import Folding, folding_of
-from bnrestructure.kernels.folded.views import delivered, folded, image, stand_in, unfolded
+from bnrestructure.kernels.device import DeviceKernels
+from bnrestructure.kernels.folded import convolution
+from bnrestructure.kernels.folded.geometry import folding_of
+from bnrestructure.kernels.folded.views import View, delivered, folded, image, stand_in, unfolded
+from bnrestructure.kernels.hybrid import Hybrid
+from bnrestructure.kernels.rounding import narrowed
 
 __all__ = ["FoldedKernels"]
 
+R = TypeVar("R")
+
 
 class _Sweep(NamedTuple):
-    """Which arguments of a sweep are activations, which of them (or which keyword) is written in place, and whether it gives one first."""
+    """Which fields of a sweep's call are activations, which of them is written in place, and whether its result has one in front."""
 
-    activations: tuple[int, ...]
-    into: int | str | None
-    gives: bool
+    activations: tuple[str, ...]
+    into: str | None = None
+    gives: bool = True
 
 
-_SWEEPS = {
-    "statistics_forward": _Sweep((0,), None, False),
-    "statistics_backward": _Sweep((0,), 4, True),
-    "normalise_forward": _Sweep((0,), "out", True),
-    "normalise_backward": _Sweep((0, 1), "accumulate", True),
-    "residual_forward": _Sweep((0, 2), None, True),
-    "residual_backward": _Sweep((0, 2, 4, 6), None, True),
-    "squeeze_forward": _Sweep((0,), None, False),
-    "squeeze_backward": _Sweep((1, 2), "accumulate", True),
+_SWEEPS: dict[type[Call[Any]], _Sweep] = {
+    StatisticsForward: _Sweep(("x",), gives=False),
+    StatisticsBackward: _Sweep(("x",), "accumulate"),
+    NormaliseForward: _Sweep(("x",), "out"),
+    NormaliseBackward: _Sweep(("x", "dz"), "accumulate"),
+    JoinForward: _Sweep(("join",), "out"),
+    JoinBackward: _Sweep(("join", "dz", "z"), "accumulate"),
+    SqueezeForward: _Sweep(("x",), gives=False),
+    SqueezeBackward: _Sweep(("x", "dz"), "accumulate"),
+    OutputGradient: _Sweep(("dy", "edge")),
 }
-#: Where a convolution's weight and geometry stand among its arguments.
-_CONVOLUTIONS = {"conv_forward": (2, 4), "conv_backward": (4, 5), "join_forward": (1, 3), "join_backward": (4, 5)}
 
 
 class FoldedKernels:
     """``kernels``, an implementation of 4-D kernels, for activations [N, C, *spatial] of any other number of dimensions."""
 
-    def __init__(self, kernels: Any) -> None:
+    def __init__(self, kernels: DeviceKernels) -> None:
         self.kernels = kernels
+        self._volume = Hybrid(self)
 
-    def supports(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why these cannot run kernel ``name`` on these arguments, in one line, or None if they can."""
-        if name in _CONVOLUTIONS:
-            weight, geometry = (args[i] for i in _CONVOLUTIONS[name])
-            folding = _folding(weight, geometry)
-            if name.startswith("join") and not _joins(folding):
-                return in_turn.unsupported_part(self.supports, name, args, kwargs)
-            if folding is None:
-                return volume.unsupported(self, name, args, kwargs)
-            return convolution.unsupported(self.kernels, folding, name, args, kwargs)
-        if name not in _SWEEPS:
-            return f"{name} is for 4-D tensors"
-        activations, into, _ = _SWEEPS[name]
-        inside = list(args)
-        for i in (*activations, into) if isinstance(into, int) else activations:
-            if inside[i] is not None:
-                inside[i] = stand_in(inside[i], image)
-        reason: str | None = self.kernels.supports(name, tuple(inside), kwargs)
-        return reason
-
-    def __getattr__(self, name: str) -> Any:
-        """A sweep."""
-        if name not in _SWEEPS:
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-
-        def sweep(*args: Any, **kwargs: Any) -> Any:
-            return self._sweep(name, *args, **kwargs)
-
-        return sweep
-
-    def _sweep(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        activations, place, gives = _SWEEPS[name]
-        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-        into = given.get(place)
-        sizes = given[activations[-1]].shape
-        # What is given twice must stay one tensor: squeeze_backward overwrites an ``accumulate`` that is its ``dz``.
-        inside: dict[int, Tensor] = {}
-        for key in (*activations, place):
-            tensor = given.get(key)
-            if tensor is not None:
-                given[key] = inside.setdefault(id(tensor), folded(tensor, image))
-        found = getattr(self.kernels, name)(*[given[i] for i in range(len(args))], **{key: given[key] for key in kwargs})
-        if not gives:
-            return found
-        first, rest = (found, ()) if isinstance(found, Tensor) else (found[0], tuple(found[1:]))
-        first = unfolded(first, sizes) if into is None else delivered(first, into)
-        return (first, *rest) if rest else first
-
-    def conv_forward(
-        self, x: Tensor, transform: Transform, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, **options: Any
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(y, mean, var): see kernels/reference/convolution.py."""
-        folding = _folding(weight, geometry)
+    def supports(self, call: Call[Any]) -> str | None:
+        """Why these cannot answer the call, in one line, or None. Nothing is copied to find out."""
+        if type(call) in _SWEEPS:
+            return self.kernels.supports(_images(call, stand_in))
+        if not isinstance(call, ConvForward | ConvBackward):
+            return f"{type(call).__name__} is for 4-D tensors"
+        folding = folding_of(call.weight.shape[2:], call.geometry)
+        if call.join is not None and not convolution.joins(folding):
+            return in_turn.unsupported_part(self, call)
         if folding is None:
-            return volume.conv_forward(self, x, transform, weight, bias, geometry, **options)
-        return convolution.conv_forward(self.kernels, folding, x, transform, weight, bias, geometry, **options)
+            return self._unsupported_volume(call)
+        return convolution.unsupported(self.kernels, folding, call)
 
-    def conv_backward(
-        self, dy: Tensor, edge: BackwardEdge, x: Tensor, transform: Transform, weight: Tensor, geometry: ConvGeometry, **options: Any
-    ) -> ConvGradients:
-        """Gradients of :meth:`conv_forward`: see kernels/reference/convolution.py."""
-        folding = _folding(weight, geometry)
-        if folding is None:
-            return volume.conv_backward(self, dy, edge, x, transform, weight, geometry, **options)
-        return convolution.conv_backward(self.kernels, folding, dy, edge, x, transform, weight, **options)
+    def run(self, call: Call[R]) -> R:
+        """The call's result. Raises UnsupportedCallError where these kernels cannot answer, before anything is written."""
+        found: Any
+        if isinstance(call, ConvForward):
+            found = self._forward(call)
+        elif isinstance(call, ConvBackward):
+            found = self._backward(call)
+        elif type(call) in _SWEEPS:
+            found = self._sweep(call)
+        else:
+            raise UnsupportedCallError(f"{type(call).__name__} is for 4-D tensors")
+        result: R = found
+        return result
 
-    def join_forward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(z, y, mean, var): see kernels/join.py."""
-        _, weight, _, geometry = args
-        folding = _folding(weight, geometry)
-        if folding is None or not _joins(folding):
-            return in_turn.join_forward(self, *args, **options)
-        return convolution.join_forward(self.kernels, folding, *args, **options)
-
-    def join_backward(self, *args: Any, **options: Any) -> in_turn.JoinGradients:
-        """(G, SP, SPY, SPR, dweight, dbias): see kernels/join.py."""
-        *_, weight, geometry = args
-        folding = _folding(weight, geometry)
-        if folding is None or not _joins(folding):
-            return in_turn.join_backward(self, *args, **options)
-        return convolution.join_backward(self.kernels, folding, *args[:-1], **options)
-
-    def convolution_choices(
-        self,
-        x: tuple[int, ...],
-        weight: tuple[int, ...],
-        transform: Transform,
-        geometry: ConvGeometry,
-        dtype: torch.dtype,
-        joined: bool = False,
-    ) -> tuple[Choice, Choice]:
-        """(forward, backward): what a convolution node will run on tensors of these shapes, computing in ``dtype``, and why."""
-        folding = folding_of(tuple(weight[2:]), geometry)
+    def convolution_choices(self, call: ConvForward) -> tuple[Choice, Choice]:
+        """(forward, backward): what a convolution node like this one will run, and why; tensors may be on the meta device."""
+        folding = folding_of(call.weight.shape[2:], call.geometry)
         if folding is not None:
-            of_images = folding.sizes(x), (*weight[:2], *folding.kernel), folding.transform(transform, x), folding.geometry
-            choices: tuple[Choice, Choice] = self.kernels.convolution_choices(*of_images, dtype, joined and _joins(folding))
-            return choices
-        one = torch.empty(1, dtype=dtype)
-        tensors = one.as_strided(x, [0] * len(x)), one.as_strided(weight, [0] * len(weight))
-        reason = self.supports("conv_forward", (tensors[0], transform, tensors[1], None, geometry), {"dtype": dtype})
+            return self.kernels.convolution_choices(convolution.images_of(folding, call, stand_in))
+        reason = self._unsupported_volume(call)
         choice = Choice("hybrid", "a 3-D kernel: ATen's product between sweeps") if reason is None else Choice("reference", reason)
         return choice, choice
 
+    def _forward(self, call: ConvForward) -> Any:
+        folding = folding_of(call.weight.shape[2:], call.geometry)
+        if call.join is not None and not convolution.joins(folding):
+            return in_turn.forward_in_turn(self, self._forward, call)
+        if folding is not None:
+            return convolution.forward(self.kernels, folding, call)
+        if (reason := self._unsupported_volume(call)) is not None:
+            raise UnsupportedCallError(reason)
+        return self._volume.forward(call)
 
-def _folding(weight: Tensor, geometry: ConvGeometry) -> Folding | None:
-    return folding_of(tuple(weight.shape[2:]), geometry)
+    def _backward(self, call: ConvBackward) -> Any:
+        folding = folding_of(call.weight.shape[2:], call.geometry)
+        if call.join is not None and call.needs[0] and folding is not None and not convolution.joins(folding):
+            return in_turn.backward_in_turn(self, self._backward, call)
+        if folding is not None:
+            return convolution.backward(self.kernels, folding, call)
+        if (reason := self._unsupported_volume(call)) is not None:
+            raise UnsupportedCallError(reason)
+        return self._volume.backward(call)
+
+    def _unsupported_volume(self, call: ConvForward | ConvBackward) -> str | None:
+        """Why a convolution that is none of images cannot run here, or None."""
+        x, weight, dtype = call.x, call.weight, call.dtype
+        if call.transform.gate is not None:
+            return "a gate before a kernel of several frames and pixels"
+        if 0 in x.shape or 0 in weight.shape:
+            return "an empty tensor"
+        if weight.dtype.itemsize > dtype.itemsize and weight.dtype.itemsize > 4:
+            return f"a weight in {weight.dtype}"
+        reason = call.geometry.misfit(x.shape, weight.shape) or narrowed(x, call.transform, dtype)
+        return reason or self.supports(NormaliseForward(x, call.transform, dtype))
+
+    def _sweep(self, call: Call[Any]) -> Any:
+        into = _SWEEPS[type(call)].into
+        given = None if into is None else getattr(call, into)
+        found = self.kernels.run(_images(call, folded))
+        if not _SWEEPS[type(call)].gives:
+            return found
+        first = found if isinstance(found, Tensor) else found[0]
+        first = unfolded(first, call.operand.shape) if given is None else delivered(first, given)
+        return first if isinstance(found, Tensor) else type(found)(first, *found[1:])
 
 
-def _joins(folding: Folding | None) -> bool:
-    """Whether a residual join can ride along: its gradient is due in the frames, too, that the convolution does not read."""
-    return folding is not None and folding.step == 1
+def _images(call: Call[Any], view: View) -> Call[Any]:
+    """A sweep's call with its activations as 4-D tensors."""
+    activations, into, _ = _SWEEPS[type(call)]
+    # What is given twice must stay one tensor: SqueezeBackward overwrites an ``accumulate`` that is its ``dz``.
+    seen: dict[int, Tensor] = {}
+
+    def seen_as(x: Tensor) -> Tensor:
+        return seen.setdefault(id(x), view(x, image))
+
+    changed: dict[str, Any] = {}
+    for field in fields(call):  # type: ignore[arg-type]
+        value = getattr(call, field.name)
+        if field.name not in activations and field.name != into:
+            continue
+        if isinstance(value, Tensor):
+            changed[field.name] = seen_as(value)
+        elif isinstance(value, Join):
+            changed[field.name] = replace(value, y=seen_as(value.y), r=seen_as(value.r))
+        elif isinstance(value, BackwardEdge) and value.y is not None:
+            changed[field.name] = replace(value, y=seen_as(value.y))
+    return replace(call, **changed)  # type: ignore[type-var]

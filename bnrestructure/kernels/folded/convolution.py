@@ -1,93 +1,78 @@
-"""The convolution node, alone and behind a residual join, where it is a 2-D convolution of images (geometry.py): the device's own kernels.
-
-``kernels`` is the device's implementation throughout. Arguments and results mean what kernels/reference and kernels/join.py say.
-"""
+"""The convolution node, alone and behind a residual join, where it is a 2-D convolution of images (geometry.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from bnrestructure.core.aliases import alias, channels_last_buffer
-from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, Transform
+from bnrestructure.core.edges import ConvGradients
+from bnrestructure.core.errors import UnsupportedCallError
+from bnrestructure.kernels.calls import ConvBackward, ConvForward, ConvResult, Kernels
 from bnrestructure.kernels.folded.geometry import Folding
-from bnrestructure.kernels.folded.views import Fold, delivered, folded, stand_in, unfolded
-from bnrestructure.kernels.join import JoinGradients
+from bnrestructure.kernels.folded.views import View, delivered, folded, stand_in, unfolded
 
-__all__ = ["conv_backward", "conv_forward", "join_backward", "join_forward", "unsupported"]
+__all__ = ["backward", "forward", "images_of", "joins", "unsupported"]
 
-_View = Callable[[Tensor, Fold], Tensor]
-
-
-def unsupported(kernels: Any, folding: Folding, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why the device cannot run this kernel on the folded arguments, or None. Nothing is copied to find out."""
-    given = args[0] if name == "conv_forward" else args[2] if name == "conv_backward" else None
-    gate = None if given is None else (args[1] if name == "conv_forward" else args[3]).gate
-    if gate is not None and gate.shape != given.shape[:2]:
-        return "the gate is not one factor a channel of each image"
-    if name == "conv_forward":
-        x, transform, weight, bias, _ = args
-        arguments: tuple[Any, ...] = (*_input(folding, x, transform, stand_in), folding.weight(weight), bias, folding.geometry)
-    elif name == "conv_backward":
-        dy, edge, x, transform, weight, _ = args
-        arguments = (
-            *_gradient(folding, dy, edge, stand_in), *_input(folding, x, transform, stand_in), folding.weight(weight), folding.geometry,
-        )  # fmt: skip
-    elif name == "join_forward":
-        join, weight, bias, _ = args
-        arguments = _join(folding, join, stand_in), folding.weight(weight), bias, folding.geometry
-    else:
-        dy, edge, z, join, weight, _ = args
-        arguments = (
-            *_gradient(folding, dy, edge, stand_in), stand_in(z, folding.fold), _join(folding, join, stand_in),
-            folding.weight(weight), folding.geometry,
-        )  # fmt: skip
-    reason: str | None = kernels.supports(name, arguments, kwargs)
-    return reason
+def joins(folding: Folding | None) -> bool:
+    """Whether a residual join can ride along: its gradient is due in the frames, too, that the convolution does not read."""
+    return folding is not None and folding.step == 1
 
 
-def conv_forward(
-    kernels: Any,
-    folding: Folding,
-    x: Tensor,
-    transform: Transform,
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: ConvGeometry,
-    *,
-    out: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y, mean, var)."""
-    into = None if out is None else folded(out, folding.fold)
-    read = _input(folding, x, transform, folded)
-    y, mean, var = kernels.conv_forward(*read, folding.weight(weight), bias, folding.geometry, out=into, **options)
-    return _output(y, out, x, weight, geometry), mean, var
+def unsupported(kernels: Kernels, folding: Folding, call: ConvForward | ConvBackward) -> str | None:
+    """Why the device cannot answer the call of images, or None. Nothing is copied to find out."""
+    try:
+        return kernels.supports(images_of(folding, call, stand_in))
+    except UnsupportedCallError as error:
+        return str(error)
 
 
-def conv_backward(
-    kernels: Any,
-    folding: Folding,
-    dy: Tensor,
-    edge: BackwardEdge,
-    x: Tensor,
-    transform: Transform,
-    weight: Tensor,
-    *,
-    accumulate: Tensor | None = None,
-    **options: Any,
-) -> ConvGradients:
+def images_of(folding: Folding, call: ConvForward | ConvBackward, view: View) -> Any:
+    """The 2-D convolution's call, its activations seen through ``view``. What is accumulated to is left out.
+
+    Raises UnsupportedCallError for tensors that do not fit each other.
+    """
+    x, gate, join = call.x, call.transform.gate, call.join
+    if (reason := call.geometry.misfit(x.shape, call.weight.shape)) is not None:
+        raise UnsupportedCallError(reason)
+    if gate is not None and gate.shape != x.shape[:2]:
+        raise UnsupportedCallError("the gate is not one factor a channel of each image")
+    fold = folding.fold
+    common: dict[str, Any] = {
+        "x": view(folding.read(x), fold),
+        "transform": folding.transform(call.transform, x.shape),
+        "weight": folding.weight(call.weight),
+        "geometry": folding.geometry,
+        "join": None if join is None else replace(join, y=view(join.y, fold), r=view(join.r, fold)),
+    }
+    if isinstance(call, ConvForward):
+        return replace(call, out=None if call.out is None else view(call.out, fold), **common)
+    edge = call.edge if call.edge.y is None else replace(call.edge, y=view(call.edge.y, fold))
+    return replace(call, dy=view(call.dy, fold), edge=edge, accumulate=None, **common)
+
+
+def forward(kernels: Kernels, folding: Folding, call: ConvForward) -> ConvResult:
+    """The result; with a join call.x holds the sum. The folding must read every frame then."""
+    images = images_of(folding, call, folded)
+    found: ConvResult = kernels.run(images)
+    if call.join is not None:
+        delivered(images.x, call.x)
+    if call.out is not None:
+        return found._replace(y=delivered(found.y, call.out))
+    size = call.geometry.output_size(call.x.shape[2:], call.weight.shape[2:])
+    return found._replace(y=unfolded(found.y, (call.x.shape[0], call.weight.shape[0], *size)))
+
+
+def backward(kernels: Kernels, folding: Folding, call: ConvBackward) -> ConvGradients:
     """The gradients. Frames that the convolution does not read have none: they stay what they are in ``accumulate``, zeros without it."""
+    x, accumulate = call.x, call.accumulate
     into = None if accumulate is None else folding.read(accumulate)
-    found: ConvGradients = kernels.conv_backward(
-        *_gradient(folding, dy, edge, folded), *_input(folding, x, transform, folded), folding.weight(weight), folding.geometry,
-        accumulate=None if into is None else folded(into, folding.fold), **options,
-    )  # fmt: skip
+    images = images_of(folding, call, folded)
+    found: ConvGradients = kernels.run(replace(images, accumulate=None if into is None else folded(into, folding.fold)))
     dx, dgate = found.dx, found.gate
-    if dx is not None and accumulate is not None and into is not None:
+    if dx is not None and call.join is None and accumulate is not None and into is not None:
         delivered(dx, into)
         dx = accumulate
     elif dx is not None and folding.step == 1:
@@ -98,65 +83,7 @@ def conv_backward(
         folding.read(dx).copy_(read)
     if dgate is not None:
         dgate = dgate.view(x.shape[0], -1, dgate.shape[1]).sum(1)
-    return found._replace(dx=dx, gate=dgate, weight=_weight_gradient(found.weight, weight))
-
-
-def join_forward(
-    kernels: Any,
-    folding: Folding,
-    join: Join,
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: ConvGeometry,
-    *,
-    out: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(z, y, mean, var). The folding must read every frame."""
-    into = None if out is None else folded(out, folding.fold)
-    operands = _join(folding, join, folded)
-    z, y, mean, var = kernels.join_forward(operands, folding.weight(weight), bias, folding.geometry, out=into, **options)
-    return unfolded(z, join.y.shape), _output(y, out, join.y, weight, geometry), mean, var
-
-
-def join_backward(
-    kernels: Any,
-    folding: Folding,
-    dy: Tensor,
-    edge: BackwardEdge,
-    z: Tensor,
-    join: Join,
-    weight: Tensor,
-    *,
-    accumulate: Tensor | None = None,
-    **options: Any,
-) -> JoinGradients:
-    """(G, SP, SPY, SPR, dweight, dbias). The folding must read every frame; ``accumulate``'s memory may become G's."""
-    g, *sums, dweight, dbias = kernels.join_backward(
-        *_gradient(folding, dy, edge, folded), folded(z, folding.fold), _join(folding, join, folded), folding.weight(weight),
-        folding.geometry, accumulate=None if accumulate is None else folded(accumulate, folding.fold), **options,
-    )  # fmt: skip
-    sum_p, sum_py, sum_pr = sums
-    return unfolded(g, z.shape), sum_p, sum_py, sum_pr, _weight_gradient(dweight, weight), dbias
-
-
-def _input(folding: Folding, x: Tensor, transform: Transform, view: _View) -> tuple[Tensor, Transform]:
-    return view(folding.read(x), folding.fold), folding.transform(transform, x.shape)
-
-
-def _gradient(folding: Folding, dy: Tensor, edge: BackwardEdge, view: _View) -> tuple[Tensor, BackwardEdge]:
-    return view(dy, folding.fold), edge if edge.y is None else replace(edge, y=view(edge.y, folding.fold))
-
-
-def _join(folding: Folding, join: Join, view: _View) -> Join:
-    return replace(join, y=view(join.y, folding.fold), r=view(join.r, folding.fold))
-
-
-def _output(y: Tensor, out: Tensor | None, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
-    if out is not None:
-        return delivered(y, out)
-    size = geometry.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
-    return unfolded(y, (x.shape[0], weight.shape[0], *size))
+    return found._replace(dx=dx, gate=dgate, weight=_weight_gradient(found.weight, call.weight))
 
 
 def _weight_gradient(dw: Tensor | None, weight: Tensor) -> Tensor | None:

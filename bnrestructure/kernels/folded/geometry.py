@@ -4,7 +4,7 @@
     kernel (1, kh, kw)         over frames; with a stride in time over every so many of them
     kernel (kt, 1, 1)          kernel (kt, 1) over images whose rows are whole frames
 
-Anything else is no 2-D convolution: volume.py runs it.
+Anything else is no 2-D convolution: kernels/hybrid.py runs it.
 """
 
 from __future__ import annotations

@@ -14,10 +14,12 @@ from torch import Tensor
 from bnrestructure.core.aliases import alias
 from bnrestructure.kernels.operands import readable
 
-__all__ = ["Fold", "delivered", "folded", "frames", "image", "lines", "stand_in", "unfolded"]
+__all__ = ["Fold", "View", "delivered", "folded", "frames", "image", "lines", "stand_in", "unfolded"]
 
 #: From the sizes of an activation [N, C, *spatial] to those of the 4-D tensor that it is taken for.
 Fold = Callable[[Sequence[int]], tuple[int, int, int, int]]
+#: :func:`folded`, or :func:`stand_in`.
+View = Callable[[Tensor, Fold], Tensor]
 
 
 def image(sizes: Sequence[int]) -> tuple[int, int, int, int]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from bnrestructure.core.activation import activate, activation_gradient
 from bnrestructure.core.edges import BackwardEdge, Transform, accumulation_dtype, per_channel
 
-__all__ = ["affine", "apply_transform", "channel_sum", "input_gradient", "output_gradient", "write"]
+__all__ = ["affine", "apply_transform", "channel_sum", "gated", "input_gradient", "output_gradient", "write"]
 
 
 def affine(x: Tensor, t: Transform) -> Tensor:
@@ -52,6 +52,14 @@ def input_gradient(g: Tensor, x: Tensor, t: Transform) -> tuple[Tensor, Tensor |
         return p, None, None
     centred = x.to(p.dtype) - per_channel(t.mean, x)
     return p * per_channel(t.scale, x), channel_sum(p), channel_sum(p * centred)
+
+
+def gated(g: Tensor, x: Tensor, t: Transform) -> tuple[Tensor, Tensor]:
+    """From ``g``, the gradient at z, to (that at the gate's input, the gate's [N, C])."""
+    assert t.gate is not None
+    gate = t.gate.view(*t.gate.shape, *([1] * (x.dim() - 2)))
+    ungated = apply_transform(x, Transform(t.mean, t.scale, t.beta, t.act), gate.dtype)
+    return g.to(gate.dtype) * gate, (g.to(gate.dtype) * ungated).flatten(2).sum(2)
 
 
 def write(value: Tensor, dtype: torch.dtype, accumulate: Tensor | None) -> Tensor:

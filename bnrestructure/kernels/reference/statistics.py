@@ -2,57 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from bnrestructure.core.edges import accumulation_dtype, per_channel
+from bnrestructure.kernels.calls import (
+    Call,
+    FinalizeBackward,
+    FinalizeForward,
+    FinalizeGradients,
+    FinalizeResult,
+    StatisticsBackward,
+    StatisticsForward,
+    StatisticsResult,
+)
 from bnrestructure.kernels.rounding import dithered
 
-__all__ = ["finalize_backward", "finalize_forward", "statistics_backward", "statistics_forward"]
+__all__ = ["RUN", "statistics_forward"]
 
 
-def statistics_forward(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of ``x`` [N, C, *spatial], each [C], in the accumulation dtype; centred sums; zeros of no values."""
+def statistics_forward(call: StatisticsForward) -> StatisticsResult:
+    x = call.x
     if x.numel() == 0:
         zeros = x.new_zeros(x.shape[1], dtype=accumulation_dtype(x.dtype))
-        return zeros, zeros.clone()
+        return StatisticsResult(zeros, zeros.clone())
     dims = [d for d in range(x.dim()) if d != 1]
     var, mean = torch.var_mean(x.to(accumulation_dtype(x.dtype)), dim=dims, correction=0)
-    return mean, var
+    return StatisticsResult(mean, var)
 
 
-def statistics_backward(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, accumulate: Tensor | None) -> Tensor:
-    """``a * (x - mean) + b``, in x's dtype, or added in place to ``accumulate``."""
-    d = per_channel(a, x) * (x.to(a.dtype) - per_channel(mean, x)) + per_channel(b, x)
+def statistics_backward(call: StatisticsBackward) -> Tensor:
+    x, a, accumulate = call.x, call.a, call.accumulate
+    d = per_channel(a, x) * (x.to(a.dtype) - per_channel(call.mean, x)) + per_channel(call.b, x)
     if accumulate is None:
         return d.to(x.dtype)
     return accumulate.copy_(dithered(accumulate.to(d.dtype) + d, accumulate.dtype))
 
 
-def finalize_forward(
-    mean: Tensor,
-    var: Tensor,
-    count: int | Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float | Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(rstd, scale, beta), each [C] in mean's dtype; updates the running statistics in place with the unbiased variance.
-
-    scale = weight * rstd, beta = bias (zeros without one), rstd = 1 / sqrt(var + eps). ``momentum`` is the factor to use for
-    this step (already 1 / num_batches_tracked for a cumulative average).
-    """
-    rstd = torch.rsqrt(var + eps)
-    scale = rstd.clone() if weight is None else weight.to(rstd.dtype) * rstd
-    beta = torch.zeros_like(rstd) if bias is None else bias.to(rstd.dtype).clone()
-    if running_mean is not None:
-        _move(running_mean, mean, momentum)
-    if running_var is not None:
-        _move(running_var, var * (count / (count - 1)), momentum)
-    return rstd, scale, beta
+def finalize_forward(call: FinalizeForward) -> FinalizeResult:
+    mean, var, momentum = call.mean, call.var, call.momentum
+    rstd = torch.rsqrt(var + call.eps)
+    scale = rstd.clone() if call.weight is None else call.weight.to(rstd.dtype) * rstd
+    beta = torch.zeros_like(rstd) if call.bias is None else call.bias.to(rstd.dtype).clone()
+    if call.running_mean is not None:
+        _move(call.running_mean, mean, momentum)
+    if call.running_var is not None:
+        _move(call.running_var, var * (call.count / (call.count - 1)), momentum)
+    return FinalizeResult(rstd, scale, beta)
 
 
 def _move(running: Tensor, value: Tensor, momentum: float | Tensor) -> None:
@@ -64,7 +63,16 @@ def _move(running: Tensor, value: Tensor, momentum: float | Tensor) -> None:
     running.data.copy_(running.to(value.dtype) * (1 - momentum) + value * momentum)
 
 
-def finalize_backward(dscale: Tensor, rstd: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(dvar, dweight) from the gradient of scale: ``dweight = rstd * dscale``, ``dvar = -1/2 weight rstd^3 dscale``."""
-    gamma = 1.0 if weight is None else weight.to(rstd.dtype)
-    return dscale * gamma * rstd.pow(3) * -0.5, dscale * rstd
+def finalize_backward(call: FinalizeBackward) -> FinalizeGradients:
+    dscale, rstd = call.dscale, call.rstd
+    gamma = 1.0 if call.weight is None else call.weight.to(rstd.dtype)
+    return FinalizeGradients(dscale * gamma * rstd.pow(3) * -0.5, dscale * rstd)
+
+
+#: What answers each call.
+RUN: dict[type[Call[Any]], Callable[[Any], Any]] = {
+    StatisticsForward: statistics_forward,
+    StatisticsBackward: statistics_backward,
+    FinalizeForward: finalize_forward,
+    FinalizeBackward: finalize_backward,
+}

@@ -12,45 +12,55 @@ from access_sets import LaunchSets, shuffled, watched
 from test_convolution import CASES, draw, draw_edge
 from torch import Tensor
 
-from bnrestructure.core.edges import Join, PoolGeometry, Transform
-from bnrestructure.kernels.cuda import convolution_fused, convolution_hybrid, max_pool, residual, statistics, sweeps
+from bnrestructure.core.edges import BackwardEdge, Join, PoolGeometry, Transform
+from bnrestructure.kernels.calls import (
+    ConvBackward,
+    ConvForward,
+    FinalizeBackward,
+    FinalizeForward,
+    JoinBackward,
+    JoinForward,
+    MaxPoolBackward,
+    MaxPoolForward,
+    NormaliseBackward,
+    NormaliseForward,
+    OutputGradient,
+    SqueezeBackward,
+    SqueezeForward,
+    StatisticsBackward,
+    StatisticsForward,
+)
+from bnrestructure.kernels.cuda import KERNELS
 
 Results = list[Tensor]
 
 
-def _convolution(name: str, *, implementation: Any = convolution_fused, gated: bool = False) -> Results:
-    case = CASES[name]
+def _convolution(name: str, *, implementation: str = "fused", gated: bool = False) -> Results:
+    case, dtype = CASES[name], torch.float32
     torch.manual_seed(1)
-    a = draw(case, "relu", torch.float32, gated=gated)
-    p, edge = draw_edge(case, torch.float32)
-    y, *statistics_ = implementation.conv_forward(
-        a["x"], a["transform"], a["weight"], a["bias"], case.geometry, dtype=torch.float32, statistics=True
-    )
-    arguments: Any = (p, edge, a["x"], a["transform"], a["weight"], case.geometry)
-    found = implementation.conv_backward(*arguments, dtype=torch.float32, needs=(True, True, True))
+    a = draw(case, "relu", dtype, gated=gated)
+    p, edge = draw_edge(case, dtype)
+    kernels: Any = KERNELS.convolutions.by("depthwise" if name.startswith("depthwise") else implementation)
+    of = a["x"], a["transform"], a["weight"]
+    y, mean, var = kernels.run(ConvForward(*of, a["bias"], case.geometry, dtype, True))
+    found = kernels.run(ConvBackward(p, edge, *of, case.geometry, dtype))
     into = torch.randn_like(a["x"]).contiguous(memory_format=torch.channels_last)
-    added = implementation.conv_backward(*arguments, dtype=torch.float32, needs=(True, False, False), accumulate=into)
-    return [y, *statistics_, *found, added.dx.clone()]  # pixels that meet no tap are left as they were
+    added = kernels.run(ConvBackward(p, edge, *of, case.geometry, dtype, (True, False, False), into))
+    return [y, mean, var, *found, added.dx.clone()]  # pixels that meet no tap are left as they were
 
 
 def _join(name: str) -> Results:
-    case = CASES[name]
+    case, dtype = CASES[name], torch.float32
     torch.manual_seed(1)
     y, r = (torch.randn(case.n, case.c, *case.size).contiguous(memory_format=torch.channels_last) for _ in range(2))
     own, shortcut = (Transform(torch.randn(case.c), torch.rand(case.c), torch.randn(case.c)) for _ in range(2))
     join = Join(y, own, r, shortcut, "relu")
     weight = torch.randn(case.out, case.c, *case.kernel)
     z = torch.empty_like(y)
-    forms = {"join": join} if case.kernel == (1, 1) else {}
-    if not forms:
-        residual.residual_forward(*join.operands, dtype=torch.float32, statistics=False, into=z)
-    out, mean, var = convolution_fused.conv_forward(
-        z, Transform(), weight, None, case.geometry, dtype=torch.float32, statistics=True, **forms
-    )
-    p, edge = draw_edge(case, torch.float32)
-    found = convolution_fused.conv_backward(
-        p, edge, z, Transform(), weight, case.geometry, dtype=torch.float32, needs=(True, True, False), join=join
-    )
+    kernels: Any = KERNELS.convolutions.by("fused")
+    out, mean, var = kernels.run(ConvForward(z, Transform(), weight, None, case.geometry, dtype, True, join=join))
+    p, edge = draw_edge(case, dtype)
+    found = kernels.run(ConvBackward(p, edge, z, Transform(), weight, case.geometry, dtype, (True, True, False), join=join))
     return [z, out, mean, var, *found]
 
 
@@ -61,20 +71,22 @@ def _sweeps() -> Results:
     vectors = Transform(torch.randn(c), torch.rand(c), torch.randn(c), "relu")
     plain = Transform(vectors.mean, vectors.scale, vectors.beta)
     a, b = torch.randn(c), torch.randn(c)
-    z = sweeps.normalise_forward(x, vectors, dtype=x.dtype)
-    pooled = sweeps.squeeze_forward(x, vectors, dtype=x.dtype)
-    out, mean, var = residual.residual_forward(x, plain, r, plain, "relu", dtype=x.dtype, statistics=True)
+    run: Any = KERNELS.run
+    join = Join(x, plain, r, plain, "relu")
+    z = run(NormaliseForward(x, vectors, x.dtype))
+    pooled = run(SqueezeForward(x, vectors, x.dtype))
+    out, mean, var = run(JoinForward(join, x.dtype, True))
     window = PoolGeometry((3, 3), (2, 2), (1, 1), False)
-    y, index = max_pool.max_pool_forward(x, vectors, window, dtype=x.dtype)
+    y, index = run(MaxPoolForward(x, vectors, window, x.dtype))
     running = torch.zeros(c), torch.ones(c)
     return [
         z, pooled, out, mean, var, y, index, *running,
-        *statistics.statistics_forward(x), statistics.statistics_backward(x, mean, a, b, x.clone(memory_format=torch.preserve_format)),
-        *sweeps.normalise_backward(r, x, vectors),
-        *sweeps.squeeze_backward(pooled, r.clone(memory_format=torch.preserve_format), x, vectors),
-        *residual.residual_backward(r, (a, b, mean), x, plain, r, plain, out, "relu"),
-        *max_pool.max_pool_backward(y, index, x, vectors, window),
-        *statistics.finalize_forward(mean, var, 70, a, b, *running, 0.1, 1e-5), *statistics.finalize_backward(a, b, mean),
+        *run(StatisticsForward(x)), run(StatisticsBackward(x, mean, a, b, x.clone(memory_format=torch.preserve_format))),
+        *run(NormaliseBackward(r, x, vectors)), *run(SqueezeBackward(pooled, r.clone(memory_format=torch.preserve_format), x, vectors)),
+        *run(JoinBackward(r, (a, b, mean), join, out)),
+        *run(MaxPoolBackward(y, index, x, vectors, window)),
+        *run(FinalizeForward(mean, var, 70, a, b, *running, 0.1, 1e-5)), *run(FinalizeBackward(a, b, mean)),
+        *run(OutputGradient(r, BackwardEdge(a, a, b, x, mean), x.dtype, bias=True)),
     ]  # fmt: skip
 
 
@@ -86,7 +98,7 @@ CALLS: dict[str, Callable[[], Results]] = {
     },
     "1x1, gate": lambda: _convolution("1x1", gated=True),
     "depthwise 3x3, gate": lambda: _convolution("depthwise 3x3", gated=True),
-    "hybrid 3x3": lambda: _convolution("3x3", implementation=convolution_hybrid),
+    "hybrid 3x3": lambda: _convolution("3x3", implementation="hybrid"),
     "join 1x1": lambda: _join("1x1"),
     "join 3x3": lambda: _join("3x3"),
     "sweeps": _sweeps,

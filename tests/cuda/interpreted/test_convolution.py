@@ -12,10 +12,20 @@ from torch import Tensor
 
 from bnrestructure.core.activation import PLAIN_ACTIVATIONS
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Transform
-from bnrestructure.kernels import reference
-from bnrestructure.kernels.cuda import convolution_fused
+from bnrestructure.kernels.calls import ConvBackward, ConvForward
+from bnrestructure.kernels.cuda import KERNELS
 from bnrestructure.kernels.cuda.layout import Pixels
+from bnrestructure.kernels.reference import REFERENCE
 
+
+class _Fused:
+    """The dense or the depthwise kernels."""
+
+    def run(self, call: Any) -> Any:
+        return KERNELS.convolutions.by("depthwise" if call.geometry.is_depthwise(call.weight.shape) else "fused").run(call)
+
+
+FUSED = _Fused()
 ACTIVATIONS = (*PLAIN_ACTIVATIONS, "leaky_relu(0.1)")
 
 
@@ -100,9 +110,7 @@ def draw_edge(case: Case, dtype: torch.dtype) -> tuple[Tensor, BackwardEdge]:
 def run_forward(
     implementation: Any, a: dict[str, Any], case: Case, dtype: torch.dtype, **options: Any
 ) -> tuple[Any, ...]:
-    return implementation.conv_forward(
-        a["x"], a["transform"], a["weight"], a["bias"], case.geometry, dtype=dtype, **options
-    )
+    return implementation.run(ConvForward(a["x"], a["transform"], a["weight"], a["bias"], case.geometry, dtype, **options))
 
 
 def run_backward(
@@ -114,11 +122,7 @@ def run_backward(
     dtype: torch.dtype,
     **options: Any,
 ) -> tuple[Any, ...]:
-    options.setdefault("needs", (True, True, True))
-    found = implementation.conv_backward(
-        p, edge, a["x"], a["transform"], a["weight"], case.geometry, dtype=dtype, **options
-    )
-    return tuple(found)
+    return tuple(implementation.run(ConvBackward(p, edge, a["x"], a["transform"], a["weight"], case.geometry, dtype, **options)))
 
 
 def doubled(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -128,14 +132,14 @@ def doubled(arguments: dict[str, Any]) -> dict[str, Any]:
 def check(case: Case, act: str, dtype: torch.dtype, **options: bool) -> None:
     """Forward with bias and statistics, then all gradients, against the reference."""
     a = draw(case, act, dtype, **options)
-    values = run_forward(convolution_fused, a, case, dtype, statistics=True)
-    truth = run_forward(reference, doubled(a), case, torch.float64, statistics=True)
-    assert_as_good("forward", values, run_forward(reference, a, case, dtype, statistics=True), truth)
+    values = run_forward(FUSED, a, case, dtype, statistics=True)
+    truth = run_forward(REFERENCE, doubled(a), case, torch.float64, statistics=True)
+    assert_as_good("forward", values, run_forward(REFERENCE, a, case, dtype, statistics=True), truth)
 
     p, edge = draw_edge(case, dtype)
-    values = run_backward(convolution_fused, p, edge, a, case, dtype)
-    truth = run_backward(reference, p.double(), to_double(edge), doubled(a), case, torch.float64)
-    assert_as_good("backward", values, run_backward(reference, p, edge, a, case, dtype), truth)
+    values = run_backward(FUSED, p, edge, a, case, dtype)
+    truth = run_backward(REFERENCE, p.double(), to_double(edge), doubled(a), case, torch.float64)
+    assert_as_good("backward", values, run_backward(REFERENCE, p, edge, a, case, dtype), truth)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -184,21 +188,21 @@ def test_layouts(name: str, layout: str) -> None:
     case, dtype = CASES[name], torch.float32
     a = draw(case, "relu", dtype)
     p, edge = draw_edge(case, dtype)
-    truth = run_forward(reference, doubled(a), case, torch.float64, statistics=True)
+    truth = run_forward(REFERENCE, doubled(a), case, torch.float64, statistics=True)
     before = torch.randn_like(a["x"])
     gradients = run_backward(
-        reference, p.double(), to_double(edge), doubled(a), case, torch.float64, accumulate=before.double()
+        REFERENCE, p.double(), to_double(edge), doubled(a), case, torch.float64, accumulate=before.double()
     )
 
     a["x"] = in_layout(a["x"], layout)
     out = in_layout(torch.full(case.output, torch.nan), layout)
-    value = run_forward(convolution_fused, a, case, dtype, statistics=True, out=out)
+    value = run_forward(FUSED, a, case, dtype, statistics=True, out=out)
     assert value[0] is out
     for found, expected in zip(value, truth, strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
     own = in_layout(before, layout)
     edge = BackwardEdge(edge.s, edge.a, edge.b, in_layout(edge.y, layout), edge.mean)
-    found = run_backward(convolution_fused, in_layout(p, layout), edge, a, case, dtype, accumulate=own)
+    found = run_backward(FUSED, in_layout(p, layout), edge, a, case, dtype, accumulate=own)
     assert found[0] is own
     for ours, expected in zip(found, gradients, strict=True):
         if expected is not None:
@@ -220,8 +224,8 @@ def test_partial_edges(name: str, edge: str) -> None:
         "a and b": BackwardEdge(None, full.a, full.b, full.y, full.mean),
     }
     arguments = (p, chosen[edge], a, case, torch.float32)
-    truth = run_backward(reference, p.double(), to_double(chosen[edge]), doubled(a), case, torch.float64)
-    assert_as_good("backward", run_backward(convolution_fused, *arguments), run_backward(reference, *arguments), truth)
+    truth = run_backward(REFERENCE, p.double(), to_double(chosen[edge]), doubled(a), case, torch.float64)
+    assert_as_good("backward", run_backward(FUSED, *arguments), run_backward(REFERENCE, *arguments), truth)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +236,8 @@ def test_only_what_is_needed(name: str, needs: tuple[bool, bool, bool]) -> None:
     case = CASES[name]
     a = draw(case, "relu", torch.float32)
     p, edge = draw_edge(case, torch.float32)
-    found = run_backward(convolution_fused, p, edge, a, case, torch.float32, needs=needs)
-    expected = run_backward(reference, p, edge, a, case, torch.float32, needs=needs)
+    found = run_backward(FUSED, p, edge, a, case, torch.float32, needs=needs)
+    expected = run_backward(REFERENCE, p, edge, a, case, torch.float32, needs=needs)
     assert [g is None for g in found] == [g is None for g in expected]
 
 
@@ -244,9 +248,9 @@ def test_weight_gradient_keeps_its_memory_format(name: str, layout: torch.memory
     a = draw(case, "relu", torch.float32)
     a["weight"] = a["weight"].contiguous(memory_format=layout)
     p, edge = draw_edge(case, torch.float32)
-    found = convolution_fused.conv_backward(
+    found = FUSED.run(ConvBackward(
         p, edge, a["x"], a["transform"], a["weight"], case.geometry, dtype=torch.float32, needs=(False, True, False)
-    )
+    ))
     assert found.weight.stride() == a["weight"].stride()
 
 
@@ -262,16 +266,16 @@ def test_mixed_types() -> None:
     case = CASES["3x3"]
     a = draw(case, "relu", torch.float32)
     p, edge = draw_edge(case, torch.bfloat16)
-    truth = run_forward(reference, doubled(a), case, torch.float64, statistics=True)
-    forwards = [run_forward(m, a, case, torch.bfloat16, statistics=True) for m in (convolution_fused, reference)]
+    truth = run_forward(REFERENCE, doubled(a), case, torch.float64, statistics=True)
+    forwards = [run_forward(m, a, case, torch.bfloat16, statistics=True) for m in (FUSED, REFERENCE)]
     assert_as_good("forward", *forwards, truth)
-    truth = run_backward(reference, p.double(), to_double(edge), doubled(a), case, torch.float64)
-    assert_as_good("backward", *(run_backward(m, p, edge, a, case, torch.bfloat16) for m in (convolution_fused, reference)), truth)
+    truth = run_backward(REFERENCE, p.double(), to_double(edge), doubled(a), case, torch.float64)
+    assert_as_good("backward", *(run_backward(m, p, edge, a, case, torch.bfloat16) for m in (FUSED, REFERENCE)), truth)
 
 
 def test_the_same_bits_every_time() -> None:
     case = CASES["3x3"]
     a = draw(case, "relu", torch.float32)
     p, edge = draw_edge(case, torch.float32)
-    first, second = (run_backward(convolution_fused, p, edge, a, case, torch.float32) for _ in range(2))
+    first, second = (run_backward(FUSED, p, edge, a, case, torch.float32) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True) if x is not None)

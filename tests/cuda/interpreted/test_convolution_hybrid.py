@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,44 +13,47 @@ from kernels.cpu_checks import LAYOUTS, assert_as_good, in_layout, to_double
 from test_convolution import CASES, Case, doubled, draw, draw_edge, run_backward, run_forward
 
 from bnrestructure.core.edges import BackwardEdge
-from bnrestructure.kernels import cuda, reference, tuning
-from bnrestructure.kernels.choice import Choice
-from bnrestructure.kernels.cuda import convolution, convolution_choice, convolution_hybrid
-from bnrestructure.kernels.cuda.convolution_choice import BACKWARD
+from bnrestructure.kernels import tuning
+from bnrestructure.kernels.calls import ConvForward
+from bnrestructure.kernels.cuda import KERNELS, rule
+from bnrestructure.kernels.cuda.rule import BACKWARD
+from bnrestructure.kernels.reference import REFERENCE
+
+HYBRID = KERNELS.convolutions.by("hybrid")
 
 
 def check(implementation: Any, case: Case, act: str, dtype: torch.dtype, **options: bool) -> None:
     """Forward with bias and statistics, then all gradients, accumulated, against fp64."""
     a = draw(case, act, dtype, **options)
-    truth = run_forward(reference, doubled(a), case, torch.float64, statistics=True)
-    values, others = (run_forward(m, a, case, dtype, statistics=True) for m in (implementation, reference))
+    truth = run_forward(REFERENCE, doubled(a), case, torch.float64, statistics=True)
+    values, others = (run_forward(m, a, case, dtype, statistics=True) for m in (implementation, REFERENCE))
     assert_as_good("forward", values, others, truth)
     p, edge = draw_edge(case, dtype)
     before = torch.randn_like(a["x"])
-    truth = run_backward(reference, p.double(), to_double(edge), doubled(a), case, torch.float64, accumulate=before.double())
-    values, others = (run_backward(m, p, edge, a, case, dtype, accumulate=before.clone()) for m in (implementation, reference))
+    truth = run_backward(REFERENCE, p.double(), to_double(edge), doubled(a), case, torch.float64, accumulate=before.double())
+    values, others = (run_backward(m, p, edge, a, case, dtype, accumulate=before.clone()) for m in (implementation, REFERENCE))
     assert_as_good("backward", values, others, truth)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_shape(name: str) -> None:
-    check(convolution_hybrid, CASES[name], "relu", torch.float32)
+    check(HYBRID, CASES[name], "relu", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["1x1", "3x3, stride 2", "depthwise 3x3"])
 def test_narrow_types(name: str, dtype: torch.dtype) -> None:
-    check(convolution_hybrid, CASES[name], "silu", dtype)
+    check(HYBRID, CASES[name], "silu", dtype)
 
 
 @pytest.mark.own_tiles
 def test_the_rules_own_tiles() -> None:
-    check(convolution_hybrid, CASES["3x3"], "relu", torch.bfloat16)
+    check(HYBRID, CASES["3x3"], "relu", torch.bfloat16)
 
 
 @pytest.mark.parametrize("act", ["identity", "relu"])
 def test_without_a_normalisation(act: str) -> None:
-    check(convolution_hybrid, CASES["3x3"], act, torch.float32, plain=True)
+    check(HYBRID, CASES["3x3"], act, torch.float32, plain=True)
 
 
 @pytest.mark.parametrize("edge", ["P alone", "s", "a and b"])
@@ -59,8 +63,8 @@ def test_partial_edges(edge: str) -> None:
     p, full = draw_edge(case, torch.float32)
     chosen = {"P alone": BackwardEdge(), "s": BackwardEdge(full.s), "a and b": BackwardEdge(None, full.a, full.b, full.y, full.mean)}[edge]
     for needs in ((True, True, False), (True, True, True), (False, False, True), (False, True, False), (True, False, False)):
-        truth = run_backward(reference, p.double(), to_double(chosen), doubled(a), case, torch.float64, needs=needs)
-        ours, theirs = (run_backward(m, p, chosen, a, case, torch.float32, needs=needs) for m in (convolution_hybrid, reference))
+        truth = run_backward(REFERENCE, p.double(), to_double(chosen), doubled(a), case, torch.float64, needs=needs)
+        ours, theirs = (run_backward(m, p, chosen, a, case, torch.float32, needs=needs) for m in (HYBRID, REFERENCE))
         assert [g is None for g in ours] == [g is None for g in theirs], needs
         assert_as_good("backward", ours, theirs, truth)
 
@@ -72,13 +76,13 @@ def test_layouts(layout: str) -> None:
     a = draw(case, "relu", dtype)
     p, edge = draw_edge(case, dtype)
     before = torch.randn_like(a["x"])
-    truth = run_forward(reference, doubled(a), case, torch.float64, statistics=True)
-    gradients = run_backward(reference, p.double(), to_double(edge), doubled(a), case, torch.float64, accumulate=before.double())
+    truth = run_forward(REFERENCE, doubled(a), case, torch.float64, statistics=True)
+    gradients = run_backward(REFERENCE, p.double(), to_double(edge), doubled(a), case, torch.float64, accumulate=before.double())
     a["x"] = in_layout(a["x"], layout)
     out, own = in_layout(torch.full(case.output, torch.nan), layout), in_layout(before, layout)
-    value = run_forward(convolution_hybrid, a, case, dtype, statistics=True, out=out)
+    value = run_forward(HYBRID, a, case, dtype, statistics=True, out=out)
     edge = BackwardEdge(edge.s, edge.a, edge.b, in_layout(edge.y, layout), edge.mean)
-    found = run_backward(convolution_hybrid, in_layout(p, layout), edge, a, case, dtype, accumulate=own)
+    found = run_backward(HYBRID, in_layout(p, layout), edge, a, case, dtype, accumulate=own)
     assert value[0] is out
     assert found[0] is own
     for ours, expected in zip((*value, *found), (*truth, *gradients), strict=True):
@@ -94,10 +98,10 @@ def test_mixed_types() -> None:
     case = CASES["3x3"]
     a = draw(case, "relu", torch.float32)
     p, edge = draw_edge(case, torch.bfloat16)
-    truth = run_forward(reference, doubled(a), case, torch.float64, statistics=True)
-    pair = (convolution_hybrid, reference)
+    truth = run_forward(REFERENCE, doubled(a), case, torch.float64, statistics=True)
+    pair = (HYBRID, REFERENCE)
     assert_as_good("forward", *(run_forward(m, a, case, torch.bfloat16, statistics=True) for m in pair), truth)
-    truth = run_backward(reference, p.double(), to_double(edge), doubled(a), case, torch.float64)
+    truth = run_backward(REFERENCE, p.double(), to_double(edge), doubled(a), case, torch.float64)
     assert_as_good("backward", *(run_backward(m, p, edge, a, case, torch.bfloat16) for m in pair), truth)
 
 
@@ -107,7 +111,7 @@ def test_weight_gradient_keeps_its_memory_format(layout: torch.memory_format) ->
     a = draw(case, "relu", torch.float32)
     a["weight"] = a["weight"].contiguous(memory_format=layout)
     p, edge = draw_edge(case, torch.float32)
-    found = run_backward(convolution_hybrid, p, edge, a, case, torch.float32, needs=(False, True, False))
+    found = run_backward(HYBRID, p, edge, a, case, torch.float32, needs=(False, True, False))
     assert found[4].stride() == a["weight"].stride()
 
 
@@ -119,19 +123,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder for measurements."""
     monkeypatch.setenv("BNRESTRUCTURE_CACHE", str(tmp_path))
     tuning.forget()
-    convolution_choice.choose.cache_clear()
     yield tmp_path
     monkeypatch.undo()
     tuning.forget()
-    convolution_choice.choose.cache_clear()
 
 
 @pytest.mark.parametrize("name", list(BACKWARD))
-def test_every_choice_gives_the_right_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    depthwise = name == "depthwise"
-    chosen = {"forward": "hybrid" if name not in ("depthwise", "reference") else name, "backward": name}
-    monkeypatch.setattr(convolution, "choose", lambda node, direction, gpu: Choice(chosen[direction], "the test says so"))
-    check(convolution, CASES["depthwise 3x3" if depthwise else "3x3"], "relu", torch.float32)
+def test_every_choice_gives_the_right_numbers(name: str) -> None:
+    forward = KERNELS.convolutions.by("hybrid" if name not in ("depthwise", "reference") else name)
+    both = SimpleNamespace(run=lambda call: (forward if isinstance(call, ConvForward) else KERNELS.convolutions.by(name)).run(call))
+    check(both, CASES["depthwise 3x3" if name == "depthwise" else "3x3"], "relu", torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -162,18 +163,18 @@ def test_a_node_is_measured_once_and_runs_what_was_fastest(
     p, edge = draw_edge(case, torch.float32)
     before = torch.randn_like(a["x"])
     with tuning.measuring() as found:
-        value = run_forward(cuda, a, case, torch.float32, statistics=True)
+        value = run_forward(KERNELS, a, case, torch.float32, statistics=True)
         own = before.clone()
-        gradients = run_backward(cuda, p, edge, a, case, torch.float32, accumulate=own)
-        run_forward(cuda, a, case, torch.float32, statistics=True)
+        gradients = run_backward(KERNELS, p, edge, a, case, torch.float32, accumulate=own)
+        run_forward(KERNELS, a, case, torch.float32, statistics=True)
     assert [list(m.milliseconds) for m in found] == [forward, backward]
     assert [m.choice for m in found] == ([forward[-1], backward[-1]] if slowest_first else [forward[0], backward[0]])
     assert len(ticks) == tuning._TURNS * (len(forward) + len(backward))
-    truth = run_backward(reference, p.double(), to_double(edge), doubled(a), case, torch.float64, accumulate=before.double())
-    others = run_backward(reference, p, edge, a, case, torch.float32, accumulate=before.clone())
+    truth = run_backward(REFERENCE, p.double(), to_double(edge), doubled(a), case, torch.float64, accumulate=before.double())
+    others = run_backward(REFERENCE, p, edge, a, case, torch.float32, accumulate=before.clone())
     assert_as_good("measuring leaves the gradient alone", gradients, others, truth)
-    expected = run_forward(reference, doubled(a), case, torch.float64, statistics=True)
-    assert_as_good("forward", value, run_forward(reference, a, case, torch.float32, statistics=True), expected)
+    expected = run_forward(REFERENCE, doubled(a), case, torch.float64, statistics=True)
+    assert_as_good("forward", value, run_forward(REFERENCE, a, case, torch.float32, statistics=True), expected)
     (file,) = cache.iterdir()
     assert '"gpu": "Triton\'s interpreter"' in file.read_text()
 
@@ -184,9 +185,9 @@ def test_another_gpu_has_choices_of_its_own(cache: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(tuning, "wall_clock", lambda run: float(len(run())))
     measured = []
     for gpu in ("GPU A", "GPU B", "GPU A"):
-        monkeypatch.setattr(convolution.device, "gpu_of", lambda x, gpu=gpu: gpu)
+        monkeypatch.setattr(rule, "gpu_of", lambda device, gpu=gpu: gpu)
         with tuning.measuring() as found:
-            run_forward(cuda, a, case, torch.float32, statistics=True)
+            run_forward(KERNELS, a, case, torch.float32, statistics=True)
         measured.append(len(found))
     assert measured == [1, 1, 0]
     assert len(list(cache.iterdir())) == 2

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from kernels.cpu_checks import assert_as_good, to_double
+from kernels.cpu_checks import assert_as_good, fresh, to_double
 from torch import Tensor
 
 from bnrestructure.core.aliases import channels_last_buffer
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, Transform
-from bnrestructure.kernels import cuda, reference, registry
+from bnrestructure.kernels import registry
+from bnrestructure.kernels.calls import (
+    Call,
+    ConvBackward,
+    ConvForward,
+    JoinBackward,
+    JoinForward,
+    NormaliseBackward,
+    NormaliseForward,
+    SqueezeBackward,
+    SqueezeForward,
+    StatisticsForward,
+)
+from bnrestructure.kernels.cuda import KERNELS
+from bnrestructure.kernels.reference import REFERENCE
 
-kernels = registry.folded(cuda)
+kernels = registry.folded(KERNELS)
 # x, outputs, kernel, stride, padding
 CONVOLUTIONS: dict[str, tuple[Any, ...]] = {
     "1-D": ((2, 5, 7), 6, (3,), (2,), (1,)),
@@ -30,26 +43,17 @@ def values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def transform_of(x: Tensor, act: str) -> Transform:
-    mean, _ = reference.statistics_forward(x)
+    mean, _ = REFERENCE.run(StatisticsForward(x))
     return Transform(mean, torch.rand(x.shape[1]) + 0.5, torch.randn(x.shape[1]), act)
 
 
-def double(value: Any) -> Any:
-    if isinstance(value, Join):
-        return replace(value, **{name: to_double(getattr(value, name)) for name in ("y", "ty", "r", "tr")})
-    return to_double(value)
-
-
-def check(name: str, *args: Any, **options: Any) -> None:
-    def run(module: Any, convert: Any) -> Any:
-        given = {k: convert(v.clone()) if isinstance(v, Tensor) else v for k, v in options.items()}
-        if convert is double and "dtype" in given:
-            given["dtype"] = torch.float64
-        found = getattr(module, name)(*map(convert, args), **given)
+def check(call: Call[Any]) -> None:
+    def run(by: Any, of: Any) -> Any:
+        found = by.run(fresh(of))
         return tuple(found) if isinstance(found, tuple) else found
 
-    assert kernels.supports(name, args, options) is None
-    assert_as_good(name, run(kernels, lambda v: v), run(reference, lambda v: v), run(reference, double), 8.0)
+    assert kernels.supports(call) is None
+    assert_as_good(type(call).__name__, run(kernels, call), run(REFERENCE, call), run(REFERENCE, to_double(call)), 8.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -57,15 +61,15 @@ def check(name: str, *args: Any, **options: Any) -> None:
 def test_sweeps(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, dz = values(shape, dtype), values(shape, dtype)
     t = transform_of(x, "silu")
-    check("statistics_forward", x)
-    check("normalise_forward", x, t, dtype=dtype)
-    check("normalise_backward", dz, x, t, accumulate=values(shape, dtype))
+    check(StatisticsForward(x))
+    check(NormaliseForward(x, t, dtype=dtype))
+    check(NormaliseBackward(dz, x, t, accumulate=values(shape, dtype)))
     if len(shape) > 2:
-        check("squeeze_forward", x, t, dtype=dtype)
-        check("squeeze_backward", torch.randn(shape[:2]).to(dtype), dz, x, t)
+        check(SqueezeForward(x, t, dtype=dtype))
+        check(SqueezeBackward(torch.randn(shape[:2]).to(dtype), dz, x, t))
     plain = transform_of(x, "identity")
-    check("residual_forward", x, plain, dz, Transform(), "relu", dtype=dtype, statistics=True)
-    check("residual_backward", dz, None, x, plain, dz, Transform(), values(shape, dtype), "silu")
+    check(JoinForward(Join(x, plain, dz, Transform(), "relu"), dtype, True))
+    check(JoinBackward(dz, None, Join(x, plain, dz, Transform(), "silu"), values(shape, dtype)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -76,11 +80,12 @@ def test_convolutions(name: str, dtype: torch.dtype) -> None:
     x, weight = values(shape, dtype), torch.randn(outputs, shape[1], *kernel) * 0.3
     y = values((shape[0], outputs, *geometry.output_size(shape[2:], kernel)), dtype)
     dy = values(tuple(y.shape), dtype)
-    edge = BackwardEdge(*(torch.randn(3, outputs) * 0.2).unbind(), y, reference.statistics_forward(y)[0])
+    edge = BackwardEdge(*(torch.randn(3, outputs) * 0.2).unbind(), y, REFERENCE.run(StatisticsForward(y))[0])
     t = transform_of(x, "silu")
-    check("conv_forward", x, t, weight, torch.randn(outputs), geometry, dtype=dtype, statistics=True)
-    check("conv_backward", dy, edge, x, t, weight, geometry, dtype=dtype, needs=(True, True, True), accumulate=values(shape, dtype))
-    check("conv_backward", dy, edge, x, t, weight, geometry, dtype=dtype, needs=(True, True, False))
+    check(ConvForward(x, t, weight, torch.randn(outputs), geometry, dtype=dtype, statistics=True))
+    check(ConvBackward(dy, edge, x, t, weight, geometry, dtype=dtype, needs=(True, True, True), accumulate=values(shape, dtype)))
+    check(ConvBackward(dy, edge, x, t, weight, geometry, dtype=dtype, needs=(True, True, False)))
     join = Join(x, transform_of(x, "identity"), values(shape, dtype), Transform(), "silu")
-    check("join_forward", join, weight.to(dtype), None, geometry, dtype=dtype, statistics=True)
-    check("join_backward", dy, edge, values(shape, dtype), join, weight.to(dtype), geometry, dtype=dtype, needs=(True, False))
+    z, weight = values(shape, dtype), weight.to(dtype)
+    check(ConvForward(values(shape, dtype), Transform(), weight, None, geometry, dtype, True, join=join))
+    check(ConvBackward(dy, edge, z, Transform(), weight, geometry, dtype, (True, True, False), join=join))

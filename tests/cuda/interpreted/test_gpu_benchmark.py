@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from bnrestructure.kernels.cuda import convolution_fused, convolution_hybrid
+from bnrestructure.kernels.calls import MaxPoolBackward, NormaliseForward, SqueezeBackward
+from bnrestructure.kernels.cuda import KERNELS
 
 
 @pytest.fixture
@@ -33,31 +34,30 @@ def test_right_sweeps_pass(nodes: ModuleType, dtype: torch.dtype) -> None:
     assert found["ok"], found
 
 
-@pytest.mark.parametrize("module", [convolution_fused, convolution_hybrid], ids=lambda m: m.__name__.rpartition("_")[2])
-def test_a_wrong_kernel_does_not(nodes: ModuleType, monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
-    right = module.conv_forward
+@pytest.mark.parametrize("name", ["fused", "hybrid"])
+def test_a_wrong_kernel_does_not(nodes: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    implementation = KERNELS.convolutions.implementations[name]
+    right = implementation.forward
 
-    def wrong(*args: Any, **options: Any) -> Any:
-        y, mean, var = right(*args, **options)
-        return y, mean, var * 1.01
+    def wrong(call: Any, site: Any) -> Any:
+        found = right(call, site)
+        return found._replace(var=found.var * 1.01)
 
-    monkeypatch.setattr(module, "conv_forward", wrong)
+    monkeypatch.setattr(implementation, "forward", wrong)
     for joined in (False, True):
         assert not nodes.check_node(nodes.Node("tiny", 5, 4, 5, joined=joined), torch.float32, "cpu", batch=2)["ok"]
 
 
 @pytest.mark.own_tiles
-@pytest.mark.parametrize("kernel", ["normalise_forward", "max_pool_backward", "squeeze_backward"])
-def test_a_wrong_sweep_does_not(nodes: ModuleType, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
-    from bnrestructure.kernels import cuda
+@pytest.mark.parametrize("kind", [NormaliseForward, MaxPoolBackward, SqueezeBackward])
+def test_a_wrong_sweep_does_not(nodes: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+    right = KERNELS._sweeps[kind]
 
-    right = getattr(cuda, kernel)
+    def wrong(call: Any) -> Any:
+        found = right(call)
+        return found * 1.1 if isinstance(found, torch.Tensor) else found._replace(dx=found.dx * 1.1)
 
-    def wrong(*args: Any, **options: Any) -> Any:
-        found = right(*args, **options)
-        return found * 1.1 if isinstance(found, torch.Tensor) else (found[0] * 1.1, *found[1:])
-
-    monkeypatch.setattr(cuda, kernel, wrong, raising=False)
+    monkeypatch.setitem(KERNELS._sweeps, kind, wrong)
     assert not importlib.import_module("gpu_sweeps").check_sweeps("silu", torch.float32, "cpu", shape=(2, 5, 6, 5))["ok"]
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import pytest
 import torch
 from small_corrections import kept, total
 from torch import Tensor
 
-from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Transform
-from bnrestructure.kernels import cuda, reference
-from bnrestructure.kernels.cuda import convolution_fused, convolution_hybrid
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, Transform
+from bnrestructure.kernels.calls import ConvBackward, JoinBackward, SqueezeBackward, StatisticsBackward
+from bnrestructure.kernels.cuda import KERNELS
+from bnrestructure.kernels.reference import REFERENCE
 
 N, CHANNELS, SIZE = 2, 24, 16
 NARROW = [torch.bfloat16, torch.float16]
@@ -30,20 +29,20 @@ def correction(dtype: torch.dtype, y: Tensor) -> BackwardEdge:
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize(
     ("kernel", "depthwise"),
-    [(convolution_fused, False), (convolution_fused, True), (convolution_hybrid, False)],
+    [("fused", False), ("depthwise", True), ("hybrid", False)],
     ids=["dense", "depthwise", "hybrid"],
 )
-def test_convolution_backward(dtype: torch.dtype, kernel: ModuleType, depthwise: bool) -> None:
+def test_convolution_backward(dtype: torch.dtype, kernel: str, depthwise: bool) -> None:
     p, y = activation(dtype), activation(dtype)
     p = p.sign() * (1 + p.abs() % 1).to(dtype)  # from 1 to 2: all of one unit
     edge = correction(dtype, y)
     inputs = CHANNELS if depthwise else 16
     x = torch.ones_like(activation(dtype, inputs))
     weight = torch.full((CHANNELS, 1, 1, 1), 1.5) if depthwise else torch.randn(CHANNELS, 16, 1, 1).to(dtype).float()
-    found = kernel.conv_backward(
+    found = KERNELS.convolutions.by(kernel).run(ConvBackward(
         p, edge, x, Transform(), weight, ConvGeometry((1, 1), (0, 0), (1, 1), CHANNELS if depthwise else 1),
         dtype=dtype, needs=(True, True, False),
-    )  # fmt: skip
+    ))  # fmt: skip
     assert edge.b is not None
     before, exact = total(p), total(p) + edge.b.double() * (N * SIZE * SIZE)
     matrix = torch.eye(CHANNELS).double() * 1.5 if depthwise else weight.double().view(CHANNELS, 16)
@@ -57,14 +56,14 @@ def test_sweeps_dither_as_the_reference_does(dtype: torch.dtype) -> None:
     p, y, r = activation(dtype), activation(dtype), activation(dtype)
     p[0, :5, 0, 0] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])
     vector = torch.randn(CHANNELS) * 1e-3
-    found, wanted = (k.statistics_backward(y, vector, vector, vector, p.clone()) for k in (cuda, reference))
+    found, wanted = (k.run(StatisticsBackward(y, vector, vector, vector, p.clone())) for k in (KERNELS, REFERENCE))
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
-    statistics = (vector, vector, vector)
-    found, wanted = (k.residual_backward(p, statistics, y, Transform(), r, Transform(), y, "relu")[0] for k in (cuda, reference))
+    call = JoinBackward(p, (vector, vector, vector), Join(y, Transform(), r, Transform(), "relu"), y)
+    found, wanted = (k.run(call).g for k in (KERNELS, REFERENCE))
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
     pooled = torch.randn(N, CHANNELS)
     for dz in (None, p):
-        found, wanted = (k.squeeze_backward(pooled, dz, y, Transform())[0] for k in (cuda, reference))
+        found, wanted = (k.run(SqueezeBackward(pooled, dz, y, Transform())).dx for k in (KERNELS, REFERENCE))
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
@@ -74,6 +73,6 @@ def test_squeeze_backward(dtype: torch.dtype) -> None:
     unit = torch.finfo(dtype).eps
     pooled = torch.full((N, CHANNELS), (1 + unit / 5) * SIZE * SIZE)
     scale = torch.ones(CHANNELS)
-    found = cuda.squeeze_backward(pooled, None, activation(dtype), Transform(torch.zeros(CHANNELS), scale, torch.zeros(CHANNELS)))[0]
+    found = KERNELS.run(SqueezeBackward(pooled, None, activation(dtype), Transform(torch.zeros(CHANNELS), scale, torch.zeros(CHANNELS))))[0]
     exact = torch.full((CHANNELS,), (1 + unit / 5) * N * SIZE * SIZE).double()
     assert 0.8 < kept(total(found), torch.full((CHANNELS,), float(N * SIZE * SIZE)).double(), exact) < 1.2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from bnrestructure.core.activation import PLAIN_ACTIVATIONS
 from bnrestructure.core.edges import BackwardEdge, Join, Transform
-from bnrestructure.kernels import cuda, reference
-from bnrestructure.kernels.choice import Choice
-from bnrestructure.kernels.cuda import convolution
-from bnrestructure.kernels.cuda.convolution_choice import BACKWARD, forms_sum
+from bnrestructure.core.kept import kept_activation
+from bnrestructure.kernels.calls import ConvBackward, ConvForward, JoinForward
+from bnrestructure.kernels.choice import Node
+from bnrestructure.kernels.cuda import KERNELS
 from bnrestructure.kernels.cuda.layout import Pixels
+from bnrestructure.kernels.cuda.rule import BACKWARD, forms_sum
+from bnrestructure.kernels.reference import REFERENCE
 
 POINT = ("1x1", "1x1, one channel")
 
@@ -27,36 +30,40 @@ def draw(case: Case, act: str, dtype: torch.dtype, *, shortcut: bool) -> tuple[J
     y, r = (torch.randn(case.n, case.c, *case.size).to(dtype) for _ in range(2))
     ty, tr = (Transform(torch.randn(case.c), torch.rand(case.c) + 0.5, torch.randn(case.c)) for _ in range(2))
     tr = tr if shortcut else Transform()
-    u, _, _ = reference.residual_forward(
-        y.double(), to_double(ty), r.double(), to_double(tr), "identity", dtype=torch.float64, statistics=False
-    )
+    u, _, _ = REFERENCE.run(to_double(JoinForward(Join(y, ty, r, tr, "identity"), dtype)))
     near = sum((u - kink).abs() < 0.06 for kink in (0.0, 3.0, -3.0, 6.0)).bool()
     weight = torch.randn(case.out, case.c // case.groups, *case.kernel).to(dtype)
     return Join(y, ty, torch.where(near, (r + 0.4).to(dtype), r), tr, act), weight
 
 
 def forward(kernels: Any, a: tuple[Join, Tensor], case: Case, dtype: torch.dtype, bias: Tensor) -> tuple[Any, ...]:
-    return kernels.join_forward(*a, bias, case.geometry, dtype=dtype, statistics=True)
+    join, weight = a
+    z = kept_activation(join.y.shape, dtype, join.y.device)
+    return z, *kernels.run(ConvForward(z, Transform(), weight, bias, case.geometry, dtype, True, join=join))
 
 
 def backward(
     kernels: Any, p: Tensor, edge: BackwardEdge, z: Tensor, a: tuple[Join, Tensor], case: Case, dtype: torch.dtype, into: Tensor | None
 ) -> tuple[Any, ...]:
     into = None if into is None else into.clone(memory_format=torch.preserve_format)
-    return kernels.join_backward(p, edge, z, *a, case.geometry, dtype=dtype, needs=(True, True), accumulate=into)
+    join, weight = a
+    found = kernels.run(ConvBackward(p, edge, z, Transform(), weight, case.geometry, dtype, accumulate=into, join=join))
+    return found.dx, found.sum_p, found.sum_px, found.sum_pr, found.weight, found.bias
 
 
-def check(case: Case, act: str, dtype: torch.dtype, *, shortcut: bool = True, into: str | None = "channels_last") -> None:
+def check(
+    case: Case, act: str, dtype: torch.dtype, *, shortcut: bool = True, into: str | None = "channels_last", by: Any = KERNELS
+) -> None:
     a = draw(case, act, dtype, shortcut=shortcut)
-    exact, bias = (Join(*to_double(a[0].operands)), a[1].double()), torch.randn(case.out)
-    truth = forward(reference, exact, case, torch.float64, bias.double())
-    assert_as_good("forward", *(forward(k, a, case, dtype, bias) for k in (cuda, reference)), truth)
+    exact, bias = to_double(a), torch.randn(case.out)
+    truth = forward(REFERENCE, exact, case, torch.float64, bias.double())
+    assert_as_good("forward", *(forward(k, a, case, dtype, bias) for k in (by, REFERENCE)), truth)
     p, edge = draw_edge(case, dtype)
     z = truth[0].to(dtype)
     before = None if into is None else in_layout(torch.randn(case.n, case.c, *case.size).to(dtype), into)
     doubled = None if before is None else before.double()
-    truth = backward(reference, p.double(), to_double(edge), z.double(), exact, case, torch.float64, doubled)
-    assert_as_good("backward", *(backward(k, p, edge, z, a, case, dtype, before) for k in (cuda, reference)), truth)
+    truth = backward(REFERENCE, p.double(), to_double(edge), z.double(), exact, case, torch.float64, doubled)
+    assert_as_good("backward", *(backward(k, p, edge, z, a, case, dtype, before) for k in (by, REFERENCE)), truth)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +72,7 @@ def check(case: Case, act: str, dtype: torch.dtype, *, shortcut: bool = True, in
 )
 def test_shapes(name: str) -> None:
     weight = (1, 1, *CASES[name].kernel)
-    node = convolution.node_of((1, 1, 9, 9), weight, CASES[name].geometry, False, False, torch.float32, False, True)
+    node = Node((1, 1, 9, 9), weight, CASES[name].geometry, torch.float32, False, joined=True)
     assert forms_sum(node) == (name in POINT)
     for shortcut in (False, True):
         check(CASES[name], "relu", torch.float32, shortcut=shortcut)
@@ -89,13 +96,13 @@ def test_every_activation(act: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", BACKWARD)
-def test_each_implementation(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_implementation(implementation: str) -> None:
     """Whichever is chosen finishes the join; forward, those that cannot form the sum have it formed first."""
     name = "depthwise 3x3" if implementation == "depthwise" else "1x1"
     one_word = implementation if implementation in ("fused", "hybrid", "depthwise", "reference") else "fused"
-    choices = {"forward": one_word, "backward": implementation}
-    monkeypatch.setattr(convolution, "choose", lambda _, direction, __: Choice(choices[direction], "the test says so"))
-    check(CASES[name], "relu", torch.float32)
+    forward, backward = KERNELS.convolutions.by(one_word), KERNELS.convolutions.by(implementation)
+    by = SimpleNamespace(run=lambda call: (forward if isinstance(call, ConvForward) else backward).run(call))
+    check(CASES[name], "relu", torch.float32, by=by)
 
 
 @pytest.mark.own_tiles
@@ -116,23 +123,23 @@ def test_layouts() -> None:
     case = CASES["1x1"]
     a = draw(case, "relu", torch.float32, shortcut=True)
     p, edge = draw_edge(case, torch.float32)
-    expected, bias = forward(cuda, a, case, torch.float32, torch.zeros(case.out)), torch.zeros(case.out)
-    gradients = backward(cuda, p, edge, expected[0], a, case, torch.float32, None)
+    expected, bias = forward(KERNELS, a, case, torch.float32, torch.zeros(case.out)), torch.zeros(case.out)
+    gradients = backward(KERNELS, p, edge, expected[0], a, case, torch.float32, None)
     for layout in ("slice", "nchw"):
         moved = replace(a[0], y=in_layout(a[0].y, layout), r=in_layout(a[0].r, layout)), a[1]
-        for found, value in zip(forward(cuda, moved, case, torch.float32, bias), expected, strict=True):
+        for found, value in zip(forward(KERNELS, moved, case, torch.float32, bias), expected, strict=True):
             assert torch.equal(found, value)
-        found = backward(cuda, in_layout(p, layout), edge, in_layout(expected[0], layout), moved, case, torch.float32, None)
+        found = backward(KERNELS, in_layout(p, layout), edge, in_layout(expected[0], layout), moved, case, torch.float32, None)
         for one, value in zip(found, gradients, strict=True):
             torch.testing.assert_close(one, value)
 
 
-def test_in_place_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "choose", lambda *_: Choice("fused", "the test says so"))
+def test_in_place_where_it_can() -> None:
     case = CASES["3x3"]
     a = draw(case, "relu", torch.float32, shortcut=False)
     p, edge = draw_edge(case, torch.float32)
-    z = forward(reference, a, case, torch.float32, torch.zeros(case.out))[0].contiguous(memory_format=torch.channels_last)
+    z = forward(REFERENCE, a, case, torch.float32, torch.zeros(case.out))[0].contiguous(memory_format=torch.channels_last)
     into = torch.zeros_like(z)
-    g, *_ = cuda.join_backward(p, edge, z, *a, case.geometry, dtype=torch.float32, needs=(True, True), accumulate=into)
+    call = ConvBackward(p, edge, z, Transform(), a[1], case.geometry, torch.float32, accumulate=into, join=a[0])
+    g = KERNELS.convolutions.by("fused").run(call).dx
     assert g is into

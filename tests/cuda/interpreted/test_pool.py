@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from bnrestructure.core.activation import PLAIN_ACTIVATIONS
 from bnrestructure.core.edges import PoolGeometry, Transform
-from bnrestructure.kernels import cuda, reference
+from bnrestructure.kernels.calls import MaxPoolBackward, MaxPoolForward, SqueezeBackward, SqueezeForward
+from bnrestructure.kernels.cuda import KERNELS
+from bnrestructure.kernels.reference import REFERENCE
 
 ACTIVATIONS = (*PLAIN_ACTIVATIONS, "leaky_relu(0.1)")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,8 +40,8 @@ def test_max_pool(name: str, channels: int, dtype: torch.dtype) -> None:
     """The same maxima from the same places; the gradient as near to fp64 as the reference's."""
     geometry = POOLS[name]
     x, t = draw(dtype, "relu", channels=channels)
-    y, index = cuda.max_pool_forward(x, t, geometry, dtype=dtype)
-    expected, position = reference.max_pool_forward(x, t, geometry, dtype=dtype)
+    y, index = KERNELS.run(MaxPoolForward(x, t, geometry, dtype=dtype))
+    expected, position = REFERENCE.run(MaxPoolForward(x, t, geometry, dtype=dtype))
     torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
     assert index.dtype == torch.uint8
     assert (
@@ -48,17 +50,17 @@ def test_max_pool(name: str, channels: int, dtype: torch.dtype) -> None:
 
     dy = torch.randn(y.shape).to(dtype)
     args = (dy, position, x, t)
-    truth = reference.max_pool_backward(*map(to_double, args), geometry)
-    assert_as_good("backward", *(m.max_pool_backward(*args, geometry) for m in (cuda, reference)), truth)
+    truth = REFERENCE.run(MaxPoolBackward(*map(to_double, args), geometry))
+    assert_as_good("backward", *(k.run(MaxPoolBackward(*args, geometry)) for k in (KERNELS, REFERENCE)), truth)
 
 
 def test_the_first_of_equal_maxima_is_taken() -> None:
     """relu makes many: a tie must fall where PyTorch's does."""
     x = torch.randint(-2, 3, SHAPE).float()
     for name, geometry in POOLS.items():
-        index = cuda.max_pool_forward(x, Transform(act="relu"), geometry, dtype=torch.float32)[1]
+        index = KERNELS.run(MaxPoolForward(x, Transform(act="relu"), geometry, dtype=torch.float32))[1]
         assert torch.equal(
-            index, reference.max_pool_forward(x, Transform(act="relu"), geometry, dtype=torch.float32)[1]
+            index, REFERENCE.run(MaxPoolForward(x, Transform(act="relu"), geometry, dtype=torch.float32))[1]
         ), name
 
 
@@ -66,8 +68,8 @@ def test_max_pool_lets_nan_and_infinity_through() -> None:
     x = torch.randn(SHAPE)
     x[0, 0, 2, 2], x[1, 3], x[0, 4, 0, 1] = torch.nan, -torch.inf, torch.inf
     geometry = POOLS["3x3 stride 2"]
-    y, index = cuda.max_pool_forward(x, Transform(), geometry, dtype=torch.float32)
-    expected, position = reference.max_pool_forward(x, Transform(), geometry, dtype=torch.float32)
+    y, index = KERNELS.run(MaxPoolForward(x, Transform(), geometry, dtype=torch.float32))
+    expected, position = REFERENCE.run(MaxPoolForward(x, Transform(), geometry, dtype=torch.float32))
     torch.testing.assert_close(y, expected, equal_nan=True, rtol=0, atol=0)
     assert torch.equal(index, position)
 
@@ -102,23 +104,23 @@ def test_squeeze_layouts_and_types(layout: str, dtype: torch.dtype) -> None:
 
 def check_squeeze(dtype: torch.dtype, act: str, layout: str) -> None:
     x, t = draw(dtype, act, layout)
-    truth = reference.squeeze_forward(x.double(), to_double(t), dtype=torch.float64)
-    assert_as_good("forward", *(m.squeeze_forward(x, t, dtype=dtype) for m in (cuda, reference)), truth)
+    truth = REFERENCE.run(SqueezeForward(x.double(), to_double(t), dtype=torch.float64))
+    assert_as_good("forward", *(k.run(SqueezeForward(x, t, dtype)) for k in (KERNELS, REFERENCE)), truth)
     dpooled, dz = torch.randn(SHAPE[:2]).to(dtype), in_layout(torch.randn(SHAPE).to(dtype), layout)
     for gradient in (None, dz):
         args = (dpooled, gradient, x, t)
-        truth = reference.squeeze_backward(*map(to_double, args))
-        assert_as_good("backward", *(m.squeeze_backward(*args) for m in (cuda, reference)), truth)
+        truth = REFERENCE.run(SqueezeBackward(*map(to_double, args)))
+        assert_as_good("backward", *(k.run(SqueezeBackward(*args)) for k in (KERNELS, REFERENCE)), truth)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_squeeze_overwrites_the_gradient_it_read_and_adds_to_another(layout: str) -> None:
     x, t = draw(torch.float32, "silu", layout)
     dpooled, dz, other = torch.randn(SHAPE[:2]), torch.randn(SHAPE), torch.randn(SHAPE)
-    expected = reference.squeeze_backward(dpooled, dz, x, t)[0]
+    expected = REFERENCE.run(SqueezeBackward(dpooled, dz, x, t))[0]
     own = in_layout(dz.clone(), layout)
-    assert cuda.squeeze_backward(dpooled, own, x, t, accumulate=own)[0] is own
+    assert KERNELS.run(SqueezeBackward(dpooled, own, x, t, accumulate=own))[0] is own
     torch.testing.assert_close(own, expected)
     own = in_layout(other.clone(), layout)
-    assert cuda.squeeze_backward(dpooled, dz, x, t, accumulate=own)[0] is own
+    assert KERNELS.run(SqueezeBackward(dpooled, dz, x, t, accumulate=own))[0] is own
     torch.testing.assert_close(own, other + expected)

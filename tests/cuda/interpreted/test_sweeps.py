@@ -10,8 +10,22 @@ from kernels.cpu_checks import LAYOUTS, assert_as_good, in_layout, to_double
 from torch import Tensor
 
 from bnrestructure.core.activation import PLAIN_ACTIVATIONS
-from bnrestructure.core.edges import Transform
-from bnrestructure.kernels import cuda, reference
+from bnrestructure.core.edges import BackwardEdge, Join, Transform
+from bnrestructure.kernels.calls import (
+    Call,
+    FinalizeBackward,
+    FinalizeForward,
+    JoinBackward,
+    JoinForward,
+    NormaliseBackward,
+    NormaliseForward,
+    OutputGradient,
+    StatisticsBackward,
+    StatisticsForward,
+)
+from bnrestructure.kernels.cuda import KERNELS
+from bnrestructure.kernels.reference import REFERENCE
+from bnrestructure.kernels.rounding import gradient_factor
 
 ACTIVATIONS = (*PLAIN_ACTIVATIONS, "leaky_relu(0.1)")
 #: The last two: channels that are multiples of 8 and of 4 alone, in several tiles.
@@ -29,13 +43,10 @@ def transform_for(x: Tensor, act: str = "identity") -> Transform:
     return Transform(x.float().mean((0, 2, 3)), torch.rand(c) + 0.5, torch.randn(c), act)
 
 
-def check(name: str, *args: Any, factor: float = 4.0, **options: Any) -> Any:
-    """Kernel ``name`` is as near to fp64 as the reference is. Returns its result."""
-    value = getattr(cuda, name)(*args, **options)
-    ours = getattr(reference, name)(*args, **options)
-    wide = options | ({"dtype": torch.float64} if "dtype" in options else {})
-    truth = getattr(reference, name)(*(to_double(a) for a in args), **{k: to_double(v) for k, v in wide.items()})
-    assert_as_good(name, value, ours, truth, factor)
+def check(call: Call[Any], factor: float = 4.0) -> Any:
+    """The kernel is as near to fp64 as the reference is. Returns its result."""
+    value = KERNELS.run(call)
+    assert_as_good(type(call).__name__, value, REFERENCE.run(call), REFERENCE.run(to_double(call)), factor)
     return value
 
 
@@ -43,28 +54,28 @@ def check(name: str, *args: Any, factor: float = 4.0, **options: Any) -> Any:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = activation_tensor(shape, dtype)
-    mean, _ = check("statistics_forward", x)
-    check("statistics_backward", x, mean, torch.randn(shape[1]), torch.randn(shape[1]), None)
+    mean, _ = check(StatisticsForward(x))
+    check(StatisticsBackward(x, mean, torch.randn(shape[1]), torch.randn(shape[1])))
 
 
 def test_statistics_far_from_zero() -> None:
     """A mean 10^4 deviations away: sums of squares would leave nothing of the variance."""
     x = (torch.randn(4, 3, 8, 9) + 1e4).contiguous(memory_format=torch.channels_last)
-    check("statistics_forward", x)
+    check(StatisticsForward(x))
 
 
 @pytest.mark.own_tiles
 def test_statistics_merge_in_two_levels() -> None:
     """More tiles than are merged at a time (128), the last one nearly empty."""
     x = torch.randn(1, 64, 8193, 1).contiguous(memory_format=torch.channels_last) + 5
-    check("statistics_forward", x)
+    check(StatisticsForward(x))
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_normalise(act: str) -> None:
     x = activation_tensor((2, 5, 3, 4), torch.float32)
-    check("normalise_forward", x, transform_for(x, act), dtype=torch.float32)
-    check("normalise_backward", torch.randn(x.shape), x, transform_for(x, act))
+    check(NormaliseForward(x, transform_for(x, act), dtype=torch.float32))
+    check(NormaliseBackward(torch.randn(x.shape), x, transform_for(x, act)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -72,16 +83,16 @@ def test_normalise(act: str) -> None:
 def test_normalise_layouts_and_types(layout: str, dtype: torch.dtype) -> None:
     x = activation_tensor((2, 5, 3, 4), dtype, layout)
     t = transform_for(x, "relu")
-    check("normalise_forward", x, t, dtype=dtype)
-    check("normalise_backward", activation_tensor((2, 5, 3, 4), dtype, layout), x, t)
+    check(NormaliseForward(x, t, dtype=dtype))
+    check(NormaliseBackward(activation_tensor((2, 5, 3, 4), dtype, layout), x, t))
 
 
 def test_normalise_gate_and_plain_activation() -> None:
     x = activation_tensor((2, 5, 3, 4), torch.float32)
     t = transform_for(x, "silu")
-    check("normalise_forward", x, Transform(t.mean, t.scale, t.beta, "silu", torch.rand(2, 5)), dtype=torch.float32)
-    check("normalise_forward", x, Transform(act="relu"), dtype=torch.float32)
-    check("normalise_backward", torch.randn(x.shape), x, Transform(act="relu"))
+    check(NormaliseForward(x, Transform(t.mean, t.scale, t.beta, "silu", torch.rand(2, 5)), dtype=torch.float32))
+    check(NormaliseForward(x, Transform(act="relu"), dtype=torch.float32))
+    check(NormaliseBackward(torch.randn(x.shape), x, Transform(act="relu")))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -90,8 +101,8 @@ def test_normalise_into(layout: str) -> None:
     x = activation_tensor((2, 5, 3, 4), torch.float32)
     out = in_layout(torch.full(x.shape, torch.nan), layout)
     t = transform_for(x, "relu")
-    assert cuda.normalise_forward(x, t, dtype=torch.float32, out=out) is out
-    torch.testing.assert_close(out, reference.normalise_forward(x, t, dtype=torch.float32))
+    assert KERNELS.run(NormaliseForward(x, t, dtype=torch.float32, out=out)) is out
+    torch.testing.assert_close(out, REFERENCE.run(NormaliseForward(x, t, dtype=torch.float32)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -104,11 +115,11 @@ def test_accumulation_is_in_place(layout: str, dtype: torch.dtype) -> None:
     for name, args in (("normalise_backward", (dz, x, t)), ("statistics_backward", (x, *vectors))):
         own, theirs = in_layout(before, layout), before.double()
         if name == "normalise_backward":
-            value = cuda.normalise_backward(*args, accumulate=own)[0]
-            truth = reference.normalise_backward(*map(to_double, args), accumulate=theirs)[0]
+            value = KERNELS.run(NormaliseBackward(*args, accumulate=own))[0]
+            truth = REFERENCE.run(NormaliseBackward(*map(to_double, args), accumulate=theirs))[0]
         else:
-            value = cuda.statistics_backward(*args, own)
-            truth = reference.statistics_backward(*map(to_double, args), theirs)
+            value = KERNELS.run(StatisticsBackward(*args, own))
+            truth = REFERENCE.run(StatisticsBackward(*map(to_double, args), theirs))
         assert value is own
         torch.testing.assert_close(
             value.double(), truth, rtol=torch.finfo(dtype).eps * 2, atol=torch.finfo(dtype).eps * 4
@@ -130,11 +141,23 @@ def test_residual_shapes_and_types(shape: tuple[int, ...], dtype: torch.dtype) -
 def check_residual(shape: tuple[int, ...], act: str, normalised: bool, dtype: torch.dtype) -> None:
     y, r = activation_tensor(shape, dtype), activation_tensor(shape, dtype)
     ty, tr = transform_for(y), transform_for(r) if normalised else Transform()
-    out, mean, _ = check("residual_forward", y, ty, r, tr, act, dtype=dtype, statistics=True)
-    assert check("residual_forward", y, ty, r, tr, act, dtype=dtype, statistics=False)[1] is None
+    join = Join(y, ty, r, tr, act)
+    out, mean, _ = check(JoinForward(join, dtype, True))
+    assert check(JoinForward(join, dtype))[1] is None
     dout, c = torch.randn(shape).to(dtype), shape[1]
-    check("residual_backward", dout, None, y, ty, r, tr, out, act)
-    check("residual_backward", dout, (torch.randn(c), torch.randn(c), mean), y, ty, r, tr, out, act)
+    check(JoinBackward(dout, None, join, out))
+    check(JoinBackward(dout, (torch.randn(c), torch.randn(c), mean), join, out))
+    check(JoinBackward(dout, None, join, out, 1.4, torch.randn(shape).to(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_output_gradient(dtype: torch.dtype) -> None:
+    shape = (2, 9, 4, 4)
+    p, y = activation_tensor(shape, dtype), activation_tensor(shape, dtype)
+    s, a, b = torch.randn(3, 9).unbind()
+    full = BackwardEdge(s, a, b, y, y.float().mean((0, 2, 3)))
+    for edge in (full, BackwardEdge(s)):
+        check(OutputGradient(p, edge, dtype, gradient_factor(edge.a is not None, dtype, torch.float32), True), factor=8.0)
 
 
 def test_nan_stays_nan() -> None:
@@ -142,9 +165,9 @@ def test_nan_stays_nan() -> None:
     x = torch.full((1, 1, 1, 4), torch.nan)
     for act in ACTIVATIONS:
         t = Transform(torch.zeros(1), torch.ones(1), torch.zeros(1), act)
-        assert cuda.normalise_forward(x, t, dtype=torch.float32).isnan().all(), act
-        gradient, *_ = cuda.normalise_backward(torch.ones_like(x), x, t)
-        expected, *_ = reference.normalise_backward(torch.ones_like(x), x, t)
+        assert KERNELS.run(NormaliseForward(x, t, dtype=torch.float32)).isnan().all(), act
+        gradient, *_ = KERNELS.run(NormaliseBackward(torch.ones_like(x), x, t))
+        expected, *_ = REFERENCE.run(NormaliseBackward(torch.ones_like(x), x, t))
         assert torch.equal(gradient.isnan(), expected.isnan()), act
 
 
@@ -154,9 +177,9 @@ def test_kinks_are_torchs() -> None:
     for act in ACTIVATIONS:
         t = Transform(torch.zeros(1), torch.ones(1), torch.zeros(1), act)
         torch.testing.assert_close(
-            cuda.normalise_forward(x, t, dtype=torch.float32), reference.normalise_forward(x, t, dtype=torch.float32)
+            KERNELS.run(NormaliseForward(x, t, dtype=torch.float32)), REFERENCE.run(NormaliseForward(x, t, dtype=torch.float32))
         )
-        gradients = [m.normalise_backward(torch.ones_like(x), x, t)[0] for m in (cuda, reference)]
+        gradients = [k.run(NormaliseBackward(torch.ones_like(x), x, t)).dx for k in (KERNELS, REFERENCE)]
         torch.testing.assert_close(*gradients, msg=lambda text, act=act: f"{act}: {text}")
 
 
@@ -164,7 +187,7 @@ def test_kinks_are_torchs() -> None:
 def test_far_out_derivatives_are_numbers(act: str) -> None:
     """Where PyTorch's own gelu_backward(tanh) multiplies an infinity by zero."""
     x = torch.tensor([-1e30, 1e30]).view(1, 1, 1, 2)
-    gradient, *_ = cuda.normalise_backward(torch.ones_like(x), x, Transform(act=act))
+    gradient, *_ = KERNELS.run(NormaliseBackward(torch.ones_like(x), x, Transform(act=act)))
     left = {"identity": 1.0, "leaky_relu(0.1)": 0.1}.get(act, 0.0)
     torch.testing.assert_close(gradient.flatten(), torch.tensor([left, 0.0 if act == "relu6" else 1.0]))
 
@@ -178,14 +201,14 @@ def test_finalize(affine: bool, dtype: torch.dtype) -> None:
     for count in (2, 1000, torch.tensor([1000])):
         ours, theirs = (torch.randn(c).to(dtype), torch.rand(c).to(dtype)), None
         theirs = tuple(r.clone() for r in ours)
-        value = cuda.finalize_forward(mean, var, count, *parameters, *ours, 0.1, 1e-5)
-        expected = reference.finalize_forward(mean, var, count, *parameters, *theirs, 0.1, 1e-5)
+        value = KERNELS.run(FinalizeForward(mean, var, count, *parameters, *ours, 0.1, 1e-5))
+        expected = REFERENCE.run(FinalizeForward(mean, var, count, *parameters, *theirs, 0.1, 1e-5))
         torch.testing.assert_close(value, expected)
         torch.testing.assert_close(ours, theirs)
-    check("finalize_backward", torch.randn(c), value[0], parameters[0])
+    check(FinalizeBackward(torch.randn(c), value[0], parameters[0]))
 
 
 def test_finalize_without_running_statistics() -> None:
     mean, var = torch.randn(3), torch.rand(3)
-    value = cuda.finalize_forward(mean, var, 8, None, None, None, None, 0.1, 1e-5)
-    torch.testing.assert_close(value, reference.finalize_forward(mean, var, 8, None, None, None, None, 0.1, 1e-5))
+    value = KERNELS.run(FinalizeForward(mean, var, 8, None, None, None, None, 0.1, 1e-5))
+    torch.testing.assert_close(value, REFERENCE.run(FinalizeForward(mean, var, 8, None, None, None, None, 0.1, 1e-5)))

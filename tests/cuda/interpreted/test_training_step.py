@@ -15,27 +15,30 @@ from small_models import build, input_for
 from torch import Tensor, nn
 
 import bnrestructure
-from bnrestructure.kernels import cuda, registry, tuning
-from bnrestructure.kernels.choice import Choice
-from bnrestructure.kernels.cuda import convolution, convolution_choice, device
+from bnrestructure.kernels import registry, tuning
+from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward
+from bnrestructure.kernels.choice import Choice, Node
+from bnrestructure.kernels.cuda import CudaKernels
+from bnrestructure.kernels.cuda import rule as rules
+from bnrestructure.kernels.cuda.rule import CudaRule
 
 #: Kernels that each model's step must have run.
 MODELS = {
     "residual": {
-        "conv_forward",
-        "conv_backward",
-        "residual_forward",
-        "residual_backward",
-        "join_forward",
-        "join_backward",
-        "finalize_forward",
-        "max_pool_forward",
+        "ConvForward",
+        "ConvBackward",
+        "JoinForward",
+        "JoinBackward",
+        "ConvForward behind a join",
+        "ConvBackward behind a join",
+        "FinalizeForward",
+        "MaxPoolForward",
     },
-    "dense": {"conv_forward", "conv_backward", "statistics_forward", "normalise_forward", "normalise_backward"},
-    "aggregation": {"conv_forward", "conv_backward", "max_pool_forward", "max_pool_backward"},
-    "inverted": {"conv_forward", "conv_backward", "join_forward", "join_backward"},
-    "squeeze_excite": {"conv_forward", "conv_backward", "squeeze_forward", "squeeze_backward"},
-    "strange": {"conv_forward", "conv_backward"},
+    "dense": {"ConvForward", "ConvBackward", "StatisticsForward", "NormaliseForward", "NormaliseBackward"},
+    "aggregation": {"ConvForward", "ConvBackward", "MaxPoolForward", "MaxPoolBackward"},
+    "inverted": {"ConvForward", "ConvBackward", "ConvForward behind a join", "ConvBackward behind a join"},
+    "squeeze_excite": {"ConvForward", "ConvBackward", "SqueezeForward", "SqueezeBackward"},
+    "strange": {"ConvForward", "ConvBackward"},
 }
 
 
@@ -43,17 +46,17 @@ MODELS = {
 def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """CUDA kernels stand in for the CPU's, as the interpreter runs them on CPU tensors; the names of those that ran."""
     names: set[str] = set()
-    select = registry.select
+    run = CudaKernels.run
 
-    def noted(backend: str, name: str, args: tuple, kwargs: dict) -> object:
-        function = select(backend, name, args, kwargs)
-        if function.__module__.startswith("bnrestructure.kernels.cuda"):
-            names.add(name)
-        return function
+    def noted(self: CudaKernels, call: Call[Any]) -> Any:
+        found = run(self, call)
+        joined = isinstance(call, ConvForward | ConvBackward) and call.join is not None
+        names.add(type(call).__name__ + (" behind a join" if joined else ""))
+        return found
 
-    monkeypatch.setitem(registry._DEVICE_MODULES, "cpu", "bnrestructure.kernels.cuda")
-    monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(registry, "select", noted)
+    monkeypatch.setitem(registry._DEVICES, "cpu", "bnrestructure.kernels.cuda")
+    monkeypatch.setattr(CudaKernels, "unavailable_reason", lambda self: None)
+    monkeypatch.setattr(CudaKernels, "run", noted)
     forget_answers()
     yield names
     monkeypatch.undo()
@@ -62,6 +65,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
 
 def forget_answers() -> None:
     """Let the registry ask again which kernels there are."""
+    tuning.renew()
     for answers in (registry.implementation, registry.unavailable_reason, registry._usable):
         answers.cache_clear()
 
@@ -136,13 +140,14 @@ def test_small_model_of_hybrids(name: str, used: set[str], monkeypatch: pytest.M
     """Every convolution as PyTorch's own between our sweeps, where that has what the node needs."""
     ran: set[str] = set()
 
-    def hybrid(node: convolution_choice.Node, direction: str, gpu: str | None) -> Choice:
-        names = convolution_choice.candidates(node, direction)
+    def hybrid(self: CudaRule, node: Node, direction: str) -> Choice:
+        names = self.candidates(node, direction)
         name = "hybrid" if "hybrid" in names else names[0]
         ran.add(name)
         return Choice(name, "the test says so")
 
-    monkeypatch.setattr(convolution, "choose", hybrid)
+    monkeypatch.setattr(CudaRule, "choose", hybrid)
+    tuning.renew()
     x = input_for(name, torch.float32, batch=2, size=8)
     assert_as_near(build(name, torch.float32), x.contiguous(memory_format=torch.channels_last))
     assert "hybrid" in ran
@@ -159,26 +164,24 @@ def test_whole_model(name: str, batch: int, size: int, used: set[str]) -> None:
     model = models.get_model(name).train()
     x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     assert_as_near(model, x)
-    assert used >= {"conv_forward", "conv_backward", "finalize_forward", "max_pool_forward", "max_pool_backward"}
+    assert used >= {"ConvForward", "ConvBackward", "FinalizeForward", "MaxPoolForward", "MaxPoolBackward"}
 
 
 def test_tuning_a_model_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, used: set[str]) -> None:
     """tune() on what passes for a GPU here, with a clock of the test's: each node is measured, and the plan has the winners."""
     monkeypatch.setenv("BNRESTRUCTURE_CACHE", str(tmp_path))
-    monkeypatch.setattr(device, "gpu_here", lambda: device.gpu_of(torch.empty(0)))
-    monkeypatch.setattr(cuda, "gpu_here", device.gpu_here)
+    monkeypatch.setattr(rules, "gpu_here", lambda: "Triton's interpreter")
     times = {"fused": 3.0, "hybrid": 1.0, "reference": 2.0}
     ran: list[str] = []
 
     def clock(run: Any) -> float:
-        (name,) = run.args
+        name = run.args[0]
         ran.append(name)
         run()
         return times.get(name, 1.5)  # a backward pass from two implementations
 
     monkeypatch.setattr(tuning, "wall_clock", clock)
     tuning.forget()
-    convolution_choice.choose.cache_clear()
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 1)
     )  # fmt: skip
@@ -196,7 +199,6 @@ def test_tuning_a_model_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         assert_as_near(model, x)
     finally:
         tuning.forget()
-        convolution_choice.choose.cache_clear()
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "transposed", "every other channel", "the same image twice"])
@@ -214,7 +216,7 @@ def test_inputs_of_any_strides(layout: str, used: set[str]) -> None:
     output = restructured(x)
     output.square().sum().backward()
     assert x.stride() == strides
-    assert used >= {"conv_forward", "conv_backward"}
+    assert used >= {"ConvForward", "ConvBackward"}
     truth = copy.deepcopy(model).double()
     expected = truth(x.double())
     expected.square().sum().backward()

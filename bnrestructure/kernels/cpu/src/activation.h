@@ -13,7 +13,7 @@
 
 namespace bnr {
 
-// The numbers cross the C ABI: keep them in step with ACTIVATIONS in kernels/cpu/layout.py.
+// The numbers cross the C ABI: keep them in step with ACTIVATIONS in kernels/cpu/elements.py.
 enum class Act : int { identity, relu, relu6, silu, hardswish, gelu, gelu_tanh, leaky_relu, any };
 
 struct Activation {
@@ -152,7 +152,7 @@ inline void with_activation(Act kind, F&& f) {
     }
 }
 
-// Calls f with a null pointer of the element type the number stands for: 0 float, 1 bf16 (see layout.py).
+// Calls f with a null pointer of the element type the number stands for: 0 float, 1 bf16 (see elements.py).
 template <class F>
 inline void with_element(int64_t code, F&& f) {
     if (code == 0) f((float*)nullptr);

@@ -180,15 +180,15 @@ class Backward {
 
 namespace {
 
-void run_backward(const bnr::conv::BackwardArguments& arguments) {
-    const bnr::conv::Problem problem = bnr::conv::flattened(arguments.problem);
-    if (problem.bfloat16) bnr::conv::Backward<bnr::bf16>(arguments, problem).run();
+void run_backward(const bnr::BackwardArguments& arguments) {
+    const bnr::Problem problem = bnr::conv::flattened(arguments.problem);
+    if (problem.bfloat16()) bnr::conv::Backward<bnr::bf16>(arguments, problem).run();
     else bnr::conv::Backward<float>(arguments, problem).run();
 }
 
 // The two products apart, each with the whole cache to itself.
-void run_apart(const bnr::conv::BackwardArguments& arguments, bool whole_batch) {
-    bnr::conv::BackwardArguments part = arguments;
+void run_apart(const bnr::BackwardArguments& arguments, bool whole_batch) {
+    bnr::BackwardArguments part = arguments;
     part.dx = nullptr;
     if (whole_batch) bnr::conv::weight_gradient_of_batch(part);
     else run_backward(part);
@@ -200,8 +200,8 @@ void run_apart(const bnr::conv::BackwardArguments& arguments, bool whole_batch) 
 
 }  // namespace
 
-BNR_EXPORT void bnr_conv_backward(const bnr::conv::BackwardArguments* arguments) {
-    const bnr::conv::Problem& p = arguments->problem;
+BNR_EXPORT void bnr_conv_backward(const bnr::BackwardArguments* arguments) {
+    const bnr::Problem& p = arguments->problem;
     const int64_t weight_bytes = p.out_channels * p.in_channels / p.groups * p.kernel_h * p.kernel_w * 4;
     const bool whole_batch = arguments->weight_gradient && bnr::conv::prefers_whole_batch(*arguments);
     if (whole_batch || (arguments->dx && arguments->weight_gradient && weight_bytes > 4 * bnr::conv::cache_size())) {

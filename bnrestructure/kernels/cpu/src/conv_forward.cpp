@@ -24,7 +24,7 @@ bool reads_input_directly(const Problem& p, const Window& w, const StagedChannel
         const bool aligned = p.x_pitch % 32 == 0 && reinterpret_cast<uintptr_t>(p.x) % 64 == 0;
         return aligned && channels.width % (2 * gemm::kTileWords) == 0 && p.x_pitch % 2048 != 0;
     }
-    if (words == Words::kFloat) return !p.bfloat16 && p.x_pitch % 1024 != 0;
+    if (words == Words::kFloat) return !p.bfloat16() && p.x_pitch % 1024 != 0;
     const bool whole = p.in_channels % 2 == 0 && p.x_pitch % 2 == 0 && reinterpret_cast<uintptr_t>(p.x) % 4 == 0;
     return whole && p.x_pitch % 2048 != 0;
 }
@@ -59,7 +59,7 @@ class Forward {
   private:
     int64_t row_bytes() const {
         const int64_t staged = window_.columns * window_.row_stride * scratch_pitch(channels_.size);
-        const int64_t made = row_pixels_ * p_.out_channels * (p_.bfloat16 ? 6 : 4) / 4;
+        const int64_t made = row_pixels_ * p_.out_channels * (p_.bfloat16() ? 6 : 4) / 4;
         return (staged + made / 2) * 4;
     }
 
@@ -71,7 +71,7 @@ class Forward {
         if (!direct_) stage = std::make_unique<InputStage>(p_, window_, tiling_, channels_, scratch);
         const int64_t tile_pixels = tiling_.tile_images * tiling_.tile_rows * row_pixels_;
         const int64_t sums_pitch = scratch_pitch(p_.out_channels);
-        float* sums = p_.bfloat16 ? scratch.take<float>(tile_pixels * sums_pitch) : nullptr;
+        float* sums = p_.bfloat16() ? scratch.take<float>(tile_pixels * sums_pitch) : nullptr;
         for (int64_t index = mine.begin; index < mine.end; index++) {
             const Tile tile = tiling_.at(index);
             if (a_.join.y) form_sum(tile);
@@ -257,8 +257,8 @@ class Forward {
 
 }  // namespace bnr::conv
 
-BNR_EXPORT void bnr_conv_forward(const bnr::conv::ForwardArguments* arguments) {
-    const bnr::conv::Problem problem = bnr::conv::flattened(arguments->problem);
-    if (problem.bfloat16) bnr::conv::Forward<bnr::bf16>(*arguments, problem).run();
+BNR_EXPORT void bnr_conv_forward(const bnr::ForwardArguments* arguments) {
+    const bnr::Problem problem = bnr::conv::flattened(arguments->problem);
+    if (problem.bfloat16()) bnr::conv::Forward<bnr::bf16>(*arguments, problem).run();
     else bnr::conv::Forward<float>(*arguments, problem).run();
 }

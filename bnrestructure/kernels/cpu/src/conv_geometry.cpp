@@ -28,7 +28,7 @@ Problem flattened(const Problem& p) {
 
 Grouping::Grouping(const Problem& p, int64_t channel_limit) {
     const int64_t in_each = p.in_channels / p.groups, out_each = p.out_channels / p.groups;
-    const int64_t width = p.bfloat16 && gemm::has_bfloat16_tiles() ? 2 * gemm::kTileWords : W;
+    const int64_t width = p.bfloat16() && gemm::has_bfloat16_tiles() ? 2 * gemm::kTileWords : W;
     merged = largest_divisor_up_to(p.groups, width / std::max(in_each, out_each));
     groups = p.groups / merged;
     in = in_each * merged;
@@ -123,10 +123,10 @@ int64_t cache_size() {
 }
 
 gemm::Words words_for(const Problem& p, const Grouping& grouping) {
-    if (p.bfloat16 && gemm::has_bfloat16_tiles()) return gemm::Words::kBFloat16Tile;
+    if (p.bfloat16() && gemm::has_bfloat16_tiles()) return gemm::Words::kBFloat16Tile;
     // A group must begin on a whole word, in x and in y.
     const bool whole = grouping.groups == 1 || (grouping.in % 2 == 0 && grouping.out % 2 == 0);
-    return p.bfloat16 && whole && gemm::has_bfloat16_pairs() ? gemm::Words::kBFloat16Pair : gemm::Words::kFloat;
+    return p.bfloat16() && whole && gemm::has_bfloat16_pairs() ? gemm::Words::kBFloat16Pair : gemm::Words::kFloat;
 }
 
 }  // namespace bnr::conv

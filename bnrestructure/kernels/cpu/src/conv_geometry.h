@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "conv_arguments.h"
+#include "arguments.h"
 #include "gemm.h"
 
 namespace bnr::conv {

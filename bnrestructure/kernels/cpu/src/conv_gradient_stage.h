@@ -46,7 +46,7 @@ struct GradientLayout {
 
     // dy serves as it is: nothing to apply, and a pitch that spreads over the cache's sets.
     bool is_direct() const {
-        return window.flat && !problem.bfloat16 && !arguments.s && !arguments.a && arguments.dy_pitch % 1024 != 0;
+        return window.flat && !problem.bfloat16() && !arguments.s && !arguments.a && arguments.dy_pitch % 1024 != 0;
     }
 
     const Problem& problem;

@@ -109,11 +109,11 @@ void pack(const Problem& p, const Grouping& g, bool transposed, gemm::Words word
                 if (g.merged == 1) {
                     const int64_t row = p.weight_strides[transposed ? 1 : 0], column = p.weight_strides[transposed ? 0 : 1];
                     const float* from = view.data + group_out * p.weight_strides[0] + first * row + offset;
-                    pack_tap_by_vectors(out, from, row, column, count_k, count_n, words, p.bfloat16 != 0);
+                    pack_tap_by_vectors(out, from, row, column, count_k, count_n, words, p.bfloat16());
                     continue;
                 }
             }
-            pack_tap(out, depth, count_k, count_n, words, p.bfloat16 != 0, [&](int64_t k, int64_t n) {
+            pack_tap(out, depth, count_k, count_n, words, p.bfloat16(), [&](int64_t k, int64_t n) {
                 return transposed ? view.at(group_out, k, first + n, offset) : view.at(group_out, first + n, k, offset);
             });
         }
@@ -127,12 +127,12 @@ void store_weight_gradient(const BackwardArguments& arguments, int64_t n, int64_
     const int64_t* strides = arguments.weight_gradient_strides;
     const auto factor = static_cast<float>(1 / arguments.gradient_factor);
     const int64_t to = n * strides[0] + channel * strides[1] + tap / p.kernel_w * strides[2] + tap % p.kernel_w * strides[3];
-    if (p.weight_bfloat16) {
+    if (p.weight_element) {
         bf16* out = static_cast<bf16*>(arguments.weight_gradient) + to;
         for (int64_t c = 0; c < count; c++) out[c * strides[1]] = to_bf16(from[c] * factor);
     } else {
         float* out = static_cast<float*>(arguments.weight_gradient) + to;
-        for (int64_t c = 0; c < count; c++) out[c * strides[1]] = rounded(from[c] * factor, p.bfloat16 != 0);
+        for (int64_t c = 0; c < count; c++) out[c * strides[1]] = rounded(from[c] * factor, p.bfloat16());
     }
 }
 
@@ -155,7 +155,7 @@ Slicing::Slicing(int64_t depth, int64_t kernel_rows, int64_t kernel_columns, gem
 PackedWeight pack_weight(const Problem& p, const Grouping& g, bool transposed, gemm::Words words, gemm::word* data) {
     const int64_t depth = depth_of(transposed ? g.out : g.in, words);
     const PackedWeight packed{data, p.kernel_h * p.kernel_w, depth, ceil_div(transposed ? g.in : g.out, gemm::kPanel)};
-    if (p.weight_bfloat16) pack<bf16>(p, g, transposed, words, packed);
+    if (p.weight_element) pack<bf16>(p, g, transposed, words, packed);
     else pack<float>(p, g, transposed, words, packed);
     return packed;
 }

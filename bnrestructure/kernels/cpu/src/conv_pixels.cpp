@@ -97,69 +97,6 @@ void input_gradient_run(const float* g, int64_t ldg, const T* x, int64_t ldx, in
     });
 }
 
-// A vector's part of an operand's affine transform; without one (x - 0) * 1 + 0, which is exact.
-template <class Lanes>
-struct OperandVectors {
-    vf mean = zero(), scale = set1(1.0f), beta = zero();
-    BNR_INLINE OperandVectors(const float* m, const float* s, const float* b, int64_t c, Lanes lanes) {
-        if (m) mean = load(m + c, lanes), scale = load(s + c, lanes), beta = load(b + c, lanes);
-    }
-    BNR_INLINE vf operator()(vf x) const { return affine(x, mean, scale, beta); }
-};
-
-template <Act A>
-BNR_INLINE Activation activation_of(const Join& join) {
-    return {A == Act::any ? static_cast<Act>(join.activation) : A, static_cast<float>(join.slope)};
-}
-
-template <Act A, class T>
-void join_run(const Join& join, int64_t pixel, int64_t pixels, int64_t channels, T* z, int64_t ldz) {
-    const T* y = static_cast<const T*>(join.y) + pixel * join.y_pitch;
-    const T* r = static_cast<const T*>(join.r) + pixel * join.r_pitch;
-    const Activation act = activation_of<A>(join);
-    for (int64_t begin = 0; begin < pixels; begin += 8) {   // vectors are loaded once for a few pixels that lie close together
-        const int64_t end = std::min(pixels, begin + 8);
-        for_each_vector(channels, [&](int64_t c, auto lanes) {
-            const OperandVectors<decltype(lanes)> ty(join.y_mean, join.y_scale, join.y_beta, c, lanes);
-            const OperandVectors<decltype(lanes)> tr(join.r_mean, join.r_scale, join.r_beta, c, lanes);
-            for (int64_t i = begin; i < end; i++) {
-                const vf u = ty(load(y + i * join.y_pitch + c, lanes)) + tr(load(r + i * join.r_pitch + c, lanes));
-                store(z + i * ldz + c, activate<A>(u, act), lanes);
-            }
-        });
-    }
-}
-
-template <Act A, class T>
-void join_gradient_run(const float* g, int64_t ldg, const Join& join, int64_t pixel, int64_t channel, int64_t pixels,
-                       int64_t channels, float factor, T* dx, int64_t lddx, bool accumulate, const JoinSums& sums) {
-    const T* y = static_cast<const T*>(join.y) + pixel * join.y_pitch + channel;
-    const T* r = static_cast<const T*>(join.r) + pixel * join.r_pitch + channel;
-    const Activation act = activation_of<A>(join);
-    for_each_vector(channels, [&](int64_t c, auto lanes) {
-        const OperandVectors<decltype(lanes)> ty(join.y_mean, join.y_scale, join.y_beta, channel + c, lanes);
-        const OperandVectors<decltype(lanes)> tr(join.r_mean, join.r_scale, join.r_beta, channel + c, lanes);
-        for (int64_t begin = 0; begin < pixels; begin += kFew) {
-            const int64_t end = std::min(pixels, begin + kFew);
-            vf sp = zero(), spy = zero(), spr = zero();
-            for (int64_t i = begin; i < end; i++) {
-                const vf vy = load(y + i * join.y_pitch + c, lanes), vr = load(r + i * join.r_pitch + c, lanes);
-                T* to = dx + i * lddx + c;
-                vf p = load(g + i * ldg + c, lanes) * set1(factor);
-                if (accumulate) p = p + load(to, lanes);
-                vf state;
-                activate<A>(ty(vy) + tr(vr), act, state);
-                p = pull_back<A>(p, state, act);
-                sp = sp + p;
-                spy = fma(p, vy - ty.mean, spy);
-                spr = fma(p, vr - tr.mean, spr);
-                store(to, p, lanes);
-            }
-            add_to(sums.p + c, sp, lanes), add_to(sums.py + c, spy, lanes), add_to(sums.pr + c, spr, lanes);
-        }
-    });
-}
-
 template <Act A, bool kAffine, class T>
 void gated_gradient_run(const float* g, int64_t ldg, const T* x, int64_t ldx, int64_t pixels, int64_t channels,
                         const InputTransform& t, float factor, T* dx, int64_t lddx, bool accumulate, float* sum_gate) {
@@ -274,20 +211,6 @@ void input_gradient_pixels(const float* g, int64_t ldg, const T* x, int64_t ldx,
 }
 
 template <class T>
-void join_pixels(const Join& join, int64_t pixel, int64_t pixels, int64_t channels, T* z, int64_t ldz) {
-    with_activation(static_cast<Act>(join.activation),
-                    [&](auto act) { join_run<decltype(act)::value>(join, pixel, pixels, channels, z, ldz); });
-}
-
-template <class T>
-void join_gradient_pixels(const float* g, int64_t ldg, const Join& join, int64_t pixel, int64_t channel, int64_t pixels,
-                          int64_t channels, float factor, T* dx, int64_t lddx, bool accumulate, const JoinSums& sums) {
-    with_activation(static_cast<Act>(join.activation), [&](auto act) {
-        join_gradient_run<decltype(act)::value>(g, ldg, join, pixel, channel, pixels, channels, factor, dx, lddx, accumulate, sums);
-    });
-}
-
-template <class T>
 void gated_gradient_pixels(const float* g, int64_t ldg, const T* x, int64_t ldx, int64_t pixels, int64_t channels,
                            const InputTransform& t, float factor, T* dx, int64_t lddx, bool accumulate, float* sum_gate) {
     with_activation(t.act.kind, [&](auto act) {
@@ -343,9 +266,6 @@ BNR_FOR(bf16, bf16)
                                       float*);                                                                        \
     template void input_gradient_pixels(const float*, int64_t, const T*, int64_t, int64_t, int64_t,                   \
                                         const InputTransform&, float, T*, int64_t, bool, float*, float*);             \
-    template void join_pixels(const Join&, int64_t, int64_t, int64_t, T*, int64_t);                                   \
-    template void join_gradient_pixels(const float*, int64_t, const Join&, int64_t, int64_t, int64_t, int64_t, float, T*,   \
-                                       int64_t, bool, const JoinSums&);                                              \
     template void gated_gradient_pixels(const float*, int64_t, const T*, int64_t, int64_t, int64_t,                   \
                                         const InputTransform&, float, T*, int64_t, bool, float*);                     \
     template void finish_output_pixels(const float*, int64_t, int64_t, int64_t, const float*, T*, int64_t);            \

@@ -7,8 +7,9 @@
 #include <cstdint>
 
 #include "activation.h"
-#include "conv_arguments.h"
+#include "arguments.h"
 #include "gemm.h"
+#include "join_pixels.h"
 
 namespace bnr::conv {
 
@@ -31,10 +32,6 @@ template <class T, class Out>
 void transform_pixels(const T* x, int64_t ldx, int64_t pixels, int64_t channels, const InputTransform& t, Out* z,
                       int64_t ldz);
 
-// A residual join: z = act(ty(y) + tr(r)).
-template <class T>
-void join_pixels(const Join& join, int64_t pixel, int64_t pixels, int64_t channels, T* z, int64_t ldz);
-
 // d = factor * dY
 template <class T, class Out>
 void output_gradient_pixels(const T* p, int64_t ldp, const T* y, int64_t ldy, int64_t pixels, int64_t channels,
@@ -51,15 +48,6 @@ template <class T>
 void input_gradient_pixels(const float* g, int64_t ldg, const T* x, int64_t ldx, int64_t pixels, int64_t channels,
                            const InputTransform& t, float factor, T* dx, int64_t lddx, bool accumulate, float* sum_p,
                            float* sum_px);
-
-// With a residual join in front: from the gradient at its sum, factor * g (added to what dx holds with `accumulate`), to G, what both
-// operands share, in dx; sum_p += G, sum_py += G * (y - y_mean), sum_pr += G * (r - r_mean). y, r and the vectors begin at `channel`.
-struct JoinSums {
-    float *p, *py, *pr;
-};
-template <class T>
-void join_gradient_pixels(const float* g, int64_t ldg, const Join& join, int64_t pixel, int64_t channel, int64_t pixels,
-                          int64_t channels, float factor, T* dx, int64_t lddx, bool accumulate, const JoinSums& sums);
 
 // With a gate: dx = factor * g * gate, and sum_gate += factor * g * act(...).
 template <class T>

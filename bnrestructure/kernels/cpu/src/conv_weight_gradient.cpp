@@ -135,14 +135,14 @@ bool prefers_whole_batch(const BackwardArguments& arguments) {
     // and written. A byte from memory costs about three and a half times one from the last-level cache (measured).
     // Where not all of the batch can be staged at once, its products wait for main memory: measured, that takes four times as
     // much to be worth it.
-    const double again = double(2 * p.out_channels + p.in_channels) * (p.bfloat16 ? 2 : 4);
+    const double again = double(2 * p.out_channels + p.in_channels) * (p.bfloat16() ? 2 : 4);
     const double least = staged_bytes(p) > kMostStaged ? 4.0 : 1.0;
     return sums > cache_size() / 2 && double(sums) * 2 / 128 > least * 3.5 * again;
 }
 
 void weight_gradient_of_batch(const BackwardArguments& arguments) {
     const Problem problem = flattened(arguments.problem);
-    if (problem.bfloat16) WeightGradient<bf16>(arguments, problem).run();
+    if (problem.bfloat16()) WeightGradient<bf16>(arguments, problem).run();
     else WeightGradient<float>(arguments, problem).run();
 }
 

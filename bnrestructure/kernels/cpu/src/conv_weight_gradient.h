@@ -1,7 +1,7 @@
 // The weight gradient of a layer whose sums do not fit into the cache beside a tile: see conv_weight_gradient.cpp.
 #pragma once
 
-#include "conv_arguments.h"
+#include "arguments.h"
 
 namespace bnr::conv {
 

@@ -95,7 +95,7 @@ BNR_FLATTEN void input_row(const Backward& f, const RowTaps& taps, int64_t pixel
     const BackwardArguments& arguments = f.arguments;
     const T* x = static_cast<const T*>(p.x) + pixel * p.x_pitch + c0;
     T* dx = arguments.dx ? static_cast<T*>(arguments.dx) + pixel * arguments.dx_pitch + c0 : nullptr;
-    const int64_t weight_pitch = padded(p.channels), vector_pitch = f.columns.columns * W;
+    const int64_t weight_pitch = padded(p.in_channels), vector_pitch = f.columns.columns * W;
     const int64_t x_ahead = prefetch_distance<T>(p.x_pitch);
     const int64_t dx_ahead = dx ? prefetch_distance<T>(arguments.dx_pitch) : 0;
     alignas(64) float z[COLUMNS * W], kept[COLUMNS * W], g[COLUMNS * W];
@@ -139,7 +139,7 @@ void backward_band(const Backward& f, const RowKernels& kernels, const RowRing& 
                    Range rows, int64_t block, BlockSums& sums) {
     const Problem& p = f.p;
     const int64_t c0 = f.blocks.begin(block), channels = f.blocks.width(block);
-    const float* gate = f.gates ? f.gates + image * padded(p.channels) + c0 : nullptr;
+    const float* gate = f.gates ? f.gates + image * padded(p.in_channels) + c0 : nullptr;
     int64_t ready = 0;  // the first row of dY that has not been computed yet
     for (int64_t i = rows.begin; i < rows.end; i++) {
         const int64_t reach = i + p.padding_h;
@@ -158,7 +158,7 @@ template <class T>
 void write_weight_gradient(const Backward& f, const Sums& sums, int64_t c0, T* target) {
     const int64_t* strides = f.arguments.weight_gradient_strides;
     for (int64_t k = 0; k < f.positions; k++) {
-        T* position = target + k / f.p.kernel_w * strides[1] + k % f.p.kernel_w * strides[2];
+        T* position = target + k / f.p.kernel_w * strides[2] + k % f.p.kernel_w * strides[3];
         const double* source = sums.total + (WEIGHT_GRADIENT + k) * sums.pitch;
         for (int64_t c = 0; c < sums.channels; c++) position[(c0 + c) * strides[0]] = from_float<T>(float(source[c]));
     }
@@ -173,7 +173,7 @@ void backward(const Backward& f, const RowKernels& kernels, int64_t threads) {
     sums.reserve(size_t(threads * f.blocks.count));
     for (int64_t i = 0; i < threads * f.blocks.count; i++)
         sums.emplace_back(scratch, f.blocks.width(i % f.blocks.count), f.positions);
-    double* gate_bands = f.gates ? scratch.take<double>(bands.count() * p.channels) : nullptr;
+    double* gate_bands = f.gates ? scratch.take<double>(bands.count() * p.in_channels) : nullptr;
     parallel(threads, [&](int64_t t) {
         Scratch own;
         const RowRing ring(own, f.slots, f.blocks.size, f.columns.columns);
@@ -183,7 +183,7 @@ void backward(const Backward& f, const RowKernels& kernels, int64_t threads) {
         for (int64_t band = work.begin; band < work.end; band++)
             for (int64_t block = 0; block < f.blocks.count; block++) {
                 backward_band(f, kernels, ring, taps, bands.image(band), bands.range(band), block, mine[block]);
-                if (gate_bands) mine[block].take_gate(gate_bands + band * p.channels + f.blocks.begin(block));
+                if (gate_bands) mine[block].take_gate(gate_bands + band * p.in_channels + f.blocks.begin(block));
             }
         for (int64_t block = 0; block < f.blocks.count; block++) mine[block].flush();
     });
@@ -200,10 +200,10 @@ void backward(const Backward& f, const RowKernels& kernels, int64_t threads) {
                 write_weight_gradient(f, total, c0, static_cast<decltype(type)>(arguments.weight_gradient));
             });
     }
-    for (int64_t i = 0; gate_bands && arguments.gate_gradient && i < p.batch * p.channels; i++) {
-        const double* parts = gate_bands + i / p.channels * bands.per_image * p.channels + i % p.channels;
+    for (int64_t i = 0; gate_bands && arguments.gate_gradient && i < p.batch * p.in_channels; i++) {
+        const double* parts = gate_bands + i / p.in_channels * bands.per_image * p.in_channels + i % p.in_channels;
         double total = 0;
-        for (int64_t band = 0; band < bands.per_image; band++) total += parts[band * p.channels];
+        for (int64_t band = 0; band < bands.per_image; band++) total += parts[band * p.in_channels];
         arguments.gate_gradient[i] = float(total);
     }
 }
@@ -213,10 +213,10 @@ void backward(const Backward& f, const RowKernels& kernels, int64_t threads) {
 
 using namespace bnr;
 
-BNR_EXPORT void bnr_depthwise_backward(const depthwise::BackwardArguments* arguments) {
+BNR_EXPORT void bnr_depthwise_backward(const BackwardArguments* arguments) {
     Scratch scratch;
     const depthwise::Backward f(scratch, *arguments);
-    const int64_t work = f.p.batch * f.p.channels * f.p.in_height * f.p.in_width;
+    const int64_t work = f.p.batch * f.p.in_channels * f.p.in_height * f.p.in_width;
     const int64_t threads = useful_threads(work, f.p.threads);
     depthwise::RowKernels kernels;
     kernels.input = kernel_for(f.p.x_element, f.act.kind, [](auto* type, auto act) {

@@ -39,10 +39,10 @@ struct Forward {
           transform(scratch, p),
           gates(padded_gates(scratch, p)),
           weight(packed_weight(scratch, p)),
-          bias(padded_vector(scratch, arguments.bias, p.channels, 0.0f)),
+          bias(padded_vector(scratch, arguments.bias, p.in_channels, 0.0f)),
           columns(scratch, p),
           slots((p.kernel_h - 1) * p.dilation_h + 1),
-          blocks(p.channels, RowRing::bytes_per_vector(slots, columns.columns)),
+          blocks(p.in_channels, RowRing::bytes_per_vector(slots, columns.columns)),
           act{Act(p.activation), float(p.slope)} {}
 };
 
@@ -73,7 +73,7 @@ BNR_FLATTEN void transform_row(const Forward& f, int64_t pixel, int64_t c0, int6
 template <class T>
 BNR_FLATTEN void convolve_row(const Forward& f, const Tap* taps, int64_t tap_count, int64_t c0, int64_t channels,
                               int64_t pixel, Moments* moments) {
-    const int64_t vector_pitch = f.columns.columns * W, weight_pitch = padded(f.p.channels);
+    const int64_t vector_pitch = f.columns.columns * W, weight_pitch = padded(f.p.in_channels);
     const int64_t pitch = f.arguments.y_pitch, ahead = prefetch_distance<T>(pitch);
     T* y = static_cast<T*>(f.arguments.y) + pixel * pitch + c0;
     for_each_piece(f.p.out_width, [&](int64_t begin, int64_t columns) {
@@ -139,7 +139,7 @@ void convolve_band(const Forward& f, const RowKernels& kernels, const RowRing& r
                    int64_t block, Statistics* statistics) {
     const Problem& p = f.p;
     const int64_t c0 = f.blocks.begin(block), channels = f.blocks.width(block);
-    const float* gate = f.gates ? f.gates + image * padded(p.channels) + c0 : nullptr;
+    const float* gate = f.gates ? f.gates + image * padded(p.in_channels) + c0 : nullptr;
     int64_t ready = 0;  // the first row of x that has not been transformed yet
     for (int64_t i = rows.begin; i < rows.end; i++) {
         const int64_t first = i * p.stride_h - p.padding_h, last = first + (p.kernel_h - 1) * p.dilation_h;
@@ -165,7 +165,7 @@ void convolve_band(const Forward& f, const RowKernels& kernels, const RowRing& r
 
 void convolve(const Forward& f, const RowKernels& kernels, Scratch& scratch) {
     const Problem& p = f.p;
-    const int64_t work = p.batch * p.channels * p.in_height * p.in_width;
+    const int64_t work = p.batch * p.in_channels * p.in_height * p.in_width;
     const int64_t threads = useful_threads(work, p.threads);
     const Bands bands(p.batch, p.out_height, threads);
     std::vector<Statistics> statistics;  // thread by thread, block by block
@@ -199,7 +199,7 @@ void convolve(const Forward& f, const RowKernels& kernels, Scratch& scratch) {
 
 using namespace bnr;
 
-BNR_EXPORT void bnr_depthwise_forward(const depthwise::ForwardArguments* arguments) {
+BNR_EXPORT void bnr_depthwise_forward(const ForwardArguments* arguments) {
     Scratch scratch;
     const depthwise::Forward f(scratch, *arguments);
     depthwise::RowKernels kernels;

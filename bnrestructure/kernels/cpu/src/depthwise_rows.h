@@ -15,7 +15,7 @@
 #include <type_traits>
 
 #include "activation.h"
-#include "depthwise_arguments.h"
+#include "arguments.h"
 #include "library.h"
 #include "statistics.h"
 
@@ -104,9 +104,9 @@ struct Affine {
     const float *mean, *scale, *beta;
 
     Affine(Scratch& scratch, const Problem& p)
-        : mean(padded_vector(scratch, p.mean, p.channels, 0.0f)),
-          scale(padded_vector(scratch, p.scale, p.channels, 1.0f)),
-          beta(padded_vector(scratch, p.beta, p.channels, 0.0f)) {}
+        : mean(padded_vector(scratch, p.mean, p.in_channels, 0.0f)),
+          scale(padded_vector(scratch, p.scale, p.in_channels, 1.0f)),
+          beta(padded_vector(scratch, p.beta, p.in_channels, 0.0f)) {}
 
     // The transform of one vector of channels, in registers.
     struct Vectors {
@@ -119,22 +119,22 @@ struct Affine {
 // The gates of all images, [N, padded(C)], or null without one.
 inline const float* padded_gates(Scratch& scratch, const Problem& p) {
     if (!p.gate) return nullptr;
-    float* gates = scratch.zeros<float>(p.batch * padded(p.channels));
+    float* gates = scratch.zeros<float>(p.batch * padded(p.in_channels));
     for (int64_t n = 0; n < p.batch; n++)
-        std::copy(p.gate + n * p.channels, p.gate + (n + 1) * p.channels, gates + n * padded(p.channels));
+        std::copy(p.gate + n * p.in_channels, p.gate + (n + 1) * p.in_channels, gates + n * padded(p.in_channels));
     return gates;
 }
 
 // The weight as fp32 [kernel position][padded(C)].
 inline const float* packed_weight(Scratch& scratch, const Problem& p) {
-    float* packed = scratch.zeros<float>(p.kernel_h * p.kernel_w * padded(p.channels));
+    float* packed = scratch.zeros<float>(p.kernel_h * p.kernel_w * padded(p.in_channels));
     with_element(p.weight_element, [&](auto* type) {
         const auto* weight = static_cast<decltype(type)>(const_cast<void*>(p.weight));
         for (int64_t ky = 0; ky < p.kernel_h; ky++)
             for (int64_t kx = 0; kx < p.kernel_w; kx++) {
-                float* target = packed + (ky * p.kernel_w + kx) * padded(p.channels);
-                const auto* source = weight + ky * p.weight_strides[1] + kx * p.weight_strides[2];
-                for (int64_t c = 0; c < p.channels; c++) target[c] = to_float(source[c * p.weight_strides[0]]);
+                float* target = packed + (ky * p.kernel_w + kx) * padded(p.in_channels);
+                const auto* source = weight + ky * p.weight_strides[2] + kx * p.weight_strides[3];
+                for (int64_t c = 0; c < p.in_channels; c++) target[c] = to_float(source[c * p.weight_strides[0]]);
             }
     });
     return packed;

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "activation.h"
+#include "arguments.h"
 #include "library.h"
 
 namespace bnr {
@@ -22,32 +23,29 @@ void write(void* p, int64_t element, int64_t c, float v) {
 
 using namespace bnr;
 
-// `unbias` is count / (count - 1). weight, bias, running_mean and running_var may be null.
-BNR_EXPORT void bnr_finalize_forward(const float* mean, const float* var, int64_t channels, double unbias,
-                                     const void* weight, int64_t weight_element, const void* bias, int64_t bias_element,
-                                     void* running_mean, int64_t mean_element, void* running_var, int64_t var_element,
-                                     double momentum, double eps, float* rstd, float* scale, float* beta) {
-    for (int64_t c = 0; c < channels; c++) {
-        const double r = 1.0 / std::sqrt(double(var[c]) + eps);
-        rstd[c] = float(r);
-        scale[c] = float(weight ? read(weight, weight_element, c) * r : r);
-        beta[c] = bias ? read(bias, bias_element, c) : 0.0f;
-        if (running_mean) {
-            const double old = read(running_mean, mean_element, c);
-            write(running_mean, mean_element, c, float(old * (1 - momentum) + mean[c] * momentum));
+// mean and var to rstd, scale and beta; the running statistics in place.
+BNR_EXPORT void bnr_finalize_forward(const FinalizeArguments* a) {
+    for (int64_t c = 0; c < a->channels; c++) {
+        const double r = 1.0 / std::sqrt(double(a->var[c]) + a->eps);
+        a->rstd[c] = float(r);
+        a->scale[c] = float(a->weight ? read(a->weight, a->weight_element, c) * r : r);
+        a->beta[c] = a->bias ? read(a->bias, a->bias_element, c) : 0.0f;
+        if (a->running_mean) {
+            const double old = read(a->running_mean, a->running_mean_element, c);
+            write(a->running_mean, a->running_mean_element, c, float(old * (1 - a->momentum) + a->mean[c] * a->momentum));
         }
-        if (running_var) {
-            const double old = read(running_var, var_element, c);
-            write(running_var, var_element, c, float(old * (1 - momentum) + var[c] * unbias * momentum));
+        if (a->running_var) {
+            const double old = read(a->running_var, a->running_var_element, c);
+            write(a->running_var, a->running_var_element, c, float(old * (1 - a->momentum) + a->var[c] * a->unbias * a->momentum));
         }
     }
 }
 
-BNR_EXPORT void bnr_finalize_backward(const float* dscale, const float* rstd, int64_t channels, const void* weight,
-                                      int64_t weight_element, float* dvar, float* dweight) {
-    for (int64_t c = 0; c < channels; c++) {
-        const double r = rstd[c], gamma = weight ? read(weight, weight_element, c) : 1.0;
-        dvar[c] = float(-0.5 * dscale[c] * gamma * r * r * r);
-        dweight[c] = float(dscale[c] * r);
+// dscale and rstd to dvar and dweight.
+BNR_EXPORT void bnr_finalize_backward(const FinalizeArguments* a) {
+    for (int64_t c = 0; c < a->channels; c++) {
+        const double r = a->rstd[c], gamma = a->weight ? read(a->weight, a->weight_element, c) : 1.0;
+        a->dvar[c] = float(-0.5 * a->dscale[c] * gamma * r * r * r);
+        a->dweight[c] = float(a->dscale[c] * r);
     }
 }

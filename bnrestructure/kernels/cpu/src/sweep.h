@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "activation.h"
+#include "arguments.h"
 #include "library.h"
 #include "rounding.h"
 #include "statistics.h"
@@ -17,16 +18,18 @@ constexpr int BLOCK_ROWS = 8;
 constexpr int64_t TILE_ROWS = 128;    // summed in fp32 before the sums are flushed to double
 constexpr int64_t SHIFT_ROWS = 16;    // enough for a first estimate of the mean (see statistics.h)
 
-// A tensor of pixels: channel c of pixel r is at data[r * ld + c]. No data: the tensor is absent. Pixels of void are what
-// kernels are given, who know the type.
+inline int64_t pixels(const SweepArguments& a) { return a.images * a.height * a.width; }
+inline int64_t useful_threads(const SweepArguments& a) { return bnr::useful_threads(pixels(a) * a.channels, a.threads); }
+inline Activation activation(const SweepArguments& a) { return {Act(a.activation), float(a.slope)}; }
+
+// A tensor of pixels: channel c of pixel r is at data[r * ld + c]. No data: the tensor is absent.
 template <class T>
 struct Pixels {
     T* data;
     int64_t ld;
 
-    Pixels(T* data, int64_t ld) : data(data), ld(ld) {}
     template <class V>
-    Pixels(const Pixels<V>& p) : data(static_cast<T*>(p.data)), ld(p.ld) {}
+    Pixels(V* data, int64_t ld) : data(static_cast<T*>(data)), ld(ld) {}
     explicit operator bool() const { return data != nullptr; }
     T* at(int64_t row, int64_t channel) const { return data + row * ld + channel; }
 };
@@ -51,6 +54,18 @@ BNR_INLINE void for_each_block(Range rows, int64_t channels, F&& f) {
 template <class F>
 inline void for_each_tile(Range rows, F&& f) {
     for (int64_t r = rows.begin; r < rows.end; r += TILE_ROWS) f(Range{r, std::min(rows.end, r + TILE_ROWS)});
+}
+
+// f(image, rows of it) for the parts of `rows` that lie in one image, no longer than a tile.
+template <class F>
+inline void for_each_image_tile(const SweepArguments& a, Range rows, F&& f) {
+    const int64_t positions = a.height * a.width;
+    for (int64_t r = rows.begin; r < rows.end;) {
+        const int64_t image = r / positions;
+        const Range tile{r, std::min({rows.end, (image + 1) * positions, r + TILE_ROWS})};
+        f(image, tile);
+        r = tile.end;
+    }
 }
 
 // A transform's vectors. Absent ones are those of the identity, which is exact: (x - 0) * 1 + 0.
@@ -95,11 +110,13 @@ inline S& merged(std::vector<S>& all) {
 
 // z = act(affine(x)), and where the gradient at x goes: stored, or added to what is there.
 struct Input {
-    Pixels<const void> x;
+    const SweepArguments& arguments;
     const Affine& transform;
     Activation act;
-    Pixels<void> dx;
     bool accumulate;
+
+    Input(const SweepArguments& a, const Affine& transform)
+        : arguments(a), transform(transform), act(activation(a)), accumulate(a.accumulate != 0) {}
 };
 
 // The tail of every backward sweep, from g, the gradient at z: P = g * act'(u), its sums SP and SPX = sum P * (x - mean), and
@@ -113,7 +130,8 @@ struct InputGradient {
     bool accumulate;
 
     explicit InputGradient(const Input& i)
-        : x(i.x), transform(i.transform), act(i.act), dx(i.dx), accumulate(i.accumulate) {}
+        : x(i.arguments.x, i.arguments.x_pitch), transform(i.transform), act(i.act), dx(i.arguments.dx, i.arguments.dx_pitch),
+          accumulate(i.accumulate) {}
 
     // gradient(i) is g of row + i. With kDither dx keeps, on average, what rounding to bfloat16 would take from every pixel alike.
     template <bool kDither = false, class L, class G>
@@ -138,12 +156,12 @@ struct InputGradient {
     }
 };
 
-// SP and SPX to where the caller wants them; null when it does not.
-inline void write_sums(std::vector<Sums>& sums, float* sum_p, float* sum_px) {
-    if (!sum_p) return;
+// The sums, in the order SP, SPX, SPR, to where the caller wants them.
+inline void write_sums(std::vector<Sums>& sums, const SweepArguments& a) {
     const Sums& total = merged(sums);
-    total.write(0, sum_p);
-    total.write(1, sum_px);
+    if (a.sum_p) total.write(0, a.sum_p);
+    if (a.sum_px) total.write(1, a.sum_px);
+    if (a.sum_pr) total.write(2, a.sum_pr);
 }
 
 }  // namespace bnr::sweep

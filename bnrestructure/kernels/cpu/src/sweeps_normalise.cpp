@@ -1,33 +1,67 @@
-// Normalisation and activation as a sweep of their own, where no convolution can carry them.
+// Normalisation, activation and gate as a sweep of their own, where no convolution can carry them.
+#include "conv_pixels.h"
 #include "sweep.h"
 
 namespace bnr::sweep {
 namespace {
 
+// Rows that lie in one image, where there is a gate.
 template <Act A, class T>
-BNR_FLATTEN void normalise(Pixels<const void> from, Range rows, int64_t channels, const Affine& transform, Activation act,
-                           Pixels<void> to) {
-    const Pixels<const T> x(from);
-    const Pixels<T> z(to);
-    for_each_block(rows, channels, [&](int64_t r, int64_t c, auto lanes, int n) {
+BNR_FLATTEN void normalise(const SweepArguments& a, Range rows, const Affine& transform, Activation act, const float* gate) {
+    const Pixels<const T> x(a.x, a.x_pitch);
+    const Pixels<T> z(a.z, a.z_pitch);
+    for_each_block(rows, a.channels, [&](int64_t r, int64_t c, auto lanes, int n) {
         const auto t = transform.at(c, lanes);
+        const vf factor = gate ? load(gate + c, lanes) : set1(1.0f);
         for (int i = 0; i < n; i++) {
             request(x, r + i, c), request(z, r + i, c);
-            store(z.at(r + i, c), activate<A>(t(load(x.at(r + i, c), lanes)), act), lanes);
+            store(z.at(r + i, c), activate<A>(t(load(x.at(r + i, c), lanes)), act) * factor, lanes);
         }
     });
 }
 
 template <Act A, class T>
-BNR_FLATTEN void normalise_gradient(Pixels<const void> from, const Input& to, Range tile, int64_t channels, Sums& sums) {
-    const Pixels<const T> dz(from);
+BNR_FLATTEN void normalise_gradient(const SweepArguments& a, const Input& to, Range tile, Sums& sums) {
+    const Pixels<const T> dz(a.dz, a.dz_pitch);
     const InputGradient<A, T> input(to);
-    for_each_block(tile, channels, [&](int64_t r, int64_t c, auto lanes, int n) {
+    const vf factor = set1(float(a.gradient_factor));
+    for_each_block(tile, a.channels, [&](int64_t r, int64_t c, auto lanes, int n) {
         input.block(r, c, lanes, n, sums, [&](int i) {
             request(dz, r + i, c);
-            return load(dz.at(r + i, c), lanes);
+            return load(dz.at(r + i, c), lanes) * factor;
         });
     });
+}
+
+// With a gate: dx = dz * gate, the mask not applied, and the gate's gradient.
+template <class T>
+void gate_gradient(const SweepArguments& a) {
+    Scratch scratch;
+    const int64_t threads = useful_threads(a), channels = a.channels, pitch = padded(channels);
+    const conv::InputTransform plain{nullptr, nullptr, nullptr, {Act::identity, 0.0f}, nullptr};
+    std::vector<double*> gates;
+    std::vector<float*> sums, gradients;
+    for (int64_t t = 0; t < threads; t++) {
+        gates.push_back(scratch.zeros<double>(a.images * channels));
+        sums.push_back(scratch.zeros<float>(pitch));
+        gradients.push_back(scratch.take<float>(TILE_ROWS * pitch));
+    }
+    parallel(threads, [&](int64_t t) {
+        for_each_image_tile(a, share(pixels(a), 1, t, threads), [&](int64_t image, Range tile) {
+            const conv::InputTransform transform{a.mean, a.scale, a.beta, activation(a), a.gate + image * channels};
+            conv::transform_pixels(static_cast<const T*>(a.dz) + tile.begin * a.dz_pitch, a.dz_pitch, tile.size(), channels, plain,
+                                   gradients[size_t(t)], pitch);
+            conv::gated_gradient_pixels(gradients[size_t(t)], pitch, static_cast<const T*>(a.x) + tile.begin * a.x_pitch, a.x_pitch,
+                                        tile.size(), channels, transform, float(a.gradient_factor),
+                                        static_cast<T*>(a.dx) + tile.begin * a.dx_pitch, a.dx_pitch, a.accumulate != 0, sums[size_t(t)]);
+            for (int64_t c = 0; c < channels; c++) gates[size_t(t)][image * channels + c] += sums[size_t(t)][c], sums[size_t(t)][c] = 0;
+        });
+    });
+    for (int64_t i = 0; i < a.images * channels; i++) {
+        double total = 0;
+        for (int64_t t = 0; t < threads; t++) total += gates[size_t(t)][i];
+        a.gate_gradient[i] = float(total);
+    }
 }
 
 }  // namespace
@@ -36,38 +70,44 @@ BNR_FLATTEN void normalise_gradient(Pixels<const void> from, const Input& to, Ra
 using namespace bnr;
 using namespace bnr::sweep;
 
-BNR_EXPORT void bnr_normalise_forward(int64_t element, int64_t kind, float slope, const void* x, int64_t ldx,
-                                      int64_t rows, int64_t channels, const float* mean, const float* scale,
-                                      const float* beta, void* z, int64_t ldz, int64_t threads) {
+// x, its vectors, the activation and the gate to z.
+BNR_EXPORT void bnr_normalise_forward(const SweepArguments* a) {
     Scratch scratch;
-    threads = useful_threads(rows * channels, threads);
-    const Activation act{Act(kind), slope};
-    const Affine transform(scratch, channels, mean, scale, beta);
-    const auto kernel = kernel_for(element, act.kind, [](auto* type, auto a) {
-        return normalise<a.value, std::remove_pointer_t<decltype(type)>>;
+    const int64_t threads = useful_threads(*a);
+    const Activation act = activation(*a);
+    const Affine transform(scratch, a->channels, a->mean, a->scale, a->beta);
+    const auto kernel = kernel_for(a->element, act.kind, [](auto* type, auto kind) {
+        return normalise<kind.value, std::remove_pointer_t<decltype(type)>>;
     });
-    parallel(threads, [&](int64_t t) { kernel({x, ldx}, share(rows, 1, t, threads), channels, transform, act, {z, ldz}); });
+    parallel(threads, [&](int64_t t) {
+        const Range rows = share(pixels(*a), 1, t, threads);
+        if (!a->gate) return kernel(*a, rows, transform, act, nullptr);
+        for_each_image_tile(*a, rows, [&](int64_t image, Range tile) {
+            kernel(*a, tile, transform, act, a->gate + image * a->channels);
+        });
+    });
 }
 
-BNR_EXPORT void bnr_normalise_backward(int64_t element, int64_t kind, float slope, const void* dz, int64_t lddz,
-                                       const void* x, int64_t ldx, int64_t rows, int64_t channels, const float* mean,
-                                       const float* scale, const float* beta, void* dx, int64_t lddx, int64_t accumulate,
-                                       float* sum_p, float* sum_px, int64_t threads) {
+// dz to dx, and sum_p and sum_px or, with a gate, gate_gradient.
+BNR_EXPORT void bnr_normalise_backward(const SweepArguments* a) {
+    if (a->gate) {
+        with_element(a->element, [&](auto* type) { gate_gradient<std::remove_pointer_t<decltype(type)>>(*a); });
+        return;
+    }
     Scratch scratch;
-    threads = useful_threads(rows * channels, threads);
-    const Activation act{Act(kind), slope};
-    const Affine transform(scratch, channels, mean, scale, beta);
-    auto sums = per_thread<Sums>(scratch, threads, channels, int64_t(2));
-    const Input input{{x, ldx}, transform, act, {dx, lddx}, accumulate != 0};
-    const auto kernel = kernel_for(element, act.kind, [](auto* type, auto a) {
-        return normalise_gradient<a.value, std::remove_pointer_t<decltype(type)>>;
+    const int64_t threads = useful_threads(*a);
+    const Affine transform(scratch, a->channels, a->mean, a->scale, a->beta);
+    auto sums = per_thread<Sums>(scratch, threads, a->channels, int64_t(2));
+    const Input input(*a, transform);
+    const auto kernel = kernel_for(a->element, input.act.kind, [](auto* type, auto act) {
+        return normalise_gradient<act.value, std::remove_pointer_t<decltype(type)>>;
     });
     parallel(threads, [&](int64_t t) {
         Sums& own = sums[size_t(t)];
-        for_each_tile(share(rows, 1, t, threads), [&](Range tile) {
-            kernel({dz, lddz}, input, tile, channels, own);
+        for_each_tile(share(pixels(*a), 1, t, threads), [&](Range tile) {
+            kernel(*a, input, tile, own);
             own.flush();
         });
     });
-    write_sums(sums, sum_p, sum_px);
+    write_sums(sums, *a);
 }

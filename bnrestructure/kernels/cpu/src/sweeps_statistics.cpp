@@ -22,10 +22,11 @@ BNR_FLATTEN void add_tile(Pixels<const T> x, Range tile, Moments& m) {
 }
 
 template <class T>
-void statistics(Pixels<const T> x, int64_t rows, int64_t channels, float* mean, float* var, int64_t threads) {
+void statistics(const SweepArguments& a) {
     Scratch scratch;
-    threads = useful_threads(rows * channels, threads);
-    auto moments = per_thread<Moments>(scratch, threads, channels);
+    const Pixels<const T> x(a.x, a.x_pitch);
+    const int64_t rows = pixels(a), threads = useful_threads(a);
+    auto moments = per_thread<Moments>(scratch, threads, a.channels);
     parallel(threads, [&](int64_t t) {
         Moments& m = moments[size_t(t)];
         for_each_tile(share(rows, 1, t, threads), [&](Range tile) {
@@ -34,14 +35,16 @@ void statistics(Pixels<const T> x, int64_t rows, int64_t channels, float* mean, 
             m.flush(tile.size());
         });
     });
-    merged(moments).write(mean, var);
+    merged(moments).write(a.z_mean, a.z_var);
 }
 
 template <class T>
-BNR_FLATTEN void statistics_gradient(Pixels<const T> x, Range rows, int64_t channels, const float* mean, const float* a,
-                                     const float* b, Pixels<T> dx, bool accumulate) {
-    for_each_block(rows, channels, [&](int64_t r, int64_t c, auto lanes, int n) {
-        const vf vmean = load(mean + c, lanes), va = load(a + c, lanes), vb = load(b + c, lanes);
+BNR_FLATTEN void statistics_gradient(const SweepArguments& a, Range rows) {
+    const Pixels<const T> x(a.x, a.x_pitch);
+    const Pixels<T> dx(a.dx, a.dx_pitch);
+    const bool accumulate = a.accumulate != 0;
+    for_each_block(rows, a.channels, [&](int64_t r, int64_t c, auto lanes, int n) {
+        const vf vmean = load(a.z_mean + c, lanes), va = load(a.a + c, lanes), vb = load(a.b + c, lanes);
         for (int i = 0; i < n; i++) {
             request(x, r + i, c), request(dx, r + i, c);
             T* const target = dx.at(r + i, c);
@@ -58,23 +61,17 @@ BNR_FLATTEN void statistics_gradient(Pixels<const T> x, Range rows, int64_t chan
 using namespace bnr;
 using namespace bnr::sweep;
 
-BNR_EXPORT void bnr_statistics_forward(int64_t element, const void* x, int64_t ldx, int64_t rows, int64_t channels,
-                                       float* mean, float* var, int64_t threads) {
-    with_element(element, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        statistics<T>({static_cast<const T*>(x), ldx}, rows, channels, mean, var, threads);
-    });
+// Statistics of x, to z_mean and z_var.
+BNR_EXPORT void bnr_statistics_forward(const SweepArguments* a) {
+    with_element(a->element, [&](auto* type) { statistics<std::remove_pointer_t<decltype(type)>>(*a); });
 }
 
-BNR_EXPORT void bnr_statistics_backward(int64_t element, const void* x, int64_t ldx, int64_t rows, int64_t channels,
-                                        const float* mean, const float* a, const float* b, void* dx, int64_t lddx,
-                                        int64_t accumulate, int64_t threads) {
-    threads = useful_threads(rows * channels, threads);
-    with_element(element, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
+// a * (x - z_mean) + b to dx.
+BNR_EXPORT void bnr_statistics_backward(const SweepArguments* a) {
+    const int64_t threads = useful_threads(*a);
+    with_element(a->element, [&](auto* type) {
         parallel(threads, [&](int64_t t) {
-            statistics_gradient<T>({static_cast<const T*>(x), ldx}, share(rows, 1, t, threads), channels, mean, a, b,
-                                   {static_cast<T*>(dx), lddx}, accumulate != 0);
+            statistics_gradient<std::remove_pointer_t<decltype(type)>>(*a, share(pixels(*a), 1, t, threads));
         });
     });
 }

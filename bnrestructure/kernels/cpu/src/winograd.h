@@ -40,7 +40,7 @@ void transform_output(const Components& from, int64_t pixel, int64_t tiles, int6
 
 // G g G' of a float32 weight as panels of 16 taps; with `transposed` of the weight that the input gradient is a convolution with.
 // The panels are in `scratch`.
-conv::PackedWeight transform_weight(const conv::Problem& p, const conv::Grouping& g, bool transposed, Scratch& scratch);
+conv::PackedWeight transform_weight(const Problem& p, const conv::Grouping& g, bool transposed, Scratch& scratch);
 
 // G' s G: component i of output n and input c of its group is at part[(i * outputs + n) * row_pitch + c], summed over the parts; tap
 // t goes to to[n * to_pitch + t * inputs + c].

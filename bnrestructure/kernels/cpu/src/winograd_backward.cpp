@@ -11,8 +11,6 @@ namespace bnr::winograd {
 
 namespace {
 
-using conv::BackwardArguments;
-using conv::Problem;
 
 constexpr int64_t kBlockChannels = 64;          // input channels of the weight gradient that are staged together
 constexpr int64_t kMostSums = 128 << 20;        // bytes of sums of the weight gradient
@@ -59,7 +57,7 @@ void finish_input_row(const BackwardArguments& a, int64_t image, int64_t row, co
     const bool accumulate = a.accumulate != 0;
     if (a.join.y) {
         Sums& sums = *to.sums;
-        conv::join_gradient_pixels(from, pitch, a.join, pixel, 0, p.in_width, channels, 1.0f, dx, a.dx_pitch, accumulate,
+        join_gradient_pixels(from, pitch, a.join, pixel, 0, p.in_width, channels, 1.0f, dx, a.dx_pitch, accumulate,
                                    {sums[0], sums[1], sums[2]});
         return;
     }
@@ -244,7 +242,7 @@ void weight_gradient(const BackwardArguments& a) {
 
 }  // namespace bnr::winograd
 
-BNR_EXPORT void bnr_winograd_backward(const bnr::conv::BackwardArguments* arguments) {
+BNR_EXPORT void bnr_winograd_backward(const bnr::BackwardArguments* arguments) {
     if (arguments->weight_gradient || arguments->bias_gradient) bnr::winograd::weight_gradient(*arguments);
     if (arguments->dx) bnr::winograd::input_gradient(*arguments);
 }

@@ -10,8 +10,8 @@ namespace bnr::winograd {
 
 namespace {
 
-void forward(const conv::ForwardArguments& a) {
-    const conv::Problem& p = a.problem;
+void forward(const ForwardArguments& a) {
+    const Problem& p = a.problem;
     const Plane in{p.in_height, p.in_width, p.in_channels}, out{p.out_height, p.out_width, p.out_channels};
     const TileRows rows(out, p.batch);
     Scratch scratch;
@@ -59,4 +59,4 @@ void forward(const conv::ForwardArguments& a) {
 
 }  // namespace bnr::winograd
 
-BNR_EXPORT void bnr_winograd_forward(const bnr::conv::ForwardArguments* arguments) { bnr::winograd::forward(*arguments); }
+BNR_EXPORT void bnr_winograd_forward(const bnr::ForwardArguments* arguments) { bnr::winograd::forward(*arguments); }

@@ -91,7 +91,7 @@ void transform_output(const Components& from, int64_t pixel, int64_t tiles, int6
     }
 }
 
-conv::PackedWeight transform_weight(const conv::Problem& p, const conv::Grouping& g, bool transposed, Scratch& scratch) {
+conv::PackedWeight transform_weight(const Problem& p, const conv::Grouping& g, bool transposed, Scratch& scratch) {
     const int64_t depth = transposed ? g.out : g.in, columns = transposed ? g.in : g.out;
     const int64_t panels = conv::ceil_div(columns, gemm::kPanel);
     const conv::PackedWeight made{scratch.take<gemm::word>(conv::PackedWeight::size(g.groups, kComponents, depth, columns)),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 __all__ = ["Array", "Fault", "State", "floats", "predicate", "store", "store_predicate", "wide", "words"]
 
 Array = np.ndarray
-Read = Callable[["State"], Array]
+#: Gives an array by thread, or a scalar of NumPy's for what is the same in all of them.
+Read = Callable[["State"], Any]
 
 #: Written to registers before the program: what is read without having been written is told by its absurdity.
 _GARBAGE = 0x7FD5A5A5
@@ -79,7 +81,7 @@ def store_predicate(text: str) -> Callable[[State, Array, Array | None], None]:
     return write
 
 
-def store(text: str, offset: int = 0) -> Callable[[State, Array, Array | None], None]:
+def store(text: str, offset: int = 0) -> Callable[[State, Any, Array | None], None]:
     """Where a word by thread goes: R4 (and ``offset`` registers on), UR4; RZ takes none."""
     if text in ("RZ", "URZ"):
         return lambda state, value, mask: None

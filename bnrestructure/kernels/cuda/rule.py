@@ -10,24 +10,25 @@ once for every tap and every tile that reads it: 3x3 convolutions pay it nine ti
 
 The rule knows two things. How many cycles a multiprocessor needs to issue the instructions of a step, and those before and behind
 the steps, counted in the compiler's output for sm_90 (compile_ahead.py; tests/cuda/test_compiled.py holds most of the numbers here
-against it, those of the variants that ``make test`` compiles). And that an H100 does about 800 TFLOP/s in bf16 and moves 3.0 TB/s. **None of it
-was timed as a whole on a GPU**: tune() is how to know.
+against it, those of the variants that ``make test`` compiles). And that an H100 does about 800 TFLOP/s in bf16 and moves 3.0 TB/s.
+**None of it was timed as a whole on a GPU**: tune() is how to know.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from bnrestructure.core.edges import ConvGeometry
 from bnrestructure.kernels import tuning
+from bnrestructure.kernels.calls import ConvBackward, ConvForward
 from bnrestructure.kernels.choice import BACKWARD as DENSE_BACKWARD
-from bnrestructure.kernels.choice import Choice
-from bnrestructure.kernels.cuda.device import identify_machine
+from bnrestructure.kernels.choice import Choice, Node
+from bnrestructure.kernels.cuda.device import event_timer, gpu_here, gpu_of, identify_machine, uses_tf32
 
-__all__ = ["BACKWARD", "ISSUED", "ISSUED_BY_WGRAD", "Node", "call_of", "candidates", "choose", "forms_sum", "node_of", "step_cycles"]
+__all__ = ["BACKWARD", "ISSUED", "ISSUED_BY_WGRAD", "CudaRule", "forms_sum", "rule", "step_cycles"]
 
 #: Backward candidates: the implementations of the input gradient and of the weight gradient.
 BACKWARD = {**DENSE_BACKWARD, "depthwise": ("depthwise", "depthwise"), "reference": ("reference", "reference")}
@@ -48,8 +49,8 @@ class Issued(NamedTuple):
     fixed: float
 
 
-#: By what is done to the pixels: nothing, the prologue, that of a padded convolution, the sum of a join, the gradient at the output; where a
-#: step runs through several taps every number has an address of its own.
+#: By what is done to the pixels: nothing, the prologue, that of a padded convolution, the sum of a join, the gradient at the output;
+#: where a step runs through several taps every number has an address of its own.
 ISSUED = {
     "product": Issued(92, 92, 260, 1600),
     "gathered": Issued(1460, 1460, 2920, 4430),
@@ -77,38 +78,34 @@ _MARGIN = 0.9
 _MOST_COLUMNS = 15
 
 
-class Node(NamedTuple):
-    """What the choice depends on. ``x`` and ``weight`` are shapes; ``tf32`` matters for fp32 alone; ``joined``: x is a residual join's sum,
-    formed and differentiated with the convolution (then ``transformed`` is False)."""
+class CudaRule:
+    """See :class:`bnrestructure.kernels.choice.Rule`."""
 
-    x: tuple[int, ...]
-    weight: tuple[int, ...]
-    geometry: ConvGeometry
-    transformed: bool
-    gated: bool
-    dtype: torch.dtype
-    tf32: bool
-    joined: bool = False
+    prefix = "cuda conv"
+    state: Callable[[], Hashable] = staticmethod(uses_tf32)
 
-    @property
-    def size_out(self) -> tuple[int, ...]:
-        """(OH, OW)."""
-        return self.geometry.output_size(self.x[2:], self.weight[2:])
+    def machine(self, dtype: torch.dtype) -> str:
+        """How fp32 products are formed; the GPU is told to :meth:`identify`."""
+        return "tf32" if dtype is torch.float32 and uses_tf32() else "exact products"
 
+    def unsupported(self, call: ConvForward | ConvBackward) -> None:
+        """Nothing: CudaKernels has asked limits.py."""
 
-@lru_cache(maxsize=4096)
-def node_of(
-    x: tuple[int, ...],
-    weight: tuple[int, ...],
-    geometry: ConvGeometry,
-    transformed: bool,
-    gated: bool,
-    dtype: torch.dtype,
-    tf32: bool,
-    joined: bool = False,
-) -> Node:
-    """The node of these shapes, computing in ``dtype``."""
-    return Node(tuple(x), tuple(weight), geometry, transformed, gated, dtype, tf32 and dtype is torch.float32, joined)
+    def candidates(self, node: Node, direction: str) -> list[str]:
+        """What can run the node in ``direction``, the one that needs no memory of its own first. The hybrid has no gate."""
+        return _candidates(node, direction)
+
+    def choose(self, node: Node, direction: str) -> Choice:
+        """:func:`rule`."""
+        return rule(node, direction)
+
+    def identify(self, device: torch.device) -> None:
+        """The device's GPU, or the current one."""
+        identify_machine(gpu_of(device) or gpu_here() or "no GPU")
+
+    def timer(self, x: Tensor) -> Callable[[Callable[[], Any]], float]:
+        """The GPU's clock; the host's where kernels are interpreted."""
+        return event_timer(x.device) if x.is_cuda else tuning.wall_clock
 
 
 def forms_sum(node: Node) -> bool:
@@ -116,8 +113,7 @@ def forms_sum(node: Node) -> bool:
     return node.geometry.is_pointwise(node.weight) and node.geometry.groups == 1
 
 
-def candidates(node: Node, direction: str) -> list[str]:
-    """What can run the node in ``direction``, the one that needs no memory of its own first. The hybrid has no gate."""
+def _candidates(node: Node, direction: str) -> list[str]:
     own = "depthwise" if node.geometry.is_depthwise(node.weight) else "fused"
     if own == "depthwise" and _is_too_wide(node):
         return ["reference"] if node.gated else ["hybrid", "reference"]
@@ -133,27 +129,18 @@ def _is_too_wide(node: Node) -> bool:
     return max(node.weight[3], node.geometry.stride[1]) > _MOST_COLUMNS
 
 
-@lru_cache(maxsize=4096)
-def choose(node: Node, direction: str, gpu: str | None) -> Choice:
-    """The choice for "forward" or "backward" on the GPU of this name; None: on one that is not here, by rule.
-
-    Cached; tuning clears the cache.
-    """
-    if gpu is not None:
-        identify_machine(gpu)
-        found = tuning.measured(call_of(node, direction))
-        if found is not None:
-            return Choice(found.choice, found.reason)
+def rule(node: Node, direction: str) -> Choice:
+    """The choice for "forward" or "backward" where nothing was measured."""
     if node.geometry.is_depthwise(node.weight):
         if _is_too_wide(node):
-            first = candidates(node, direction)[0]
+            first = _candidates(node, direction)[0]
             return Choice(first, "by rule: what so wide a kernel, or so long a stride, keeps would not fit the registers")
         return Choice("depthwise", "by rule: depthwise convolutions have kernels of their own")
     if node.gated:
         return Choice("fused", "by rule: only the fused kernel has a gate")
     if node.geometry.groups > 1:
         return Choice("fused", "by rule: nothing is known that is faster with groups")
-    if node.dtype is torch.float32 and not node.tf32:
+    if node.dtype is torch.float32 and not _uses_tf32(node):
         return Choice("fused", "by rule: nothing is known of fp32 products without TF32")
     costs = _forward_costs(node) if direction == "forward" else _backward_costs(node)
     best = min(costs, key=lambda name: costs[name])
@@ -163,15 +150,8 @@ def choose(node: Node, direction: str, gpu: str | None) -> Choice:
     return Choice(best, f"by rule: should take {share:.2f} of the fused kernels' time (estimated, not timed)")
 
 
-def call_of(node: Node, direction: str) -> str:
-    """The node's name in the file of measurements."""
-    (n, c, h, w), (out, _, kh, kw) = node.x, node.weight
-    stride, padding, dilation, groups = node.geometry
-    pairs = {"stride": stride, "padding": padding, "dilation": dilation}
-    details = ", ".join(f"{name} {'x'.join(map(str, pair))}" for name, pair in pairs.items())
-    how = ("transformed" if node.transformed else "as it is") + (", gated" if node.gated else "") + (", joined" if node.joined else "")
-    dtype = str(node.dtype).removeprefix("torch.") + (" as tf32" if node.tf32 else "")
-    return f"cuda conv {direction} {dtype} {n}x{c}x{h}x{w} {how}, to {out} by {kh}x{kw}, {details}, groups {groups}"
+def _uses_tf32(node: Node) -> bool:
+    return node.dtype is torch.float32 and node.machine == "tf32"
 
 
 # --- the rule: times in bytes that memory could have moved meanwhile ----------------------------------------------------
@@ -182,7 +162,7 @@ def _sizes(node: Node) -> tuple[int, int, float]:
     (n, c, h, w), (out, _, kh, kw), (oh, ow) = node.x, node.weight, node.size_out
     item = node.dtype.itemsize
     operations = 2 * n * oh * ow * out * c * kh * kw
-    return n * c * h * w * item, n * oh * ow * out * item, operations / 4096 * _BYTES_PER_CYCLE * (2 if node.tf32 else 1)
+    return n * c * h * w * item, n * oh * ow * out * item, operations / 4096 * _BYTES_PER_CYCLE * (2 if _uses_tf32(node) else 1)
 
 
 def step_cycles(kind: str, rows: int, columns: int, depth: int) -> float:
@@ -201,7 +181,7 @@ def _tiled(kind: str, left: int, right: int, depth: int, node: Node) -> float:
     issued, fixed = step_cycles(kind, a, b, _STEP), ISSUED[kind].fixed * a * b / _TILE**2 if kind in ISSUED else 0.0
     if any(channels % 8 for channels in (node.x[1], *node.weight[:2])) and kind != "gathered":
         issued *= next((factor for word, factor in _SCALAR.items() if word in kind), _SCALAR_FORWARD)
-    multiplied = _TENSOR_CORES * a * b / _TILE**2 * (2 if node.tf32 else 1)
+    multiplied = _TENSOR_CORES * a * b / _TILE**2 * (2 if _uses_tf32(node) else 1)
     return tiles * max(steps * issued + fixed, steps * multiplied) * _BYTES_PER_CYCLE
 
 

@@ -1,0 +1,111 @@
+"""The convolution node as ATen's product between the sweeps of a device, on images or on videos.
+
+Worth its extra passes over memory where ATen's product is faster by more than they cost, or where a device has no product of its own. The
+transformed input and the output gradient live in temporaries, and neither is kept for backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnrestructure.core.edges import ConvGradients
+from bnrestructure.core.errors import UnsupportedCallError
+from bnrestructure.core.memory_format import in_channels_last
+from bnrestructure.kernels.aten_convolution import convolution_backward
+from bnrestructure.kernels.calls import (
+    ConvBackward,
+    ConvForward,
+    ConvResult,
+    JoinBackward,
+    Kernels,
+    NormaliseBackward,
+    NormaliseForward,
+    OutputGradient,
+    StatisticsForward,
+)
+from bnrestructure.kernels.operands import readable, require_fit
+from bnrestructure.kernels.rounding import gradient_factor
+
+__all__ = ["Hybrid"]
+
+
+class Hybrid:
+    """An implementation of the convolution node (kernels/choice.py); ``sweeps`` are the kernels of the tensors' device."""
+
+    finishes_join = True
+
+    def __init__(self, sweeps: Kernels) -> None:
+        self._sweeps = sweeps
+
+    def forms_sum(self, node: Any) -> bool:
+        """No: its product reads the sum."""
+        return False
+
+    def forward(self, call: ConvForward, site: Any = None) -> ConvResult:
+        """The result; call.join must be None."""
+        dtype = call.dtype
+        z = self._transformed(call)
+        bias = None if call.bias is None else readable(call.bias).to(dtype)
+        y = in_channels_last(torch.convolution(z, _weight(call.weight, dtype), bias, *call.geometry.aten_arguments))
+        if call.out is not None:
+            y = call.out.copy_(y)
+        mean, var = self._sweeps.run(StatisticsForward(y)) if call.statistics else (None, None)
+        return ConvResult(y, mean, var)
+
+    @torch.no_grad()  # under create_graph=True autograd runs backward with gradients on, and would refuse ``out=``
+    def backward(self, call: ConvBackward, site: Any = None) -> ConvGradients:
+        """The gradients."""
+        x, transform, weight, geometry, dtype = call.x, call.transform, call.weight, call.geometry, call.dtype
+        need_x, need_weight, need_bias = call.needs
+        join = call.join if need_x else None
+        require_fit(x, transform, *(() if join is None else (join.ty, join.tr)))
+        factor = gradient_factor(call.edge.a is not None, dtype, torch.float32)
+        d, db = call.dy, None
+        if call.edge.s is not None or call.edge.a is not None or need_bias:
+            d, db = self._sweeps.run(OutputGradient(d, call.edge, dtype, factor, need_bias))
+        d, db = in_channels_last(readable(d).to(dtype)), None if db is None else db.to(dtype)
+        if not (need_x or need_weight):
+            return ConvGradients(bias=db)
+        used, dw = _weight(weight, dtype), None
+        if need_weight:  # before the input's gradient, so that it and z are not in memory at the same time
+            z = self._transformed(call)
+            dw = _weight_gradient(convolution_backward(d, z, used, geometry, need_input=False, need_weight=True)[1], weight, factor)
+            del z
+        if not need_x:
+            return ConvGradients(weight=dw, bias=db)
+        g, _ = convolution_backward(d, x.to(dtype), used, geometry, need_input=True, need_weight=False)
+        assert g is not None
+        del d
+        if join is not None:
+            found = self._sweeps.run(JoinBackward(g, None, join, x, 1 / factor, call.accumulate))
+            return ConvGradients(found.g, found.sum_p, found.sum_py, None, dw, db, found.sum_pr)
+        if transform.is_identity and factor == 1:
+            dx = in_channels_last(g).to(x.dtype) if call.accumulate is None else call.accumulate.add_(g.to(call.accumulate.dtype))
+            return ConvGradients(dx, weight=dw, bias=db)
+        dx, sum_p, sum_px, gate = self._sweeps.run(NormaliseBackward(g, x, transform, call.accumulate, 1 / factor))
+        return ConvGradients(dx, sum_p, sum_px, gate, dw, db)
+
+    def _transformed(self, call: ConvForward | ConvBackward) -> Tensor:
+        """The convolution's real input; x itself where there is nothing to apply."""
+        if call.transform.is_identity:
+            return in_channels_last(readable(call.x).to(call.dtype))
+        return in_channels_last(self._sweeps.run(NormaliseForward(call.x, call.transform, call.dtype)))
+
+
+def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the compute dtype, and channels_last, so that the result is channels_last, too."""
+    if not weight.is_floating_point():
+        raise UnsupportedCallError(f"a weight of {weight.dtype}")
+    return in_channels_last(readable(weight).to(dtype))
+
+
+def _weight_gradient(found: Tensor | None, weight: Tensor, factor: float) -> Tensor:
+    """``found`` without the factor, in the weight's dtype and memory format."""
+    assert found is not None
+    if factor == 1 and found.dtype == weight.dtype and found.stride() == weight.stride():
+        return found
+    # A tensor of one element decides the dtype that is multiplied in, which a number would not.
+    return torch.mul(found, torch.full((1,), 1 / factor, device=found.device), out=torch.empty_like(weight))

@@ -12,6 +12,7 @@
 #   make cuda       every CUDA kernel compiled for every supported part (no GPU needed): registers, spills, shared memory
 #   make cuda-oldest   the same, and the interpreted tests, with the oldest PyTorch and Triton, in a venv of their own (ARGS: other tests)
 #   make cuda-models   whole models through the CUDA kernels in Triton's interpreter: a part of make test (no GPU needed)
+#   make cuda-emulated   the interpreted tests on the code that is compiled for a part (PART=90), run by an emulator of its instructions; hours
 #   make gpu        checks and times everything on the GPU at hand
 #   make integrations   the how-tos that need other libraries: Lightning, Accelerate, transformers, timm
 #   make docs       the documentation as a site in docs/_build/html; fails at any warning
@@ -35,7 +36,7 @@ ARGS ?=
 
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test zoo integrations docs wheel lint mutations sanitize fuzz bench cuda cuda-oldest cuda-models gpu clean setup
+.PHONY: help demo test zoo integrations docs wheel lint mutations sanitize fuzz bench cuda cuda-oldest cuda-models cuda-emulated gpu clean setup
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -123,6 +124,9 @@ cuda-oldest:
 
 cuda-models: $(VENV)/.ready
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/cuda/interpreted -m whole $(ARGS)
+
+cuda-emulated: $(VENV)/.ready
+	@BNR_EMULATED_PART=$(or $(PART),90) $(BIN)/python -m pytest tests/cuda/interpreted -m "not whole" -n $(WORKERS) $(ARGS)
 
 gpu: $(VENV)/.ready
 	@$(BIN)/python benchmarks/gpu.py $(ARGS)

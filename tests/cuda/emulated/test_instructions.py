@@ -17,10 +17,10 @@ Registers = dict[str, Sequence[float] | int | float]
 
 def run(lines: list[str], registers: Registers | None = None, *, warps: int = 1, shared: int = 4096, memory: np.ndarray | None = None):  # type: ignore[no-untyped-def]
     """A block after ``lines`` and EXIT. ``registers``: what they hold before, a number for all threads or one for each; floats as fp32."""
-    from bnrestructure.kernels.cuda.emulator.block import Block
-    from bnrestructure.kernels.cuda.emulator.memory import GlobalMemory, SharedMemory
-    from bnrestructure.kernels.cuda.emulator.program import Program
-    from bnrestructure.kernels.cuda.emulator.state import State
+    from emulator.block import Block
+    from emulator.memory import GlobalMemory, SharedMemory
+    from emulator.program import Program
+    from emulator.state import State
 
     numbered = (line if line.startswith(".L") else f"  /*{16 * i:04x}*/  {line} ;" for i, line in enumerate([*lines, "EXIT"]))
     state, global_memory = State(warps, bytes(1024), (0, 0, 0)), GlobalMemory()
@@ -95,6 +95,9 @@ def test_words(line: str, registers: Registers, expected: int) -> None:
         ("MUFU.EX2 R0, R1", {"R1": -2.0}, 0.25),
         ("I2F.RP R0, R1", {"R1": 2**24 + 1}, 2.0**24 + 2),
         ("I2FP.F32.S32 R0, R1", {"R1": -7}, -7.0),
+        ("I2F.U16 R0, R1", {"R1": 0x1FFFF}, 65535.0),
+        ("I2F.S8 R0, R1", {"R1": 0x1FE}, -2.0),
+        ("I2F.S16 R0, R1", {"R1": 0x17FFF}, 32767.0),
         ("HADD2.F32 R0, -RZ, R1.H1_H1", {"R1": 0x3C000000}, 1.0),
     ],
 )
@@ -164,7 +167,7 @@ OTHER = "LOP3.LUT R3, R2, 0x80, RZ, 0x3c, !PT"  # the same thread of the other w
     ],
 )
 def test_accesses_that_come_too_early(lines: list[str], fault: str | None) -> None:
-    from bnrestructure.kernels.cuda.emulator import Fault
+    from emulator import Fault
 
     memory = np.zeros(1024, np.uint8)
     if fault is None:
@@ -190,7 +193,7 @@ WAIT, MEET = "DEPBAR.LE SB0, 0x0", "BAR.SYNC.DEFER_BLOCKING 0x0"
     ],
 )
 def test_copies_are_waited_for(lines: list[str], fault: str | None) -> None:
-    from bnrestructure.kernels.cuda.emulator import Fault
+    from emulator import Fault
 
     memory = np.arange(64, dtype=np.uint32).view(np.uint8).copy()
     if fault is None:

@@ -70,7 +70,8 @@ def _emulated() -> Iterator[None]:
     if not EMULATED_PART:
         yield
         return
-    from bnrestructure.kernels.cuda.emulator.run import emulate
+    from emulator.run import emulate
+
     from bnrestructure.kernels.cuda.launch import received_by
 
     before = torch.backends.cudnn.conv.fp32_precision

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from bnrestructure.kernels.cuda.compiled import disassembled
-from bnrestructure.kernels.cuda.emulator.block import STACK, Block
-from bnrestructure.kernels.cuda.emulator.memory import GlobalMemory, Region, SharedMemory
-from bnrestructure.kernels.cuda.emulator.program import Program
-from bnrestructure.kernels.cuda.emulator.state import State
 from bnrestructure.kernels.cuda.launch import Launch
 from bnrestructure.kernels.cuda.machine_code.sass import parse
 from bnrestructure.kernels.cuda.specialisation import Specialisation
+from emulator.block import STACK, Block
+from emulator.memory import GlobalMemory, Region, SharedMemory
+from emulator.program import Program
+from emulator.state import State
 
 __all__ = ["Emulation", "emulate"]
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from bnrestructure.kernels.cuda.emulator.accesses import Run
-from bnrestructure.kernels.cuda.emulator.block import Block, Product
-from bnrestructure.kernels.cuda.emulator.real import from_bf16
-from bnrestructure.kernels.cuda.emulator.state import Array, Fault, State, words
 from bnrestructure.kernels.cuda.machine_code.sass import Instruction
+from emulator.accesses import Run
+from emulator.block import Block, Product
+from emulator.real import from_bf16
+from emulator.state import Array, Fault, State, words
 
 __all__ = ["PRODUCTS"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bnrestructure.kernels.cuda.emulator.state import Array, Fault
+from emulator.state import Array, Fault
 
 __all__ = ["GlobalMemory", "Region", "SharedMemory"]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bnrestructure.kernels.cuda.emulator.memory import GlobalMemory, SharedMemory
-from bnrestructure.kernels.cuda.emulator.state import Array, State
 from bnrestructure.kernels.cuda.machine_code.sass import Instruction
+from emulator.memory import GlobalMemory, SharedMemory
+from emulator.state import Array, State
 
 __all__ = ["STACK", "Block", "Product"]
 

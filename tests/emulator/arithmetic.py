@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bnrestructure.kernels.cuda.emulator.state import Array, State, predicate, store, store_predicate, wide, words
 from bnrestructure.kernels.cuda.machine_code.sass import Instruction
+from emulator.state import Array, State, predicate, store, store_predicate, wide, words
 
 __all__ = ["INTEGER"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from bnrestructure.kernels.cuda.emulator.arithmetic import Run, combined, split
-from bnrestructure.kernels.cuda.emulator.state import Array, State, floats, predicate, store, store_predicate, wide, words
 from bnrestructure.kernels.cuda.machine_code.sass import Instruction
+from emulator.arithmetic import Run, combined, split
+from emulator.state import Array, State, floats, predicate, store, store_predicate, wide, words
 
 __all__ = ["REAL", "from_bf16", "to_bf16"]
 
@@ -159,12 +159,16 @@ def _hfma2(instruction: Instruction) -> Run:
 def _integer_to_float(instruction: Instruction) -> Run:
     registers, _ = split(instruction.operands)
     write, modifiers = store(registers[0]), instruction.modifiers
-    signed = not any(m in ("U32", "U64") for m in modifiers)
+    narrow = next((int(m[1:]) for m in modifiers if m in ("U8", "S8", "U16", "S16")), None)  # of the register's low bits
+    signed = not any(m in ("U8", "U16", "U32", "U64") for m in modifiers)
     long = any(m in ("S64", "U64") for m in modifiers)
     read = wide(registers[1], signed) if long else words(registers[1])
 
     def run(state: State, mask: Array | None) -> None:
         value = np.asarray(read(state))
+        if narrow is not None:
+            value = (value & np.uint32(2**narrow - 1)).astype(np.uint32)
+            value = np.where(value >> np.uint32(narrow - 1) != 0, value | np.uint32(2**32 - 2**narrow), value) if signed else value
         value = (value.view(np.int32) if signed and not long else value).astype(np.float64)
         result = value.astype(np.float32)
         if "RP" in modifiers:  # towards plus infinity

@@ -6,6 +6,6 @@ happen at more than one time (copies to shared memory, asynchronous products) is
 runs it.
 """
 
-from bnrestructure.kernels.cuda.emulator.state import Fault
+from emulator.state import Fault
 
 __all__ = ["Fault"]

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bnrestructure.kernels.cuda.emulator.accesses import ACCESSES
-from bnrestructure.kernels.cuda.emulator.arithmetic import INTEGER, split
-from bnrestructure.kernels.cuda.emulator.block import Block
-from bnrestructure.kernels.cuda.emulator.products import PRODUCTS
-from bnrestructure.kernels.cuda.emulator.real import REAL
-from bnrestructure.kernels.cuda.emulator.state import Array, Fault, predicate
 from bnrestructure.kernels.cuda.machine_code.sass import Code, Instruction
+from emulator.accesses import ACCESSES
+from emulator.arithmetic import INTEGER, split
+from emulator.block import Block
+from emulator.products import PRODUCTS
+from emulator.real import REAL
+from emulator.state import Array, Fault, predicate
 
 __all__ = ["Program"]
 

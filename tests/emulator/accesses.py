@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bnrestructure.kernels.cuda.emulator.block import Block
-from bnrestructure.kernels.cuda.emulator.state import Array, Fault, Read, predicate, store, store_predicate, words
 from bnrestructure.kernels.cuda.machine_code.sass import Instruction
+from emulator.block import Block
+from emulator.state import Array, Fault, Read, predicate, store, store_predicate, words
 
 __all__ = ["ACCESSES", "address"]
 

@@ -4,7 +4,7 @@
 #   make demo       a minute: what happens to densenet121, that its numbers stay, and what it and resnet50 win here
 #   make test       the test-suite (WORKERS=4: four tests at a time)
 #   make zoo        every torchvision model with a batch norm (WORKERS=4: four at a time)
-#   make lint       ruff, codespell, and mypy on the installed wheel
+#   make lint       ruff, codespell, the contract on imports, and mypy on the installed wheel
 #   make mutations  plants faults in passes, nodes and kernels, one at a time, and says which guard notices each (ARGS: some of them)
 #   make sanitize   the kernel tests under the address and undefined-behaviour sanitizers
 #   make bench      timings against eager
@@ -158,7 +158,8 @@ lint: $(VENV)/.tools
 	@site=$$($(LINT)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	$(BIN)/python -c '$(BORROWED)' > "$$site/borrowed.pth"; \
 	$(PIP) install --no-deps --target "$$site" $(LINT)/dist/*.whl
-	@root=$$PWD; cd "$$(mktemp -d)"; \
+	@root=$$PWD; site=$$($(LINT)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); cd "$$(mktemp -d)"; \
+	PYTHONPATH="$$root/$$site" "$$root/$(BIN)/lint-imports" --no-cache "$$root/pyproject.toml" | sed -n '/^Analyzed/,$$p'; \
 	"$$root/$(BIN)/mypy" --config-file "$$root/pyproject.toml" --cache-dir "$$root/.mypy_cache" \
 	    --python-executable "$$root/$(LINT)/venv/bin/python" --package bnrestructure | sed 's|^.*/site-packages/||'
 

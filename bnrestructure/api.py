@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bnrestructure.capture.regions import Options
-from bnrestructure.capture.swap import is_restructured, region_of, swap_in, swap_out
+from bnrestructure.capture.swap import region_of, swap_in, swap_out
 from bnrestructure.core.errors import NotFullyFusedError, UsageError
 from bnrestructure.kernels import registry
 from bnrestructure.passes import pipeline
@@ -36,12 +36,13 @@ def restructure(
 
     backend    auto (the device's kernels where they apply, else the reference), reference, cpu or cuda
     passes     names of passes, or a rung of the paper's ladder (baseline, rcf, mvf, bnff, icf); None for all
-    strict     raise NotFullyFusedError, leaving the model as it was, unless every batch norm is fully fused
+    strict     raise NotFullyFusedError, leaving the model as it was, unless every batch norm is fully fused; in training, too, where a
+               part of the model turns out to run as it was
     fuel       stop after this many rewrites in each graph (for bisecting)
 
     Raises UsageError, leaving the model as it was, for arguments that cannot be used.
     """
-    options = _options(model, backend, passes, fuel)
+    options = _options(model, backend, passes, fuel, strict=strict)
     if strict:
         plan = make_plan(model, options)
         loose = [site for site in plan.sites if site.status != "fused"]
@@ -76,8 +77,9 @@ def explain(
     options = _options(model, backend, passes, None, runs=False)
     if backend == "auto" and passes is None:
         for module in model.modules():
-            if is_restructured(module):
-                options = region_of(module).options
+            region = region_of(module)
+            if region is not None:
+                options = region.options
                 break
     if inputs is not None and not isinstance(inputs, tuple):
         inputs = (inputs,)
@@ -91,15 +93,19 @@ def _check_model(model: Any) -> None:
         raise UsageError(f"expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _options(model: Any, backend: str, passes: str | Sequence[str] | None, fuel: int | None, runs: bool = True) -> Options:
+def _options(
+    model: Any, backend: str, passes: str | Sequence[str] | None, fuel: int | None, runs: bool = True, strict: bool = False
+) -> Options:
     """The options, checked; ``runs``: the backend must be able to run here."""
     _check_model(model)
     if backend not in registry.BACKENDS:
         near = difflib.get_close_matches(str(backend), registry.BACKENDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"unknown backend {backend!r}{hint} (backends: {', '.join(registry.BACKENDS)})")
+    if fuel is not None and (not isinstance(fuel, int) or fuel < 0):
+        raise UsageError(f"fuel is a number of rewrites, at least 0, or None, got {fuel!r}")
     if not runs and backend == "cuda":
-        return Options(backend, pipeline.resolve(passes), fuel)
+        return Options(backend, pipeline.resolve(passes), fuel, strict)
     if backend == "cuda" and not torch.cuda.is_available():
         raise UsageError("backend 'cuda' was asked for, but PyTorch sees no CUDA device here")
     if backend in ("cpu", "cuda") and registry.unavailable_reason(backend) is not None:
@@ -109,4 +115,4 @@ def _options(model: Any, backend: str, passes: str | Sequence[str] | None, fuel:
             f"bnrestructure: CPU models will use the slow reference kernels: {registry.unavailable_reason('cpu')}",
             stacklevel=3,
         )
-    return Options(backend, pipeline.resolve(passes), fuel)
+    return Options(backend, pipeline.resolve(passes), fuel, strict)

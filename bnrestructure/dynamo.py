@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections import Counter
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.split_module import split_module
 
-from bnrestructure import ops
-from bnrestructure.capture.formats import restore_formats
-from bnrestructure.capture.program import use_reshape
-from bnrestructure.core.errors import UsageError
-from bnrestructure.graph.fused import is_fused
-from bnrestructure.graph.inplace import functionalise, inplace_target
-from bnrestructure.graph.layers import modules_of
+from bnrestructure.core.errors import BrokenGraphError, UsageError
+from bnrestructure.graph.inplace import inplace_target
+from bnrestructure.graph.ir import BatchNorm, has_fused, is_fused
+from bnrestructure.graph.provenance import provenance
 from bnrestructure.kernels import registry
 from bnrestructure.passes import pipeline
-from bnrestructure.patterns.batch_norm import BatchNormMatch, find_batch_norms
+from bnrestructure.passes.prepare import prepare
+from bnrestructure.passes.restore_formats import RESTORE_FORMATS
+from bnrestructure.patterns.base import found_at
+from bnrestructure.patterns.batch_norm import batch_norm
 
 __all__ = ["bnrestructure"]
 
@@ -49,14 +49,17 @@ def bnrestructure(
     """
     rest, backend, passes = _checked(options or {})
     rewritten = _copied(gm)
-    functionalise(rewritten)
-    use_reshape(rewritten)
-    if not torch.is_grad_enabled() or not _name_sites(rewritten):
+    prepare(rewritten, _module_of)
+    if not torch.is_grad_enabled() or not any(found_at(batch_norm, rewritten.graph.nodes)):
         return _whole(gm, example_inputs, rest, mode)
-    pipeline.run(rewritten, passes, backend)
-    if not any(is_fused(node) for node in rewritten.graph.nodes):
+    try:
+        pipeline.rewrite(rewritten, passes, backend)
+    except BrokenGraphError as error:
+        warnings.warn(f"bnrestructure: {error}. Please report this fault; the graph goes to {rest} as it was", stacklevel=2)
         return _whole(gm, example_inputs, rest, mode)
-    restore_formats(rewritten)  # Dynamo has told the code behind this graph what strides to expect
+    if not has_fused(rewritten.graph):
+        return _whole(gm, example_inputs, rest, mode)
+    RESTORE_FORMATS.rewrite(rewritten)  # Dynamo has told the code behind this graph what strides to expect
     rewritten.graph.eliminate_dead_code(_is_impure)
     rewritten.recompile()
     return rewritten.forward if rest == "eager" else _with_pieces(rewritten, mode).forward
@@ -88,16 +91,6 @@ def _copied(gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(gm, graph)
 
 
-def _name_sites(gm: fx.GraphModule) -> int:
-    """Name each batch norm call after its module, as restructure() does; returns how many there are to restructure."""
-    calls: Counter[str] = Counter()
-    for match in find_batch_norms(gm):
-        path = _module_of(match.node)
-        calls[path] += 1
-        match.node.meta["bnr_site"] = path if calls[path] == 1 else f"{path}#{calls[path]}"
-    return sum(isinstance(match, BatchNormMatch) for match in find_batch_norms(gm))
-
-
 def _module_of(node: fx.Node) -> str:
     """``layer1.0.bn1`` from Dynamo's ``L['self']._modules['layer1'].0.bn1`` and kin; else the node's name."""
     stack = node.meta.get("nn_module_stack")
@@ -122,7 +115,7 @@ def _is_impure(node: fx.Node) -> bool:
     """What must stay although nothing reads it: in-place operations, running statistics, random draws."""
     if node.is_impure() or is_fused(node) or node.op in ("placeholder", "output"):
         return True
-    return node.target is ops.batch_norm or inplace_target(node, {}) is not None or node.op == "call_method"
+    return BatchNorm.of(node) is not None or inplace_target(node) is not None or node.op == "call_method"
 
 
 def _with_pieces(gm: fx.GraphModule, mode: str | None) -> fx.GraphModule:
@@ -137,7 +130,7 @@ def _with_pieces(gm: fx.GraphModule, mode: str | None) -> fx.GraphModule:
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr", "output"):
             continue
-        theirs = _is_worth_compiling(node, gm)
+        theirs = _is_worth_compiling(node)
         if theirs is None:
             theirs = bool(previous)  # goes with its neighbours
         if theirs != previous:
@@ -151,14 +144,14 @@ def _with_pieces(gm: fx.GraphModule, mode: str | None) -> fx.GraphModule:
     return split
 
 
-def _is_worth_compiling(node: fx.Node, gm: fx.GraphModule) -> bool | None:
+def _is_worth_compiling(node: fx.Node) -> bool | None:
     """True for computation that is not ours, False for what must run with ours, None for views and sizes."""
-    if node.target is ops.batch_norm:
+    if BatchNorm.of(node) is not None:
         return True  # left whole because nothing was won: inductor can
     if _is_ours(node):
         return False
     example = node.meta.get("example_value")
-    if inplace_target(node, modules_of(gm)) is not None and isinstance(example, Tensor) and example.dim() == 0:
+    if inplace_target(node) is not None and isinstance(example, Tensor) and example.dim() == 0:
         return False  # num_batches_tracked.add_(1): a piece of its own would cost more than it does
     return None if not isinstance(example, Tensor) or _is_view(node) else True
 
@@ -168,7 +161,7 @@ def _is_ours(node: fx.Node) -> bool:
     module = getattr(node.target, "__module__", None) or ""
     if module.startswith("bnrestructure."):
         return True
-    if node.meta.get("bnr_vector"):
+    if provenance(node).vector:
         return True
     return (
         bool(node.args)

@@ -33,7 +33,7 @@ from bnrestructure.bench.workload import TrainingStep
 from bnrestructure.capture.regions import Options
 from bnrestructure.kernels.cpu import processor
 from bnrestructure.passes.pipeline import PASSES
-from bnrestructure.plan.planning import region_graphs
+from bnrestructure.plan.survey import take_survey
 from bnrestructure.report.graph_text import graph_text
 from bnrestructure.report.graph_view import view_region
 
@@ -114,8 +114,9 @@ def plan_and_graph(name: str) -> None:
     if plan.reasons:
         console.print(f"partial: {next(iter(plan.reasons))}", no_wrap=True, overflow="ellipsis")
     console.print(f"\n[bold]bnrestructure show {name}[/]: the layers as they run now")
-    path, before, after = next(region_graphs(model, Options("auto", PASSES, None)))
-    for line in graph_text(view_region(path, after, before, {}), backward=False).plain.splitlines()[:12]:
+    region = take_survey(model, Options("auto", PASSES)).regions[0]
+    view = view_region(region.path, region.after, region.before or region.after, {})
+    for line in graph_text(view, backward=False).plain.splitlines()[:12]:
         console.print(line, no_wrap=True, overflow="ellipsis", markup=False)
     console.print("...\n")
 

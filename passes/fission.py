@@ -1,72 +1,46 @@
-"""fission: BN -> statistics, finalize, normalise (the paper's section 3.1)."""
+"""fission: BN -> statistics, finalize, normalise (the paper's section 3.1).
+
+``z = batch_norm(y)`` -> ``mean, var = statistics(y); scale, beta = finalize(...); z = normalise(y, mean, scale, beta)``. SyncBatchNorm
+gains a step between the first two that merges the statistics of all ranks.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from bnrestructure.graph.ir import Finalize, Normalise, Statistics, Synchronise
+from bnrestructure.graph.layers import BatchNormLayer, reference
+from bnrestructure.graph.provenance import carry, locate, module_path, provenance, remember
+from bnrestructure.passes.base import Pass, Rule
+from bnrestructure.patterns.batch_norm import batch_norm
 
-from torch import fx
-
-from bnrestructure import ops
-from bnrestructure.graph.fused import output
-from bnrestructure.graph.layers import module_path, reference
-from bnrestructure.ops.synchronise import synchronise
-from bnrestructure.passes.base import Fuel, PassResult, finish
-from bnrestructure.patterns.batch_norm import BatchNormMatch, find_batch_norms
-
-__all__ = ["Fission"]
+__all__ = ["FISSION"]
 
 
-@dataclass(frozen=True)
-class Fission:
-    """``z = batch_norm(y)`` -> ``mean, var = statistics(y); scale, beta = finalize(...); z = normalise(y, mean, scale, beta)``.
-
-    SyncBatchNorm gains a step between the first two that merges the statistics of all ranks.
-    """
-
-    name: ClassVar[str] = "fission"
-    fuel: Fuel = field(default_factory=Fuel, compare=False)
-
-    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
-        count = 0
-        for match in find_batch_norms(graph_module):
-            if isinstance(match, BatchNormMatch) and self.fuel.take():
-                _split(graph_module.graph, match)
-                count += 1
-        return finish(graph_module, count)
-
-
-def _split(graph: fx.Graph, match: BatchNormMatch) -> None:
-    node, layer = match.node, match.layer
-    site = node.meta.get("bnr_site", module_path(node))
-    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "process_group")
-    weight, bias, running_mean, running_var, tracked, group = (
-        reference(graph, getattr(layer, name), node) for name in names
-    )
-    source = node.args[0] if node.args else node.kwargs["input"]  # layer.input may be a batch norm that has been split since
-    with graph.inserting_before(node):
-        statistics = graph.call_function(ops.statistics, (), {"x": source, "thread": False})
-    mean, var, size = (output(statistics, name) for name in ("mean", "var", "size"))
-    with graph.inserting_before(node):
-        if layer.synchronised:
-            merged = graph.call_function(synchronise, (mean, var, size, group))
-            mean, var, size = (graph.call_function(_item, (merged, i)) for i in range(3))
-        arguments = (mean, var, size, weight, bias, running_mean, running_var, tracked, layer.momentum, layer.eps)
-        finalize = graph.call_function(ops.finalize, arguments, {"dimensions": layer.dimensions})
-    scale, beta = output(finalize, "scale"), output(finalize, "beta")
-    with graph.inserting_before(node):
-        vectors = {"mean": mean, "scale": scale, "beta": beta}
-        normalise = graph.call_function(ops.normalise, (), {"x": source, **vectors, "act": "identity", "thread": False})
-    statistics.meta["bnr_statistics_of"] = [site]
-    finalize.meta["bnr_site"] = site
-    normalise.meta["bnr_normalises"] = [site]
-    for fused in (statistics, finalize, normalise):
-        fused.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-    z = output(normalise, "z")
-    z.meta["bnr_module"] = module_path(node)
+def split(layer: BatchNormLayer) -> None:
+    """Put the three parts in the place of a batch norm."""
+    node = layer.node
+    site = provenance(node).site or module_path(node)
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    parameters = {name: reference(getattr(layer, name), before=node) for name in names}
+    statistics = Statistics.create(before=node, x=layer.input)
+    mean, var, size = (statistics.out(name) for name in ("mean", "var", "size"))
+    if layer.synchronised:
+        group = reference(layer.process_group, before=node)
+        merged = Synchronise.create(before=node, mean=mean, var=var, size=size, process_group=group)
+        mean, var, size = (merged.out(name) for name in ("mean", "var", "size"))
+    finalize = Finalize.create(
+        before=node, mean=mean, var=var, size=size, **parameters,
+        momentum=layer.momentum, eps=layer.eps, dimensions=layer.dimensions,
+    )  # fmt: skip
+    normalise = Normalise.create(before=node, x=layer.input, mean=mean, scale=finalize.out("scale"), beta=finalize.out("beta"))
+    remember(statistics.node, statistics_of=(site,))
+    remember(finalize.node, site=site)
+    remember(normalise.node, normalises=(site,))
+    for part in (statistics, finalize, normalise):
+        locate(part.node, node)
+    z = normalise.out("z")
+    carry(z, node)
     node.replace_all_uses_with(z)
-    graph.erase_node(node)
+    node.graph.erase_node(node)
 
 
-def _item(values: tuple[object, ...], index: int) -> object:
-    return values[index]
+FISSION = Pass("fission", (Rule(batch_norm, split),))

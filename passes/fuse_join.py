@@ -1,45 +1,29 @@
-"""fuse-join: a residual join + the CONV that reads its sum -> the convolution's prologue, and the dgrad's epilogue."""
+"""fuse-join: a residual + the CONV that reads its sum -> the convolution's prologue, and the dgrad's epilogue.
+
+``conv(act(normalise(y) + shortcut))`` -> one node. The sum is stored as it is formed, and of its gradient only what both operands share.
+The pass comes behind thread-forks: the first reader of a chain is the last to add to its gradient, so it can finish it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from bnrestructure.graph.ir import Conv, Residual
+from bnrestructure.graph.provenance import take_halves
+from bnrestructure.passes.base import Pass, Rule
+from bnrestructure.patterns.base import Found
+from bnrestructure.patterns.pairs import RESIDUAL_CONV
 
-from torch import fx
-
-from bnrestructure.graph.fused import outputs_of, set_kwargs
-from bnrestructure.passes.base import Fuel, PassResult, erase_dead, finish
-from bnrestructure.patterns.join import JoinedConv, find_joined_convs
-
-__all__ = ["FuseJoin"]
+__all__ = ["FUSE_JOIN"]
 
 
-@dataclass(frozen=True)
-class FuseJoin:
-    """``conv(act(normalise(y) + shortcut))`` -> one node.
-
-    The sum is stored as it is formed, and of its gradient only what both operands share. The pass comes behind thread-forks: the first
-    reader of a thread is the last to add to its gradient, so it can finish it.
-    """
-
-    name: ClassVar[str] = "fuse-join"
-    fuel: Fuel = field(default_factory=Fuel, compare=False)
-
-    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
-        count = 0
-        for match in find_joined_convs(graph_module):
-            if self.fuel.take():
-                _fuse(graph_module.graph, match)
-                count += 1
-        return finish(graph_module, count)
-
-
-def _fuse(graph: fx.Graph, match: JoinedConv) -> None:
-    join, conv = match.join, match.conv
-    of = join.kwargs
-    set_kwargs(
-        conv, x=of["y"], mean=of["mean"], scale=of["scale"], beta=of["beta"], act=of["act"], r=of["r"], r_mean=of["r_mean"],
-        r_scale=of["r_scale"], r_beta=of["r_beta"], x_gain=of["gain"], r_gain=of["r_gain"],
+def into_conv(match: Found[Residual, Conv]) -> None:
+    """Let the convolution form the sum."""
+    residual, conv = match.maker, match.reader
+    conv.update(
+        x=residual.y, mean=residual.mean, scale=residual.scale, beta=residual.beta, act=residual.act, r=residual.r,
+        r_mean=residual.r_mean, r_scale=residual.r_scale, r_beta=residual.r_beta, x_gain=residual.gain, r_gain=residual.r_gain,
     )  # fmt: skip
-    conv.meta["bnr_normalises"] = [*conv.meta.get("bnr_normalises", []), *join.meta["bnr_normalises"]]
-    erase_dead(graph, join, *outputs_of(join).values())
+    take_halves(conv.node, residual.node)
+    residual.erase()
+
+
+FUSE_JOIN = Pass("fuse-join", (Rule(RESIDUAL_CONV, into_conv, at=Conv),))

@@ -1,54 +1,41 @@
-"""fuse-statistics: CONV + statistics -> the convolution's epilogue (MVF: one sweep, and that one not over memory)."""
+"""fuse-statistics: CONV + statistics -> the convolution's epilogue (MVF: one sweep, and that one not over memory).
+
+``y = conv(x); mean, var = statistics(y)`` -> ``y, mean, var = conv(x, statistics=True)``; a residual likewise.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from bnrestructure.graph.ir import Conv, Residual, Statistics
+from bnrestructure.graph.layers import ConvLayer
+from bnrestructure.graph.provenance import take_halves
+from bnrestructure.passes.base import Pass, Rule
+from bnrestructure.passes.to_fused import to_fused
+from bnrestructure.patterns.base import Found
+from bnrestructure.patterns.pairs import CONV_STATISTICS, RESIDUAL_STATISTICS
 
-from torch import fx
-
-from bnrestructure import ops
-from bnrestructure.graph.fused import output, outputs_of, produced_by, set_kwargs
-from bnrestructure.passes.base import Fuel, PassResult, finish
-from bnrestructure.passes.to_fused import to_fused_conv
-from bnrestructure.patterns.statistics import ConvStatistics, find_conv_statistics, find_residual_statistics
-
-__all__ = ["FuseStatistics"]
+__all__ = ["FUSE_STATISTICS", "ride_on_residual"]
 
 
-@dataclass(frozen=True)
-class FuseStatistics:
-    """``y = conv(x); mean, var = statistics(y)`` -> ``y, mean, var = conv(x, statistics=True)``; a residual join likewise."""
-
-    name: ClassVar[str] = "fuse-statistics"
-    fuel: Fuel = field(default_factory=Fuel, compare=False)
-
-    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
-        graph, count = graph_module.graph, 0
-        for match in find_conv_statistics(graph_module):
-            if isinstance(match, ConvStatistics) and self.fuel.take():
-                conv = produced_by(match.statistics.kwargs["x"], ops.conv, "y")  # fused by now if it has other statistics, too
-                if conv is None:
-                    assert match.layer is not None
-                    conv = to_fused_conv(graph, match.conv, match.layer)
-                carry_statistics(graph, match.statistics, conv)
-                count += 1
-        for statistics, join in find_residual_statistics(graph_module):
-            if self.fuel.take():
-                carry_statistics(graph, statistics, join)
-                count += 1
-        return finish(graph_module, count)
+def ride_on_conv(match: Found[Conv | ConvLayer, Statistics]) -> None:
+    """Let the convolution compute the statistics."""
+    _ride(to_fused(match.maker), match.reader)
 
 
-def carry_statistics(graph: fx.Graph, statistics: fx.Node, producer: fx.Node) -> None:
-    """Let ``producer`` (a fused conv or residual) compute what ``statistics`` computes of its output."""
-    set_kwargs(producer, statistics=True)
-    for name, item in outputs_of(statistics).items():
-        replacement = statistics.kwargs["x"] if name == "x" else output(producer, name)
-        item.replace_all_uses_with(replacement)  # type: ignore[arg-type]
-        graph.erase_node(item)
-    sites = producer.meta.get("bnr_statistics_of", [])
-    producer.meta["bnr_statistics_of"] = [*sites, *statistics.meta["bnr_statistics_of"]]
-    graph.erase_node(statistics)
+def ride_on_residual(match: Found[Residual, Statistics]) -> None:
+    """Let the residual compute the statistics of its sum."""
+    _ride(match.maker, match.reader)
 
 
+def _ride(producer: Conv | Residual, statistics: Statistics) -> None:
+    producer.update(statistics=True)
+    tensor = producer.out("y" if isinstance(producer, Conv) else "out")
+    for name, item in statistics.outs().items():
+        item.replace_all_uses_with(tensor if name == "passed" else producer.out(name))
+    take_halves(producer.node, statistics.node)
+    statistics.erase()
+
+
+FUSE_STATISTICS = Pass(
+    "fuse-statistics",
+    (Rule(CONV_STATISTICS, ride_on_conv, at=Statistics), Rule(RESIDUAL_STATISTICS, ride_on_residual, at=Statistics)),
+)

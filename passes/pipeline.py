@@ -4,39 +4,43 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from torch import fx
 
 from bnrestructure.core.errors import UsageError
 from bnrestructure.passes.base import Fuel, Pass, PassResult
-from bnrestructure.passes.eliminate_concat import EliminateConcat
-from bnrestructure.passes.fission import Fission
-from bnrestructure.passes.fuse_join import FuseJoin
-from bnrestructure.passes.fuse_normalise import FuseNormalise
-from bnrestructure.passes.fuse_residual import FuseResidual
-from bnrestructure.passes.fuse_statistics import FuseStatistics
-from bnrestructure.passes.select_kernels import SelectKernels
-from bnrestructure.passes.share_statistics import ShareStatistics
-from bnrestructure.passes.thread_forks import ThreadForks
+from bnrestructure.passes.eliminate_concat import ELIMINATE_CONCAT
+from bnrestructure.passes.fission import FISSION
+from bnrestructure.passes.fuse_join import FUSE_JOIN
+from bnrestructure.passes.fuse_normalise import FUSE_NORMALISE
+from bnrestructure.passes.fuse_residual import FUSE_RESIDUAL
+from bnrestructure.passes.fuse_statistics import FUSE_STATISTICS
+from bnrestructure.passes.select_kernels import SELECT_KERNELS, select_kernels
+from bnrestructure.passes.share_statistics import SHARE_STATISTICS
+from bnrestructure.passes.thread_forks import THREAD_FORKS
 
-__all__ = ["LADDER", "PASSES", "resolve", "run", "steps"]
+__all__ = ["LADDER", "PASSES", "resolve", "rewrite", "run", "steps"]
 
-_REWRITES = (
-    Fission,
-    ShareStatistics,
-    FuseStatistics,
-    FuseNormalise,
-    FuseResidual,
-    ThreadForks,
-    EliminateConcat,
-    FuseJoin,
-)
+_REWRITES = {
+    step.name: step
+    for step in (
+        FISSION,
+        SHARE_STATISTICS,
+        FUSE_STATISTICS,
+        FUSE_NORMALISE,
+        FUSE_RESIDUAL,
+        THREAD_FORKS,
+        ELIMINATE_CONCAT,
+        FUSE_JOIN,
+    )
+}
 #: Every pass by name, in the order of the full pipeline.
-PASSES = (*(p.name for p in _REWRITES), SelectKernels.name)
+PASSES = (*_REWRITES, SELECT_KERNELS)
 
 #: The rungs of the paper's ablation: RCF fuses ReLU into CONV, MVF computes mean and variance in one sweep, BNFF fuses both halves
-#: of BN onto convolutions, ICF crosses concats and residual joins. Fission gives a tensor two readers, whose gradients are added
+#: of BN onto convolutions, ICF crosses concats and residuals. Fission gives a tensor two readers, whose gradients are added
 #: where they arise (thread-forks) and not in memory: in bf16 a sum that was stored before it is complete loses the smaller part.
 LADDER: dict[str, tuple[str, ...]] = {
     "baseline": (),
@@ -51,14 +55,17 @@ def resolve(passes: str | Sequence[str] | None) -> tuple[str, ...]:
     """Pass names from a rung of the ladder, a sequence of names, or None for all.
 
     Raises UsageError for an unknown name, and for a sequence that is neither in the pipeline's order nor a rung: a pass relies on what
-    those behind it have not done yet (an activation is not moved once a tensor is threaded through its readers).
+    those behind it have not done yet (an activation is not moved once a tensor is passed on from reader to reader).
     """
     if passes is None:
         return PASSES
-    names = LADDER.get(passes, (passes,)) if isinstance(passes, str) else tuple(passes)
+    try:
+        names = LADDER.get(passes, (passes,)) if isinstance(passes, str) else tuple(passes)
+    except TypeError as error:
+        raise UsageError(f"passes are names, or a rung of the ladder, got {passes!r}") from error
     for name in names:
         if name not in PASSES:
-            near = difflib.get_close_matches(name, [*PASSES, *LADDER], n=1)
+            near = difflib.get_close_matches(str(name), [*PASSES, *LADDER], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UsageError(f"unknown pass {name!r}{hint} (passes: {', '.join(PASSES)}; ladder: {', '.join(LADDER)})")
     if tuple(names) not in LADDER.values():
@@ -69,20 +76,27 @@ def resolve(passes: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def steps(names: Sequence[str], backend: str = "auto", fuel: int | None = None) -> Iterator[Pass]:
-    """The pass objects for these names, sharing one tank of fuel; select-kernels always comes last, for nothing runs without it."""
+    """The passes of these names, sharing one tank of fuel; select-kernels always comes last, for nothing runs without it."""
     tank = Fuel(fuel)
-    rewrites = {p.name: p for p in _REWRITES}
     for name in names:
-        if name == Fission.name:
-            yield Fission(fuel=tank)
-        elif name != SelectKernels.name:
-            yield rewrites[name](fuel=tank)
-    if backend != "auto" or SelectKernels.name in names:
-        yield SelectKernels(backend=backend)
+        if name != SELECT_KERNELS:
+            yield replace(_REWRITES[name], fuel=tank)
+    if backend != "auto" or SELECT_KERNELS in names:
+        yield select_kernels(backend)
 
 
 def run(
     gm: fx.GraphModule, names: Sequence[str] = PASSES, backend: str = "auto", fuel: int | None = None
 ) -> list[tuple[str, PassResult]]:
     """Run passes on a captured graph, in place, and return what each did."""
-    return [(step.name, step(gm)) for step in steps(names, backend, fuel)]
+    results = rewrite(gm, names, backend, fuel)
+    if any(result.modified for _, result in results):
+        gm.recompile()
+    return results
+
+
+def rewrite(
+    gm: fx.GraphModule, names: Sequence[str] = PASSES, backend: str = "auto", fuel: int | None = None
+) -> list[tuple[str, PassResult]]:
+    """:func:`run` for those who want the graph and do not call ``gm``: its forward stays as it was until ``gm.recompile()``."""
+    return [(step.name, step.rewrite(gm)) for step in steps(names, backend, fuel)]

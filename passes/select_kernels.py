@@ -1,64 +1,55 @@
-"""select-kernels: which implementation each fused node asks for, or back to unfused where nothing was won."""
+"""select-kernels: which implementation each fused node asks for, or back to unfused where nothing was won.
+
+With ``auto`` and the device backends the final choice falls per call, when shape, dtype and device are known: the device's kernel where
+it supports the call, the reference where it does not (kernels/registry.py).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from functools import partial
 
 from torch import fx
 
-from bnrestructure import ops
-from bnrestructure.graph.fused import OUTPUTS, is_fused, outputs_of, set_kwargs
-from bnrestructure.passes.base import Fuel, PassResult, erase_dead, finish
-from bnrestructure.patterns.lonely import LonelyBatchNorm, find_lonely
+from bnrestructure.graph.ir import BatchNorm, Normalise, fused_of
+from bnrestructure.graph.provenance import locate, module_path, provenance, remember
+from bnrestructure.graph.view import Fused
+from bnrestructure.passes.base import Pass, Rule
+from bnrestructure.patterns.lonely import LonelyBatchNorm, lonely_batch_norm
 
-__all__ = ["SelectKernels"]
+__all__ = ["SELECT_KERNELS", "select_kernels"]
 
-
-@dataclass(frozen=True)
-class SelectKernels:
-    """Stamp the backend on every fused node, and put batch norms together again whose halves found nothing to ride on.
-
-    With ``auto`` and the device backends the final choice falls per call, when shape, dtype and device are known: the device's kernel where
-    it supports the call, the reference where it does not (kernels/registry.py).
-    """
-
-    name: ClassVar[str] = "select-kernels"
-    backend: str = "auto"
-    fuel: Fuel = field(default_factory=Fuel, compare=False)
-
-    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
-        graph, count = graph_module.graph, 0
-        for lonely in find_lonely(graph_module):
-            if self.fuel.take():
-                _put_together(graph, lonely)
-                count += 1
-        for node in graph.nodes:
-            fused = is_fused(node) and node.target in OUTPUTS
-            if fused and node.kwargs.get("backend", "auto") != self.backend and self.fuel.take():
-                set_kwargs(node, backend=self.backend)
-                count += 1
-        return finish(graph_module, count)
+SELECT_KERNELS = "select-kernels"
 
 
-def _put_together(graph: fx.Graph, match: LonelyBatchNorm) -> None:
-    x = match.statistics.kwargs["x"]  # normalise may read it through the statistics node's thread
-    _, _, _, weight, bias, running_mean, running_var, tracked, momentum, eps = match.finalize.args
-    with graph.inserting_before(match.normalise):
-        whole = graph.call_function(
-            ops.batch_norm,
-            (x, weight, bias, running_mean, running_var, tracked, momentum, eps),
-            {"act": match.normalise.kwargs["act"], "dimensions": match.finalize.kwargs.get("dimensions", ())},
-        )
-    whole.meta["bnr_kept"] = match.normalise.meta["bnr_normalises"]
-    whole.meta["bnr_module"] = match.normalise.meta.get("bnr_module", whole.name)
-    whole.meta["nn_module_stack"] = match.normalise.meta.get("nn_module_stack", {})
-    results = outputs_of(match.normalise)
-    results["z"].replace_all_uses_with(whole)
-    if "x" in results:  # further readers had it through the thread
-        assert isinstance(x, fx.Node)
-        results["x"].replace_all_uses_with(x)
-    erase_dead(
-        graph, match.statistics, *outputs_of(match.statistics).values(), match.finalize,
-        *outputs_of(match.finalize).values(), match.normalise, *results.values(),
+def put_together(match: LonelyBatchNorm) -> None:
+    """Put a batch norm in the place of its parts, of which none found anything to ride on."""
+    statistics, finalize, normalise = match.statistics, match.finalize, match.normalise
+    x = statistics.x  # normalise may read it through the statistics' chain
+    whole = BatchNorm.create(
+        before=normalise.node, x=x, weight=finalize.weight, bias=finalize.bias, running_mean=finalize.running_mean,
+        running_var=finalize.running_var, num_batches_tracked=finalize.num_batches_tracked, momentum=finalize.momentum,
+        eps=finalize.eps, dimensions=finalize.dimensions, act=normalise.act,
     )  # fmt: skip
+    results = normalise.outs()
+    remember(whole.node, site=provenance(finalize.node).site, module=module_path(results["z"]))
+    locate(whole.node, normalise.node)
+    results["z"].replace_all_uses_with(whole.node)
+    if "passed" in results:  # further readers had it through the chain
+        results["passed"].replace_all_uses_with(x)
+    for part in (normalise, finalize, statistics):
+        part.erase()
+
+
+def other_backend(backend: str, node: fx.Node) -> Fused | None:
+    """A fused node that asks for another backend than this."""
+    view = fused_of(node)
+    return view if getattr(view, "backend", backend) != backend else None
+
+
+def select_kernels(backend: str) -> Pass:
+    """The pass that stamps this backend on every fused node, and puts batch norms together again whose halves ride on nothing."""
+
+    def stamp(view: Fused) -> None:
+        view.update(backend=backend)
+
+    return Pass(SELECT_KERNELS, (Rule(lonely_batch_norm, put_together, at=Normalise), Rule(partial(other_backend, backend), stamp)))

@@ -1,1 +1,1 @@
-"""What to look for in a captured graph: one file per pattern. Patterns return matches or reasoned refusals and change nothing."""
+"""What to look for in a captured graph: patterns look at a node and its neighbours, give matches or reasons why not, and change nothing."""

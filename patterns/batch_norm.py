@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import fx
 
-from bnrestructure.graph.layers import BatchNormLayer, batch_norm_of, modules_of
+from bnrestructure.graph.layers import BatchNormLayer, batch_norm_of
+from bnrestructure.graph.provenance import provenance
 from bnrestructure.patterns.base import Refusal
 
-__all__ = ["BatchNormMatch", "find_batch_norms"]
+__all__ = ["batch_norm", "site_names"]
 
 
-@dataclass(frozen=True)
-class BatchNormMatch:
-    """One batch norm call, module or functional form."""
+def batch_norm(node: fx.Node) -> BatchNormLayer | Refusal | None:
+    """A batch norm call, module or functional form; refused: frozen, hooked, subclassed, or sharing memory with an in-place operation."""
+    layer = batch_norm_of(node)
+    if layer is None:
+        return None
+    if isinstance(layer, str):
+        return Refusal(node, layer)
+    changed_by = provenance(layer.input).changed_by or provenance(node).changed_by
+    return layer if changed_by is None else Refusal(node, f"its memory is shared with a tensor that {changed_by} changes in place")
 
-    node: fx.Node
-    layer: BatchNormLayer
 
-
-def find_batch_norms(gm: fx.GraphModule) -> list[BatchNormMatch | Refusal]:
-    """All batch norm calls in graph order; refused: frozen, hooked, subclassed, or sharing memory with an in-place operation."""
-    modules = modules_of(gm)
-    found: list[BatchNormMatch | Refusal] = []
-    for node in gm.graph.nodes:
-        layer = batch_norm_of(node, modules)
-        if layer is None:
-            continue
-        if isinstance(layer, str):
-            found.append(Refusal(node, layer))
-        elif "bnr_shared" in layer.input.meta or "bnr_shared" in node.meta:
-            by = layer.input.meta.get("bnr_shared", node.meta.get("bnr_shared"))
-            found.append(Refusal(node, f"its memory is shared with a tensor that {by} changes in place"))
-        else:
-            found.append(BatchNormMatch(node, layer))
-    return found
+def site_names(graph: fx.Graph) -> list[str]:
+    """The names of all batch norm calls of a prepared graph, in order, refused ones included."""
+    return [provenance(node).site or node.name for node in graph.nodes if batch_norm(node) is not None]

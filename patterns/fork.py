@@ -6,16 +6,17 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from bnrestructure import ops
-from bnrestructure.graph.fused import THREADABLE, is_fused, outputs_of, tensor_readers
+from bnrestructure.graph.ir import ConcatBuffer, Conv, Link, Residual, fused_of
+from bnrestructure.graph.order import readers_of
+from bnrestructure.graph.provenance import provenance
 
-__all__ = ["Fork", "find_forks", "fork_at", "readers_of"]
+__all__ = ["Fork", "fork", "fork_at"]
 
 
 @dataclass(frozen=True)
 class Fork:
-    """A tensor and its readers in graph order: ``links`` are fused nodes that read it as ``x`` and can thread it,
-    ``last`` is a fused node that reads it and ends the thread (a residual's shortcut, a concat), ``others`` read it in place.
+    """A tensor and its readers in graph order: ``links`` are fused nodes that read it as ``x`` and can pass it on, ``last`` is a fused
+    node behind them that reads it and ends the chain (a residual's shortcut, a concat), ``others`` read it in place.
     """
 
     tensor: fx.Node
@@ -24,40 +25,35 @@ class Fork:
     others: list[fx.Node]
 
 
+def fork(node: fx.Node) -> Fork | None:
+    """The fork at this node's tensor, where a chain through its readers would gain something."""
+    if len(node.users) < 2 or node.op == "get_attr" or provenance(node).changed_by is not None:
+        return None
+    found = fork_at(node)
+    return found if found.links and len(found.links) + (found.last is not None) >= 2 else None
+
+
+def fork_at(tensor: fx.Node) -> Fork:
+    """The readers of this tensor, sorted by what a chain can do with them."""
+    readers = readers_of(tensor)
+    links = [reader for reader in readers if _can_link(reader, tensor)]
+    ends = [reader for reader in readers if reader not in links and _can_end(reader, tensor)]
+    last = ends[-1] if ends and all(link < ends[-1] for link in links) else None
+    return Fork(tensor, links, last, [reader for reader in readers if reader not in links and reader is not last])
+
+
 def _can_link(reader: fx.Node, tensor: fx.Node) -> bool:
-    if not (is_fused(reader) and reader.target in THREADABLE) or reader.kwargs.get("r") is not None:
-        return False  # what forms a residual join passes on the sum, not its input
-    uses = [v for v in reader.kwargs.values() if v is tensor]
-    return reader.kwargs.get("x") is tensor and len(uses) == 1 and "x" not in outputs_of(reader)
+    view = fused_of(reader)
+    if not isinstance(view, Link) or view.x is not tensor or view.times_read(tensor) != 1:
+        return False
+    forms_residual = isinstance(view, Conv) and view.forms_residual  # it would pass on the sum
+    return not forms_residual and "passed" not in view.outs()
 
 
 def _can_end(reader: fx.Node, tensor: fx.Node) -> bool:
-    if is_fused(reader, ops.residual):
-        return reader.kwargs["r"] is tensor and reader.kwargs["y"] is not tensor and reader.kwargs["r_gain"] is None
-    if is_fused(reader, ops.conv):
-        return reader.kwargs.get("into") is tensor and reader.kwargs["x"] is not tensor
-    if is_fused(reader, ops.concat_buffer):
-        return tensor in (reader.kwargs.get("into"), reader.args[0] if reader.args else reader.kwargs.get("x"))
-    return False
-
-
-def readers_of(tensor: fx.Node) -> Fork:
-    """The readers of this tensor, sorted by what a thread can do with them."""
-    readers = tensor_readers(tensor)
-    links = [r for r in readers if _can_link(r, tensor)]
-    ends = [r for r in readers if r not in links and _can_end(r, tensor)]
-    last = ends[-1] if ends else None
-    return Fork(tensor, links, last, [r for r in readers if r not in links and r is not last])
-
-
-def fork_at(tensor: fx.Node) -> Fork | None:
-    """The fork at this tensor, or None when threading it would gain nothing."""
-    if tensor.op in ("get_attr", "output") or "bnr_shared" in tensor.meta or len(tensor.users) < 2:
-        return None
-    fork = readers_of(tensor)
-    return fork if fork.links and len(fork.links) + (fork.last is not None) >= 2 else None
-
-
-def find_forks(gm: fx.GraphModule) -> list[Fork]:
-    """Every fork of the graph."""
-    return [fork for node in gm.graph.nodes if (fork := fork_at(node)) is not None]
+    view = fused_of(reader)
+    if isinstance(view, Residual):
+        return view.r is tensor and view.y is not tensor and view.r_gain is None
+    if isinstance(view, Conv):
+        return view.into is tensor and view.x is not tensor
+    return isinstance(view, ConcatBuffer) and tensor in (view.into, view.x)

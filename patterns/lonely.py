@@ -6,38 +6,33 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from bnrestructure import ops
-from bnrestructure.graph.fused import is_fused, outputs_of, produced_by
+from bnrestructure.graph.ir import Finalize, Normalise, Statistics
 
-__all__ = ["LonelyBatchNorm", "find_lonely"]
+__all__ = ["LonelyBatchNorm", "lonely_batch_norm"]
 
 
 @dataclass(frozen=True)
 class LonelyBatchNorm:
     """statistics -> finalize -> normalise, each read by the next alone, none of them part of another node.
 
-    The tensor itself may have other readers, handed on to them by a thread through normalise.
+    The tensor itself may have other readers, handed on to them by a chain through normalise.
     """
 
-    statistics: fx.Node
-    finalize: fx.Node
-    normalise: fx.Node
+    statistics: Statistics
+    finalize: Finalize
+    normalise: Normalise
 
 
-def find_lonely(gm: fx.GraphModule) -> list[LonelyBatchNorm]:
-    """Every batch norm that fission split for nothing."""
-    found = []
-    for normalise in gm.graph.nodes:
-        if not is_fused(normalise, ops.normalise) or set(outputs_of(normalise)) not in ({"z"}, {"z", "x"}):
-            continue
-        finalize = produced_by(normalise.kwargs["scale"], ops.finalize, "scale")
-        statistics = produced_by(normalise.kwargs["mean"], ops.statistics, "mean")
-        if finalize is None or statistics is None:
-            continue
-        own = {finalize, normalise}
-        readers = {u for node in (statistics, finalize) for item in outputs_of(node).values() for u in item.users}
-        same_tensor = normalise.kwargs["x"] in (statistics.kwargs["x"], outputs_of(statistics).get("x"))
-        same = finalize.args[0] is normalise.kwargs["mean"] and same_tensor
-        if same and readers <= own:
-            found.append(LonelyBatchNorm(statistics, finalize, normalise))
-    return found
+def lonely_batch_norm(node: fx.Node) -> LonelyBatchNorm | None:
+    """A batch norm that fission split for nothing, found at its normalise."""
+    normalise = Normalise.of(node)
+    if normalise is None or "z" not in normalise.outs():
+        return None
+    finalize = Finalize.making(normalise.scale, "scale")
+    statistics = Statistics.making(normalise.mean, "mean")
+    if finalize is None or statistics is None or finalize.mean is not normalise.mean:
+        return None
+    same_tensor = normalise.x in (statistics.x, statistics.outs().get("passed"))
+    readers = {reader for half in (statistics, finalize) for item in half.outs().values() for reader in item.users}
+    own = {finalize.node, normalise.node}
+    return LonelyBatchNorm(statistics, finalize, normalise) if same_tensor and readers <= own else None

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import fx
 
-from bnrestructure import ops
-from bnrestructure.graph.fused import produced_by
-from bnrestructure.graph.layers import modules_of
-from bnrestructure.graph.operations import activation_of, concat_of, max_pool_of
-from bnrestructure.patterns.normalise import is_convolution
-from bnrestructure.patterns.pool import pool_reader
+from bnrestructure.graph.activations import activation_of
+from bnrestructure.graph.ir import Normalise
+from bnrestructure.graph.operations import MaxPooling, concat_of, pooling_of
+from bnrestructure.graph.provenance import provenance
+from bnrestructure.patterns.pairs import can_normalise, is_conv, normalise_making
 
-__all__ = ["NormalisedConcat", "find_normalised_concats"]
+__all__ = ["NormalisedConcat", "normalised_concat"]
 
 #: Activations that change nothing where they have been applied already: their value there, and their derivative where it counts.
 _IDEMPOTENT = ("identity", "relu", "relu6")
@@ -28,31 +26,29 @@ class NormalisedConcat:
     """
 
     concat: fx.Node
-    segments: list[tuple[fx.Node, fx.Node | None]]
+    segments: list[tuple[fx.Node, Normalise | None]]
     act: str
 
 
-def find_normalised_concats(gm: fx.GraphModule) -> Iterator[NormalisedConcat]:
-    """Inception's join, and a one-shot aggregation's: at least one segment is normalised, and at least one reader can normalise.
+def normalised_concat(node: fx.Node) -> NormalisedConcat | None:
+    """Inception's concat, and a one-shot aggregation's: at least one segment is normalised, and at least one reader can normalise.
 
     A concat that only another concat reads is taken for its segments. A segment's other readers must be able to normalise it, too:
     otherwise it is in memory anyway.
     """
-    modules = modules_of(gm)
-    for node in gm.graph.nodes:
-        tensors = _flattened(node)
-        if tensors is None or len(set(tensors)) != len(tensors):
-            continue
-        segments = [(tensor, produced_by(tensor, ops.normalise, "z")) for tensor in tensors]
-        sources = [normalise for _, normalise in segments if normalise is not None]
-        acts = {str(normalise.kwargs["act"]) for normalise in sources}
-        if len(acts) != 1:
-            continue
-        act = acts.pop()
-        if not all(_fits(tensor, normalise, act, modules) for tensor, normalise in segments):
-            continue
-        if any(_normalises(reader, node, sources[0], modules) for reader in node.users):
-            yield NormalisedConcat(node, segments, act)
+    tensors = _flattened(node)
+    if tensors is None or len(set(tensors)) != len(tensors):
+        return None
+    segments = [(tensor, normalise_making(tensor)) for tensor in tensors]
+    sources = [normalise for _, normalise in segments if normalise is not None]
+    acts = {normalise.act for normalise in sources}
+    if len(acts) != 1:
+        return None
+    act = acts.pop()
+    if not all(_fits(tensor, normalise, act) for tensor, normalise in segments):
+        return None
+    wanted = any(_normalises(reader, node, sources[0]) for reader in node.users)
+    return NormalisedConcat(node, segments, act) if wanted else None
 
 
 def _flattened(node: fx.Node) -> list[fx.Node] | None:
@@ -67,29 +63,30 @@ def _flattened(node: fx.Node) -> list[fx.Node] | None:
     return tensors
 
 
-def _fits(tensor: fx.Node, normalise: fx.Node | None, act: str, modules: dict[str, nn.Module]) -> bool:
-    if "bnr_shared" in tensor.meta:
+def _fits(tensor: fx.Node, normalise: Normalise | None, act: str) -> bool:
+    if provenance(tensor).changed_by is not None:
         return False
     if normalise is None:
-        return act in _IDEMPOTENT and (act == "identity" or _is_activated(tensor, act, modules))
-    return all(concat_of(reader) is not None or _normalises(reader, tensor, normalise, modules) for reader in tensor.users)
+        return act in _IDEMPOTENT and (act == "identity" or _is_activated(tensor, act))
+    return all(concat_of(reader) is not None or _normalises(reader, tensor, normalise) for reader in tensor.users)
 
 
-def _normalises(reader: fx.Node, z: fx.Node, normalise: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _normalises(reader: fx.Node, z: fx.Node, normalise: Normalise) -> bool:
     """Whether ``reader`` could normalise z itself. ``normalise`` makes z, or, for a concat's z, one segment of it."""
-    return is_convolution(reader, modules) or pool_reader(reader, normalise, z, modules) is not None
+    pooling = pooling_of(reader)
+    return is_conv(reader) or (pooling is not None and pooling.input is z and can_normalise(normalise, pooling))
 
 
-def _is_activated(tensor: fx.Node, act: str, modules: dict[str, nn.Module]) -> bool:
+def _is_activated(tensor: fx.Node, act: str) -> bool:
     """Whether this tensor is a result of ``act``, or of nothing but maxima and concats of its results."""
-    normalise = produced_by(tensor, ops.normalise, "z")
+    normalise = normalise_making(tensor)
     if normalise is not None:
-        return str(normalise.kwargs["act"]) == act
-    applied = activation_of(tensor, modules)
+        return normalise.act == act
+    applied = activation_of(tensor)
     if applied is not None:
-        return applied[0] == act
-    pool = max_pool_of(tensor, modules)
-    if pool is not None:
-        return _is_activated(pool["input"], act, modules)
+        return applied.name == act
+    pooling = pooling_of(tensor)
+    if isinstance(pooling, MaxPooling):
+        return _is_activated(pooling.input, act)
     segments = concat_of(tensor)
-    return segments is not None and all(_is_activated(segment, act, modules) for segment in segments)
+    return segments is not None and all(_is_activated(segment, act) for segment in segments)

@@ -10,14 +10,16 @@ import random
 from dataclasses import dataclass
 
 import torch
+from random_python import HELPERS, STATEMENTS
 from torch import nn
 
-__all__ = ["RandomModel", "build_from_source", "write_model"]
+__all__ = ["RandomModel", "Writer", "build_from_source", "write_model"]
 
 _HEADER = """import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+HELPERS
 
 class RandomModel(nn.Module):
     def __init__(self):
@@ -61,7 +63,9 @@ class RandomModel:
         )
 
 
-class _Writer:
+class Writer:
+    """Writes one model, statement by statement."""
+
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.batch = self.rng.choice((2, 3, 4))
@@ -89,6 +93,13 @@ class _Writer:
         self.lines.append(f"{made.name} = {expression}")
         self.vars.append(made)
         return made
+
+    def adopt(self, name: str, channels: int, size: int, *read: Var) -> Var:
+        """A tensor that lines written otherwise have made."""
+        for var in read:
+            var.fresh = False
+        self.vars.append(Var(name, channels, size))
+        return self.vars[-1]
 
     def layer(self, expression: str, prefix: str = "m") -> str:
         name = self.name(prefix)
@@ -313,7 +324,8 @@ class _Writer:
         self.conv_norm_act(self.vars[0], stride=self.rng.choice((1, 1, 2)))
         for _ in range(self.rng.randint(3, 8)):
             statement = self.rng.choices(
-                ("conv", "preact", "join", "concat", "dense", "aggregation", "se", "other", "down"), (4, 2, 4, 3, 1, 1, 1, 3, 1)
+                ("conv", "preact", "join", "concat", "dense", "aggregation", "se", "other", "down", "python"),
+                (4, 2, 4, 3, 1, 1, 1, 3, 1, 4),
             )[0]
             if statement == "conv":
                 self.conv_norm_act(self.pick())
@@ -329,6 +341,8 @@ class _Writer:
                 self.aggregation()
             elif statement == "se":
                 self.squeeze_excite()
+            elif statement == "python":
+                self.rng.choice(STATEMENTS)(self)
             elif statement == "down":
                 self.conv_norm_act(self.pick(), stride=2)
             else:
@@ -337,14 +351,14 @@ class _Writer:
 
 def write_model(seed: int) -> RandomModel:
     """The random model of this seed; the same seed writes the same source."""
-    writer = _Writer(seed)
+    writer = Writer(seed)
     writer.write()
     outputs = [writer.vars[-1].name]
     made = [v.name for v in writer.vars[1:-1]]
     if made and writer.chance(0.4):
         outputs += writer.rng.sample(made, min(len(made), writer.rng.choice((1, 2))))
     body = ["extras = []", *writer.lines, f"return [{', '.join(outputs)}, *extras]"]
-    source = _HEADER + "".join(f"        {line}\n" for line in writer.layers)
+    source = _HEADER.replace("HELPERS", HELPERS) + "".join(f"        {line}\n" for line in writer.layers)
     source += "\n    def forward(self, x):\n" + "".join(f"        {line}\n" for line in body)
     return RandomModel(seed, source, writer.batch, 3, writer.size)
 

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from bnrestructure import dynamo
-from bnrestructure.graph.fused import is_fused
+from bnrestructure.graph.ir import BatchNorm, is_fused
+from bnrestructure.graph.provenance import provenance
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +27,13 @@ def fresh_dynamo() -> Iterator[None]:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
     """The graphs that the backend rewrote, as they ran."""
     seen: list[fx.GraphModule] = []
-    original = dynamo.pipeline.run
+    original = dynamo.pipeline.rewrite
 
-    def run(gm: fx.GraphModule, *args: Any) -> Any:
+    def rewrite(gm: fx.GraphModule, *args: Any) -> Any:
         seen.append(gm)
         return original(gm, *args)
 
-    monkeypatch.setattr(dynamo.pipeline, "run", run)
+    monkeypatch.setattr(dynamo.pipeline, "rewrite", rewrite)
     return seen
 
 
@@ -101,9 +102,32 @@ def test_a_training_step_equals_eager(rest: str, graphs: list[fx.GraphModule]) -
     for batch in (2, 3) if rest == "inductor" else (2, 3, 5):
         assert_same_step(compiled, model, eager, torch.randn(batch, 3, 9, 8, dtype=torch.float64))
     assert any(is_fused(node) for node in graphs[0].graph.nodes)
-    statistics = [s for node in graphs[0].graph.nodes for s in node.meta.get("bnr_statistics_of", [])]
+    statistics = [s for node in graphs[0].graph.nodes for s in provenance(node).statistics_of]
     assert {"bn0", "bn1", "bn2", "bn3"} <= set(statistics)
     assert len(graphs) <= 2, "one graph for the first batch size, one for all others"
+
+
+class Own(nn.BatchNorm2d):
+    """Whose momentum and eps Dynamo hands to the graph as arguments where shapes are dynamic."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, Own])
+def test_dynamic_shapes_from_the_start(norm: type[nn.BatchNorm2d], graphs: list[fx.GraphModule]) -> None:
+    """One graph for all batches, in which every batch norm is fused, and its numbers are the model's as they are then."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4, momentum=0.3), nn.ReLU(), nn.Conv2d(4, 4, 3), norm(4, eps=1e-2), nn.ReLU())
+    model.append(nn.Conv2d(4, 2, 1)).double()
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=dynamo.bnrestructure, options={"rest": "eager", "backend": "reference"}, dynamic=True)
+    for batch, size in ((2, 9), (3, 8), (5, 11)):
+        assert_same_step(compiled, model, eager, torch.randn(batch, 3, size, size, dtype=torch.float64))
+    assert len(graphs) == 1
+    halves = [provenance(node) for node in graphs[0].graph.nodes if is_fused(node)]
+    assert sum(len(known.normalises) for known in halves) == sum(len(known.statistics_of) for known in halves) == 2
+    assert BatchNorm.every(graphs[0].graph) == []
 
 
 class Clip(nn.Module):

@@ -82,4 +82,4 @@ def test_nothing_of_it_in_pipes_and_all_of_it_on_a_terminal(command: tuple[str, 
         os.close(ours)
         assert process.wait() == 0
     shown = seen.decode()
-    assert {"plan": "2/3", "verify": "5/6"}[name] in shown  # the last step goes on as the bar is taken away
+    assert {"plan": "2/3", "verify": "6/7"}[name] in shown  # the last step goes on as the bar is taken away

@@ -14,6 +14,7 @@ from torch import nn
 
 import bnrestructure
 from bnrestructure import NotFullyFusedError, UsageError
+from bnrestructure.capture.swap import is_restructured
 
 
 def _state(model: nn.Module) -> list[Any]:
@@ -70,7 +71,7 @@ def test_strict_names_the_first_site_and_changes_nothing() -> None:
         bnrestructure.restructure(model, backend="reference", strict=True)
     assert "\n" not in str(caught.value)
     assert _state(model) == before
-    assert type(bnrestructure.restructure(build("chain"), backend="reference", strict=True)).__name__ != "Chain"
+    assert is_restructured(bnrestructure.restructure(build("chain"), backend="reference", strict=True))
 
 
 @pytest.mark.parametrize(
@@ -149,3 +150,26 @@ def test_what_eager_refuses_at_the_step_is_refused(make: Callable[[], nn.Module]
         make()(x)
     with pytest.raises(expected.type, match=str(expected.value)[:11]):
         bnrestructure.restructure(make(), backend=backend)(x)
+
+
+@pytest.mark.parametrize("passes", [[1], 7, ["fission", None]])
+def test_passes_that_are_no_names(passes: Any) -> None:
+    with pytest.raises(UsageError, match=r"unknown pass|passes are names"):
+        bnrestructure.restructure(build("chain"), passes=passes)
+
+
+@pytest.mark.parametrize("fuel", [-1, 1.5, "all"])
+def test_fuel_that_is_no_number_of_rewrites(fuel: Any) -> None:
+    with pytest.raises(UsageError, match="fuel is a number of rewrites"):
+        bnrestructure.restructure(build("chain"), fuel=fuel)
+
+
+@pytest.mark.parametrize(
+    "inputs", ["a", 3, torch.randn(2, 4, 12, 12), (torch.randn(2, 3, 12, 12), 1)], ids=["text", "number", "channels", "count"]
+)
+def test_explain_with_inputs_that_the_model_does_not_take(inputs: Any) -> None:
+    model = build("chain").float()
+    before = _state(model)
+    with pytest.raises(UsageError, match="does not take this input"):
+        bnrestructure.explain(model, inputs)
+    assert _state(model) == before

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import bnrestructure
 from bnrestructure import ops
 from bnrestructure.capture.regions import Options
-from bnrestructure.plan.planning import region_graphs
+from bnrestructure.plan.survey import take_survey
 
 
 class Parts(nn.Module):
@@ -121,7 +121,7 @@ NOT_FORMED = ("readers with different activations", "a concat reads the sum", "t
 
 def joins_in(model: nn.Module) -> int:
     """How many convolutions of the rewritten graph form a join."""
-    graphs = [after.graph for _, _, after in region_graphs(model, Options())]
+    graphs = [region.after.graph for region in take_survey(model, Options()).regions]
     return sum(n.target is ops.conv and n.kwargs.get("r") is not None for graph in graphs for n in graph.nodes)
 
 

@@ -13,10 +13,12 @@ import torch
 from equivalence import assert_same_training, assert_same_values, training_step
 from small_models import SMALL_MODELS, Chain, Residual, build, input_for
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import bnrestructure
+from bnrestructure.capture.swap import is_restructured
 
 
 def restructure(model: nn.Module) -> nn.Module:
@@ -90,7 +92,7 @@ def test_deepcopy_is_independent_and_still_restructured(name: str, trained: bool
 
 
 def _is_restructured(model: nn.Module) -> bool:
-    return any(type(m).__name__.startswith("Restructured") for m in model.modules())
+    return any(is_restructured(m) for m in model.modules())
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch.save"])
@@ -198,17 +200,26 @@ class ScaledBatchNorm(nn.BatchNorm2d):
 
 
 class RenamedBatchNorm(nn.BatchNorm2d):
-    """A subclass without one: still decided by exact type."""
+    """A subclass without one."""
 
 
-@pytest.mark.parametrize("kind", [ScaledBatchNorm, RenamedBatchNorm])
-def test_subclass_of_batch_norm_is_kept(kind: type[nn.BatchNorm2d]) -> None:
+class FrozenBatchNorm(nn.BatchNorm2d):
+    """A subclass that normalises with its running statistics whatever mode it is in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"), [(ScaledBatchNorm, "partial"), (RenamedBatchNorm, "fused"), (FrozenBatchNorm, "kept")]
+)
+def test_subclass_of_batch_norm_is_what_its_forward_does(kind: type[nn.BatchNorm2d], status: str) -> None:
     model = build("chain")
     model.bn1 = kind(6).double()
     assert_same_training(model, input_for("chain"))
-    kept = next(s for s in bnrestructure.explain(model, backend="reference").sites if s.name == "bn1")
-    assert kept.status == "kept"
-    assert kept.reason
+    site = next(s for s in bnrestructure.explain(model, backend="reference").sites if s.name == "bn1")
+    assert site.status == status
+    assert bool(site.reason) == (status != "fused")
 
 
 def test_parametrized_convolution_is_a_boundary() -> None:

@@ -247,3 +247,22 @@ def test_names_are_seen_from_inside_their_module() -> None:
     assert relative("features.3.1", "features.3") == "features.3.1"
     assert relative("layer10.bn", "layer1") == "layer10.bn"
     assert shortened(["a.x", "a.y", "a.x", "b.z"], "a") == "x, y +1"
+
+
+def test_check_looks_at_every_graph_of_the_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    page = show(capsys, "Untraceable", "--check")
+    assert page.count("holds") == 9
+    assert "inner" in page
+    data = json.loads(show(capsys, "Dense", "--check", "--json", "--after", "eliminate-concat"))
+    assert data["ok"] is True
+    (region,) = data["regions"]
+    assert [stage["name"] for stage in region["passes"]][-1] in ("eliminate-concat", "select-kernels")
+    assert all(stage["violations"] == [] for stage in region["passes"])
+
+
+def test_check_fails_where_a_pass_breaks_a_rule(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from bnrestructure.passes import fission
+
+    monkeypatch.setattr(fission, "remember", lambda node, **changes: None)
+    assert main(["show", f"{__file__}:Residual", "--check"]) == 1
+    assert "statistics breaks the rule 'remembers its halves'" in capsys.readouterr().out

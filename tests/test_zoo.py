@@ -89,18 +89,20 @@ def test_the_papers_two_models_keep_no_site(name: str, sites: int) -> None:
 
 
 def test_densenets_concats_are_gone_and_its_statistics_are_computed_once() -> None:
-    from bnrestructure import ops
     from bnrestructure.capture.regions import Options
-    from bnrestructure.plan.planning import region_graphs
+    from bnrestructure.graph.ir import Conv, Statistics
+    from bnrestructure.graph.provenance import provenance
+    from bnrestructure.plan.survey import take_survey
 
-    ((_, before, after),) = region_graphs(build_on_meta("densenet121"), Options("reference"))
+    (region,) = take_survey(build_on_meta("densenet121"), Options("reference")).regions
+    before, after = region.before, region.after
 
     def concats(gm: torch.fx.GraphModule) -> int:
-        return sum(n.target is torch.cat and "bnr_vector" not in n.meta for n in gm.graph.nodes)
+        return sum(n.target is torch.cat and not provenance(n).vector for n in gm.graph.nodes)
 
     assert concats(before) == 62
     assert concats(after) == 0
-    sweeps = [n for n in after.graph.nodes if n.target is ops.statistics]
-    carried = [n for n in after.graph.nodes if n.target is ops.conv and n.kwargs["statistics"]]
+    sweeps = Statistics.every(after.graph)
+    carried = [conv for conv in Conv.every(after.graph) if conv.statistics]
     # Every convolution's output once, the stem's pool and the three transitions' pools in sweeps of their own.
     assert (len(carried), len(sweeps)) == (1 + 58 * 2, 4)

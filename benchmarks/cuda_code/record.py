@@ -18,11 +18,13 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bnrestructure
 from bnrestructure.capture import tracer
+from bnrestructure.capture.regions import Options
 from bnrestructure.core.memory_format import to_channels_last
 from bnrestructure.kernels import cuda, registry
 from bnrestructure.kernels.cuda.launch import Launch, received_by
+from bnrestructure.passes.restore_formats import RESTORE_FORMATS
+from bnrestructure.plan.survey import take_survey
 
 __all__ = ["Product", "Step", "prepared", "record"]
 
@@ -114,17 +116,23 @@ def _pretending() -> Iterator[Callable[[bool], None]]:
 
 
 def prepared(name: str) -> nn.Module:
-    """A torchvision model on meta, channels_last and restructured."""
+    """A torchvision model on meta, in channels_last and in training mode."""
     with torch.device("meta"):
         model = torchvision.models.get_model(name, weights=None, **({"aux_logits": False} if name == "inception_v3" else {}))
     model, _ = to_channels_last(model, ())
-    return bnrestructure.restructure(model.train(), backend="auto")
+    return model.train()
 
 
 def record(model: nn.Module, batch: int, size: int = 224, autocast: bool = True) -> Step:
-    """One training step of ``model`` (see :func:`prepared`) on images [batch, 3, size, size], the first one's capture not counted."""
+    """One training step of the rewritten graph of ``model`` (see :func:`prepared`) on images [batch, 3, size, size]."""
     x = torch.empty(batch, 3, size, size, device="meta").contiguous(memory_format=torch.channels_last)
     with _pretending() as switch:
+        switch(autocast)
+        # On the meta device a restructured model runs its own forward, as exporters want it: the graph is run instead.
+        (region,) = take_survey(model, Options(), (x,)).regions
+        switch(False)
+        RESTORE_FORMATS(region.after)
+        region.after.recompile()
         for _ in range(2):
             step = Step()
             for parameter in model.parameters():
@@ -132,7 +140,7 @@ def record(model: nn.Module, batch: int, size: int = 224, autocast: bool = True)
             with received_by(step.launches.append), _Watch(step):
                 switch(autocast)
                 try:
-                    y = model(x)
+                    y = region.after(x)
                 finally:
                     switch(False)
                 step.forward = len(step.launches)

@@ -11,7 +11,7 @@ from bnrestructure.bench.settings import Settings
 from bnrestructure.bench.workload import Workload
 from bnrestructure.models.inputs import example_inputs
 from bnrestructure.models.models import load_model
-from bnrestructure.models.shapes import check_shapes
+from bnrestructure.plan.shapes import check_shapes
 
 __all__ = ["load_workload"]
 

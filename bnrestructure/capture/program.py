@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-__all__ = ["Program", "use_reshape"]
+__all__ = ["Program", "copied_graph"]
 
 
 class Program:
@@ -20,11 +18,10 @@ class Program:
     the caller vouches that its module tree has not changed in between (capture/state.py).
     """
 
-    def __init__(self, gm: fx.GraphModule, name: str) -> None:
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(gm.graph, {}))
+    def __init__(self, gm: fx.GraphModule, rebuild: Callable[[Sequence[Any]], Any] | None, name: str) -> None:
+        graph = copied_graph(gm.graph)
         self._slots = _attributes_to_arguments(graph, gm)
-        self._output_spec: pytree.TreeSpec | None = gm.meta.get("bnr_output_spec")
+        self._rebuild = rebuild
         code = graph.python_code("self")
         namespace = dict(code.globals)
         exec(compile(code.src, f"<bnrestructure: {name}>", "exec"), namespace)
@@ -38,7 +35,14 @@ class Program:
             dicts = [(getattr(module.get_submodule(path), kind), name) for path, kind, name in self._slots]
             self._owner, self._dicts = module, dicts
         result = self._function(module, *tensors, *[values[name] for values, name in dicts])
-        return result if self._output_spec is None else pytree.tree_unflatten(result, self._output_spec)
+        return result if self._rebuild is None else self._rebuild(result)
+
+
+def copied_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy that holds on to no module."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    return copied
 
 
 def _attributes_to_arguments(graph: fx.Graph, gm: fx.GraphModule) -> list[tuple[str, str, str]]:
@@ -64,14 +68,3 @@ def _attributes_to_arguments(graph: fx.Graph, gm: fx.GraphModule) -> list[tuple[
         node.replace_all_uses_with(arguments[target])
         graph.erase_node(node)
     return slots
-
-
-def use_reshape(gm: fx.GraphModule) -> None:
-    """Turn ``x.view(...)`` into ``x.reshape(...)``: fused nodes may hand on channels_last tensors where eager has contiguous ones.
-
-    Not where memory is shared with something that is written to: a copy would lose what is written (``restore_formats`` sees to those).
-    """
-    for node in gm.graph.nodes:
-        is_view = node.op == "call_method" and node.target == "view" and "bnr_shared" not in node.meta
-        if is_view and not any(isinstance(a, torch.dtype) for a in node.args[1:]):
-            node.target = "reshape"

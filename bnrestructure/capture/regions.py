@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import torch
 from torch import fx, nn
 
-from bnrestructure.capture.formats import restore_formats
-from bnrestructure.capture.program import Program, use_reshape
+from bnrestructure.capture.ambient import compiled_autograd_is_on, wants_the_module_itself
+from bnrestructure.capture.arguments import Arguments
+from bnrestructure.capture.guess import guessed_arguments
+from bnrestructure.capture.program import Program, copied_graph
+from bnrestructure.capture.reads import Reads
+from bnrestructure.capture.side_effects import ambient_modes
 from bnrestructure.capture.state import ModuleState
-from bnrestructure.capture.tracer import Arguments, capture, is_capturing
-from bnrestructure.core.errors import CaptureError
+from bnrestructure.capture.tracer import Capture, capture, is_capturing
+from bnrestructure.core.errors import BrokenGraphError, CaptureError, NotFollowedError, NotFullyFusedError
 from bnrestructure.graph.boundaries import any_global_hooks, boundary_reason, is_library_leaf
-from bnrestructure.graph.inplace import functionalise
-from bnrestructure.graph.layers import module_path
 from bnrestructure.passes import pipeline
-from bnrestructure.patterns.batch_norm import find_batch_norms
+from bnrestructure.passes.prepare import prepare
+from bnrestructure.passes.restore_formats import RESTORE_FORMATS
+from bnrestructure.patterns.batch_norm import site_names
 
-__all__ = ["Options", "Region", "captured", "has_batch_norm", "rewritten", "subregions"]
+__all__ = ["Options", "Ran", "Region", "captured", "has_batch_norm", "holding_batch_norms", "subregions"]
 
-_CACHED_PROGRAMS = 8
+_CACHED_PROGRAMS = 32
+_CAPTURES_TO_WARN_OF = 3
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,29 @@ class Options:
     backend: str = "auto"
     passes: tuple[str, ...] = pipeline.PASSES
     fuel: int | None = None
+    strict: bool = False
 
 
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether any batch norm layer is in this module tree, or code that calls the function."""
-    kinds = {type(m) for m in module.modules()}
-    return any(issubclass(kind, nn.modules.batchnorm._BatchNorm) or _calls_batch_norm(kind) for kind in kinds)  # type: ignore[arg-type]
+    return any(_is_batch_norm(kind) for kind in {type(m) for m in module.modules()})
+
+
+def holding_batch_norms(root: nn.Module) -> set[nn.Module]:
+    """Every module of the tree for which :func:`has_batch_norm` is true."""
+    known: dict[nn.Module, bool] = {}
+
+    def holds(m: nn.Module) -> bool:
+        if m not in known:
+            known[m] = any([_is_batch_norm(type(m)), *map(holds, m.children())])
+        return known[m]
+
+    holds(root)
+    return {m for m, found in known.items() if found}
+
+
+def _is_batch_norm(kind: type[nn.Module]) -> bool:
+    return issubclass(kind, nn.modules.batchnorm._BatchNorm) or _calls_batch_norm(kind)
 
 
 @cache
@@ -57,41 +80,25 @@ def _calls_batch_norm(cls: type[nn.Module]) -> bool:
     return False
 
 
-def captured(module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> tuple[fx.GraphModule, dict[nn.Module, str]]:
-    """The captured graph, made ready for patterns: out-of-place, views that are only read as reshapes, nn.Identity gone."""
-    gm, opaque = capture(module, forward, arguments)
-    _drop_identities(gm)
-    functionalise(gm)
-    use_reshape(gm)
-    _name_sites(gm)
-    return gm, opaque
+def captured(module: nn.Module, forward: Callable[..., Any], arguments: Arguments | None = None) -> Capture:
+    """The capture of a module's forward, its graph made ready for patterns (passes/prepare.py).
+
+    Without ``arguments`` it is followed with tensors that its first layer would take (capture/guess.py). Raises CaptureError.
+    """
+    found = capture(module, forward, arguments) if arguments is not None else _guessed(module, forward)
+    prepare(found.graph_module)
+    return found
 
 
-def _name_sites(gm: fx.GraphModule) -> None:
-    """Give each batch norm call a name of its own: its module's path, with #2, #3 ... for further calls of a shared module."""
-    calls: Counter[str] = Counter()
-    for match in find_batch_norms(gm):
-        path = module_path(match.node)
-        calls[path] += 1
-        match.node.meta["bnr_site"] = path if calls[path] == 1 else f"{path}#{calls[path]}"
-
-
-def _drop_identities(gm: fx.GraphModule) -> None:
-    modules = dict(gm.named_modules(remove_duplicate=False))
-    for node in list(gm.graph.nodes):
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if type(module) is nn.Identity and boundary_reason(module) is None and len(node.args) == 1:
-            node.replace_all_uses_with(node.args[0])
-            gm.graph.erase_node(node)
-
-
-def rewritten(
-    module: nn.Module, forward: Callable[..., Any], arguments: Arguments, options: Options
-) -> tuple[fx.GraphModule, dict[nn.Module, str]]:
-    """The captured graph after the passes of ``options``, and the submodules that stayed calls with why."""
-    gm, opaque = captured(module, forward, arguments)
-    pipeline.run(gm, options.passes, options.backend, options.fuel)
-    return gm, opaque
+def _guessed(module: nn.Module, forward: Callable[..., Any]) -> Capture:
+    """The capture for the first guess that the forward takes. Raises CaptureError: that of the first guess, where it takes none."""
+    first: CaptureError | None = None
+    for arguments in guessed_arguments(module, forward):
+        try:
+            return capture(module, forward, arguments)
+        except NotFollowedError as error:
+            first = first or error
+    raise first or CaptureError("nobody knows what to call its forward with: give example inputs")
 
 
 def subregions(module: nn.Module, opaque: dict[nn.Module, str]) -> Iterator[tuple[nn.Module, str]]:
@@ -108,84 +115,139 @@ def subregions(module: nn.Module, opaque: dict[nn.Module, str]) -> Iterator[tupl
 
 @dataclass
 class _Cached:
+    """One program, or the lack of one, and what it holds for. ``sizes`` None: whatever the inputs' sizes."""
+
     key: Any
+    sizes: Any
     state: ModuleState
     program: Program | None
 
 
 @dataclass
-class Region:
-    """What a swapped module carries: its options and its programs, one per structure of call and state of the module tree.
+class Ran:
+    """What of a region has run in training.
 
-    ``refusals`` are the reasons of calls that ran the module's own forward.
+    captures    how often its forward was captured
+    calls       how often a rewritten program ran
+    sites       the batch norm calls of the latest capture, by name, and ``graph``, what the passes made of it
+    refusals    why calls ran the module's own forward
     """
 
-    options: Options
+    captures: int = 0
+    calls: int = 0
+    sites: list[str] = field(default_factory=list)
+    graph: fx.Graph | None = None
     refusals: list[str] = field(default_factory=list)
-    on_opaque: Callable[[nn.Module, Options], None] | None = None
+
+
+@dataclass
+class Region:
+    """What a swapped module carries: its options and its programs, one per structure of call and state of the module tree."""
+
+    options: Options
+    ran: Ran = field(default_factory=Ran)
     _programs: list[_Cached] = field(default_factory=list)
+    _seen: Counter[Any] = field(default_factory=Counter)
     _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def refusals(self) -> list[str]:
+        """Why calls in training ran the module's own forward."""
+        return self.ran.refusals
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         """A copied model starts without programs: they are made again from its own modules."""
-        return Region(self.options, on_opaque=self.on_opaque)
+        return Region(self.options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Region, (self.options, [], self.on_opaque))
+        return (Region, (self.options,))
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the module: its rewritten program, or ``forward``, its own, where no program fits."""
-        if not module.training or is_capturing() or any_global_hooks() or _is_transformed():
+        if is_capturing() or any_global_hooks() or wants_the_module_itself():
             return forward(module, *args, **kwargs)
         if getattr(module, "_is_replica", False):
             self._refuse("nn.DataParallel runs replicas of the module, whose tensors are not parameters: DistributedDataParallel's are")
+            return forward(module, *args, **kwargs)
+        if compiled_autograd_is_on():
+            self._refuse("compiled autograd is on, which compiles the backward passes of PyTorch's own operations alone")
             return forward(module, *args, **kwargs)
         try:
             arguments = Arguments(args, kwargs)
         except CaptureError as error:
             self._refuse(str(error))
             return forward(module, *args, **kwargs)
-        program = self._program(module, forward, arguments)
-        if program is None:
+        if arguments.without_data:
             return forward(module, *args, **kwargs)
-        return program(module, arguments.tensors)
+        cached = self._fitting(module, forward, arguments)
+        if cached.program is None:
+            return self._own(cached, module, forward, args, kwargs)
+        self.ran.calls += 1
+        return cached.program(module, arguments.tensors)
 
-    def _program(self, module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> Program | None:
-        key = (arguments.key, torch.is_grad_enabled())
+    def _own(self, cached: _Cached, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return forward(module, *args, **kwargs)
+        except Exception:
+            # The call itself is at fault, perhaps, and not what the tracer can follow: the next one like it is captured again.
+            with self._lock, suppress(ValueError):
+                self._programs.remove(cached)
+            raise
+
+    def _fitting(self, module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> _Cached:
+        """The program for this call, made if there is none."""
+        key = (arguments.key, ambient_modes())
         with self._lock:
+            changed: str | None = None
             for i, cached in enumerate(self._programs):
-                if cached.key == key and cached.state.matches():
+                if cached.key != key:
+                    continue
+                if cached.sizes is not None and cached.sizes != arguments.sizes:
+                    changed = changed or "the sizes of its input, by which it decides something"
+                elif cached.state.matches():
                     if i:
                         self._programs.insert(0, self._programs.pop(i))
-                    return cached.program
-            program = self._make(module, forward, arguments)
-            self._programs.insert(0, _Cached(key, ModuleState(module), program))
+                    return cached
+                else:
+                    changed = changed or cached.state.difference()
+            self._count(key, module, changed)
+            made = self._make(module, forward, arguments, key)
+            self._programs.insert(0, made)
             del self._programs[_CACHED_PROGRAMS:]
-            return program
+            return made
 
-    def _make(self, module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> Program | None:
+    def _count(self, key: Any, module: nn.Module, changed: str | None) -> None:
+        """Warn, once, of a region that is captured again and again for calls of one structure."""
+        self.ran.captures += 1
+        self._seen[key] += 1
+        if self._seen[key] == _CAPTURES_TO_WARN_OF and changed is not None:
+            warnings.warn(
+                f"bnrestructure: {type(module).__name__} is captured for the {_CAPTURES_TO_WARN_OF}rd time because of {changed}; "
+                "each capture costs about a training step",
+                stacklevel=5,
+            )
+
+    def _make(self, module: nn.Module, forward: Callable[..., Any], arguments: Arguments, key: Any) -> _Cached:
         try:
-            gm, opaque = rewritten(module, forward, arguments, self.options)
+            before = captured(module, forward, arguments)
         except CaptureError as error:
             self._refuse(str(error))
-            inner = [child for child in module.children() if has_batch_norm(child)]
-            program = None
-        else:
-            inner = [child for child, _ in subregions(module, opaque)]
-            restore_formats(gm)
-            program = Program(gm, type(module).__name__)
-        if self.on_opaque is not None:
-            for child in inner:
-                self.on_opaque(child, self.options)
-        return program
+            return _Cached(key, None, ModuleState(module, Reads()), None)
+        gm = before.graph_module
+        self.ran.sites = site_names(gm.graph)
+        try:
+            pipeline.rewrite(gm, self.options.passes, self.options.backend, self.options.fuel)
+        except BrokenGraphError as error:
+            warnings.warn(f"bnrestructure: {error}. Please report this fault; {type(module).__name__} runs as it was", stacklevel=6)
+            self._refuse(str(error))
+            return _Cached(key, None, ModuleState(module, Reads()), None)
+        self.ran.graph = copied_graph(gm.graph)
+        RESTORE_FORMATS.rewrite(gm)
+        sizes = arguments.sizes if before.by_size else None
+        return _Cached(key, sizes, ModuleState(module, before.reads), Program(gm, before.rebuild, type(module).__name__))
 
     def _refuse(self, reason: str) -> None:
-        if reason not in self.refusals:
-            self.refusals.append(reason)
-
-
-def _is_transformed() -> bool:
-    """Inside torch.func transforms, forward-mode AD or torch.jit.trace the module's own forward runs: fused nodes are reverse-mode only."""
-    if torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return torch.autograd.forward_ad._current_level >= 0
+        if reason not in self.ran.refusals:
+            self.ran.refusals.append(reason)
+        if self.options.strict:
+            raise NotFullyFusedError(f"a region refuses in training: {reason}")

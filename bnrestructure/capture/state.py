@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
 
+from bnrestructure.capture.reads import Reads
 from bnrestructure.capture.side_effects import is_plain_object
 from bnrestructure.graph.boundaries import has_hooks, is_library_leaf
 
@@ -44,45 +46,100 @@ class _Same:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and other.value is self.value
 
+    def __repr__(self) -> str:
+        return f"a {type(self.value).__name__}"
+
     __hash__ = None  # type: ignore[assignment]
 
 
-def _watched(module: nn.Module) -> tuple[list[str], list[str]]:
-    """Attributes whose values a capture takes for granted: (plain ones, those that have contents or are functions or objects).
+class _Row(NamedTuple):
+    """One module, as it was: its training flag, class, children, hooks, absent tensors, and the attributes that count."""
+
+    path: str
+    module: nn.Module
+    state: dict[str, Any]
+    cls: type
+    getter: itemgetter[str]
+    names: list[str]
+    values: Any
+    deep: list[tuple[str, Any]]
+    absent: tuple[str, ...]
+    children: tuple[Any, ...]
+    hooked: bool
+    nones: tuple[tuple[str, str], ...]
+    layout: bool | None
+
+    @classmethod
+    def of(cls, path: str, module: nn.Module, watched: set[str]) -> _Row:
+        """The row of this module; ``watched`` are the attributes that count, where it has them."""
+        state = module.__dict__
+        present = {n: state[n] for n in sorted(watched & state.keys()) if not isinstance(state[n], torch.Tensor | nn.Module)}
+        names = list(dict.fromkeys(["training", *(name for name, value in present.items() if _is_plain(value))]))
+        own = state["_parameters"].keys() | state["_buffers"].keys() | state["_modules"].keys()
+        getter = itemgetter(*names)
+        return cls(
+            path, module, state, type(module), getter, names, getter(state),
+            deep=[(name, _contents(value)) for name, value in present.items() if name not in names],
+            absent=tuple((watched | {"forward"}) - state.keys() - own),
+            children=tuple(state["_modules"].values()),
+            hooked=has_hooks(state),
+            nones=tuple((kind, k) for kind in ("_parameters", "_buffers") for k, v in state[kind].items() if v is None),
+            layout=_layout_of_weight(module),
+        )  # fmt: skip
+
+    def difference(self) -> str | None:
+        """What has changed since, or None."""
+        state = self.state
+        checks = {
+            "its class": type(self.module) is self.cls,
+            "its hooks": has_hooks(state) == self.hooked,
+            "its submodules": tuple(state["_modules"].values()) == self.children,
+            "the layout of its weight": _layout_of_weight(self.module) == self.layout,
+            **{name: name not in state for name in self.absent},
+            **{name: state[kind].get(name) is None for kind, name in self.nones},
+            **{name: name in state and _contents(state[name]) == value for name, value in self.deep},
+        }
+        values = self.values if len(self.names) > 1 else (self.values,)
+        checks |= {name: name in state and state[name] == value for name, value in zip(self.names, values, strict=True)}
+        return next((what for what, same in checks.items() if not same), None)
+
+
+def _layout_of_weight(module: nn.Module) -> bool | None:
+    """Whether a convolution's weight has its channels last in memory, on which the layout of its output depends."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return None
+    weight = module._parameters.get("weight")
+    if weight is None or isinstance(weight, UninitializedTensorMixin) or weight.layout is not torch.strided:
+        return None
+    return weight.stride(1) == 1
+
+
+def _watched(module: nn.Module, reads: Reads) -> set[str]:
+    """The attributes whose values a capture took for granted: those that it read; of PyTorch's layers all public ones.
 
     Tensors are not among them: a graph looks them up when it runs.
     """
-    plain, deep = [], []
-    private = is_library_leaf(module)  # what torch's own layers keep for themselves follows from their public attributes
-    for key, value in module.__dict__.items():
-        if key in _BOOKKEEPING or key.startswith("_bnr") or (private and key.startswith("_")):
-            continue
-        if _is_plain(value):
-            plain.append(key)
-        elif not isinstance(value, (torch.Tensor, nn.Module)):
-            deep.append(key)
-    return plain, deep
+    if is_library_leaf(module):  # what these keep for themselves follows from their public attributes
+        return {name for name in module.__dict__ if not name.startswith("_")} - _BOOKKEEPING
+    if module in reads.everything:
+        return {name for name in module.__dict__ if not name.startswith("_bnr")} - _BOOKKEEPING
+    return {name for name in reads.of(module) if not name.startswith("_bnr")} - _BOOKKEEPING
 
 
 class ModuleState:
-    """Training flags, attributes (eps, momentum, drop rates, configurations), children, hooks and classes of a module tree when captured.
+    """A module tree when captured: training flags, children, hooks, classes, and the attributes that the forward ``reads``.
 
     ``matches()`` costs about a microsecond a module; it runs before every restructured forward, so that freezing a BN, changing
-    a drop rate, adding a hook or replacing a layer is noticed at the next step and leads to another graph.
+    a drop rate, adding a hook or replacing a layer is noticed at the next step and leads to another graph. An attribute
+    that the forward never read (a step counter, a trainer) may change as it likes.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        self._rows: list[tuple[Any, ...]] = []
-        for module in root.modules():
-            state = module.__dict__
-            plain, deep = _watched(module)
-            getter = itemgetter(*dict.fromkeys(["training", *plain]))
-            contents = [(key, _contents(state[key])) for key in deep]
-            children = tuple(state["_modules"].values())
-            present = tuple(k for k, v in state["_parameters"].items() if v is None)
-            self._rows.append(
-                (module, state, type(module), getter, getter(state), children, has_hooks(state), len(state), present, contents)
-            )
+    def __init__(self, root: nn.Module, reads: Reads) -> None:
+        self._rows = [
+            _Row.of(path, module, _watched(module, reads))
+            for path, module in root.named_modules()
+            if not isinstance(module, torch.jit.ScriptModule)  # called as it is, with what it is compiled with
+        ]
 
     def matches(self) -> bool:
         """Whether everything is still as it was captured."""
@@ -91,11 +148,17 @@ class ModuleState:
                 getter(state) == values
                 and has_hooks(state) == hooked
                 and tuple(state["_modules"].values()) == children
-                and len(state) == size
                 and type(module) is cls
-                and all(state["_parameters"].get(k) is None for k in absent)
-                and all(_contents(state[key]) == value for key, value in contents)
-                for module, state, cls, getter, values, children, hooked, size, absent, contents in self._rows
+                and all(name not in state for name in absent)
+                and all(state[kind].get(name) is None for kind, name in nones)
+                and (layout is None or _layout_of_weight(module) == layout)
+                and all(_contents(state[name]) == value for name, value in deep)
+                for _, module, state, cls, getter, _, values, deep, absent, children, hooked, nones, layout in self._rows
             )
         except KeyError:
             return False
+
+    def difference(self) -> str | None:
+        """The first thing that is not as it was, as ``layer1.0: drop_rate``; None where all is."""
+        found = ((row.path, row.difference()) for row in self._rows)
+        return next((f"{what} of {path or 'the model'}" for path, what in found if what is not None), None)

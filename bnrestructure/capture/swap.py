@@ -1,11 +1,15 @@
 """The class swap: a restructured module is an instance of a generated subclass of its own class, and is swapped back on demand.
 
-The object, its attributes, parameters, state_dict keys and ``isinstance`` stay the user's; what changes is which ``forward`` runs in
-training mode. (FSDP2's ``fully_shard`` does the same.)
+The object, its attributes, parameters, state_dict keys, ``isinstance`` and the class's name stay the user's; what changes is which
+``forward`` runs in training mode. (FSDP2's ``fully_shard`` does the same.)
+
+Every module that holds a batch norm is swapped, at every level, and the outermost one that is *called* runs rewritten: where a model's
+forward cannot be captured, or the parts of a model are called by somebody else, the largest parts that are called still are.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -14,12 +18,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from bnrestructure.capture.regions import Options, Region, has_batch_norm, subregions
-from bnrestructure.capture.tracer import Arguments, capture
-from bnrestructure.core.errors import CaptureError
+from bnrestructure.capture.regions import Options, Region, holding_batch_norms
 from bnrestructure.graph.boundaries import is_library_leaf
 
-__all__ = ["find_regions", "is_restructured", "original_class", "region_of", "swap_in", "swap_out", "training_flags"]
+__all__ = ["is_restructured", "original_class", "region_of", "swap_in", "swap_out", "training_flags"]
 
 _REGION = "_bnr_region"
 
@@ -40,18 +42,18 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return module._bnr_original if isinstance(module, Restructured) else type(module)
 
 
-def region_of(module: nn.Module) -> Region:
-    """The region that a swapped module carries."""
-    return module.__dict__[_REGION]
+def region_of(module: nn.Module) -> Region | None:
+    """The region that a swapped module carries; None for one that is not swapped, or was made from one (a slice of a Sequential)."""
+    return module.__dict__.get(_REGION)
 
 
 @cache
 def _restructured_class(cls: type[nn.Module]) -> type[nn.Module]:
     @wraps(cls.forward)  # callers look at the signature: torch.export, torch.fx, trainers that drop columns
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
+        if not self.training or torch.compiler.is_exporting():
             return cls.forward(self, *args, **kwargs)
-        return _run(self, args, kwargs)
+        return _run(self, cls, args, kwargs)
 
     def reduce_ex(self: nn.Module, protocol: int) -> Any:
         own = type(self)
@@ -63,24 +65,37 @@ def _restructured_class(cls: type[nn.Module]) -> type[nn.Module]:
             self.__class__ = own
             if region is not None:
                 self.__dict__[_REGION] = region
-        options = Options() if region is None else region.options
         if rest and isinstance(rest[0], dict):
             rest[0] = {k: v for k, v in rest[0].items() if k != _REGION}
-        return (_rebuild, (function, arguments, options), *rest)
+        if region is None:
+            return (function, arguments, *rest)
+        return (_rebuild, (function, arguments, region.options), *rest)
 
-    name = f"Restructured{cls.__name__}"
+    def prepare_scriptable(self: nn.Module) -> nn.Module:
+        """What torch.jit.script compiles: the same tensors under the original class."""
+        plain = copy.copy(self.__dict__)
+        plain.pop(_REGION, None)
+        plain["_modules"] = dict(self._modules)  # the compiler replaces children in it
+        double = cls.__new__(cls)
+        double.__dict__.update(plain)
+        return double
+
     members = {
-        "_bnr_original": cls, "forward": forward, "__reduce_ex__": reduce_ex, "__module__": cls.__module__,
-        "__qualname__": name, "__doc__": cls.__doc__,
+        "_bnr_original": cls, "forward": forward, "__reduce_ex__": reduce_ex, "__prepare_scriptable__": prepare_scriptable,
+        "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__,
     }  # fmt: skip
-    return type(name, (Restructured, cls), members)
+    return type(cls.__name__, (Restructured, cls), members)
 
 
-def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return region_of(module).run(module, original_class(module).forward, args, kwargs)
+def _run(module: nn.Module, cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    region = region_of(module)
+    return cls.forward(module, *args, **kwargs) if region is None else region.run(module, cls.forward, args, kwargs)
 
 
-_run = torch.compiler.disable(_run)  # to torch.compile a region is one opaque call
+#: To torch.compile a region is one opaque call.
+_run = torch.compiler.disable(
+    _run, reason="a restructured module runs kernels of its own; for one graph: torch.compile(model, backend='bnrestructure') instead"
+)
 
 
 def _rebuild(function: Any, arguments: tuple[Any, ...], options: Options) -> nn.Module:
@@ -92,42 +107,23 @@ def _rebuild(function: Any, arguments: tuple[Any, ...], options: Options) -> nn.
 def _swap_one(module: nn.Module, options: Options) -> None:
     if not is_restructured(module):
         module.__class__ = _restructured_class(type(module))  # type: ignore[arg-type]
-    module.__dict__[_REGION] = Region(options, on_opaque=swap_in)
+    module.__dict__[_REGION] = Region(options)
 
 
 def swap_in(module: nn.Module, options: Options) -> None:
-    """Swap the maximal submodules of ``module`` (itself included) that capture can follow and that hold batch norms."""
-    if not has_batch_norm(module):
-        return
-    found, _ = find_regions(module)
-    for region in found:
-        _swap_one(region, options)
+    """Swap every module in this tree that could be called and captured: it holds a batch norm, and its forward is its class's own."""
+    with_batch_norms = holding_batch_norms(module)
+    for m in module.modules():
+        if m in with_batch_norms and _can_be_swapped(m):
+            _swap_one(m, options)
 
 
-def find_regions(module: nn.Module) -> tuple[list[nn.Module], dict[nn.Module, str]]:
-    """(the maximal submodules that can be regions, outermost first; why others with batch norms cannot be)."""
-    reasons: dict[nn.Module, str] = {}
-    if not has_batch_norm(module):
-        return [], reasons
-    inner: list[nn.Module]
-    try:
-        if "forward" in module.__dict__:
-            raise CaptureError("its forward is replaced on the instance")
-        if is_library_leaf(module):
-            raise CaptureError("it is one of torch's own layers, called from code that the tracer cannot follow")
-        with training_flags(module):
-            _, opaque = capture(module, original_class(module).forward, Arguments.assumed(original_class(module).forward))
-    except CaptureError as error:
-        reasons[module] = str(error)
-        found, inner = [], list(module.children())
-    else:
-        found, inner = [module], [child for child, _ in subregions(module, opaque)]
-        reasons.update(opaque)
-    for child in inner:
-        deeper, why = find_regions(child)
-        found += deeper
-        reasons.update(why)
-    return found, reasons
+def _can_be_swapped(m: nn.Module) -> bool:
+    if is_library_leaf(m) or isinstance(m, nn.modules.batchnorm._BatchNorm):  # neither has anything but itself to fuse
+        return False
+    if "forward" in m.__dict__ or isinstance(m, torch.jit.ScriptModule):
+        return False
+    return original_class(m).forward is not nn.Module.forward  # a ModuleList is never called
 
 
 @contextmanager
@@ -149,6 +145,6 @@ def training_flags(module: nn.Module) -> Iterator[None]:
 def swap_out(module: nn.Module) -> None:
     """Give every swapped module in this tree its own class back."""
     for m in module.modules():
-        if isinstance(m, Restructured):
+        m.__dict__.pop(_REGION, None)
+        if isinstance(m, Restructured) and type(m) is _restructured_class(m._bnr_original):
             m.__class__ = m._bnr_original  # type: ignore[assignment]
-            m.__dict__.pop(_REGION, None)

@@ -1,233 +1,272 @@
-"""Symbolic capture of one module's forward() into a torch.fx graph, or a CaptureError that says what it could not follow.
+"""Capture of one module's forward() as a torch.fx graph, or a CaptureError that says what it could not follow.
 
-Beyond torch.fx's own tracer: tensors say that they are tensors to ``isinstance``; buffers are read at run time; arguments keep their pytree
-structure; and whatever tracing would silently freeze - random numbers drawn, attributes written, activation checkpoints -
-makes the capture fail instead.
+The forward runs once, on fake tensors (capture/recorder.py), so the graph is what the forward does and no guess: the branches
+taken are those that eager mode takes for inputs of this kind. Whatever the graph would silently freeze - random numbers drawn
+outside of PyTorch, attributes written, activation checkpoints - makes the capture fail instead.
 """
 
 from __future__ import annotations
 
-import operator
 import random
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpoint_module
 
-from bnrestructure.capture.side_effects import Attributes, ambient_modes
-from bnrestructure.core.errors import CaptureError
+from bnrestructure.capture.arguments import Arguments
+from bnrestructure.capture.layers import keeps_shape, known_result
+from bnrestructure.capture.outputs import as_output
+from bnrestructure.capture.reads import Reads, not_recording, recording_reads
+from bnrestructure.capture.recorder import Recorder
+from bnrestructure.capture.side_effects import Attributes
+from bnrestructure.core.errors import CaptureError, NotFollowedError, first_line
 from bnrestructure.graph.boundaries import boundary_reason, is_library_leaf
 
-__all__ = ["Arguments", "capture", "is_capturing"]
+__all__ = ["Capture", "capture", "is_capturing"]
 
 _active = threading.local()
 _lock = threading.RLock()
 
 _RANDOM = "its forward draws random numbers outside the graph (a frozen draw would be wrong)"
-_NOT_TENSOR_METHODS = {"size", "dim", "numel", "item", "stride", "tolist", "ndimension", "nelement", "element_size"}
-_ARITHMETIC = {
-    operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv, operator.neg,
-    operator.pow, operator.matmul,
-}  # fmt: skip
+
+
+@dataclass
+class Capture:
+    """What one forward() turned out to do.
+
+    graph_module    its graph; placeholders are the tensor leaves of the arguments, in order
+    rebuild         what the forward returns, from what the graph returns; None: the same
+    opaque          submodules that are called as they are, although they are no layers of PyTorch's, and why
+    reads           the attributes that decided something
+    by_size         whether the graph holds for inputs of these sizes alone
+    """
+
+    graph_module: fx.GraphModule
+    rebuild: Callable[[Sequence[Any]], Any] | None
+    opaque: dict[nn.Module, str]
+    reads: Reads
+    by_size: bool
 
 
 def is_capturing() -> bool:
-    """Whether this thread is inside a capture: restructured modules then run their own forward, to be traced through."""
-    return getattr(_active, "depth", 0) > 0
+    """Whether this thread is inside a capture: restructured modules then run their own forward, to be followed."""
+    return getattr(_active, "session", None) is not None
 
 
-class Arguments:
-    """The structure of a call: which leaves of (args, kwargs) are tensors, which are constants of the captured graph.
+def capture(module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> Capture:
+    """Capture ``forward(module, ...)`` for calls like this one, with its submodules' training flags as they are.
 
-    Two calls with equal ``key`` share a graph. Leaves that are neither tensors nor plain constants raise CaptureError.
+    torch's own layers and boundary modules stay calls; everything else is followed, but for submodules that cannot be: those stay
+    calls too. The module is left as it was. Raises CaptureError naming what in the module's forward could not be followed.
     """
-
-    _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        leaves, self.spec = pytree.tree_flatten((args, kwargs))
-        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.is_tensor = tuple(isinstance(leaf, Tensor) for leaf in leaves)
-        for leaf in leaves:
-            if not isinstance(leaf, (Tensor, *self._CONSTANTS)):
-                raise CaptureError(f"an argument of type {type(leaf).__name__} is neither a tensor nor a plain constant")
-        constants = tuple((type(c), c) for c in self.constants)
-        self.key = (self.is_tensor, constants, self.spec)
-
-    @classmethod
-    def assumed(cls, forward: Callable[..., Any]) -> Arguments:
-        """Where no call has been seen: each required parameter is one tensor, the others keep their defaults."""
-        import inspect
-
-        parameters = list(inspect.signature(forward).parameters.values())[1:]
-        required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        keyword = {p.name: torch.empty(0) for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY}
-        return cls(tuple(torch.empty(0) for _ in required), keyword)
-
-    def unflatten(self, tensors: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) with ``tensors`` in the places of the tensor leaves."""
-        given = iter(tensors)
-        leaves = [next(given) if t else c for t, c in zip(self.is_tensor, self.constants, strict=True)]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return args, kwargs
+    opaque: dict[nn.Module, str] = {}
+    watch_random = False
+    with _lock:
+        while True:
+            session = _Session(module, opaque, watch_random)
+            try:
+                return session.run(forward, arguments)
+            except CaptureError as error:
+                if str(error) == _RANDOM and not watch_random:
+                    watch_random = True  # once more, looking after each submodule, to learn which one draws
+                elif session.blamed is not None and session.blamed not in opaque:
+                    opaque[session.blamed] = str(error)
+                else:
+                    raise
 
 
-class _TensorProxy(fx.Proxy):
-    """A proxy known to stand for a tensor, and that says so: ``isinstance(x, torch.Tensor)`` in a forward() takes the right branch."""
+class _Session:
+    """One run of the forward."""
 
-    _is_param = False
-    __class__ = property(lambda self: Tensor)
-
-
-class _Constant:
-    """A tensor made inside forward() from constants alone, as a function that a graph can call."""
-
-    def __init__(self, value: Tensor, name: str) -> None:
-        self.value = value
-        self.__name__ = self.__qualname__ = name
-        self.__module__ = "bnrestructure.capture"
-
-    def __call__(self) -> Tensor:
-        return self.value.clone()  # forward() makes it anew in every call, and may write to it
-
-
-class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True
-
-    def __init__(self, root: nn.Module, arguments: Arguments, opaque: set[nn.Module], watch_random: bool) -> None:
-        super().__init__()
-        self.attributes = Attributes(root)
-        self.modes = ambient_modes()
-        self.output_spec: pytree.TreeSpec | None = None
-        self.arguments = arguments
+    def __init__(self, root: nn.Module, opaque: dict[nn.Module, str], watch_random: bool) -> None:
+        self.root = root
         self.opaque = opaque
         self.watch_random = watch_random
-        self.random_before = _random_state() if watch_random else ()
-        self.constants: list[_Constant] = []
-        self.stack: list[nn.Module] = []
+        self.paths = {m: name for name, m in reversed(list(root.named_modules(remove_duplicate=False)))}
+        self.attributes = Attributes(root)
+        self.reads = Reads()
+        self.recorder = Recorder(root, FakeTensorMode(allow_non_fake_inputs=True))
+        self.random_before = _random_state()
+        self.blamed: nn.Module | None = None  # the submodule to call as it is, if an error is its own
+        self._error: BaseException | None = None  # the last one that left a module, and
+        self._inside: list[tuple[str, nn.Module]] = []  # the modules that it arose in
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_library_leaf(m) or m in self.opaque or boundary_reason(m) is not None
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        count = sum(self.arguments.is_tensor)
-        names = ["x"] if count == 1 else [f"x{i}" for i in range(count)]
-        proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
-        args, kwargs = self.arguments.unflatten(proxies)
-
-        def traced() -> Any:
-            result = root_fn(self.root, *args, **kwargs)
-            left, spec = pytree.tree_flatten((args, kwargs))
-            if spec != self.arguments.spec or [id(a) for a in left if isinstance(a, fx.Proxy)] != [id(p) for p in proxies]:
+    def run(self, forward: Callable[..., Any], arguments: Arguments) -> Capture:
+        recorder = self.recorder
+        for name, module in self.root.named_modules():
+            if any(isinstance(t, UninitializedTensorMixin) for t in (*module._parameters.values(), *module._buffers.values())):
+                raise CaptureError(f"{name or 'it'} is lazy: its parameters are made at its first call")
+        names = ["x"] if len(arguments.tensors) == 1 else [f"x{i}" for i in range(len(arguments.tensors))]
+        args, kwargs = arguments.unflatten([recorder.placeholder(n, t) for n, t in zip(names, arguments.tensors, strict=True)])
+        given = _leaves((args, kwargs))
+        outer = getattr(_active, "session", None)
+        _active.session = self
+        try:
+            with _patched(), recording_reads(self.reads), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with recorder:
+                    result = forward(self.root, *args, **kwargs)
+            if [id(a) for a in _leaves((args, kwargs))] != [id(g) for g in given]:
                 raise CaptureError("its forward writes to a container that it is given")
-            return self._plain(result)
+            recorder.check_modes()
+            output, rebuild = as_output(result, recorder)
+        except CaptureError as error:
+            own = [module for _, module in self._modules_of(error) if module in self.paths]
+            self.blamed = own[-1] if own else None
+            raise
+        except Exception as error:  # whatever user code raises on fake tensors is a reason, not a fault of ours
+            self.blamed = None
+            inside = self._modules_of(error)
+            where = f" in {inside[-1][0]}" if inside else ""
+            raise NotFollowedError(f"its forward cannot be followed{where}: {type(error).__name__}: {first_line(error)}") from error
+        finally:
+            _active.session = outer
+            self._undo()
+        recorder.graph.output(output)
+        gm = fx.GraphModule(self.root, recorder.graph, class_name=type(self.root).__name__)
+        return Capture(gm, rebuild, dict(self.opaque), self.reads, recorder.sizes.decided)
 
-        return traced, []
+    @contextmanager
+    def _within(self, path: str, module: nn.Module) -> Iterator[None]:
+        """The forward is inside of this module. Of an error the innermost module is noted, for the forward may catch it."""
+        modules = self.recorder.trail.modules
+        modules.append((path, module))
+        try:
+            yield
+        except BaseException as error:
+            if error is not self._error:
+                self._error, self._inside = error, list(modules)
+            raise
+        finally:
+            modules.pop()
 
-    def _plain(self, result: Any) -> Any:
-        """The result in containers that fx keeps; where it would not (an OrderedDict), its leaves, and the structure apart."""
-        if _fx_keeps(result):
-            return result
-        leaves, self.output_spec = pytree.tree_flatten(result)
-        return leaves
+    def _modules_of(self, error: BaseException) -> list[tuple[str, nn.Module]]:
+        return self._inside if error is self._error else []
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        self._check_modes()
-        return super().create_node(*args, **kwargs)
-
-    def _check_modes(self) -> None:
-        if ambient_modes() != self.modes:
-            raise CaptureError("its forward turns gradients or autocast on or off for a part of itself")
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if not is_capturing():  # another thread: torch.fx patches nn.Module for the whole process
-            return forward(*args, **kwargs)
-        self._check_modes()  # here, while the module that turned them is still the innermost on the stack
-        if self.is_leaf_module(m, "") and self.attributes.changed_on(m):
-            raise CaptureError(f"its forward writes to attributes of a {type(m).__name__} before calling it")
-        self.stack.append(m)
-        result = super().call_module(m, forward, args, kwargs)
-        if self.watch_random and not _same_random_state(_random_state(), self.random_before):
+    def _undo(self) -> None:
+        """Put back what the forward wrote to attributes and drew of random numbers; raises CaptureError if it did either."""
+        pending = sys.exc_info()[1]
+        changed = self.attributes.restore()
+        drawn = not _same_random_state(_random_state(), self.random_before)
+        _set_random_state(self.random_before)
+        if changed is not None and not isinstance(pending, CaptureError):
+            owner, key = changed
+            self.blamed = owner if owner is not self.root else None
+            raise CaptureError(f"its forward writes the attribute {key!r}")
+        if drawn and pending is None:
             raise CaptureError(_RANDOM)
-        self.stack.pop()  # not reached on an error: the innermost module being traced is then the one at fault
+
+    def call_module(self, original: Callable[..., Any], m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A module's ``__call__`` during the forward."""
+        recorder = self.recorder
+        if recorder.depth:
+            return m.forward(*args, **kwargs)  # inside a call that is recorded as a whole; its hooks run when it really runs
+        path = self.paths.get(m)
+        if path is None and (any(True for _ in m.parameters()) or any(True for _ in m.buffers())):
+            raise CaptureError(f"its forward calls a {type(m).__name__} that is not one of its submodules")
+        recorder.check_modes()  # here, while the module that turned them is still the innermost one
+        if path is not None and (is_library_leaf(m) or m in self.opaque or boundary_reason(m) is not None):
+            return self._layer(m, path, args, kwargs)
+        with self._within(path or "", m):
+            result = original(m, *args, **kwargs)
+            if self.watch_random and not _same_random_state(_random_state(), self.random_before):
+                raise CaptureError(_RANDOM)
         return result
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if not is_capturing():
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+    def _layer(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.attributes.changed_on(m):
+            raise CaptureError(f"its forward writes to attributes of a {type(m).__name__} before calling it")
+        recorder = self.recorder
+        with recorder.unseen():
+            learns = any(p.requires_grad for p in m.parameters())
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        if not _stands_for_tensor(node, self.root):
-            return fx.Proxy(node, self)
-        node.meta["bnr_tensor"] = True
-        return _TensorProxy(node, self)
+        def run(*values: Any, **options: Any) -> Any:
+            found = known_result(m, values, options)
+            if found is not None:
+                return found
+            with not_recording(), recorder.without_data(m):
+                return m.forward(*values, **options)
 
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, fx.Proxy):
-            return a.node
-        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and not self._is_attribute(a):
-            constant = _Constant(a, f"constant_{len(self.constants)}")
-            self.constants.append(constant)
-            return self.create_node("call_function", constant, (), {})
-        return super().create_arg(a)
-
-    def _is_attribute(self, tensor: Tensor) -> bool:
-        return tensor in self.tensor_attrs or any(tensor is b for b in self.root.buffers())
-
-
-def _fx_keeps(value: Any) -> bool:
-    """Whether a graph's output can hold this nest of containers as it is (it would make a plain dict of an OrderedDict)."""
-    if isinstance(value, fx.Proxy):
-        return True
-    if isinstance(value, dict):
-        return type(value) is dict and all(_fx_keeps(v) for v in value.values())
-    if isinstance(value, list | tuple):
-        return (type(value) in (list, tuple) or hasattr(value, "_fields")) and all(_fx_keeps(v) for v in value)
-    return type(value) not in pytree.SUPPORTED_NODES
+        before = None if is_library_leaf(m) else _random_state()
+        with self._within(path, m), _keeping_buffers_of_scripts(m, recorder):
+            result = recorder.call(
+                "call_module", path, args, kwargs, run, learns=learns, opaque=before is not None, shape_stays=keeps_shape(m)
+            )
+        if before is not None:
+            _set_random_state(before)  # it draws again when it really runs
+        return result
 
 
-def _stands_for_tensor(node: fx.Node, root: nn.Module) -> bool:
-    if node.op in ("placeholder", "get_attr"):
-        return True
-    if node.op == "call_module":
-        return is_library_leaf(root.get_submodule(str(node.target)))
-    if node.op == "call_method":
-        return node.target not in _NOT_TENSOR_METHODS and _known_tensor(node.args[0])
-    if node.target in _ARITHMETIC or node.target is operator.getitem:
-        return any(_known_tensor(a) for a in (node.args[:1] if node.target is operator.getitem else node.args))
-    module = getattr(node.target, "__module__", None) or ""
-    return node.op == "call_function" and (
-        module.startswith(("torch.nn.functional", "torch._C._nn")) or node.target in (torch.cat, torch.relu, torch.flatten)
-    )
+class _CustomFunction:
+    """A custom autograd Function as a function that a graph can call: it is not looked into, and keeps its own backward."""
+
+    def __init__(self, cls: type[torch.autograd.Function]) -> None:
+        self._cls = cls
+        self.__name__ = self.__qualname__ = cls.__name__
+        self.__module__ = "bnrestructure.capture"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._cls.apply(*args, **kwargs)
 
 
-def _known_tensor(argument: Any) -> bool:
-    return isinstance(argument, fx.Node) and argument.meta.get("bnr_tensor", False)
+@contextmanager
+def _keeping_buffers_of_scripts(module: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Put back what ScriptModules write to their buffers: compiled code finds them by itself, so that no fake ones can stand for them."""
+    scripts = [m for m in module.modules() if isinstance(m, torch.jit.ScriptModule)]
+    with recorder.unseen(), torch.no_grad():
+        kept = [(b, b.clone()) for m in scripts for b in m.buffers()]
+    try:
+        yield
+    finally:
+        with recorder.unseen(), torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
 
 
-def _refusing(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """``checkpoint``, but a CaptureError in the thread that captures; others may train meanwhile."""
+def _session() -> _Session | None:
+    session: _Session | None = getattr(_active, "session", None)
+    return session
 
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        if is_capturing():
-            raise CaptureError("it uses activation checkpointing (torch.utils.checkpoint)")
-        return checkpoint(*args, **kwargs)
 
-    return refuse
+@contextmanager
+def _patched() -> Iterator[None]:
+    """PyTorch with calls of modules, of custom Functions and of checkpoints announced to this thread's session."""
+    call, apply = nn.Module.__call__, torch.autograd.Function.__dict__["apply"]
+
+    def call_module(m: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        session = _session()
+        return call(m, *args, **kwargs) if session is None else session.call_module(call, m, args, kwargs)
+
+    def call_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        session = _session()
+        own = apply.__get__(None, cls)
+        if session is None or session.recorder.depth:
+            return own(*args, **kwargs)
+        return session.recorder.call("call_function", _CustomFunction(cls), args, kwargs, own)
+
+    nn.Module.__call__ = call_module
+    torch.autograd.Function.apply = classmethod(call_function)  # type: ignore[assignment]
+    try:
+        with _no_checkpoints():
+            yield
+    finally:
+        nn.Module.__call__ = call
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
 @contextmanager
 def _no_checkpoints() -> Iterator[None]:
-    """Make any activation checkpoint met while tracing a CaptureError, by whichever name the model imported it."""
+    """Make any activation checkpoint met while capturing a CaptureError, by whichever name the model imported it."""
     # What it goes through differs between PyTorch releases; a model may hold checkpoint() itself under a name of its own.
     names = (
         "_checkpoint_impl", "_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator",
@@ -247,6 +286,22 @@ def _no_checkpoints() -> Iterator[None]:
             setattr(checkpoint_module, name, value)
 
 
+def _refusing(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """``checkpoint``, but a CaptureError in the thread that captures; others may train meanwhile."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        session = _session()
+        if session is not None and not session.recorder.depth:
+            raise CaptureError("it uses activation checkpointing (torch.utils.checkpoint)")
+        return checkpoint(*args, **kwargs)
+
+    return refuse
+
+
+def _leaves(nest: Any) -> list[Any]:
+    return pytree.tree_leaves(nest)
+
+
 def _random_state() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
     return (torch.get_rng_state(), random.getstate(), None if numpy is None else numpy.random.get_state(legacy=False))
@@ -262,60 +317,3 @@ def _set_random_state(state: tuple[Any, ...]) -> None:
     if state[2] is not None:
         sys.modules["numpy"].random.set_state(state[2])
 
-
-def capture(
-    module: nn.Module, forward: Callable[..., Any], arguments: Arguments
-) -> tuple[fx.GraphModule, dict[nn.Module, str]]:
-    """The graph of ``forward(module, ...)`` for calls of this structure, with its submodules' training flags as they are.
-
-    Placeholders are the tensor leaves, in order. torch's own layers and boundary modules stay calls; everything else is traced
-    through, but for submodules that cannot be: those stay calls too, and the second result says why for each. The module
-    is left as it was. Raises CaptureError naming what in the module's *own* forward could not be followed.
-    """
-    opaque: dict[nn.Module, str] = {}
-    watch_random = False
-    with _lock:
-        while True:
-            tracer = _Tracer(module, arguments, set(opaque), watch_random)
-            try:
-                graph = _trace(tracer, module, forward)
-                break
-            except CaptureError as error:
-                if str(error) == _RANDOM and not watch_random:
-                    watch_random = True  # trace once more, looking after each submodule, to learn which one draws
-                elif tracer.stack:
-                    opaque[tracer.stack[-1]] = str(error)
-                else:
-                    raise
-    gm = fx.GraphModule(module, graph, class_name=type(module).__name__)
-    gm.meta["bnr_output_spec"] = tracer.output_spec
-    return gm, opaque
-
-
-def _trace(tracer: _Tracer, module: nn.Module, forward: Callable[..., Any]) -> fx.Graph:
-    """torch.fx's tracing, of the given forward function instead of the (perhaps swapped) class's own, less its side effects."""
-    create_args = tracer.create_args_for_root
-    tracer.create_args_for_root = lambda _, is_module, concrete_args=None: create_args(forward, is_module)  # type: ignore[assignment]
-    rng = _random_state()
-    _active.depth = getattr(_active, "depth", 0) + 1
-    try:
-        with _no_checkpoints(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph = tracer.trace(module)
-    except CaptureError:
-        raise
-    except Exception as error:  # whatever user code raises under symbolic tracing is a reason, not a fault of ours
-        lines = str(error).strip().splitlines()
-        raise CaptureError(f"the tracer cannot follow its forward: {lines[0] if lines else type(error).__name__}") from error
-    finally:
-        _active.depth -= 1
-        changed = tracer.attributes.restore()
-        drawn = not _same_random_state(_random_state(), rng)
-        _set_random_state(rng)
-    if changed is not None:
-        owner, key = changed
-        tracer.stack[:] = [owner] if owner is not module else []
-        raise CaptureError(f"its forward writes the attribute {key!r}")
-    if drawn:
-        raise CaptureError(_RANDOM)
-    return graph

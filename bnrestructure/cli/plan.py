@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from bnrestructure.measure_kernels import tune
     from bnrestructure.models.inputs import example_inputs, on_gpu
     from bnrestructure.models.models import load_model
-    from bnrestructure.models.shapes import check_shapes
+    from bnrestructure.plan.shapes import check_shapes
     from bnrestructure.report.plan_table import print_kernels, print_plan
 
     with progress(arguments.model) as say:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--after", metavar="PASS", help="the graph after the pipeline up to this pass, or after a rung of the ladder"
     )
+    parser.add_argument("--check", action="store_true", help="verify the graph after each pass, and list the rules that do not hold")
     parser.add_argument("--backward", action="store_true", help="what each node's backward does, in backward order")
     parser.add_argument(
         "--format",
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print or write the graph. Exit status 0."""
+    """Print or write the graph: exit status 0. With --check verify it: 0 if every rule holds, 1 if one does not."""
     from bnrestructure.cli.output import progress, stdout
     from bnrestructure.core.errors import UsageError
     from bnrestructure.core.progress import listening
@@ -51,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
         say("building the model")
         model = load_model(arguments.model)
         with listening(say, say.expect):
+            if arguments.check:
+                return _check(arguments, model)
             if form == "html":
                 return _write(arguments, _html(arguments, model))
             plan, views = _views(arguments, model)
@@ -76,6 +80,25 @@ def _write(arguments: argparse.Namespace, document: str) -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace, model: nn.Module) -> int:
+    """Rewrite every region once more, look at the graph after each pass, and say what was seen."""
+    from bnrestructure.api import _options
+    from bnrestructure.cli.output import print_json, stdout
+    from bnrestructure.plan.survey import take_survey
+    from bnrestructure.report.graph_check import check_region, print_checks
+
+    options = _options(model, arguments.backend, _passes(arguments), None)
+    regions = take_survey(model, replace(options, passes=(), backend="auto")).regions
+    stages = {region.path: check_region(region.after, options.passes, options.backend) for region in regions}
+    ok = not any(stage.violations for of in stages.values() for stage in of)
+    if arguments.json:
+        seen = [{"path": path, "passes": [stage.to_json() for stage in of]} for path, of in stages.items()]
+        print_json({"model": arguments.model, "ok": ok, "regions": seen})
+    else:
+        print_checks(stdout(), arguments.model, stages)
+    return 0 if ok else 1
+
+
 def _passes(arguments: argparse.Namespace) -> str | list[str] | None:
     """The passes whose result is to be shown."""
     from bnrestructure.core.errors import UsageError
@@ -96,8 +119,6 @@ def _passes(arguments: argparse.Namespace) -> str | list[str] | None:
 
 
 def _options_of(arguments: argparse.Namespace, model: nn.Module) -> Options:
-    from dataclasses import replace
-
     from bnrestructure.api import _options
 
     options = _options(model, arguments.backend, _passes(arguments), None)
@@ -109,25 +130,30 @@ def _options_of(arguments: argparse.Namespace, model: nn.Module) -> Options:
 def _html(arguments: argparse.Namespace, model: nn.Module) -> str:
     from bnrestructure.models.inputs import example_inputs
     from bnrestructure.plan.planning import make_plan
+    from bnrestructure.plan.survey import take_survey
     from bnrestructure.report.graph_html import compared, graph_html
 
     options = _options_of(arguments, model)
     inputs = example_inputs(arguments.model, model, batch=arguments.batch, size=arguments.input_size, source=arguments.inputs)
-    plan = make_plan(model, options, inputs)
-    return graph_html(f"{arguments.model}, {_stage(arguments)}", plan, compared(model, options, plan, inputs))
+    survey = take_survey(model, options, inputs)
+    plan = make_plan(model, options, inputs, survey)
+    return graph_html(f"{arguments.model}, {_stage(arguments)}", plan, compared(model, survey, plan, inputs))
 
 
 def _views(arguments: argparse.Namespace, model: nn.Module) -> tuple[Plan, list[RegionView]]:
-    from bnrestructure.plan.planning import make_plan, region_graphs
+    from bnrestructure.plan.planning import make_plan
+    from bnrestructure.plan.survey import take_survey
     from bnrestructure.report.graph_view import view_region
 
     options = _options_of(arguments, model)
-    plan = make_plan(model, options)
+    survey = take_survey(model, options)
+    plan = make_plan(model, options, survey=survey)
     # before any pass, every site would be called kept; that is not a refusal
     sites = {} if arguments.before else {site.name: site for site in plan.sites}
     views = [
-        view_region(path, before if arguments.before else after, before, sites)
-        for path, before, after in region_graphs(model, options)
+        view_region(region.path, before if arguments.before else region.after, before, sites)
+        for region in survey.regions
+        if (before := region.before) is not None
     ]
     return plan, views
 

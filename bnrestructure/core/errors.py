@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["BNRestructureError", "CaptureError", "NotFullyFusedError", "UnsupportedCallError", "UsageError", "first_line"]
+__all__ = [
+    "BNRestructureError",
+    "BrokenGraphError",
+    "CaptureError",
+    "NotFollowedError",
+    "NotFullyFusedError",
+    "UnsupportedCallError",
+    "UsageError",
+    "first_line",
+]
 
 
 class BNRestructureError(Exception):
@@ -15,6 +24,21 @@ class UsageError(BNRestructureError, ValueError):
 
 class CaptureError(BNRestructureError):
     """A module that the tracer cannot follow. Inside ``restructure`` it becomes a reason in the plan."""
+
+
+class NotFollowedError(CaptureError):
+    """A module whose own code raised an error while it was captured."""
+
+
+class BrokenGraphError(BNRestructureError):
+    """A rule that every graph must keep does not hold after a pass: ``node`` is the name of the node that breaks it. A fault of ours."""
+
+    def __init__(self, pass_name: str, node: str, rule: str, what: str) -> None:
+        super().__init__(pass_name, node, rule, what)
+        self.pass_name, self.node, self.rule, self.what = pass_name, node, rule, what
+
+    def __str__(self) -> str:
+        return f"after {self.pass_name}, node {self.node} breaks the rule {self.rule!r}: {self.what}"
 
 
 class NotFullyFusedError(BNRestructureError):

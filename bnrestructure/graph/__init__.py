@@ -1,1 +1,1 @@
-"""Helpers over torch.fx graphs that patterns and passes share; nothing here rewrites."""
+"""The typed IR over torch.fx, its verifier, and what patterns and passes ask of a graph; nothing here rewrites but ``inplace``."""

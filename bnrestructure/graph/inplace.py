@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
-from bnrestructure.graph.boundaries import boundary_reason
+from bnrestructure.graph.activations import MODULES
+from bnrestructure.graph.boundaries import boundary_reason, is_library_leaf
+from bnrestructure.graph.layers import input_of, module_of
+from bnrestructure.graph.provenance import known_tensor, provenance, remember
 
-__all__ = ["functionalise", "inplace_target"]
+__all__ = ["functionalise", "inplace_target", "storages_of"]
 
 _OPERATORS = {
     operator.iadd: operator.add,
@@ -21,48 +27,16 @@ _OPERATORS = {
     operator.iand: operator.and_,
     operator.ior: operator.or_,
 }
-#: Activation modules: their function, and which of the module's attributes it takes.
-_ACTIVATIONS: dict[type[nn.Module], tuple[Any, tuple[str, ...]]] = {
-    nn.ReLU: (nn.functional.relu, ()),
-    nn.ReLU6: (nn.functional.relu6, ()),
-    nn.SiLU: (nn.functional.silu, ()),
-    nn.Hardswish: (nn.functional.hardswish, ()),
-    nn.Hardsigmoid: (nn.functional.hardsigmoid, ()),
-    nn.Mish: (nn.functional.mish, ()),
-    nn.LeakyReLU: (nn.functional.leaky_relu, ("negative_slope",)),
-    nn.ELU: (nn.functional.elu, ("alpha",)),
-    nn.Hardtanh: (nn.functional.hardtanh, ("min_val", "max_val")),
-}
-#: Operations whose output never shares memory with an input. Everything else might.
-_FRESH_MODULES = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
-    nn.Linear,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-)
-_FRESH_FUNCTIONS = {
-    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, torch.add, torch.mul, torch.cat, torch.relu,
-    torch.sigmoid, torch.tanh, torch.matmul, torch.conv1d, torch.conv2d, torch.conv3d, nn.functional.batch_norm,
-    nn.functional.linear, nn.functional.max_pool2d, nn.functional.avg_pool2d, nn.functional.adaptive_avg_pool2d,
-    nn.functional.sigmoid, nn.functional.interpolate, torch.stack, torch.mean, torch.sum,
-}  # fmt: skip
-_FRESH_METHODS = {"add", "sub", "mul", "div", "relu", "sigmoid", "tanh", "mean", "sum", "matmul", "neg", "exp", "pow"}
 _METHODS_NOT_IN_PLACE = {"requires_grad_", "retain_grad_"}
 
 
-def _module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
-    return modules.get(str(node.target)) if node.op == "call_module" else None
-
-
-def inplace_target(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+def inplace_target(node: fx.Node) -> fx.Node | None:
     """The node whose tensor this node overwrites, or None."""
-    argument = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(argument, fx.Node):
+    argument = input_of(node)
+    if argument is None:
         return None
     if node.op == "call_module":
-        return argument if getattr(_module(node, modules), "inplace", False) is True else None
+        return argument if getattr(module_of(node), "inplace", False) is True else None
     if node.op == "call_method":
         name = str(node.target)
         own = name.endswith("_") and not name.startswith("_") and name not in _METHODS_NOT_IN_PLACE
@@ -85,87 +59,72 @@ def _inplace_argument(node: fx.Node) -> bool:
 
 def _inplace_position(node: fx.Node) -> int:
     """Where the function takes ``inplace`` by position; behind all arguments if it does not."""
-    try:
-        parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return len(node.args)
+    parameters = _parameters(node.target) if callable(node.target) else ()
     return parameters.index("inplace") if "inplace" in parameters else len(node.args)
 
 
-def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether this node's output certainly has memory of its own."""
-    if inplace_target(node, modules) is not None:
-        return False
-    if node.op == "call_module":
-        module = _module(node, modules)
-        return isinstance(module, _FRESH_MODULES) or type(module) in _ACTIVATIONS
-    if node.op == "call_method":
-        return node.target in _FRESH_METHODS
-    return node.op == "call_function" and (
-        node.target in _FRESH_FUNCTIONS or node.target in [function for function, _ in _ACTIVATIONS.values()]
-    )
+@cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a function's parameters; none where Python cannot tell."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
 
 
-def functionalise(gm: fx.GraphModule) -> None:
+def functionalise(graph: fx.Graph) -> None:
     """Replace in-place operations by their out-of-place forms, with their results where the overwritten tensors were read later.
 
-    Values stay the same. An in-place operation on a tensor that something else may share memory with is left alone, and every node of that
-    group gets ``meta["bnr_shared"]``, the name of the operation: patterns must keep away from those.
+    Values stay the same. An in-place operation on memory that is somebody else's too, and is read there afterwards, is left alone, and
+    every node with a part in that memory remembers it as ``changed_by``: patterns must keep away from those.
     """
-    modules = dict(gm.named_modules(remove_duplicate=False))
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    for node in list(gm.graph.nodes):
-        target = inplace_target(node, modules)
+    for node in graph.nodes:
+        target = inplace_target(node)
         if target is None:
             continue
-        group = _sharing(target, modules, exclude=node)
-        if group != {target} or (not _is_fresh(target, modules) and not _was_functionalised(target)):
-            for member in group | {node}:
-                member.meta["bnr_shared"] = node.name
-            continue
-        if not _make_out_of_place(node, modules):
-            for member in (target, node):
-                member.meta["bnr_shared"] = node.name
+        members = [n for n in graph.nodes if storages_of(n) & storages_of(target)]
+        owned = storages_of(target) and not any(_is_known_elsewhere(n) for n in members)
+        read_elsewhere = any(n is not target and n < node and any(user > node for user in n.users) for n in members)
+        if not owned or read_elsewhere or not _make_out_of_place(node):
+            for member in {*members, target, node}:
+                if provenance(member).changed_by is None:
+                    remember(member, changed_by=node.name)
             continue
         for user in list(target.users):
-            if user is not node and order[user] > order[node]:
+            if user > node:
                 user.replace_input_with(target, node)
-    gm.graph.lint()
-    gm.recompile()
 
 
-def _was_functionalised(node: fx.Node) -> bool:
-    return bool(node.meta.get("bnr_functional", False))
+def storages_of(node: fx.Node) -> frozenset[int]:
+    """Names of the memory that a node's tensors are in: two nodes that have one in common may see each other's writes."""
+    known = provenance(node).storages
+    if known is None:
+        tensors = [t for t in pytree.tree_leaves(known_tensor(node)) if isinstance(t, Tensor)]
+        known = frozenset(t.untyped_storage()._cdata for t in tensors)
+        remember(node, storages=known)
+    return known
 
 
-def _sharing(node: fx.Node, modules: dict[str, nn.Module], exclude: fx.Node) -> set[fx.Node]:
-    """Every node whose tensor may share memory with ``node``'s, through views and passed-on inputs."""
-    group, stack = {node}, [node]
-    while stack:
-        current = stack.pop()
-        fresh = _is_fresh(current, modules) or _was_functionalised(current)
-        up = [] if fresh or current.op in ("placeholder", "get_attr") else current.all_input_nodes
-        down = [
-            u for u in current.users
-            if u is not exclude and u.op != "output" and not _is_fresh(u, modules) and not _was_functionalised(u)
-        ]  # fmt: skip
-        for other in [*up, *down]:
-            if other not in group:
-                group.add(other)
-                stack.append(other)
-    return group
+def _is_known_elsewhere(node: fx.Node) -> bool:
+    """Whether code that is not in the graph may hold on to this node's tensor: the caller, a hook on a layer, a custom Function."""
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    module = module_of(node)
+    if module is not None:
+        return boundary_reason(module) is not None or not is_library_leaf(module)
+    return node.op == "call_function" and (getattr(node.target, "__module__", None) or "").startswith("bnrestructure.capture")
 
 
-def _make_out_of_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _make_out_of_place(node: fx.Node) -> bool:
     """Turn one in-place node into its out-of-place form; False when it has none."""
     if node.op == "call_module":
-        module = _module(node, modules)
-        if module is None or type(module) not in _ACTIVATIONS or boundary_reason(module) is not None:
+        module = module_of(node)
+        if module is None or type(module) not in MODULES or boundary_reason(module) is not None:
             return False
-        function, attributes = _ACTIVATIONS[type(module)]
-        node.meta["bnr_module"] = str(node.target)
-        node.op, node.target = "call_function", function
-        node.kwargs = {**node.kwargs, **{name: getattr(module, name) for name in attributes}}
+        spelling = MODULES[type(module)]
+        remember(node, module=str(node.target))
+        node.op, node.target = "call_function", spelling.function
+        node.kwargs = {**node.kwargs, **{name: getattr(module, name) for name in spelling.parameters}}
     elif node.op == "call_method":
         name = str(node.target).rstrip("_")
         if not hasattr(Tensor, name):
@@ -183,5 +142,4 @@ def _make_out_of_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         if out_of_place is None or node.target is operator.setitem:
             return False
         node.target = out_of_place
-    node.meta["bnr_functional"] = True
     return True

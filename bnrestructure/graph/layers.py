@@ -14,28 +14,35 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from bnrestructure.graph.boundaries import boundary_reason
+from bnrestructure.graph.provenance import guarded_tensor, provenance
 
 __all__ = [
     "BatchNormLayer",
     "ConvLayer",
+    "Number",
     "Parameter",
     "arguments_of",
     "batch_norm_of",
     "conv_of",
-    "module_path",
-    "modules_of",
+    "input_of",
+    "is_depthwise",
+    "module_of",
     "per_dimension",
     "reference",
+    "shape_of",
 ]
 
 #: An attribute path from the graph's root, a node, or None.
 Parameter = str | fx.Node | None
+#: A number, or the node that computes it: torch.compile makes arguments of a model's numbers where shapes are dynamic.
+Number = float | fx.Node
 
 
 @dataclass(frozen=True)
 class ConvLayer:
-    """A convolution call. Per-dimension parameters are tuples; padding is zeros."""
+    """A convolution call, ``node``. Per-dimension parameters are tuples; padding is zeros."""
 
+    node: fx.Node
     input: fx.Node
     weight: Parameter
     bias: Parameter
@@ -43,53 +50,50 @@ class ConvLayer:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-    out_channels: int | None
-    depthwise: bool
+    out_channels: int | None  # None where the weight is computed in the graph
 
 
 @dataclass(frozen=True)
 class BatchNormLayer:
-    """A batch norm call that uses batch statistics. ``process_group`` is set for SyncBatchNorm alone."""
+    """A batch norm call, ``node``, that uses batch statistics. ``process_group`` is set for SyncBatchNorm alone."""
 
+    node: fx.Node
     input: fx.Node
     weight: Parameter
     bias: Parameter
     running_mean: Parameter
     running_var: Parameter
     num_batches_tracked: Parameter
-    momentum: float | None
-    eps: float
+    momentum: Number | None
+    eps: Number
     process_group: Parameter = None
     synchronised: bool = False
     dimensions: tuple[int, ...] = ()  # of the input, as the layer checks them; empty where it checks nothing
 
 
-def modules_of(gm: fx.GraphModule) -> dict[str, nn.Module]:
-    """Every module that a call_module node can name."""
-    return dict(gm.named_modules(remove_duplicate=False))
+def module_of(node: fx.Node) -> nn.Module | None:
+    """The module that a call_module node calls; None for other nodes."""
+    owner = node.graph.owning_module
+    if node.op != "call_module" or owner is None:
+        return None
+    try:
+        return owner.get_submodule(str(node.target))
+    except AttributeError:
+        return None
 
 
-def module_path(node: fx.Node) -> str:
-    """The path of the module that this node came from, or the node's name where it came from none."""
-    if node.op == "call_module":
-        return str(node.target)
-    if "bnr_module" in node.meta:
-        return str(node.meta["bnr_module"])
-    stack = node.meta.get("nn_module_stack")
-    if stack:
-        innermost = next(reversed(stack.values()))
-        path = innermost[0] if isinstance(innermost, tuple) else str(innermost)
-        if path:
-            return str(path)
-    return node.name
+def input_of(node: fx.Node) -> fx.Node | None:
+    """The first argument of a call, if it is a node of the graph."""
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    return source if isinstance(source, fx.Node) else None
 
 
-def reference(graph: fx.Graph, parameter: Parameter, before: fx.Node) -> fx.Node | None:
+def reference(parameter: Parameter, before: fx.Node) -> fx.Node | None:
     """A node that reads the parameter, inserted before ``before`` if it has to be made."""
     if not isinstance(parameter, str):
         return parameter
-    with graph.inserting_before(before):
-        return graph.create_node("get_attr", parameter)
+    with before.graph.inserting_before(before):
+        return before.graph.create_node("get_attr", parameter)
 
 
 def arguments_of(node: fx.Node, names: tuple[str, ...], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -119,9 +123,9 @@ def _same_padding(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[i
     return tuple(t // 2 for t in total) if all(t % 2 == 0 for t in total) else None
 
 
-def conv_of(node: fx.Node, modules: dict[str, nn.Module]) -> ConvLayer | str | None:
+def conv_of(node: fx.Node) -> ConvLayer | str | None:
     """The convolution that this node calls; a reason why a convolution cannot be fused; or None when it is something else."""
-    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    module = module_of(node)
     layer: ConvLayer | str
     if isinstance(module, nn.modules.conv._ConvNd):
         layer = _conv_module(node, module)
@@ -129,9 +133,8 @@ def conv_of(node: fx.Node, modules: dict[str, nn.Module]) -> ConvLayer | str | N
         layer = _conv_function(node, _CONV_FUNCTIONS[node.target])
     else:
         return None
-    if "bnr_shared" in node.meta:
-        return f"of its convolution: {node.meta['bnr_shared']} changes its output in place"
-    return layer
+    changed_by = provenance(node).changed_by
+    return layer if changed_by is None else f"of its convolution: {changed_by} changes its output in place"
 
 
 def _conv_module(node: fx.Node, module: nn.modules.conv._ConvNd) -> ConvLayer | str:
@@ -142,8 +145,8 @@ def _conv_module(node: fx.Node, module: nn.modules.conv._ConvNd) -> ConvLayer | 
         return f"the convolution is a {type(module).__name__}"
     if module.padding_mode != "zeros":
         return f"the convolution pads with padding_mode={module.padding_mode!r}"
-    source = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(source, fx.Node):
+    source = input_of(node)
+    if source is None:
         return "the convolution's input is not a tensor of the graph"
     padding: Any = module.padding
     if isinstance(padding, str):
@@ -152,6 +155,7 @@ def _conv_module(node: fx.Node, module: nn.modules.conv._ConvNd) -> ConvLayer | 
             return "the convolution pads asymmetrically (padding='same' with an even kernel)"
     path = str(node.target)
     return ConvLayer(
+        node=node,
         input=source,
         weight=f"{path}.weight",
         bias=None if module.bias is None else f"{path}.bias",
@@ -160,7 +164,6 @@ def _conv_module(node: fx.Node, module: nn.modules.conv._ConvNd) -> ConvLayer | 
         dilation=tuple(module.dilation),
         groups=module.groups,
         out_channels=module.out_channels,
-        depthwise=module.groups == module.in_channels and module.groups > 1,
     )
 
 
@@ -172,21 +175,25 @@ def _conv_function(node: fx.Node, dimensions: int) -> ConvLayer | str:
     if not isinstance(values["input"], fx.Node) or not isinstance(values["weight"], fx.Node):
         return "the convolution's input or weight is not a tensor of the graph"
     weight = values["weight"]
-    shape = _shape_of_attribute(weight)
+    shape = shape_of(weight)
     return ConvLayer(
-        values["input"], weight, values["bias"], stride, padding, dilation, values["groups"],
-        out_channels=None if shape is None else shape[0],
-        depthwise=shape is not None and values["groups"] > 1 and shape[1] == 1,
-    )  # fmt: skip
+        node, values["input"], weight, values["bias"], stride, padding, dilation, values["groups"], None if shape is None else shape[0]
+    )
 
 
-def _shape_of_attribute(node: fx.Node) -> tuple[int, ...] | None:
-    example = node.meta.get("example_value")
-    if example is not None:
-        return tuple(example.shape)
-    if node.op == "get_attr":
-        owner: Any = node.graph.owning_module
-        for atom in str(node.target).split("."):
+def is_depthwise(weight: tuple[int, ...] | None, groups: int) -> bool:
+    """Whether each group of a convolution reads a single channel; ``weight`` is its weight's shape where that is known."""
+    return weight is not None and groups > 1 and weight[1] == 1
+
+
+def shape_of(parameter: fx.Node) -> tuple[int, ...] | None:
+    """The shape of a parameter or buffer of the model, of which this node is a read; None where it is computed in the graph."""
+    known = guarded_tensor(parameter)
+    if known is not None:
+        return tuple(known.shape)
+    if parameter.op == "get_attr":
+        owner: Any = parameter.graph.owning_module
+        for atom in str(parameter.target).split("."):
             owner = getattr(owner, atom, None)
         return tuple(owner.shape) if isinstance(owner, torch.Tensor) else None
     return None
@@ -197,10 +204,10 @@ _DIMENSIONS: dict[type[nn.Module], tuple[int, ...]] = {nn.BatchNorm1d: (2, 3), n
 _BATCH_NORM_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
-def batch_norm_of(node: fx.Node, modules: dict[str, nn.Module]) -> BatchNormLayer | str | None:
+def batch_norm_of(node: fx.Node) -> BatchNormLayer | str | None:
     """The batch norm that this node calls; a reason why it is left alone; or None when it is something else."""
     if node.op == "call_module":
-        module = modules.get(str(node.target))
+        module = module_of(node)
         return _batch_norm_module(node, module) if isinstance(module, nn.modules.batchnorm._BatchNorm) else None
     if node.op == "call_function" and node.target in (F.batch_norm, torch.batch_norm):
         return _batch_norm_function(node)
@@ -216,8 +223,8 @@ def _batch_norm_module(node: fx.Node, module: nn.modules.batchnorm._BatchNorm) -
         return f"{kind.__name__} is not one of PyTorch's batch norm layers"
     if not module.training and module.running_mean is not None:
         return "frozen: it is in eval mode and normalises with its running statistics"
-    source = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(source, fx.Node):
+    source = input_of(node)
+    if source is None:
         return "its input is not a tensor of the graph"
     path = str(node.target)
 
@@ -226,6 +233,7 @@ def _batch_norm_module(node: fx.Node, module: nn.modules.batchnorm._BatchNorm) -
 
     updates = module.training and module.track_running_stats
     return BatchNormLayer(
+        node=node,
         input=source,
         weight=parameter("weight"),
         bias=parameter("bias"),
@@ -250,11 +258,9 @@ def _batch_norm_function(node: fx.Node) -> BatchNormLayer | str:
     values = arguments_of(node, names, {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5})
     if values["training"] is not True:
         return "frozen: batch_norm is called with training=False"
-    if not isinstance(values["momentum"], int | float) or not isinstance(values["eps"], int | float):
-        return "its momentum or eps is computed in the graph"
     if not isinstance(values["input"], fx.Node):
         return "its input is not a tensor of the graph"
     return BatchNormLayer(
-        values["input"], values["weight"], values["bias"], values["running_mean"], values["running_var"], None,
-        float(values["momentum"]), float(values["eps"]),
+        node, values["input"], values["weight"], values["bias"], values["running_mean"], values["running_var"], None,
+        values["momentum"], values["eps"],
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which operation without parameters a node of a captured graph is: an activation, a sum, a concat or a pool, however spelt."""
+"""Which operation without parameters a node of a captured graph is: a sum, a concat or a pool, however spelt."""
 
 from __future__ import annotations
 
@@ -10,62 +10,31 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from bnrestructure.core.activation import leaky_relu_name
 from bnrestructure.graph.boundaries import boundary_reason
-from bnrestructure.graph.layers import arguments_of, per_dimension
+from bnrestructure.graph.layers import arguments_of, input_of, module_of, per_dimension
+from bnrestructure.graph.provenance import provenance
 
-__all__ = ["GlobalAverage", "activation_of", "add_of", "avg_pool_of", "concat_of", "global_average_of", "max_pool_of"]
-
-_PLAIN_ACTIVATIONS: dict[Any, str] = {
-    nn.ReLU: "relu", F.relu: "relu", torch.relu: "relu", "relu": "relu",
-    nn.ReLU6: "relu6", F.relu6: "relu6",
-    nn.SiLU: "silu", F.silu: "silu",
-    nn.Hardswish: "hardswish", F.hardswish: "hardswish",
-}  # fmt: skip
-
-
-def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, fx.Node] | None:
-    """(activation name, its input) when this node applies an activation that a prologue can, else None."""
-    if "bnr_shared" in node.meta:
-        return None
-    source = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(source, fx.Node) or "bnr_shared" in source.meta:
-        return None
-    name: str | None = None
-    if node.op == "call_module":
-        module = modules.get(str(node.target))
-        if module is None or boundary_reason(module) is not None:
-            return None
-        if type(module) is nn.LeakyReLU:
-            name = leaky_relu_name(module.negative_slope)
-        elif type(module) is nn.GELU:
-            name = "gelu" if module.approximate == "none" else "gelu_tanh"
-        else:
-            name = _PLAIN_ACTIVATIONS.get(type(module))
-    elif node.op == "call_method":
-        name = _PLAIN_ACTIVATIONS.get(node.target)
-    elif node.target is F.leaky_relu:
-        slope = arguments_of(node, ("input", "negative_slope", "inplace"), {"negative_slope": 0.01})["negative_slope"]
-        name = leaky_relu_name(slope) if isinstance(slope, int | float) else None
-    elif node.target is F.gelu:
-        approximate = node.kwargs.get("approximate", "none")
-        name = "gelu" if approximate == "none" else "gelu_tanh"
-    elif node.op == "call_function":
-        name = _PLAIN_ACTIVATIONS.get(node.target)
-    return None if name is None else (name, source)
-
+__all__ = [
+    "AveragePooling",
+    "GlobalAverage",
+    "MaxPooling",
+    "Pooling",
+    "add_of",
+    "concat_of",
+    "pooling_of",
+]
 
 def add_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two tensors that this node adds elementwise with weight one, else None."""
     is_add = (node.op == "call_function" and node.target in (operator.add, torch.add)) or (
         node.op == "call_method" and node.target == "add"
     )
-    if not is_add or len(node.args) != 2 or node.kwargs or "bnr_shared" in node.meta:
+    if not is_add or len(node.args) != 2 or node.kwargs:
         return None
     a, b = node.args
-    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b or "bnr_shared" in {*a.meta, *b.meta}:
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
         return None
-    return a, b
+    return (a, b) if all(provenance(n).changed_by is None for n in (node, a, b)) else None
 
 
 def concat_of(node: fx.Node) -> list[fx.Node] | None:
@@ -74,93 +43,101 @@ def concat_of(node: fx.Node) -> list[fx.Node] | None:
         return None
     values = arguments_of(node, ("tensors", "dim"), {"dim": 0})
     segments = values["tensors"]
-    if values["dim"] != 1 or not isinstance(segments, list | tuple) or "bnr_shared" in node.meta:
+    if values["dim"] != 1 or not isinstance(segments, list | tuple) or provenance(node).changed_by is not None:
         return None
     return list(segments) if segments and all(isinstance(s, fx.Node) for s in segments) else None
 
 
-def max_pool_of(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, Any] | None:
-    """Window parameters of a 2-D max pool that the fused pool can compute, with its ``input``, else None."""
-    if node.op == "call_module":
-        module = modules.get(str(node.target))
-        if type(module) is not nn.MaxPool2d or boundary_reason(module) is not None:
-            return None
-        values = {k: getattr(module, k) for k in ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")}
-        values["input"] = node.args[0] if node.args else None
-    elif node.op == "call_function" and node.target in (F.max_pool2d, torch.max_pool2d):
-        names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-        defaults = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
-        values = arguments_of(node, names, defaults)
-    else:
-        return None
-    kernel, stride, padding = _window(values)
-    dilation = per_dimension(values["dilation"], 2)
-    if kernel is None or stride is None or padding is None or dilation != (1, 1) or values["return_indices"]:
-        return None
-    if kernel[0] * kernel[1] > 255 or not isinstance(values["input"], fx.Node) or "bnr_shared" in node.meta:
-        return None
-    return {
-        "input": values["input"], "kernel": kernel, "stride": stride, "padding": padding,
-        "ceil_mode": bool(values["ceil_mode"]),
-    }  # fmt: skip
+@dataclass(frozen=True)
+class Pooling:
+    """A pool of ``input``."""
 
-
-def avg_pool_of(node: fx.Node, modules: dict[str, nn.Module]) -> dict[str, Any] | None:
-    """Window parameters of a 2-D average pool all of whose windows have the same divisor, with its ``input``, else None."""
-    names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-    if node.op == "call_module":
-        module = modules.get(str(node.target))
-        if type(module) is not nn.AvgPool2d or boundary_reason(module) is not None:
-            return None
-        values = {k: getattr(module, k) for k in names[1:]} | {"input": node.args[0] if node.args else None}
-    elif node.op == "call_function" and node.target is F.avg_pool2d:
-        defaults = {"stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None}
-        values = arguments_of(node, names, defaults)
-    else:
-        return None
-    kernel, stride, padding = _window(values)
-    if kernel is None or stride is None or padding is None or not isinstance(values["input"], fx.Node):
-        return None
-    counts_all = values["count_include_pad"] is True or padding == (0, 0)
-    sound = all(2 * p <= k for p, k in zip(padding, kernel, strict=True))  # PyTorch refuses the rest, in its own words
-    plain = values["ceil_mode"] is False and values["divisor_override"] is None and "bnr_shared" not in node.meta
-    if not (counts_all and sound and plain):
-        return None
-    return {"input": values["input"], "kernel": kernel, "stride": stride, "padding": padding}
-
-
-def _window(values: dict[str, Any]) -> tuple[tuple[int, ...] | None, ...]:
-    """Kernel, stride and padding of a 2-D pool from its arguments; the stride is the kernel's size where none is given."""
-    kernel = per_dimension(values["kernel_size"], 2)
-    stride = kernel if values["stride"] in (None, [], ()) else per_dimension(values["stride"], 2)
-    return kernel, stride, per_dimension(values["padding"], 2)
+    node: fx.Node
+    input: fx.Node
 
 
 @dataclass(frozen=True)
-class GlobalAverage:
+class AveragePooling(Pooling):
+    """A 2-D average pool all of whose windows have the same divisor; (height, width) of its parameters."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MaxPooling(Pooling):
+    """A 2-D max pool of at most 255 positions without dilation; (height, width) of its parameters."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    ceil_mode: bool
+
+
+@dataclass(frozen=True)
+class GlobalAverage(Pooling):
     """An average over all spatial positions of ``input`` [N, C, H, W]; its result is [N, C, 1, 1] or, without ``keepdim``, [N, C].
 
     ``only_4d``: it is one for 4-D tensors alone; whoever matches it must know that the input is.
     """
 
-    input: fx.Node
     keepdim: bool = True
     only_4d: bool = False
 
 
-def global_average_of(node: fx.Node, modules: dict[str, nn.Module]) -> GlobalAverage | None:
-    """``AdaptiveAvgPool2d(1)`` in its two spellings, or ``mean`` over dimensions 2 and 3."""
+#: The pools that are modules: which arguments of the function the module has as attributes.
+_MODULES: dict[type[nn.Module], tuple[Any, tuple[str, ...]]] = {
+    nn.MaxPool2d: (F.max_pool2d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")),
+    nn.AvgPool2d: (F.avg_pool2d, ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")),
+    nn.AdaptiveAvgPool2d: (F.adaptive_avg_pool2d, ("output_size",)),
+}
+#: The functions: the names of their arguments behind the input, with the defaults of those that have one.
+_FUNCTIONS: dict[Any, tuple[tuple[str, ...], dict[str, Any]]] = {
+    F.max_pool2d: (_MODULES[nn.MaxPool2d][1],
+        {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}),
+    F.avg_pool2d: (_MODULES[nn.AvgPool2d][1],
+        {"stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None}),
+    F.adaptive_avg_pool2d: (("output_size",), {"output_size": None}),
+}  # fmt: skip
+_FUNCTIONS[torch.max_pool2d] = _FUNCTIONS[F.max_pool2d]
+
+
+def pooling_of(node: fx.Node) -> Pooling | None:
+    """The pool that this node is, if a fused one can compute the same."""
     if node.op == "call_module":
-        module = modules.get(str(node.target))
-        if type(module) is not nn.AdaptiveAvgPool2d or boundary_reason(module) is not None:
+        module = module_of(node)
+        if type(module) not in _MODULES or module is None or boundary_reason(module) is not None:
             return None
-        found = {"output_size": module.output_size, "input": node.args[0] if node.args else None}
-    elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
-        found = arguments_of(node, ("input", "output_size"), {"output_size": None})
+        function, names = _MODULES[type(module)]
+        values = {name: getattr(module, name) for name in names} | {"input": input_of(node)}
+    elif node.op == "call_function" and node.target in _FUNCTIONS:
+        function = node.target
+        names, defaults = _FUNCTIONS[node.target]
+        values = arguments_of(node, ("input", *names), defaults)
     else:
         return _mean_of(node)
-    whole = found["output_size"] in (1, (1, 1), [1, 1])
-    return GlobalAverage(found["input"]) if whole and isinstance(found["input"], fx.Node) else None
+    source = values["input"]
+    if not isinstance(source, fx.Node):
+        return None
+    if function is F.adaptive_avg_pool2d:
+        return GlobalAverage(node, source) if values["output_size"] in (1, (1, 1), [1, 1]) else None
+    kernel = per_dimension(values["kernel_size"], 2)
+    stride = kernel if values["stride"] in (None, [], ()) else per_dimension(values["stride"], 2)
+    padding = per_dimension(values["padding"], 2)
+    if kernel is None or stride is None or padding is None or provenance(node).changed_by is not None:
+        return None
+    if function is F.avg_pool2d:
+        return AveragePooling(node, source, kernel, stride, padding) if _has_one_divisor(values, kernel, padding) else None
+    plain = per_dimension(values["dilation"], 2) == (1, 1) and not values["return_indices"] and kernel[0] * kernel[1] <= 255
+    return MaxPooling(node, source, kernel, stride, padding, bool(values["ceil_mode"])) if plain else None
+
+
+def _has_one_divisor(values: dict[str, Any], kernel: tuple[int, ...], padding: tuple[int, ...]) -> bool:
+    """Whether an average pool divides by the size of its kernel everywhere."""
+    counts_all = values["count_include_pad"] is True or padding == (0, 0)
+    sound = all(2 * p <= k for p, k in zip(padding, kernel, strict=True))  # PyTorch refuses the rest, in its own words
+    return counts_all and sound and values["ceil_mode"] is False and values["divisor_override"] is None
 
 
 #: Dimensions 2 and 3 of a 4-D tensor, in every way to write them.
@@ -168,6 +145,7 @@ _LAST_TWO_OF_FOUR = [pair for a in (2, -2) for b in (3, -1) for pair in ((a, b),
 
 
 def _mean_of(node: fx.Node) -> GlobalAverage | None:
+    """``mean`` over dimensions 2 and 3."""
     is_mean = node.target is torch.mean if node.op == "call_function" else node.op == "call_method" and node.target == "mean"
     if not is_mean:
         return None
@@ -179,4 +157,5 @@ def _mean_of(node: fx.Node) -> GlobalAverage | None:
     source, dims, keepdim = values["input"], values["dim"], values["keepdim"]
     if not isinstance(dims, list | tuple) or tuple(dims) not in _LAST_TWO_OF_FOUR:
         return None
-    return GlobalAverage(source, keepdim, only_4d=True) if isinstance(source, fx.Node) and isinstance(keepdim, bool) else None
+    known = isinstance(source, fx.Node) and isinstance(keepdim, bool)
+    return GlobalAverage(node, source, keepdim, only_4d=True) if known else None

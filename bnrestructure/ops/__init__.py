@@ -1,16 +1,23 @@
 """What a fused node means: its arguments, its autograd, and nothing else. Kernels are in ``bnrestructure.kernels``."""
 
 from bnrestructure.ops.average import avg_pool
-from bnrestructure.ops.concat import concat_buffer, own_gradient, unchanged
+from bnrestructure.ops.concat import UnchangedOutputs, concat_buffer, own_gradient, unchanged
 from bnrestructure.ops.conv import ConvOutputs, conv
 from bnrestructure.ops.residual import ResidualOutputs, residual
-from bnrestructure.ops.statistics import StatisticsOutputs, batch_norm, finalize, statistics
-from bnrestructure.ops.sweeps import max_pool, normalise, squeeze
+from bnrestructure.ops.statistics import FinalizeOutputs, StatisticsOutputs, batch_norm, finalize, statistics
+from bnrestructure.ops.sweeps import NormaliseOutputs, PoolOutputs, SqueezeOutputs, max_pool, normalise, squeeze
+from bnrestructure.ops.synchronise import SynchroniseOutputs, synchronise
 
 __all__ = [
     "ConvOutputs",
+    "FinalizeOutputs",
+    "NormaliseOutputs",
+    "PoolOutputs",
     "ResidualOutputs",
+    "SqueezeOutputs",
     "StatisticsOutputs",
+    "SynchroniseOutputs",
+    "UnchangedOutputs",
     "avg_pool",
     "batch_norm",
     "concat_buffer",
@@ -22,5 +29,6 @@ __all__ = [
     "residual",
     "squeeze",
     "statistics",
+    "synchronise",
     "unchanged",
 ]

@@ -12,6 +12,7 @@ from bnrestructure.core.edges import ConvGeometry
 from bnrestructure.ops import library
 from bnrestructure.ops.conv import PlainConv
 from bnrestructure.ops.conv_options import ConvOptions, check_shapes
+from bnrestructure.ops.sweeps import PoolOutputs
 
 __all__ = ["avg_pool"]
 
@@ -28,7 +29,7 @@ def avg_pool(
     padding: tuple[int, int],
     thread: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
+) -> PoolOutputs:
     """(average pool of ``act((x - mean) * scale + beta)`` in x's dtype, x passed through when threaded).
 
     x [N, C, H, W] raw, the vectors [C]. Each window is divided by the number of positions of the whole kernel, padding (zeros after the
@@ -49,10 +50,10 @@ def avg_pool(
         y, _, _ = library.conv(
             x, mean, scale, beta, act, None, weight, None, *geometry, statistics=False, dtype=x.dtype, backend=backend
         )
-        return y, None
+        return PoolOutputs(y, None)
     options = ConvOptions(act, geometry, False, thread, False, 0, None, None, x.dtype, backend)
     y, _, _, passed, _ = _AvgPool.apply(x, mean, scale, beta, None, weight, None, None, options)
-    return y, passed
+    return PoolOutputs(y, passed)
 
 
 class _AvgPool(PlainConv):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from bnrestructure.core.edges import accumulation_dtype
 from bnrestructure.core.kept import kept_activation
 from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative
 
-__all__ = ["concat_buffer", "own_gradient", "unchanged"]
+__all__ = ["UnchangedOutputs", "concat_buffer", "own_gradient", "unchanged"]
 
 
 def concat_buffer(
@@ -53,13 +53,21 @@ class _ConcatBuffer(torch.autograd.Function):
         return guard_second_derivative((dx, dinto, None, None, None, None))
 
 
-def unchanged(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class UnchangedOutputs(NamedTuple):
+    """The vectors of an edge, each [C] in the accumulation dtype."""
+
+    mean: Tensor
+    scale: Tensor
+    beta: Tensor
+
+
+def unchanged(x: Tensor) -> UnchangedOutputs:
     """(mean, scale, beta), each [C], that leave x [N, C, *spatial] as it is: 0, 1 and 0.
 
     They stand for a segment without a batch norm where a concat is normalised as a whole.
     """
     zeros = x.new_zeros(x.shape[1], dtype=accumulation_dtype(x.dtype))
-    return zeros, torch.ones_like(zeros), zeros
+    return UnchangedOutputs(zeros, torch.ones_like(zeros), zeros)
 
 
 def own_gradient(x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class ConvOutputs(NamedTuple):
 
     y      [N, C_out, *spatial_out]; with ``channels``, the concat buffer that y was written into
     mean, var, size     biased batch statistics of y, [C_out], and the size of the tensor that they are of
-    x      the input passed through for its next reader (``thread``); behind a residual join, its sum
+    passed the input, for its next reader (``thread``); behind a residual join, its sum
     gain   [C_out] of ones whose *gradient* is the factor s of y's backward edge (``gain``)
     """
 
@@ -39,7 +39,7 @@ class ConvOutputs(NamedTuple):
     mean: Tensor | None
     var: Tensor | None
     size: torch.Size | None
-    x: Tensor | None
+    passed: Tensor | None
     gain: Tensor | None
 
 

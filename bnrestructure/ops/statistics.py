@@ -16,19 +16,19 @@ from bnrestructure.kernels.calls import FinalizeBackward, FinalizeForward, Stati
 from bnrestructure.ops import library
 from bnrestructure.ops.dispatch import guard_second_derivative, in_format_of
 
-__all__ = ["StatisticsOutputs", "batch_norm", "finalize", "statistics"]
+__all__ = ["FinalizeOutputs", "StatisticsOutputs", "batch_norm", "finalize", "statistics"]
 
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class StatisticsOutputs(NamedTuple):
-    """mean and var (biased) are [C] in the accumulation dtype, size is x's, x is passed through when threaded."""
+    """mean and var (biased) are [C] in the accumulation dtype, size is x's, passed is x for its next reader when threaded."""
 
     mean: Tensor
     var: Tensor
     size: torch.Size
-    x: Tensor | None
+    passed: Tensor | None
 
 
 def statistics(x: Tensor, *, thread: bool = False, backend: str = "auto") -> StatisticsOutputs:
@@ -58,6 +58,13 @@ class _Statistics(torch.autograd.Function):
         return guard_second_derivative((in_format_of(x, dx), None, None))
 
 
+class FinalizeOutputs(NamedTuple):
+    """What normalisation multiplies by and adds, each [C] in the accumulation dtype."""
+
+    scale: Tensor
+    beta: Tensor
+
+
 def finalize(
     mean: Tensor,
     var: Tensor,
@@ -72,7 +79,7 @@ def finalize(
     *,
     dimensions: tuple[int, ...] = (),
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> FinalizeOutputs:
     """The per-channel step between the halves of a batch norm: (scale, beta), each [C]; running statistics updated in place.
 
     ``size`` is the size of the tensor that mean and var are of, or, for statistics merged across ranks, the number of values per
@@ -83,6 +90,7 @@ def finalize(
     ``dimensions`` (empty: any) in number of dimensions, RuntimeError when a parameter or running statistic does not have C elements, is of
     a dtype that the input cannot have been of, or, a running statistic, requires a gradient.
     """
+    eps, momentum = float(eps), None if momentum is None else float(momentum)  # a graph may compute them, even as tensors
     if eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if isinstance(size, Tensor):
@@ -101,7 +109,7 @@ def finalize(
         num_batches_tracked.add_(1)
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
-    return _Finalize.apply(mean, var, count, weight, bias, running_mean, running_var, momentum, eps, backend)
+    return FinalizeOutputs(*_Finalize.apply(mean, var, count, weight, bias, running_mean, running_var, momentum, eps, backend))
 
 
 def _check_vectors(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +22,28 @@ from bnrestructure.kernels.calls import (
 from bnrestructure.ops import library
 from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, in_format_of
 
-__all__ = ["max_pool", "normalise", "squeeze"]
+__all__ = ["NormaliseOutputs", "PoolOutputs", "SqueezeOutputs", "max_pool", "normalise", "squeeze"]
 
-Outputs = tuple[Tensor, Tensor | None]
+
+class NormaliseOutputs(NamedTuple):
+    """z, the normalised and activated x, in x's shape and dtype; passed is x for its next reader when threaded."""
+
+    z: Tensor
+    passed: Tensor | None
+
+
+class PoolOutputs(NamedTuple):
+    """z [N, C, *spatial_out], the pooled, normalised and activated x; passed is x for its next reader when threaded."""
+
+    z: Tensor
+    passed: Tensor | None
+
+
+class SqueezeOutputs(NamedTuple):
+    """pooled [N, C], the mean of z over the spatial positions; deferred is x standing for z, for a convolution with a gate."""
+
+    pooled: Tensor
+    deferred: Tensor | None
 
 
 def _gradients(x: Tensor, scale: Tensor | None, found: SweepGradients) -> tuple[Any, ...]:
@@ -44,11 +63,11 @@ def normalise(
     act: str = "identity",
     thread: bool = False,
     backend: str = "auto",
-) -> Outputs:
+) -> NormaliseOutputs:
     """(``act((x - mean) * scale + beta)`` in x's dtype, x passed through when threaded): one read and one write of memory."""
     if torch.compiler.is_compiling() and not thread and mean is not None and scale is not None and beta is not None:
-        return library.normalise(x, mean, scale, beta, act, backend), None
-    return _Normalise.apply(x, mean, scale, beta, act, thread, backend)
+        return NormaliseOutputs(library.normalise(x, mean, scale, beta, act, backend), None)
+    return NormaliseOutputs(*_Normalise.apply(x, mean, scale, beta, act, thread, backend))
 
 
 class _Normalise(torch.autograd.Function):
@@ -82,10 +101,10 @@ def max_pool(
     ceil_mode: bool = False,
     thread: bool = False,
     backend: str = "auto",
-) -> Outputs:
+) -> PoolOutputs:
     """(max pool of ``act((x - mean) * scale + beta)``, x passed through when threaded). 2-D, dilation 1, at most 255 positions."""
     geometry = PoolGeometry(tuple(kernel), tuple(stride), tuple(padding), ceil_mode)
-    return _MaxPool.apply(x, mean, scale, beta, act, geometry, thread, backend)
+    return PoolOutputs(*_MaxPool.apply(x, mean, scale, beta, act, geometry, thread, backend))
 
 
 class _MaxPool(torch.autograd.Function):
@@ -117,13 +136,13 @@ def squeeze(
     act: str = "identity",
     excite: bool = False,
     backend: str = "auto",
-) -> Outputs:
+) -> SqueezeOutputs:
     """(mean over the spatial positions of ``z = act((x - mean) * scale + beta)``, [N, C]; the deferred z when ``excite``).
 
     The second output is x again, standing for z: a reader with a ``gate`` applies the transform itself and sends back the gradient
     *at z*. This node's backward adds the average's share, applies the mask and takes the sums, in one sweep, in place.
     """
-    return _Squeeze.apply(x, mean, scale, beta, act, excite, backend)
+    return SqueezeOutputs(*_Squeeze.apply(x, mean, scale, beta, act, excite, backend))
 
 
 class _Squeeze(torch.autograd.Function):

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-__all__ = ["synchronise"]
+__all__ = ["SynchroniseOutputs", "synchronise"]
+
+
+class SynchroniseOutputs(NamedTuple):
+    """mean and var, each [C], over all ranks; size is the number of values per channel, or, of a single rank, the size of its tensor."""
+
+    mean: Tensor
+    var: Tensor
+    size: torch.Size | Tensor
 
 
 def synchronise(
     mean: Tensor, var: Tensor, size: torch.Size | Tensor, process_group: Any = None
-) -> tuple[Tensor, Tensor, torch.Size | Tensor]:
+) -> SynchroniseOutputs:
     """(mean, var, number of values per channel) over all ranks of ``process_group`` (None: the default group).
 
     Returns its arguments where there is a single rank, as SyncBatchNorm does. Ranks may hold batches of different sizes.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        return mean, var, size
+        return SynchroniseOutputs(mean, var, size)
     group = dist.group.WORLD if process_group is None else process_group
     if dist.get_world_size(group) == 1:
-        return mean, var, size
+        return SynchroniseOutputs(mean, var, size)
     count = size.numel() // size[1] if isinstance(size, torch.Size) else size
-    return _Synchronise.apply(mean, var, count, group)
+    return SynchroniseOutputs(*_Synchronise.apply(mean, var, count, group))
 
 
 class _Synchronise(torch.autograd.Function):

@@ -8,20 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bnrestructure import ops
 from bnrestructure.core.edges import ConvGeometry, Join, Transform
-from bnrestructure.graph.layers import modules_of
+from bnrestructure.graph.ir import Conv
+from bnrestructure.graph.provenance import provenance
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import ConvForward
 from bnrestructure.kernels.folded.views import folded, image
 from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.plan.plan import Kernel
+from bnrestructure.plan.shapes import Shapes
 
-__all__ = ["Shapes", "convolution_kernels", "planned_device"]
-
-#: Path of a layer -> shape and dtype of its input.
-Shapes = dict[str, tuple[torch.Size, torch.dtype]]
-
+__all__ = ["convolution_kernels", "planned_device"]
 
 def planned_device(model: nn.Module, backend: str, inputs: tuple[Any, ...]) -> tuple[str | None, list[str]]:
     """(the type of device that kernels are planned for, what the user should know of that); None where the model is on several.
@@ -50,24 +47,22 @@ def convolution_kernels(path: str, after: fx.GraphModule, shapes: Shapes, backen
 
     The dtype is autocast's where that is on. Functional convolutions have no path to know their shapes by, and are left out.
     """
-    modules = modules_of(after)
+    modules = dict(after.named_modules(remove_duplicate=False))
     prefix = f"{path}." if path else ""
-    for node in after.graph.nodes:
-        name = node.meta.get("bnr_module")
-        if node.target is not ops.conv or prefix + str(name) not in shapes or str(name) not in modules:
+    for conv in Conv.every(after.graph):
+        name = provenance(conv.node).module
+        if name is None or prefix + name not in shapes or name not in modules:
             continue
-        shape, dtype = shapes[prefix + str(name)]
-        weight: Any = modules[str(name)].weight
+        shape, dtype = shapes[prefix + name]
+        weight: Any = modules[name].weight
         here = weight.device.type == device
-        yield _kernel(prefix + str(name), node, tuple(shape), tuple(weight.shape), dtype, backend, device, here)
+        yield _kernel(prefix + name, conv, tuple(shape), tuple(weight.shape), dtype, backend, device, here)
 
 
 def _kernel(
-    name: str, node: fx.Node, x: tuple[int, ...], weight: tuple[int, ...], dtype: torch.dtype, backend: str, device: str, here: bool
+    name: str, conv: Conv, x: tuple[int, ...], weight: tuple[int, ...], dtype: torch.dtype, backend: str, device: str, here: bool
 ) -> Kernel:
-    of: dict[str, Any] = dict(node.kwargs)
-    stride, padding, dilation = (tuple(of[key]) for key in ("stride", "padding", "dilation"))
-    geometry = ConvGeometry(stride, padding, dilation, of["groups"])
+    geometry = ConvGeometry(conv.stride, conv.padding, conv.dilation, conv.groups)
     reason = registry.reason_for_device(backend, device)
     if reason is None and len(x) < len(weight):
         reason = "no batch dimension: PyTorch's convolution"
@@ -81,16 +76,16 @@ def _kernel(
         return Kernel(name, x, "reference", reason, "reference", reason)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    call = _call(of, torch.empty(x, dtype=dtype, device="meta"), torch.empty(weight, dtype=dtype, device="meta"), geometry)
+    call = _call(conv, torch.empty(x, dtype=dtype, device="meta"), torch.empty(weight, dtype=dtype, device="meta"), geometry)
     forward, backward = (kernels if len(x) == 4 else registry.folded(kernels)).convolution_choices(call)
     return Kernel(name, x, *forward, *backward)
 
 
-def _call(of: dict[str, Any], x: Tensor, weight: Tensor, geometry: ConvGeometry) -> ConvForward:
-    """The kernel call of the node with these keywords, on tensors of the meta device."""
-    act, plain = str(of["act"]), Transform()
-    if of.get("r") is not None:  # then the product reads the sum as it is
-        return ConvForward(x, plain, weight, None, geometry, x.dtype, join=Join(x, plain, x, plain, act))
-    vector = torch.empty(x.shape[1], device="meta") if of["mean"] is not None else None
-    gate = torch.empty(x.shape[:2], device="meta") if of["gate"] is not None else None
-    return ConvForward(x, Transform(vector, vector, vector, act, gate), weight, None, geometry, x.dtype)
+def _call(conv: Conv, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> ConvForward:
+    """The node's kernel call, on tensors of the meta device."""
+    plain = Transform()
+    if conv.forms_residual:  # then the product reads the sum as it is
+        return ConvForward(x, plain, weight, None, geometry, x.dtype, join=Join(x, plain, x, plain, conv.act))
+    vector = torch.empty(x.shape[1], device="meta") if conv.mean is not None else None
+    gate = torch.empty(x.shape[:2], device="meta") if conv.gate is not None else None
+    return ConvForward(x, Transform(vector, vector, vector, conv.act, gate), weight, None, geometry, x.dtype)

@@ -20,6 +20,7 @@ class Site:
     sweeps_before, sweeps_after    passes over its tensor in main memory in one training step, convolutions' own not counted
     bytes_before, bytes_after      the same in bytes, None where the shape is not known
     shape, dtype                   of the tensor that is normalised, None where not known
+    ran        whether a training forward has run the rewritten program that holds it; None before there was one
     """
 
     name: str
@@ -34,6 +35,7 @@ class Site:
     bytes_after: int | None = None
     shape: tuple[int, ...] | None = None
     dtype: str | None = None
+    ran: bool | None = None
 
 
 @dataclass
@@ -58,13 +60,18 @@ class Kernel:
 
 @dataclass
 class Plan:
-    """What restructuring does, or did, to a model."""
+    """What restructuring will do to a model or, once a training forward has run, what it did.
+
+    regions     the parts of the model that run as rewritten graphs of their own
+    captures    how often each part's forward has been captured in training
+    """
 
     model: str
     sites: list[Site] = field(default_factory=list)
     regions: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
+    captures: dict[str, int] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -89,6 +96,7 @@ class Plan:
             "sites": [asdict(site) for site in self.sites],
             "regions": self.regions,
             "notes": self.notes,
+            "captures": self.captures,
             "kernels": [asdict(kernel) for kernel in self.kernels],
             "counts": self.counts,
             "coverage": self.coverage,

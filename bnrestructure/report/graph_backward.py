@@ -4,85 +4,85 @@ from __future__ import annotations
 
 from torch import fx
 
-from bnrestructure import ops
-from bnrestructure.graph.fused import is_fused
+from bnrestructure.graph.ir import (
+    AvgPool,
+    ConcatBuffer,
+    Conv,
+    Link,
+    MaxPool,
+    Normalise,
+    Reader,
+    Residual,
+    Squeeze,
+    Statistics,
+    fused_of,
+    is_fused,
+)
+from bnrestructure.graph.view import Fused
 from bnrestructure.report.names import shortened
 
 __all__ = ["backward_of"]
 
 Words = dict[str, str | None]
 
+_WORK = {
+    Normalise: "sweep", MaxPool: "scatter to the maxima", AvgPool: "spread the averages", Squeeze: "spread the average",
+}  # fmt: skip
+
 
 def backward_of(node: fx.Node, normalises: list[str], statistics: list[str], group: str) -> Words:
     """``prologue`` (how the incoming gradient is read), ``work``, ``epilogue`` (what happens to the outgoing one)."""
     if node.op in ("placeholder", "output"):
         return _words(None, "gradient of the input" if node.op == "placeholder" else "gradient of the loss", None)
-    if not is_fused(node):
+    view = fused_of(node)
+    if view is None or not is_fused(node):
         return _words(None, "autograd's own", None)
     read = shortened(normalises, group)
     made = shortened(statistics, group)
-    if node.target is ops.conv:
-        return _conv(node, read, made)
-    if node.target is ops.residual:
-        return _residual(node, read, made)
-    if node.target is ops.statistics:
-        return _words(None, f"a*(y - mean) + b of {made}", _adds(node))
-    if node.target is ops.concat_buffer:
-        return _words(None, "hands down its slice of the gradient", None)
-    work = {
-        ops.normalise: "sweep", ops.max_pool: "scatter to the maxima", ops.avg_pool: "spread the averages",
-        ops.squeeze: "spread the average",
-    }  # fmt: skip
-    return _words(None, work.get(node.target, "copy the gradient"), _mask_and_sums(node, read))  # type: ignore[arg-type]
+    match view:
+        case Conv():
+            return _conv(view, read, made)
+        case Residual():
+            edge = f"dY = P + a*(y - mean) + b of {made}" if made else None
+            return _words(edge, _operands(view.act, view.gain), f"SP, SPY of {read}")  # one sweep
+        case Statistics():
+            return _words(None, f"a*(y - mean) + b of {made}", _adds(view))
+        case ConcatBuffer():
+            return _words(None, "hands down its slice of the gradient", None)
+    return _words(None, _WORK.get(type(view), "copy the gradient"), _mask_and_sums(view, read))
 
 
 def _words(prologue: str | None, work: str, epilogue: str | None) -> Words:
     return {"prologue": prologue, "work": work, "epilogue": epilogue}
 
 
-def _conv(node: fx.Node, read: str, made: str) -> Words:
+def _conv(conv: Conv, read: str, made: str) -> Words:
     """wgrad and dgrad; BN's terms for y in the prologue, the mask and sums of the input's BN in the epilogue."""
     edge = None
     if made:
-        edge = f"dY = {'s*P' if node.kwargs['gain'] else 'P'} + a*(y - mean) + b of {made}"
-    elif node.kwargs["gain"]:
+        edge = f"dY = {'s*P' if conv.gain else 'P'} + a*(y - mean) + b of {made}"
+    elif conv.gain:
         edge = "dY = s*P"
-    if node.kwargs.get("r") is not None:
-        return _words(edge, "wgrad, dgrad", _join_epilogue(node, read))
-    first = isinstance(node.kwargs["x"], fx.Node) and node.kwargs["x"].op == "placeholder"
-    return _words(edge, "wgrad, dgrad if the input needs one" if first else "wgrad, dgrad", _mask_and_sums(node, read))
+    if conv.forms_residual:  # the gradient of the residual is completed, masked and summed where it arises
+        added = "the other readers' gradient added, " if conv.chain else ""
+        return _words(edge, "wgrad, dgrad", f"{added}{_operands(conv.act, conv.x_gain)}, SP, SPY of {read}")
+    work = "wgrad, dgrad if the input needs one" if conv.x.op == "placeholder" else "wgrad, dgrad"
+    return _words(edge, work, _mask_and_sums(conv, read))
 
 
-def _mask_and_sums(node: fx.Node, read: str) -> str | None:
-    act = str(node.kwargs.get("act", "identity"))
-    parts = []
-    if node.kwargs.get("gate") is not None:
+def _mask_and_sums(view: Fused, read: str) -> str | None:
+    if isinstance(view, Conv) and view.gate is not None:
         return "gate's gradient"
-    if act != "identity":
-        parts.append(f"{act}' mask")
-    if read:
-        parts.append(f"SP, SPY of {read}")
-    added = _adds(node)
-    return ", ".join([*parts, added] if added else parts) or None
+    act = view.act if isinstance(view, Reader) else "identity"
+    parts = [f"{act}' mask" if act != "identity" else None, f"SP, SPY of {read}" if read else None, _adds(view)]
+    return ", ".join(part for part in parts if part is not None) or None
 
 
-def _adds(node: fx.Node) -> str | None:
-    return "added in place to the other readers' gradient" if node.kwargs.get("thread") else None
+def _adds(view: Fused) -> str | None:
+    return "added in place to the other readers' gradient" if isinstance(view, Link) and view.chain else None
 
 
-def _residual(node: fx.Node, read: str, made: str) -> Words:
-    """One sweep: both operands share the gradient G where the convolutions apply their own s."""
-    edge = f"dY = P + a*(y - mean) + b of {made}" if made else None
-    return _words(edge, _operands(node, "gain"), f"SP, SPY of {read}")
-
-
-def _join_epilogue(node: fx.Node, read: str) -> str:
-    """The dgrad of a convolution that forms a join: its gradient completed, masked and summed where it arises."""
-    added = "the other readers' gradient added, " if node.kwargs["thread"] else ""
-    return f"{added}{_operands(node, 'x_gain')}, SP, SPY of {read}"
-
-
-def _operands(node: fx.Node, gain: str) -> str:
-    act = str(node.kwargs["act"])
+def _operands(act: str, gain: fx.Node | None) -> str:
+    """What the operands of a residual get: one gradient G where the convolution of y applies its own s."""
     mask = "" if act == "identity" else f"{act}' mask, "
-    return f"{mask}one G for both operands" if node.kwargs[gain] is not None else f"{mask}s*G and G"
+    return f"{mask}one G for both operands" if gain is not None else f"{mask}s*G and G"

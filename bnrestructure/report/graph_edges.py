@@ -1,82 +1,91 @@
-"""Who reads whose tensor, seen through threads, buffers and the outputs of fused nodes."""
+"""Who reads whose tensor, seen through chains, buffers and the outputs of fused nodes."""
 
 from __future__ import annotations
-
-import operator
 
 import torch
 from torch import fx
 
-from bnrestructure import ops
-from bnrestructure.graph.fused import OUTPUTS, is_fused, produced_by
-from bnrestructure.ops.synchronise import synchronise
+from bnrestructure.graph.ir import (
+    ConcatBuffer,
+    Conv,
+    Finalize,
+    Link,
+    OwnGradient,
+    Reader,
+    Residual,
+    Squeeze,
+    Statistics,
+    Synchronise,
+    Unchanged,
+    fused_of,
+    maker_of,
+)
+from bnrestructure.graph.provenance import provenance
 
-__all__ = ["appends", "data_inputs", "is_tucked", "normalised_sites", "source_of", "sources_of"]
+__all__ = ["data_inputs", "is_tucked", "normalised_sites", "source_of", "sources_of"]
 
 
 def is_tucked(node: fx.Node) -> bool:
     """Whether the node is shown as a part of another: attributes, finalize, vectors, the outputs of fused nodes."""
-    tucked = (ops.finalize, ops.own_gradient, synchronise)
-    if node.op == "get_attr" or node.meta.get("bnr_vector") or node.target in tucked:
+    if node.op == "get_attr" or provenance(node).vector or isinstance(fused_of(node), Finalize | OwnGradient | Synchronise):
         return True
-    owner = node.args[0] if node.op == "call_function" and node.args else None
-    if not isinstance(owner, fx.Node):
-        return False
-    return owner.target is synchronise or (node.target is operator.getitem and owner.target in OUTPUTS)
+    return maker_of(node)[1] is not None
 
 
 def data_inputs(node: fx.Node) -> list[fx.Node]:
     """The activations that a node reads: no parameters or vectors, and no buffer of which it writes a slice."""
-    if is_fused(node) and node.target in OUTPUTS:
-        names = ("x", "y", "r", "gate", *(["into"] if appends(node) else []))
-        return [v for k in names if isinstance(v := node.kwargs.get(k), fx.Node)]
-    if node.target is ops.concat_buffer:
-        return [v for v in node.args[:1] if isinstance(v, fx.Node)]
-    return node.all_input_nodes
-
-
-def appends(node: fx.Node) -> bool:
-    """Whether a convolution writes behind what is in a buffer: what it returns is then everything up to there."""
-    return node.target is ops.conv and isinstance(node.kwargs["into"], fx.Node) and node.kwargs["offset"] is None
+    view = fused_of(node)
+    match view:
+        case Conv():
+            read = [view.x, view.r, view.gate, view.into if view.appends else None]
+        case Residual():
+            read = [view.y, view.r]
+        case Reader() | Statistics() | ConcatBuffer():
+            read = [view.x]
+        case _:
+            read = [*node.all_input_nodes]
+    return [value for value in read if value is not None]
 
 
 def sources_of(node: fx.Node) -> list[fx.Node]:
     """The nodes that made this tensor: several, where it is a buffer that branches wrote their slices of."""
     writers = [source_of(node)]
-    while not appends(writers[-1]) and isinstance(into := writers[-1].kwargs.get("into"), fx.Node):
-        writers.append(source_of(into))
-    return writers[::-1]
+    while True:
+        view = fused_of(writers[-1])
+        appends = isinstance(view, Conv) and view.appends
+        if appends or not isinstance(view, Conv | ConcatBuffer) or view.into is None:
+            return writers[::-1]
+        writers.append(source_of(view.into))
 
 
 def source_of(node: fx.Node) -> fx.Node:
     """The node that made this tensor: behind outputs of fused nodes, and behind readers that pass it on."""
     while True:
-        if node.target is ops.own_gradient:
-            node = node.args[0]  # type: ignore[assignment]
-        elif node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].target in OUTPUTS:
-            fused = node.args[0]
-            # a convolution that forms a residual join passes on the sum, which it made
-            passed = produced_by(node, fused.target, "x") is not None and fused.kwargs.get("r") is None
-            node = fused.kwargs["x"] if passed else fused  # type: ignore[assignment]
-            if not passed:
-                return node
-        else:
+        maker, output = maker_of(node)
+        if isinstance(maker, OwnGradient):
+            node = maker.x
+        elif maker is None or output is None:
             return node
+        elif (isinstance(maker, Link) and output == "passed" and maker.passes_x) or (isinstance(maker, Squeeze) and output == "deferred"):
+            node = maker.x
+        else:
+            return maker.node
 
 
 def normalised_sites(node: fx.Node) -> list[str]:
     """The sites whose normalisation this node applies: as recorded, else those whose scale it reads."""
-    recorded = node.meta.get("bnr_normalises")
-    if recorded is not None:
+    recorded = provenance(node).normalises
+    if recorded:
         return list(recorded)
+    view = fused_of(node)
     sites: list[str] = []
-    stack = [node.kwargs.get("scale")]
+    stack = [view.scale] if isinstance(view, Reader) else []
     while stack:
         vector = stack.pop()
-        if isinstance(vector, fx.Node):
-            made = produced_by(vector, ops.finalize, "scale")
-            if made is not None and "bnr_site" in made.meta:
-                sites.append(made.meta["bnr_site"])
-            elif vector.target is not ops.unchanged and (vector.meta.get("bnr_vector") or vector.target is torch.cat):
-                stack += reversed(vector.all_input_nodes)
+        maker, _ = maker_of(vector)
+        if isinstance(maker, Finalize):
+            site = provenance(maker.node).site
+            sites += [] if site is None else [site]
+        elif vector is not None and not isinstance(maker, Unchanged) and (provenance(vector).vector or vector.target is torch.cat):
+            stack += reversed(vector.all_input_nodes)
     return sites

@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from bnrestructure.capture.regions import Options
 from bnrestructure.plan.plan import Plan, Site
-from bnrestructure.plan.planning import region_graphs
+from bnrestructure.plan.survey import Survey
 from bnrestructure.report.graph_panes import Facts, Pane, draw_pane
 from bnrestructure.report.graph_shapes import node_shapes, region_inputs
 from bnrestructure.report.graph_view import RegionView, view_region
@@ -21,10 +20,10 @@ __all__ = ["compared", "graph_html"]
 _TEMPLATE = "graph_compare.html"
 
 
-def compared(model: nn.Module, options: Options, plan: Plan, inputs: tuple[Any, ...] | None) -> tuple[Pane, Pane]:
+def compared(model: nn.Module, survey: Survey, plan: Plan, inputs: tuple[Any, ...] | None) -> tuple[Pane, Pane]:
     """The model's training graph before and after the passes; with example inputs the boxes say how large what they make is."""
     sites = {site.name: site for site in plan.sites}
-    graphs = list(region_graphs(model, options))
+    graphs = [(region.path, region.before, region.after) for region in survey.regions if region.before is not None]
     given = {} if inputs is None else region_inputs(model, inputs, [path for path, _, _ in graphs])
     befores: list[RegionView] = []
     afters: list[RegionView] = []

@@ -7,10 +7,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from bnrestructure import ops
-from bnrestructure.graph.fused import is_fused
-from bnrestructure.graph.layers import ConvLayer, batch_norm_of, conv_of, module_path, modules_of
-from bnrestructure.graph.operations import activation_of, add_of, avg_pool_of, concat_of, max_pool_of
+from bnrestructure.graph.activations import activation_of
+from bnrestructure.graph.ir import BatchNorm, Conv, Normalise, Reader, Residual, Statistics, fused_of, is_fused
+from bnrestructure.graph.layers import ConvLayer, batch_norm_of, conv_of
+from bnrestructure.graph.operations import AveragePooling, MaxPooling, add_of, concat_of, pooling_of
+from bnrestructure.graph.order import is_size_read
+from bnrestructure.graph.provenance import module_path, provenance
+from bnrestructure.graph.view import Fused
 from bnrestructure.plan.plan import Site
 from bnrestructure.report.graph_backward import backward_of
 from bnrestructure.report.graph_edges import data_inputs, is_tucked, normalised_sites, source_of, sources_of
@@ -32,7 +35,7 @@ class Entry:
     inputs           ids of the entries that it reads; ``shortcut`` is the one among them that a residual join adds
     prologue         what is applied to its input as it is read: ``bn1 norm + relu``, and the sites in question
     epilogue         what is computed of its result on the way out: ``bn2 statistics``
-    notes            threads, shared buffers, gains
+    notes            chains, shared buffers, gains
     status, reason   of the site that this entry leaves unfused, None elsewhere
     backward         what its backward does: (prologue, work, epilogue)
     """
@@ -92,8 +95,7 @@ def view_region(path: str, gm: fx.GraphModule, captured: fx.GraphModule, sites: 
 class _Builder:
     def __init__(self, path: str, gm: fx.GraphModule, sites: dict[str, Site]) -> None:
         self.prefix = f"{path}." if path else ""
-        self.gm = gm
-        self.modules: dict[str, nn.Module] = modules_of(gm)
+        self.modules: dict[str, nn.Module] = dict(gm.named_modules(remove_duplicate=False))
         self.sites = sites
         self.sizes: set[fx.Node] = set()  # nodes that compute shapes, not tensors
 
@@ -110,8 +112,7 @@ class _Builder:
 
     def _is_size(self, node: fx.Node) -> bool:
         """Whether the node is arithmetic on shapes: of no interest to a reader of the graph."""
-        made = node.op == "call_method" and node.target in ("size", "dim", "numel")
-        made = made or (node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device"))
+        made = is_size_read(node) or (node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device"))
         sources = [n for n in node.all_input_nodes if n.op != "get_attr"]
         derived = node.op == "call_function" and bool(sources) and all(n in self.sizes for n in sources)
         if made or derived:
@@ -122,25 +123,27 @@ class _Builder:
         if node.op in ("placeholder", "output"):
             kind = "input" if node.op == "placeholder" else "output"
             return Entry(node.name, kind, "", "", node.name, "input" if kind == "input" else "")
-        if is_fused(node):
-            return self._fused(node)
-        layer = conv_of(node, self.modules)
+        view = fused_of(node)
+        if view is not None and is_fused(node):
+            return self._fused(view)
+        layer = conv_of(node)
         if isinstance(layer, ConvLayer):
-            return self._new(node, "conv", conv_words(layer, self.gm))
-        if batch_norm_of(node, self.modules) is not None or node.target is ops.batch_norm:
+            return self._new(node, "conv", conv_words(layer))
+        if batch_norm_of(node) is not None or isinstance(view, BatchNorm):
             return self._batch_norm(node)
-        act = activation_of(node, self.modules)
-        if act is not None:
-            return self._new(node, "act", act[0])
+        activation = activation_of(node)
+        if activation is not None:
+            return self._new(node, "act", activation.name)
         if add_of(node) is not None:
             return self._new(node, "add", "add")
         segments = concat_of(node)
         if segments is not None:
             return self._new(node, "concat", f"concat of {len(segments)}")
-        for kind, pool in (("max", max_pool_of(node, self.modules)), ("average", avg_pool_of(node, self.modules))):
-            if pool is not None:
-                return self._new(node, "pool", f"{kind} pool {by(pool['kernel'])}{strided(pool['stride'])}")
-        return self._new(node, "other", plain_words(node, self.gm))
+        pool = pooling_of(node)
+        if isinstance(pool, MaxPooling | AveragePooling):
+            kind = "max" if isinstance(pool, MaxPooling) else "average"
+            return self._new(node, "pool", f"{kind} pool {by(pool.kernel)}{strided(pool.stride)}")
+        return self._new(node, "other", plain_words(node))
 
     def _new(self, node: fx.Node, kind: str, what: str) -> Entry:
         path = module_path(node)
@@ -155,8 +158,9 @@ class _Builder:
         return Entry(node.name, kind, path, group, name or ("buffer" if kind == "buffer" else what.split(" ")[0]), what)
 
     def _batch_norm(self, node: fx.Node) -> Entry:
-        act = str(node.kwargs.get("act", "identity")) if node.target is ops.batch_norm else "identity"
-        site = next(iter(node.meta.get("bnr_kept", [])), node.meta.get("bnr_site", module_path(node)))
+        whole = BatchNorm.of(node)
+        act = "identity" if whole is None else whole.act
+        site = provenance(node).site or module_path(node)
         what = "batch norm" if act == "identity" else f"batch norm + {act}"
         group, _, name = site.rpartition(".") if site.split("#")[0] in self.modules else ("", "", node.name)
         entry = Entry(node.name, "bn", site, group, name, what)
@@ -165,29 +169,31 @@ class _Builder:
             entry.status, entry.reason = "kept", planned.reason
         return entry
 
-    def _fused(self, node: fx.Node) -> Entry:
-        entry = self._new(node, *fused_words(node, self.gm))
-        kwargs = node.kwargs
+    def _fused(self, view: Fused) -> Entry:
+        node = view.node
+        entry = self._new(node, *fused_words(view))
         entry.prologue_sites = normalised_sites(node)
-        entry.epilogue_sites = list(node.meta.get("bnr_statistics_of", []))
-        act = str(kwargs.get("act", "identity"))
-        joins = kwargs.get("r") is not None
-        if joins:
-            entry.shortcut = source_of(kwargs["r"]).name  # type: ignore[arg-type]
-        if entry.prologue_sites:
-            entry.prologue = f"{shortened(entry.prologue_sites, entry.group)} norm"
-        if joins and node.target is ops.conv:
-            entry.prologue = f"{entry.prologue} + shortcut"
-        if act != "identity" and node.target is not ops.residual:
-            entry.prologue = act if entry.prologue is None else f"{entry.prologue} + {act}"
-        if kwargs.get("gate") is not None:
-            entry.prologue = f"{entry.prologue or ''} * gate".strip()
+        entry.epilogue_sites = list(provenance(node).statistics_of)
+        if isinstance(view, Conv | Residual) and view.r is not None:
+            entry.shortcut = source_of(view.r).name
+        entry.prologue = _prologue(view, shortened(entry.prologue_sites, entry.group))
         if entry.epilogue_sites:
             entry.epilogue = f"{shortened(entry.epilogue_sites, entry.group)} statistics"
-        entry.notes = notes_of(node, entry.group)
-        halves: dict[Any, list[str]] = {ops.statistics: entry.epilogue_sites, ops.normalise: entry.prologue_sites}
-        for site in halves.get(node.target, []):
+        entry.notes = notes_of(view, entry.group)
+        alone = entry.epilogue_sites if isinstance(view, Statistics) else entry.prologue_sites if isinstance(view, Normalise) else []
+        for site in alone:
             planned = self.sites.get(self.prefix + site)
             if planned is not None and planned.status != "fused":
                 entry.status, entry.reason = planned.status, part_of_reason(planned.reason, node)
         return entry
+
+
+def _prologue(view: Fused, sites: str) -> str | None:
+    """What a node applies to its input as it reads it; ``sites`` are the names of the batch norms."""
+    parts = [f"{sites} norm"] if sites else []
+    if isinstance(view, Conv) and view.forms_residual:
+        parts.append("shortcut")
+    if isinstance(view, Reader) and view.act != "identity":
+        parts.append(view.act)
+    gated = isinstance(view, Conv) and view.gate is not None
+    return f"{' + '.join(parts)}{' * gate' if gated else ''}".strip() or None

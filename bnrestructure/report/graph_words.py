@@ -4,72 +4,65 @@ from __future__ import annotations
 
 import operator
 
-from torch import fx
+from torch import fx, nn
 
-from bnrestructure import ops
-from bnrestructure.graph.layers import ConvLayer, module_path, modules_of
-from bnrestructure.report.graph_edges import appends, source_of
+from bnrestructure.graph.ir import AvgPool, ConcatBuffer, Conv, Link, MaxPool, Normalise, Residual, Squeeze, Statistics, fused_of
+from bnrestructure.graph.layers import ConvLayer, is_depthwise, module_of, shape_of
+from bnrestructure.graph.provenance import module_path
+from bnrestructure.graph.view import Fused
+from bnrestructure.report.graph_edges import source_of
 from bnrestructure.report.names import relative
 
 __all__ = ["by", "conv_words", "fused_words", "notes_of", "part_of_reason", "plain_words", "strided"]
 
 
-def fused_words(node: fx.Node, gm: fx.GraphModule) -> tuple[str, str]:
+def fused_words(view: Fused) -> tuple[str, str]:
     """(kind, words) of a fused node."""
-    kwargs = node.kwargs
-    if node.target is ops.conv:
-        return "conv", conv_words(node.meta.get("bnr_conv"), gm)
-    if node.target is ops.residual:
-        return "add", "add" if kwargs["act"] == "identity" else f"add + {kwargs['act']}"
-    if node.target is ops.max_pool:
-        return "pool", f"max pool {by(kwargs['kernel'])}{strided(kwargs['stride'])}"
-    if node.target is ops.avg_pool:
-        return "pool", f"average pool {by(kwargs['kernel'])}{strided(kwargs['stride'])}"
-    if node.target is ops.squeeze:
-        return "pool", "squeeze" if kwargs["excite"] else "global average pool"
-    if node.target is ops.statistics:
-        return "sweep", "statistics"
-    if node.target is ops.normalise:
-        return "sweep", "normalise"
-    if node.target is ops.concat_buffer:
-        return "buffer", _buffer_words(node)
+    match view:
+        case Conv():
+            return "conv", conv_words(view)
+        case Residual():
+            return "add", "add" if view.act == "identity" else f"add + {view.act}"
+        case MaxPool():
+            return "pool", f"max pool {by(view.kernel)}{strided(view.stride)}"
+        case AvgPool():
+            return "pool", f"average pool {by(view.kernel)}{strided(view.stride)}"
+        case Squeeze():
+            return "pool", "squeeze" if view.excite else "global average pool"
+        case Statistics():
+            return "sweep", "statistics"
+        case Normalise():
+            return "sweep", "normalise"
+        case ConcatBuffer():
+            return "buffer", _buffer_words(view)
     return "other", "gradient in memory of its own"
 
 
-def conv_words(layer: ConvLayer | None, gm: fx.GraphModule) -> str:
+def conv_words(conv: Conv | ConvLayer) -> str:
     """``conv 3x3 64->128 /2``."""
-    if layer is None:
-        return "conv"
-    shape = _weight_shape(layer, gm)
+    shape = _weight_shape(conv)
     kernel = "" if shape is None else f" {by(shape[2:])}"
-    if layer.depthwise:
-        channels, kind = f" {layer.out_channels}", "depthwise"
-    else:
-        kind = "conv"
-        channels = "" if shape is None else f" {shape[1] * layer.groups}->{shape[0]}"
-    extras = strided(layer.stride)
-    if layer.groups > 1 and not layer.depthwise:
-        extras += f" groups {layer.groups}"
-    if any(d != 1 for d in layer.dilation):
-        extras += f" dilation {layer.dilation[0]}"
-    return f"{kind}{kernel}{channels}{extras}"
+    depthwise = is_depthwise(shape, conv.groups)
+    channels = "" if shape is None else f" {shape[0]}" if depthwise else f" {shape[1] * conv.groups}->{shape[0]}"
+    extras = strided(conv.stride)
+    if conv.groups > 1 and not depthwise:
+        extras += f" groups {conv.groups}"
+    if any(d != 1 for d in conv.dilation):
+        extras += f" dilation {conv.dilation[0]}"
+    return f"{'depthwise' if depthwise else 'conv'}{kernel}{channels}{extras}"
 
 
-def _weight_shape(layer: ConvLayer, gm: fx.GraphModule) -> tuple[int, ...] | None:
-    if isinstance(layer.weight, str):
-        return tuple(operator.attrgetter(layer.weight)(gm).shape) if "." in layer.weight else None
-    example = None if layer.weight is None else layer.weight.meta.get("example_value")
-    if example is None and isinstance(layer.weight, fx.Node) and layer.weight.op == "get_attr":
-        path, _, name = str(layer.weight.target).rpartition(".")
-        example = getattr(modules_of(gm).get(path, gm), name, None)
-    return None if example is None else tuple(example.shape)
+def _weight_shape(conv: Conv | ConvLayer) -> tuple[int, ...] | None:
+    if isinstance(conv.weight, fx.Node):
+        return shape_of(conv.weight)
+    module = module_of(conv.node)
+    return tuple(module.weight.shape) if isinstance(module, nn.modules.conv._ConvNd) else None
 
 
-def plain_words(node: fx.Node, gm: fx.GraphModule) -> str:
+def plain_words(node: fx.Node) -> str:
     """The name of the layer, method or function that a node calls."""
     if node.op == "call_module":
-        module = modules_of(gm).get(str(node.target))
-        return type(module).__name__
+        return type(module_of(node)).__name__
     if node.op == "call_method":
         return str(node.target)
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
@@ -77,24 +70,24 @@ def plain_words(node: fx.Node, gm: fx.GraphModule) -> str:
     return str(getattr(node.target, "__name__", node.target)).removeprefix("_")
 
 
-def _buffer_words(node: fx.Node) -> str:
-    if isinstance(node.kwargs.get("into"), fx.Node):
-        return f"copied into a buffer, channels {node.kwargs['offset']}.."
-    extra = node.kwargs.get("extra")
-    return f"buffer, {extra} channels to come" if extra else f"buffer of {node.kwargs['channels']} channels"
+def _buffer_words(buffer: ConcatBuffer) -> str:
+    if buffer.into is not None:
+        return f"copied into a buffer, channels {buffer.offset}.."
+    return f"buffer, {buffer.extra} channels to come" if buffer.extra else f"buffer of {buffer.channels} channels"
 
 
-def notes_of(node: fx.Node, group: str) -> list[str]:
-    """Threads, shared buffers and gains."""
-    kwargs, notes = node.kwargs, []
-    if kwargs.get("thread"):
-        notes.append("passes its input on" if kwargs.get("r") is None else "passes the sum on")
-    if node.target is ops.conv and isinstance(kwargs["into"], fx.Node):
-        place = "appended" if appends(node) else f"channels {kwargs['offset']}.."
-        notes.append(f"written into {_buffer_name(kwargs['into'], group)}, {place}")
-    elif node.target is ops.conv and kwargs["channels"] is not None:
-        notes.append(f"starts a buffer of {kwargs['channels']} channels, at {kwargs['offset']}")
-    if kwargs.get("gain") is True:
+def notes_of(view: Fused, group: str) -> list[str]:
+    """Chains, shared buffers and gains."""
+    notes = []
+    conv = view if isinstance(view, Conv) else None
+    if isinstance(view, Link) and view.chain:
+        notes.append("passes its input on" if view.passes_x else "passes the sum on")
+    if conv is not None and conv.into is not None:
+        place = "appended" if conv.appends else f"channels {conv.offset}.."
+        notes.append(f"written into {_buffer_name(conv.into, group)}, {place}")
+    elif conv is not None and conv.channels is not None:
+        notes.append(f"starts a buffer of {conv.channels} channels, at {conv.offset}")
+    if conv is not None and conv.gain:
         notes.append("applies s in backward")
     return notes
 
@@ -102,14 +95,16 @@ def notes_of(node: fx.Node, group: str) -> list[str]:
 def _buffer_name(tensor: fx.Node, group: str) -> str:
     """``the buffer of branch1.conv``: named after the node that allocated the memory in which this tensor lies."""
     node = source_of(tensor)
-    while isinstance(into := node.kwargs.get("into"), fx.Node):
-        node = source_of(into)
-    return "the buffer" if node.target is ops.concat_buffer else f"the buffer of {relative(module_path(node), group)}"
+    view = fused_of(node)
+    while isinstance(view, Conv | ConcatBuffer) and view.into is not None:
+        node = source_of(view.into)
+        view = fused_of(node)
+    return "the buffer" if isinstance(view, ConcatBuffer) else f"the buffer of {relative(module_path(node), group)}"
 
 
 def part_of_reason(reason: str | None, node: fx.Node) -> str | None:
     """A plan gives a reason for each half of a site; a node that stands alone is one of the halves."""
-    word = "statistics" if node.target is ops.statistics else "normalised"
+    word = "statistics" if isinstance(fused_of(node), Statistics) else "normalised"
     parts = [part for part in (reason or "").split("; ") if word in part]
     return "; ".join(parts) or reason
 

@@ -18,6 +18,7 @@ from bnrestructure.core.errors import UsageError, first_line
 from bnrestructure.verification.draws import preserved_generators, seeded
 from bnrestructure.verification.judge import FLOAT64_LIMIT, judge_double, judge_training
 from bnrestructure.verification.loss import default_loss, named_tensors
+from bnrestructure.verification.own_draws import compare_draws
 from bnrestructure.verification.report import Comparison, VerificationReport
 from bnrestructure.verification.run import as_dtype
 from bnrestructure.verification.trial import Setting, Trial, run_rounded, run_trial
@@ -61,12 +62,16 @@ def verify(
                     trials are made on parameters and inputs perturbed by one rounding each, eager in channels_last in
                     every other one (its rounding depends on the memory format, and ours is always that one), and our
                     median is held against eager's largest. Skipped for ``dtype=torch.float64`` and for a model in float64.
+    draws           Where the model draws random numbers (dropout), one forward pass of each in float64 from the same seed, with
+                    the draws that the model itself makes: the outputs agree, and so does the generator afterwards.
     eval            After training, the eval-mode forwards of the restructured copy and of an original that loaded its
                     state_dict (strictly) are bit-identical.
 
     A relative error divides by ``max(||t||, 1e-3 * r * sqrt(numel))``, r being the largest root mean square among
     tensors of that kind; see verification/distance.py for why. NaN and infinity must stand in the same places as in eager.
-    Dropout draws the same numbers in every run.
+    Elsewhere dropout draws the same numbers in every run, whatever the dtype and memory format.
+
+    It fails, too, when nothing of the restructured copy ran rewritten although the plan has batch norms that are to be.
 
     model      plain, or restructured (then with its own backend and passes unless others are given); if in eval mode,
                ``train()`` is used
@@ -113,9 +118,23 @@ def verify(
         for stage, step, message in (t.raised for t in trials if t.raised is not None):
             report.comparisons.append(Comparison(stage, step, "error", message, math.inf, 0.0))
         if trial.trained is not None:
+            _note_what_ran(report, trial.trained)
+            setting.say("the model's own random numbers")
+            report.comparisons += compare_draws(original, candidate, arguments, setting)
             setting.say("eval mode")
             _compare_eval(report, original, trial.trained, arguments)
     return report
+
+
+def _note_what_ran(report: VerificationReport, trained: nn.Module) -> None:
+    """The report's sites are those that ran rewritten; that none did where some should have is an error."""
+    planned, ran = report.sites, explain(trained)
+    report.sites = ran.counts
+    report.notes += [note for note in ran.notes if note not in report.notes]
+    if planned["fused"] + planned["partial"] and not any(site.ran for site in ran.sites):
+        reasons = list(ran.reasons) or ["no part of it was called"]
+        what = f"nothing ran rewritten, although {planned['fused'] + planned['partial']} batch norms were to be: {reasons[0]}"
+        report.comparisons.append(Comparison("float64", 1, "error", what, math.inf, 0.0))
 
 
 def _checked(model: Any, inputs: Any, steps: int, factor: float, dtype: torch.dtype | None) -> tuple[Any, ...]:
@@ -191,8 +210,8 @@ def _ill_conditioned(double: list[Comparison]) -> str:
     of = [c for c in double if c.limit > FLOAT64_LIMIT]
     worst = max(of, key=lambda c: c.limit)
     return (
-        f"ill-conditioned in float64: rounded at random, the original moves by up to {worst.eager_error:.1e} "
-        f"(step {worst.step}, {worst.kind} {worst.name}); {len(of)} of {len(double)} limits follow from that"
+        f"ill-conditioned: control {worst.eager_error:.1e} (so far the original moves in float64 when its results are rounded at random: "
+        f"step {worst.step}, {worst.kind} {worst.name}); {len(of)} of {len(double)} limits follow from that"
     )
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from bnrestructure.capture.regions import Options
 from bnrestructure.passes.pipeline import PASSES
 from bnrestructure.plan.plan import Plan
+from bnrestructure.plan.survey import take_survey
 from bnrestructure.report.graph_html import compared
 from bnrestructure.report.graph_panes import Pane
 
@@ -106,13 +107,18 @@ def pictures() -> dict[str, str]:
         i = PASSES.index(name)
         before, after = (_graph(model(), PASSES[:j], shape) for j in (i, i + 1))
         made[name] = _beside(before, after, f"before {name}", f"after {name}")
-    before, after = compared(Chain(), Options("auto", PASSES, None), Plan("Chain"), (torch.empty(_SHAPE),))
+    before, after = _panes(Chain(), PASSES, _SHAPE)
     made["whole"] = _beside(before, after, "before", "after")
     return made
 
 
 def _graph(model: nn.Module, passes: tuple[str, ...], shape: tuple[int, ...]) -> Pane:
-    return compared(model, Options("auto", passes, None), Plan(type(model).__name__), (torch.empty(shape),))[1]
+    return _panes(model, passes, shape)[1]
+
+
+def _panes(model: nn.Module, passes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[Pane, Pane]:
+    inputs = (torch.empty(shape),)
+    return compared(model, take_survey(model, Options("auto", passes), inputs), Plan(type(model).__name__), inputs)
 
 
 _TIP = (

@@ -5,11 +5,9 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from bnrestructure.capture.regions import captured
-from bnrestructure.capture.tracer import Arguments
 from bnrestructure.passes.base import Pass, PassResult
 from bnrestructure.passes.pipeline import PASSES, steps
 
@@ -18,7 +16,9 @@ __all__ = ["after", "graph_text", "make_pass", "prefix_before", "run_pass", "sit
 
 def site_graph(model: nn.Module) -> fx.GraphModule:
     """The captured, functionalised graph of a model that takes one tensor, before any pass."""
-    return captured(model, type(model).forward, Arguments((torch.empty(0),), {}))[0]
+    gm = captured(model, type(model).forward).graph_module
+    gm.recompile()
+    return gm
 
 
 def make_pass(name: str, fuel: int | None = None) -> Pass:
@@ -50,7 +50,11 @@ def graph_text(gm: fx.GraphModule) -> str:
     return "\n".join(_line(node) for node in gm.graph.nodes if node.op != "get_attr")
 
 
-_DEFAULTS: dict[str, Any] = {"act": "identity", "groups": 1, "offset": 0, "backend": "auto"}
+_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "act": ("identity",), "groups": (1,), "offset": (0,), "backend": ("auto",), "stride": ((1,), (1, 1), (1, 1, 1)),
+    "padding": ((0,), (0, 0), (0, 0, 0)), "dilation": ((1,), (1, 1), (1, 1, 1)), "momentum": (0.1,), "eps": (1e-5,),
+    "dimensions": ((2, 3), (4,), (5,)),
+}  # fmt: skip
 
 
 def _line(node: fx.Node) -> str:
@@ -63,7 +67,7 @@ def _line(node: fx.Node) -> str:
     called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     if node.op == "call_method":
         called = f".{called}"
-    kwargs = {k: v for k, v in node.kwargs.items() if v is not None and v is not False and _DEFAULTS.get(k) != v}
+    kwargs = {k: v for k, v in node.kwargs.items() if v is not None and v is not False and v not in _DEFAULTS.get(k, ())}
     shown = [_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in kwargs.items()]
     return f"{node.name} = {called}({', '.join(shown)})"
 

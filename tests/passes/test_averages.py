@@ -11,8 +11,7 @@ from pass_tools import after
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnrestructure import ops
-from bnrestructure.graph.fused import is_fused
+from bnrestructure.graph.ir import Normalise, Squeeze
 from bnrestructure.passes.pipeline import PASSES
 
 KEEPING: dict[str, Callable[[Tensor], Tensor]] = {
@@ -57,8 +56,8 @@ class _Head(nn.Module):
 
 def _squeezes(model: nn.Module) -> int:
     graph = after(model, *PASSES).graph
-    assert not any(is_fused(node, ops.normalise) for node in graph.nodes)
-    return sum(is_fused(node, ops.squeeze) for node in graph.nodes)
+    assert not Normalise.every(graph)
+    return len(Squeeze.every(graph))
 
 
 @pytest.mark.parametrize("functional", [False, True], ids=["module", "F.batch_norm"])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import bnrestructure
 from bnrestructure import ops
 from bnrestructure.capture.regions import Options
-from bnrestructure.plan.planning import region_graphs
+from bnrestructure.plan.survey import take_survey
 
 
 class _SharedInput(nn.Module):
@@ -29,8 +29,8 @@ class _SharedInput(nn.Module):
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_with_another_reader_of_its_input(norm_first: bool) -> None:
     model = _SharedInput(norm_first)
-    ((_, _, after),) = region_graphs(model, Options("reference"))
-    targets = [node.target for node in after.graph.nodes]
+    (region,) = take_survey(model, Options("reference")).regions
+    targets = [node.target for node in region.after.graph.nodes]
     assert targets.count(ops.batch_norm) == 1
     assert ops.statistics not in targets
     assert ops.normalise not in targets

@@ -37,7 +37,7 @@ class _Parts(nn.Module):
 
 class _OwnBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + 1
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False)
 
 
 def _inplace_on_view(m: Any, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import bnrestructure
 from bnrestructure import ops
-from bnrestructure.graph.fused import is_fused
+from bnrestructure.graph.ir import Normalise
 from bnrestructure.passes.pipeline import PASSES
 
 Body = Callable[["_Branches", Tensor], Tensor]
@@ -84,7 +84,7 @@ KEPT: dict[str, Body] = {
 
 
 def _normalises(body: Body, act: nn.Module | None = None) -> int:
-    return sum(is_fused(node, ops.normalise) for node in after(_Branches(body, act).double(), *PASSES).graph.nodes)
+    return len(Normalise.every(after(_Branches(body, act).double(), *PASSES).graph))
 
 
 def _image() -> Tensor:

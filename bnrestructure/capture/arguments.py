@@ -1,0 +1,83 @@
+"""The structure of a call: which leaves of its arguments are tensors, and what a captured graph takes for granted of them."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from bnrestructure.core.errors import CaptureError
+from bnrestructure.core.memory_format import is_channels_last
+
+__all__ = ["Arguments"]
+
+_CONSTANTS = (
+    type(None), bool, int, float, complex, str, bytes, slice, range, enum.Enum,
+    torch.dtype, torch.device, torch.memory_format, torch.layout,
+)  # fmt: skip
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+class Arguments:
+    """One call's (args, kwargs), taken apart.
+
+    Two calls with equal ``key`` share a graph, unless sizes decided something in it: then also ``sizes`` must be equal. The key holds the
+    structure, the constants, and of each tensor what Python code can ask and does not change from batch to batch. Leaves that are
+    neither tensors nor plain constants raise CaptureError.
+    """
+
+    key: tuple[Any, ...] = ()
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.is_tensor = tuple([isinstance(leaf, Tensor) for leaf in leaves])
+        #: Whether a tensor among them has no data of its own: on the meta device, of a subclass, a proxy of torch.fx.
+        self.without_data = any(type(t) not in _PLAIN or t.is_meta for t in self.tensors)
+        for leaf in leaves:
+            if isinstance(leaf, fx.Proxy):
+                self.without_data = True
+            elif not isinstance(leaf, (Tensor, *_CONSTANTS)):
+                raise CaptureError(f"an argument of type {type(leaf).__name__} is neither a tensor nor a plain constant")
+        if self.without_data:
+            return
+        constants = tuple([_hashable(c) for c in self.constants])
+        self.key = (self.is_tensor, constants, self.spec, tuple([_facts(t) for t in self.tensors]))
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """Sizes and strides of the tensors."""
+        return tuple((t.shape, t.stride()) for t in self.tensors)
+
+    def unflatten(self, tensors: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) with ``tensors`` in the places of the tensor leaves."""
+        given = iter(tensors)
+        leaves = [next(given) if t else c for t, c in zip(self.is_tensor, self.constants, strict=True)]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+def _facts(t: Tensor) -> tuple[Any, ...]:
+    return t.dim(), t.dtype, t.device, t.requires_grad, _layout(t)
+
+
+def _layout(t: Tensor) -> Any:
+    """Equal for tensors that eager operations lay their results out alike for."""
+    if t.layout is not torch.strided:
+        return t.layout
+    if t.is_contiguous():
+        return "contiguous"
+    if is_channels_last(t):
+        return "channels_last"
+    return tuple(sorted(range(t.dim()), key=t.stride, reverse=True))
+
+
+def _hashable(constant: Any) -> Any:
+    if isinstance(constant, slice):  # equal slices are no keys before Python 3.12
+        return slice, constant.start, constant.stop, constant.step
+    return type(constant), constant
+

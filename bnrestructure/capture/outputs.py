@@ -1,0 +1,72 @@
+"""What a forward() returns, as a graph's output: containers that fx keeps, or the leaves of others and how to put them together again."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from bnrestructure.capture.recorder import Recorder
+from bnrestructure.capture.sizes import TracedSize, is_traced
+from bnrestructure.core.errors import CaptureError
+
+__all__ = ["as_output"]
+
+Rebuild = Callable[[Sequence[Any]], Any]
+
+
+def as_output(result: Any, recorder: Recorder) -> tuple[Any, Rebuild | None]:
+    """(what the graph's output node holds, what makes the forward's result of that; None where it is the result).
+
+    Raises CaptureError for an object that a tensor may be hidden in.
+    """
+    if _fx_keeps(result):
+        return recorder.lowered(result, "return"), None
+    leaves, spec = pytree.tree_flatten(result, is_leaf=_is_object)
+    if not any(_is_object(leaf) for leaf in leaves):
+        return [recorder.lowered(leaf, "return") for leaf in leaves], lambda values: pytree.tree_unflatten(list(values), spec)
+    fields = [_fields(leaf) if _is_object(leaf) else None for leaf in leaves]
+    parts = [as_output(leaf if of is None else of, recorder) for leaf, of in zip(leaves, fields, strict=True)]
+
+    def rebuild(values: Sequence[Any]) -> Any:
+        made = []
+        for value, leaf, of, (_, inner) in zip(values, leaves, fields, parts, strict=True):
+            value = value if inner is None else inner(value)
+            made.append(value if of is None else _remade(leaf, value))
+        return pytree.tree_unflatten(made, spec)
+
+    return [output for output, _ in parts], rebuild
+
+
+def _is_object(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value) not in pytree.SUPPORTED_NODES
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def _remade(like: Any, fields: dict[str, Any]) -> Any:
+    made = copy.copy(like)
+    for name, value in fields.items():
+        object.__setattr__(made, name, value)  # the class may be frozen
+    return made
+
+
+def _fx_keeps(value: Any) -> bool:
+    """Whether a graph's output can hold this nest of containers as it is (it would make a plain dict of an OrderedDict)."""
+    if isinstance(value, Tensor | fx.Node) or is_traced(value) or type(value) is TracedSize:
+        return True
+    if isinstance(value, dict):
+        return type(value) is dict and all(_fx_keeps(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return (type(value) in (list, tuple) or hasattr(value, "_fields")) and all(_fx_keeps(v) for v in value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return True
+    if type(value) in pytree.SUPPORTED_NODES or _is_object(value):
+        return False
+    raise CaptureError(f"its forward returns an object of type {type(value).__name__}")

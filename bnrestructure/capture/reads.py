@@ -1,0 +1,75 @@
+"""Which attributes of which modules a forward() reads while it is captured: a program holds until one of those changes."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Reads", "not_recording", "recording_reads"]
+
+#: What every module has: PyTorch's own bookkeeping, which ModuleState watches by other means.
+_BOOKKEEPING = frozenset(nn.Module().__dict__) | {"__dict__", "__class__", "parametrizations", "_compiled_call_impl"}
+
+_active = threading.local()
+
+
+class Reads:
+    """The attributes read so far, for each module by name; absent ones too. ``everything`` holds modules whose __dict__ was read whole."""
+
+    def __init__(self) -> None:
+        self.names: dict[nn.Module, set[str]] = {}
+        self.everything: set[nn.Module] = set()
+
+    def add(self, module: nn.Module, name: str) -> None:
+        """Note one read."""
+        self.names.setdefault(module, set()).add(name)
+
+    def of(self, module: nn.Module) -> set[str]:
+        """The names read on this module."""
+        return self.names.get(module, set())
+
+
+@contextmanager
+def recording_reads(reads: Reads) -> Iterator[None]:
+    """Note the attributes that this thread reads on any module."""
+    previous = getattr(_active, "reads", None)
+    _active.reads = reads
+    nn.Module.__getattribute__ = _getattribute  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _active.reads = previous
+        if previous is None:
+            del nn.Module.__getattribute__
+
+
+@contextmanager
+def not_recording() -> Iterator[None]:
+    """No reads are noted: what a layer reads that a graph calls as it is, it reads again when it is called."""
+    reads, _active.reads = getattr(_active, "reads", None), None
+    try:
+        yield
+    finally:
+        _active.reads = reads
+
+
+def _getattribute(self: nn.Module, name: str) -> Any:
+    reads = getattr(_active, "reads", None)
+    if reads is not None:
+        if name == "__dict__":
+            if not sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.nn.modules.module", "bnrestructure.")):
+                reads.everything.add(self)
+        elif name not in _BOOKKEEPING and not _is_of_class(self, name):
+            reads.add(self, name)
+    return object.__getattribute__(self, name)
+
+
+def _is_of_class(module: nn.Module, name: str) -> bool:
+    """Whether a method or property, which an instance's attributes do not hide unless it is replaced on purpose."""
+    found = getattr(type(module), name, None)
+    return callable(found) or hasattr(found, "__set__")

@@ -1,0 +1,397 @@
+"""Recording of one forward(): it runs on tensors without data, and every call of a PyTorch function or layer becomes a node of a graph.
+
+Tensors are PyTorch's fake tensors, so Python code that asks what something is (isinstance, len, dim, dtype, a chunk's
+parts) gets the answer that eager mode gives. What fake tensors cannot say, a tensor's *values*, ends the capture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.passes.shape_prop import TensorMetadata
+from torch.overrides import TorchFunctionMode
+
+from bnrestructure.capture.containers import items, rebuilt, tensors_in
+from bnrestructure.capture.side_effects import Attributes, ambient_modes
+from bnrestructure.capture.sizes import SizeLog, TracedInt, TracedSize, is_traced
+from bnrestructure.capture.spelling import (
+    CONSTANT_RESULTS,
+    PLAIN_ANSWERS,
+    PLAIN_FUNCTIONS,
+    READS_VALUES,
+    REFUSED,
+    SAME_SHAPE,
+    name_of,
+    spelt,
+)
+from bnrestructure.core.errors import CaptureError
+from bnrestructure.graph.provenance import provenance, remember
+
+__all__ = ["Recorder", "Trail"]
+
+_VALUES = "its forward reads the values of a tensor"
+
+_NUMBERS = (int, float, bool, complex)
+_CONSTANTS = (*_NUMBERS, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.memory_format, torch.layout)
+
+
+@dataclasses.dataclass
+class _Place:
+    """Where a tensor of the forward comes from: a node, or a part of one that is looked up when the tensor is first used."""
+
+    node: fx.Node
+    steps: tuple[Any, ...] = ()
+
+
+class Trail:
+    """The modules that the forward is inside of, outermost first, as (path, module)."""
+
+    def __init__(self) -> None:
+        self.modules: list[tuple[str, nn.Module]] = []
+
+    def stack(self) -> dict[str, tuple[str, type]]:
+        """As ``nn_module_stack`` of torch.fx has it."""
+        return {path: (path, type(module)) for path, module in self.modules}
+
+
+class Recorder(TorchFunctionMode):
+    """Adds a node to ``graph`` for each PyTorch function called while it is the active mode; ``call`` is for calls of other kinds."""
+
+    def __init__(self, root: nn.Module, fake: FakeTensorMode) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.fake = fake
+        self.sizes = SizeLog()
+        self.trail = Trail()
+        self.depth = 0
+        self._modes = ambient_modes()
+        self._places: dict[int, _Place] = {}
+        self._requires: dict[int, bool] = {}
+        self._kept: list[Any] = []  # tensors whose id is a key above
+        self._doubles: dict[int, Tensor] = {}  # id of a real tensor -> the fake one that stands for it
+        self._attributes = _tensors_of(root)
+        self._shaped_like: dict[int, Tensor] = {}
+        self._storages: dict[int, int] = {}  # of tensors that stand for a part of another's memory
+
+    # --- what the forward is given --------------------------------------------------------------------------------------
+
+    def placeholder(self, name: str, real: Tensor) -> Tensor:
+        """An argument of the graph: a fake tensor like ``real``."""
+        double = self._double(real)
+        node = self.graph.placeholder(name)
+        self._put(double, _Place(node), real.requires_grad)
+        self._describe(node, double)
+        return double
+
+    def _double(self, real: Tensor) -> Tensor:
+        with torch.no_grad(), self.fake:
+            if real.layout is not torch.strided:
+                return self.fake.from_tensor(real.detach())
+            return torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=real.device)
+
+    def _put(self, tensor: Tensor, place: _Place, requires_grad: bool) -> None:
+        self._places[id(tensor)] = place
+        self._requires[id(tensor)] = requires_grad
+        self._kept.append(tensor)
+
+    def _describe(self, node: fx.Node, tensor: Tensor) -> None:
+        """What passes may know of the tensor that a node makes: its metadata, and whose memory it is."""
+        node.meta["tensor_meta"] = _metadata(tensor)
+        remember(node, storages=frozenset({self._storage(tensor)}))
+
+    def _storage(self, tensor: Tensor) -> int:
+        return self._storages.get(id(tensor)) or tensor.untyped_storage()._cdata
+
+    # --- calls ----------------------------------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.depth:
+            return func(*args, **kwargs)
+        name = name_of(func)
+        if name in READS_VALUES:
+            raise CaptureError(_VALUES)
+        if name in REFUSED:
+            raise CaptureError(f"its forward {REFUSED[name]}")
+        if kwargs.get("out") is not None:
+            raise CaptureError(f"its forward calls {name} with memory to write to (out=)")
+        if getattr(func, "__name__", "") == "__get__":
+            return self._property(name, func, args[0])
+        if args and isinstance(args[0], Tensor):
+            if name in ("size", "numel", "nelement", "__len__"):
+                return self._size(name, args, kwargs)
+            if name in ("is_contiguous", "stride", "storage_offset"):
+                return self._decided(func, args, kwargs)
+        if (name in PLAIN_ANSWERS and len(args) == 1 and not kwargs) or name in PLAIN_FUNCTIONS:
+            return func(*self._concrete(args), **self._concrete(kwargs))
+        op, target, operands, run = spelt(func, args, kwargs)
+        return self._recorded(op, target, operands, kwargs, run)
+
+    def _property(self, name: str, func: Any, tensor: Tensor) -> Any:
+        if name == "shape":
+            return self._shape(tensor)
+        if name == "requires_grad":
+            return self._requires[id(self._fake_of(tensor))]
+        if name in PLAIN_ANSWERS:
+            return func(self._fake_of(tensor))
+        if name == "nbytes":
+            return self._decided(func, (tensor,), {})
+        return self._recorded("call_function", getattr, (tensor, name), {}, lambda t, _: func(t))
+
+    def _decided(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.sizes.decided = True
+        return func(*self._concrete(args), **self._concrete(kwargs))
+
+    def call(
+        self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any], *,
+        learns: bool = False, opaque: bool = True, shape_stays: bool = False,
+    ) -> Any:  # fmt: skip
+        """Record a call that PyTorch does not announce (of a layer, of a custom Function), and ``run`` it on the fake tensors.
+
+        learns    it has parameters that take gradients
+        opaque    whose memory it hands back may differ from call to call
+        shape_stays    its result has the shape of its first argument
+        Raises CaptureError where it changes an argument's memory without handing it back: nothing in the graph would say so.
+        """
+        with self.unseen():
+            given = [(t, t._version) for t in map(self._fake_of, tensors_in((args, kwargs)))]
+            node, result = self._run(op, target, args, kwargs, run, learns, shape_stays)
+            if opaque and node is not None:
+                remember(node, storages=(provenance(node).storages or frozenset()) | {self._storage(t) for t, _ in given})
+            for t, version in given:
+                if t._version != version and not any(t is r for r in tensors_in(result)):
+                    raise CaptureError(f"{_shown(target)} changes a tensor in place that it is given")
+        return result
+
+    def _recorded(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
+        with self.unseen():
+            return self._run(op, target, args, kwargs, run)[1]
+
+    def _run(
+        self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any], learns: bool = False,
+        shape_stays: bool = False,
+    ) -> tuple[fx.Node | None, Any]:  # fmt: skip
+        """(the node of a call, None where its result is a constant; the result on fake tensors)."""
+        self.check_modes()
+        nodes, values = self._lowered(args, target)
+        named, options = self._lowered(kwargs, target)
+        given = {id(t): t._version for t in tensors_in((values, options))}
+        gradients = torch.is_grad_enabled()
+        constant = str(getattr(target, "__name__", target)).endswith(CONSTANT_RESULTS) or "new_" in str(target)
+        requires = gradients and not constant and (learns or any(self._requires.get(i, False) for i in given))
+        torch._C._set_grad_enabled(False)
+        try:
+            with self.fake:
+                result = run(*values, **options)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise CaptureError(f"{_VALUES} ({_shown(target)})") from error
+        finally:
+            torch._C._set_grad_enabled(gradients)
+        if isinstance(result, _CONSTANTS) and result is not None:
+            self.sizes.decided = True
+            return None, result
+        node = self.graph.create_node(op, target, nodes, named)  # now, for an error that the forward catches leaves no node
+        node.meta["nn_module_stack"] = self.trail.stack()
+        result = self._results(node, result, given, requires)
+        if values and (shape_stays or getattr(target, "__name__", target) in SAME_SHAPE):
+            self._note_shape(result, values[0])
+        return node, result
+
+    def check_modes(self) -> None:
+        """Raise CaptureError where gradients or autocast are not what they were when the forward began."""
+        if ambient_modes() != self._modes:
+            raise CaptureError("its forward turns gradients or autocast on or off for a part of itself")
+
+    def _results(self, node: fx.Node, result: Any, given: dict[int, int], requires_grad: bool) -> Any:
+        """``result`` with the place of every tensor in it noted. A tensor that was only handed through becomes one of its own."""
+        remember(node, storages=frozenset(self._storage(t) for t in tensors_in(result)))
+        if isinstance(result, Tensor):
+            node.meta["tensor_meta"] = _metadata(result)
+
+        def visit(value: Any, steps: tuple[Any, ...]) -> Any:
+            if isinstance(value, Tensor):
+                requires = requires_grad and (value.is_floating_point() or value.is_complex())
+                if id(value) in given and value._version == given[id(value)]:
+                    value = self._passed_on(value)
+                self._put(value, _Place(node, steps), requires or self._requires.get(id(value), False))
+                return value
+            if isinstance(value, tuple | list | dict):
+                return rebuilt(value, {key: visit(item, (*steps, key)) for key, item in items(value)})
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                for field in dataclasses.fields(value):
+                    visit(getattr(value, field.name), (*steps, field))
+            return value
+
+        return visit(result, ())
+
+    def _passed_on(self, tensor: Tensor) -> Tensor:
+        """Another tensor for the same memory: what a call hands back as it was is the call's result all the same."""
+        double = self._double(tensor)
+        self._storages[id(double)] = self._storage(tensor)
+        return double
+
+    # --- from what Python code has to what a graph holds ---------------------------------------------------------------------
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """The node of a tensor that the forward has. Raises CaptureError for one that came from elsewhere."""
+        place = self._places.get(id(tensor)) or self._known(tensor)
+        for step in place.steps:
+            arguments = (place.node, step.name if isinstance(step, dataclasses.Field) else step)
+            place.node = self.graph.call_function(getattr if isinstance(step, dataclasses.Field) else operator.getitem, arguments)
+        if place.steps:
+            place.steps = ()
+            self._describe(place.node, tensor)
+            place.node.meta["nn_module_stack"] = self.trail.stack()
+        return place.node
+
+    def _known(self, tensor: Tensor) -> _Place:
+        """The place of a real tensor: an attribute of the module tree, or a constant that the forward has from somewhere else."""
+        double = self._doubles.get(id(tensor))
+        if double is not None:
+            return self._places[id(double)]
+        if isinstance(tensor, torch._subclasses.FakeTensor):
+            raise CaptureError("its forward uses a tensor that was made where the tracer does not look")
+        path = self._attributes.get(id(tensor))
+        if path is not None:
+            node = self.graph.create_node("get_attr", path)
+        else:
+            node = self.graph.create_node("call_function", _Constant(tensor, f"constant_{len(self._doubles)}"), (), {})
+        double = self._double(tensor)
+        self._describe(node, double)
+        self._doubles[id(tensor)] = double
+        self._kept.append(tensor)
+        self._put(double, _Place(node), tensor.requires_grad)
+        return self._places[id(double)]
+
+    def _fake_of(self, tensor: Tensor) -> Tensor:
+        if id(tensor) in self._places:
+            return tensor
+        self._known(tensor)
+        return self._doubles[id(tensor)]
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """What is called meanwhile is not part of the forward."""
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+    @contextmanager
+    def without_data(self, module: nn.Module) -> Iterator[None]:
+        """The tensors of a module tree are fake ones meanwhile, and what it writes to its attributes is not written.
+
+        A ScriptModule holds its tensors elsewhere.
+        """
+        attributes = Attributes(module)
+        changed: list[tuple[dict[str, Any], str, Tensor]] = []
+        try:
+            for m in module.modules():
+                if isinstance(m, torch.jit.ScriptModule):
+                    continue
+                for values in (m._parameters, m._buffers, m.__dict__):
+                    for name, value in list(values.items()):
+                        if isinstance(value, Tensor):
+                            changed.append((values, name, value))
+                            values[name] = self._double(value) if id(value) not in self._doubles else self._doubles[id(value)]
+            yield
+        finally:
+            attributes.restore()
+            for values, name, value in reversed(changed):
+                values[name] = value
+
+    def lowered(self, value: Any, what: str) -> Any:
+        """``value`` for a node's arguments: nodes for tensors and for numbers that follow from sizes."""
+        return self._lowered(value, what)[0]
+
+    def _lowered(self, value: Any, target: Any) -> tuple[Any, Any]:
+        """(for a node's arguments, for a call on fake tensors)."""
+        if isinstance(value, Tensor):
+            return self.node_of(value), self._fake_of(value)
+        if is_traced(value):
+            return value.fx_node, value.value
+        if isinstance(value, tuple | list | dict):
+            pairs = {key: self._lowered(item, target) for key, item in items(value)}
+            first, second = ({k: p[i] for k, p in pairs.items()} for i in (0, 1))
+            return rebuilt(value, first), rebuilt(value, second)
+        if isinstance(value, slice):
+            parts = [self._lowered(part, target) for part in (value.start, value.stop, value.step)]
+            return slice(*[p[0] for p in parts]), slice(*[p[1] for p in parts])
+        if isinstance(value, _CONSTANTS):
+            return value, value
+        plain = value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else None
+        if plain is not None:
+            return plain, plain
+        raise CaptureError(f"its forward calls {_shown(target)} with {_article(type(value).__name__)}")
+
+    def _concrete(self, value: Any) -> Any:
+        return self._lowered(value, "a question")[1] if value else value
+
+    # --- sizes ----------------------------------------------------------------------------------------------------------
+
+    def _note_shape(self, result: Any, source: Any) -> None:
+        """Sizes of ``result`` are read from ``source``, where both have one shape: no tensor has to be in memory for its size alone."""
+        if isinstance(result, Tensor) and isinstance(source, Tensor) and result is not source:
+            self._shaped_like[id(result)] = self._shaped_like.get(id(source), source)
+
+    def _shape(self, tensor: Tensor) -> TracedSize:
+        fake = self._fake_of(tensor)
+        source = self._shaped_like.get(id(fake), fake)
+        return TracedSize(self._number(int(n), source, "size", i) for i, n in enumerate(fake.shape))
+
+    def _size(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        shape = self._shape(args[0])
+        if name == "__len__":
+            return shape[0] if shape else len(args[0])
+        if name != "size":
+            return shape.numel()
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        return shape if dim is None else shape[int(dim)]
+
+    def _number(self, value: int, tensor: Tensor, *call: Any) -> TracedInt:
+        method, *rest = call
+        return TracedInt(value, lambda: self.graph.call_method(method, (self.node_of(tensor), *rest)), self.sizes)
+
+
+class _Constant:
+    """A tensor that is no attribute of the module tree (a global, one in a list), as a function that a graph can call."""
+
+    def __init__(self, value: Tensor, name: str) -> None:
+        self.value = value
+        self.__name__ = self.__qualname__ = name
+        self.__module__ = "bnrestructure.capture"
+
+    def __call__(self) -> Tensor:
+        return self.value
+
+
+def _tensors_of(root: nn.Module) -> dict[int, str]:
+    """Attribute paths of the tensors of a module tree by their id."""
+    paths: dict[int, str] = {}
+    for prefix, module in root.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        for source in (module._parameters, module._buffers, module.__dict__):
+            for name, value in source.items():
+                if isinstance(value, Tensor):
+                    paths.setdefault(id(value), dot + name)
+    return paths
+
+
+def _metadata(t: Tensor) -> TensorMetadata:
+    return TensorMetadata(t.shape, t.dtype, t.requires_grad, t.stride() if t.layout is torch.strided else (), None, t.is_quantized, {})
+
+
+def _shown(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__qualname__", None) or getattr(target, "__name__", str(target))
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"

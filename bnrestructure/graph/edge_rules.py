@@ -1,0 +1,152 @@
+"""Rules about neighbours: the vectors of an edge, the gate and what it gates, the gain and who gives it."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from bnrestructure.graph.invariant import Invariant, Look
+from bnrestructure.graph.ir import Conv, Finalize, Reader, Residual, Squeeze, Unchanged, maker_of, output_of
+from bnrestructure.graph.provenance import provenance
+
+__all__ = ["EDGE_RULES"]
+
+Vectors = tuple[fx.Node | None, fx.Node | None, fx.Node | None]
+
+
+def _edges(view: Reader | Residual) -> list[Vectors]:
+    """The vectors of the edges at which a node reads: x's or y's, and the shortcut's."""
+    edges: list[Vectors] = [(view.mean, view.scale, view.beta)]
+    if isinstance(view, Residual | Conv):
+        edges.append((view.r_mean, view.r_scale, view.r_beta))
+    return edges
+
+
+def whole_edge(view: Reader | Residual, look: Look) -> str | None:
+    """The vectors of an edge are all there or none; a shortcut has none without a tensor; a residual always has the branch's."""
+    first, *rest = _edges(view)
+    for mean, scale, beta in (first, *rest):
+        if not (mean is None) == (scale is None) == (beta is None):
+            return "an edge has some of mean, scale and beta, and not all"
+    adds = isinstance(view, Residual) or (isinstance(view, Conv) and view.forms_residual)
+    if adds and first[0] is None:
+        return "a residual has no batch norm in its branch"
+    if isinstance(view, Conv) and not adds and rest[0][0] is not None:
+        return "there are vectors of a shortcut that is not there"
+    return None
+
+
+def one_batch_norm(view: Reader | Residual, look: Look) -> str | None:
+    """The vectors of an edge are those of one batch norm, and the node remembers it; or of several whose tensors are concatenated."""
+    for mean, scale, beta in _edges(view):
+        if mean is None or scale is None or beta is None:
+            continue
+        finalize = Finalize.making(scale, "scale")
+        if finalize is None:
+            concat = all(provenance(vector).vector or isinstance(maker_of(vector)[0], Unchanged) for vector in (mean, scale, beta))
+            if not concat:
+                return f"{scale.name} is not the scale of a batch norm"
+            continue
+        if beta is not look.outs(finalize).get("beta") or mean is not finalize.mean:
+            return f"mean, scale and beta of {scale.name} are of different batch norms"
+        site = provenance(finalize.node).site
+        applies_itself = not (isinstance(view, Squeeze) and view.excite)
+        if applies_itself and site not in provenance(view.node).normalises:
+            return f"it normalises for {site}, and does not remember it"
+    return None
+
+
+def one_tensor(view: Finalize, look: Look) -> str | None:
+    """mean, var and size of a batch norm are of one tensor; those of a concat are in the same order."""
+    means = [_owner(part, "mean") for part in _parts(view.mean)]
+    variances = [_owner(part, "var") for part in _parts(view.var)]
+    if None in means or None in variances:
+        return "its mean or var is no node's"
+    if means != variances:
+        return "its mean and var are of different tensors, or in different orders"
+    sizes = {_owner(view.size, "size")}
+    if None in sizes or (len(means) == 1 and sizes != set(means)):
+        return f"{view.size.name} is not the size of the tensor of {view.mean.name}"
+    return None
+
+
+def _parts(vector: fx.Node) -> list[fx.Node]:
+    return vector.all_input_nodes if vector.target is torch.cat else [vector]
+
+
+def _owner(vector: fx.Node, name: str) -> object:
+    """The node whose output of this name a vector is, or None. A concat of vectors stands for any: its own parts were looked at before."""
+    if vector.target is torch.cat:
+        return torch.cat
+    output = output_of(vector)
+    return output[0] if output is not None and output[1] == name else None
+
+
+def gate(view: Conv, look: Look) -> str | None:
+    """A gated convolution reads what a squeeze defers, through the very edge of the squeeze: its gradient is that at the gate."""
+    squeeze = Squeeze.making(view.x, "deferred")
+    if view.gate is None:
+        return None if squeeze is None else "it reads a deferred tensor without a gate"
+    if squeeze is None:
+        return "its gate is on a tensor that no squeeze defers"
+    same = all(view.edge[name] is squeeze.edge[name] for name in ("mean", "scale", "beta")) and view.act == squeeze.act
+    return None if same else "its edge is not the squeeze's"
+
+
+def deferred(view: Squeeze, look: Look) -> str | None:
+    """What a squeeze defers goes to one gated convolution, as its input, and to nothing else."""
+    tensor = look.outs(view).get("deferred")
+    readers = [] if tensor is None else list(tensor.users)
+    if tensor is None or not readers:
+        return "it defers a tensor that nobody reads" if view.excite else None
+    conv = Conv.of(readers[0])
+    fits = len(readers) == 1 and conv is not None and conv.x is tensor and conv.times_read(tensor) == 1
+    return None if fits else f"{readers[0].name} reads a deferred tensor, and is no convolution with a gate"
+
+
+def gain(view: Conv, look: Look) -> str | None:
+    """A convolution that applies the scale in backward is told which, by the residual that alone reads its y."""
+    if not view.gain:
+        return None
+    given = look.outs(view).get("gain")
+    if given is None or len(given.users) != 1:
+        return "it applies a scale in backward that not one residual gives"
+    y = look.outs(view).get("y")
+    if view.in_buffer or y is None or len(y.users) != 1:
+        return "others read its y, whose gradient has another scale"
+    (reader,) = given.users
+    residual = Residual.of(reader) or Conv.of(reader)
+    pairs = [] if residual is None else _gains(residual)
+    return None if (y, given) in pairs else f"{reader.name} gives a scale, and does not read y at that edge"
+
+
+def gain_given(view: Residual | Conv, look: Look) -> str | None:
+    """A residual gives a scale to the convolution that makes the operand in question, and that convolution asked for it."""
+    for operand, given in _gains(view):
+        if given is None:
+            continue
+        conv = Conv.making(operand, "y")
+        if conv is None or given is not look.outs(conv).get("gain"):
+            return f"{given.name} is not the gain of the convolution that makes {operand.name if operand is not None else 'it'}"
+    if isinstance(view, Conv) and not view.forms_residual and (view.x_gain is not None or view.r_gain is not None):
+        return "it gives a scale, and forms no residual"
+    if view.r_gain is not None and view.r_mean is None:
+        return "it gives the scale of a shortcut that has none"
+    return None
+
+
+def _gains(view: Residual | Conv) -> list[tuple[fx.Node | None, fx.Node | None]]:
+    """(operand, the gain of the convolution that makes it) for both operands of a residual."""
+    first = (view.y, view.gain) if isinstance(view, Residual) else (view.x, view.x_gain)
+    return [first, (view.r, view.r_gain)]
+
+
+EDGE_RULES = (
+    Invariant("whole edge", (Reader, Residual), whole_edge),
+    Invariant("one batch norm", (Reader, Residual), one_batch_norm),
+    Invariant("one tensor", (Finalize,), one_tensor),
+    Invariant("gate", (Conv,), gate),
+    Invariant("deferred", (Squeeze,), deferred),
+    Invariant("gain", (Conv,), gain),
+    Invariant("gain given", (Residual, Conv), gain_given),
+)

@@ -1,0 +1,27 @@
+"""A few words for what a node is, for reasons that a user reads."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from bnrestructure.graph.ir import is_fused, maker_of
+from bnrestructure.graph.layers import module_of
+from bnrestructure.graph.provenance import provenance
+
+__all__ = ["describe"]
+
+
+def describe(node: fx.Node) -> str:
+    """What computes this node's tensor."""
+    if node.op == "placeholder":
+        return "the region's input"
+    if node.op == "call_module":
+        return f"{type(module_of(node)).__name__} {node.target}"
+    if node.op == "get_attr":
+        return f"the attribute {node.target}"
+    maker, _ = maker_of(node)
+    if maker is not None and is_fused(maker.node):
+        node = maker.node
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    module = provenance(node).module
+    return str(name) if module is None else f"{name} {module}"

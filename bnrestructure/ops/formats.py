@@ -1,0 +1,33 @@
+"""Memory formats where a region's tensors meet code that is not ours: the user's modules and callers see what eager would give them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["eager_format", "order_of"]
+
+
+def order_of(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """A tensor's dimensions in the order that they have in memory, outermost first.
+
+    A dimension of size 1 has no stride that means anything: it stands before the one that follows it in the shape.
+    """
+    strides = list(stride)
+    for d in reversed(range(len(shape))):
+        if shape[d] == 1 and d + 1 < len(shape):
+            strides[d] = max(strides[d], strides[d + 1])
+    return tuple(sorted(range(len(shape)), key=lambda d: (-strides[d], d)))
+
+
+def eager_format(x: object, order: tuple[int, ...]) -> object:
+    """``x`` with its dimensions in this order in memory; itself where they are, or where it is no tensor of as many dimensions."""
+    if not isinstance(x, Tensor) or x.dim() != len(order) or x.layout is not torch.strided:
+        return x
+    permuted = x.permute(order)
+    if permuted.is_contiguous():
+        return x
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return permuted.contiguous().permute(inverse)

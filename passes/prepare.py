@@ -1,0 +1,53 @@
+"""The front door between capture and the passes: a captured graph is made plain, and its batch norms get names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from torch import fx, nn
+
+from bnrestructure.graph.boundaries import boundary_reason
+from bnrestructure.graph.inplace import functionalise
+from bnrestructure.graph.layers import module_of
+from bnrestructure.graph.provenance import module_path, remember
+from bnrestructure.passes.base import Pass, Rule
+from bnrestructure.passes.restore_formats import note_formats
+from bnrestructure.passes.use_reshape import USE_RESHAPE
+from bnrestructure.patterns.batch_norm import batch_norm
+
+__all__ = ["prepare"]
+
+
+def prepare(gm: fx.GraphModule, path_of: Callable[[fx.Node], str] = module_path) -> None:
+    """Make a captured graph ready for patterns: no nn.Identity, no operation in place that can be avoided, no view that must be one.
+
+    Each batch norm call becomes a site with a name of its own: ``path_of`` it, with #2, #3 ... for further calls of a shared module. The
+    module's forward stays as it was until ``gm.recompile()``.
+    """
+    note_formats(gm.graph)
+    DROP_IDENTITIES.rewrite(gm)
+    functionalise(gm.graph)
+    USE_RESHAPE.rewrite(gm)
+    calls: Counter[str] = Counter()
+    for node in gm.graph.nodes:
+        if batch_norm(node) is not None:
+            path = path_of(node)
+            calls[path] += 1
+            remember(node, site=path if calls[path] == 1 else f"{path}#{calls[path]}")
+
+
+def identity(node: fx.Node) -> fx.Node | None:
+    """A call of nn.Identity."""
+    module = module_of(node)
+    return node if type(module) is nn.Identity and boundary_reason(module) is None and len(node.all_input_nodes) == 1 else None
+
+
+def drop(node: fx.Node) -> None:
+    """Let its readers read its input."""
+    (source,) = node.all_input_nodes
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
+
+
+DROP_IDENTITIES = Pass("drop-identities", (Rule(identity, drop),))

@@ -1,0 +1,103 @@
+"""restore-formats: tensors go in eager's memory format to every opaque module call, random draw, write in place, and to the output.
+
+Fused kernels answer in channels_last whatever the input's layout; a ``.view()`` in the user's own code would not bear that, nor would
+a write through ``y.flatten(1)``, which is a view of y in one layout and a copy in another. The pass always runs, last, and is no rewrite
+that a user can choose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from bnrestructure.graph.boundaries import is_library_leaf
+from bnrestructure.graph.ir import has_fused
+from bnrestructure.graph.layers import module_of
+from bnrestructure.graph.provenance import Format, known_tensor, provenance, remember
+from bnrestructure.ops.formats import eager_format, order_of
+from bnrestructure.passes.base import Pass, Rule
+
+__all__ = ["RESTORE_FORMATS", "note_formats"]
+
+#: Elementwise random numbers are drawn in memory order: in another layout the same seed would give another mask.
+_RANDOM_FUNCTIONS = {
+    torch.dropout, torch.dropout_, torch.alpha_dropout, torch.bernoulli, torch.rand_like, torch.randn_like, torch.rrelu,
+    torch.empty_like, nn.functional.dropout, nn.functional.alpha_dropout, nn.functional.rrelu, nn.functional.gumbel_softmax,
+}  # fmt: skip
+_RANDOM_METHODS = {"bernoulli", "bernoulli_", "normal_", "uniform_", "random_", "exponential_", "geometric_", "log_normal_", "cauchy_"}
+_RANDOM_MODULES = (nn.Dropout, nn.AlphaDropout, nn.RReLU)
+
+
+def note_formats(graph: fx.Graph) -> None:
+    """Every node of a captured graph remembers the formats of the tensors that it reads."""
+    for node in graph.nodes:
+        remember(node, formats=tuple(_format_of(source) for source in _sources(node)))
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node reads, in the order of its arguments, each as often as it is read."""
+    return [a for a in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(a, fx.Node)]
+
+
+def _format_of(source: fx.Node) -> Format | None:
+    known = known_tensor(source)
+    if known is None or not hasattr(known, "shape"):
+        return None
+    stride = known.stride if isinstance(known.stride, tuple) else known.stride() if known.layout is torch.strided else ()
+    return order_of([_number(n) for n in known.shape], [_number(n) for n in stride]) if stride else None
+
+
+def _number(n: Any) -> int:
+    """A size, or under torch.compile the one that a symbol was met with."""
+    return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
+
+
+@dataclass(frozen=True)
+class Border:
+    """A node that is not ours, and the tensors that it reads and that may be in another format than eager's, with that one."""
+
+    node: fx.Node
+    sources: dict[fx.Node, Format]
+
+
+def border(node: fx.Node) -> Border | None:
+    """A node for which a memory format matters, in a graph with fused nodes."""
+    shared = provenance(node).changed_by is not None
+    if not (shared or node.op == "output" or _is_opaque(node) or _draws(node)) or not has_fused(node.graph):
+        return None
+    wanted = dict(zip(_sources(node), provenance(node).formats, strict=False))
+    sources = {source: order for source, order in wanted.items() if order is not None and not _is_eagers(source, shared)}
+    return Border(node, sources) if sources else None
+
+
+def _is_opaque(node: fx.Node) -> bool:
+    module = module_of(node)
+    return module is not None and not is_library_leaf(module)
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether it draws random numbers for the elements of a tensor."""
+    if node.op == "call_module":
+        return isinstance(module_of(node), _RANDOM_MODULES)
+    return node.target in (_RANDOM_FUNCTIONS if node.op == "call_function" else _RANDOM_METHODS)
+
+
+def _is_eagers(source: fx.Node, shared: bool) -> bool:
+    """Whether this tensor needs no node of ours in front of its reader: the reader shares memory with it, or nothing has changed it."""
+    known = source.op in ("placeholder", "get_attr") or source.target is eager_format
+    return known or (shared and provenance(source).changed_by is not None)
+
+
+def restore(match: Border) -> None:
+    """Put a node in front of each tensor that is read."""
+    for source, order in match.sources.items():
+        with match.node.graph.inserting_before(match.node):
+            restored = match.node.graph.call_function(eager_format, (source, order))
+        match.node.replace_input_with(source, restored)
+
+
+RESTORE_FORMATS = Pass("restore-formats", (Rule(border, restore),))

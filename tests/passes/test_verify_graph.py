@@ -1,0 +1,396 @@
+"""The verifier rejects, by name, graphs that were broken by hand: each rule one way at least, and every rule."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from pass_tools import after
+from small_models import build, input_for
+from torch import Tensor, fx, nn
+
+import bnrestructure
+from bnrestructure.core.errors import BNRestructureError, BrokenGraphError
+from bnrestructure.graph.ir import (
+    ConcatBuffer,
+    Conv,
+    Finalize,
+    MaxPool,
+    Normalise,
+    OwnGradient,
+    Residual,
+    Squeeze,
+    Statistics,
+)
+from bnrestructure.graph.provenance import remember
+from bnrestructure.graph.verify import RULES, verify, violations
+from bnrestructure.passes.pipeline import PASSES
+
+
+class _Net(nn.Module):
+    """Convolutions of 4 channels, each with a batch norm; a function of the module and its input is the forward."""
+
+    def __init__(self, body: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.conv = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
+        self.bn = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(4))
+        self.body = body
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+    def layer(self, i: int, x: Tensor) -> Tensor:
+        """A convolution and its batch norm."""
+        return self.bn[i](self.conv[i](x))
+
+
+def _read_thrice(m: Any, x: Tensor) -> Any:
+    """Two links, and a reader that is none of ours."""
+    y = m.conv[0](x)
+    return m.layer(1, y), m.layer(2, y), torch.tanh(y)
+
+
+def _shortcut_with_another_reader(m: Any, x: Tensor) -> Any:
+    """A residual whose branch is not computed from the other reader of its shortcut."""
+    y = m.conv[0](x)
+    return m.layer(1, y), m.layer(2, x) + y
+
+
+def _graph(model: str | Callable[[Any, Tensor], Any], upto: str) -> fx.Graph:
+    """The graph of a small model, or of a body, after the passes up to this one."""
+    net = build(model) if isinstance(model, str) else _Net(model)
+    return after(net, *PASSES[: PASSES.index(upto) + 1]).graph
+
+
+@dataclass(frozen=True)
+class Case:
+    """A graph, what is done to it, the rule that it then breaks, and the words that say how."""
+
+    rule: str
+    model: str | Callable[[Any, Tensor], Any]
+    upto: str
+    spoil: Callable[[fx.Graph], fx.Node]  # returns the node to blame
+    says: str
+
+
+def _late(graph: fx.Graph) -> fx.Node:
+    finalize = Finalize.every(graph)[0]
+    graph.output_node().prepend(finalize.node)
+    return min(finalize.outs().values())
+
+
+def _foreign(graph: fx.Graph) -> fx.Node:
+    other = fx.Graph().placeholder("elsewhere")
+    statistics = Statistics.every(graph)[0]
+    return statistics.update(x=other).node
+
+
+def _twice(graph: fx.Graph) -> fx.Node:
+    first, second, *_ = Finalize.every(graph)
+    remember(second.node, site="bn1")
+    remember(first.node, site="bn1")
+    return second.node
+
+
+def _changed(graph: fx.Graph) -> fx.Node:
+    conv = Conv.every(graph)[0]
+    remember(conv.node, changed_by="relu_")
+    return conv.node
+
+
+def _without(name: str) -> Callable[[fx.Graph], fx.Node]:
+    def spoil(graph: fx.Graph) -> fx.Node:
+        node = Conv.every(graph)[0].node
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != name}
+        return node
+
+    return spoil
+
+
+def _with(**keywords: Any) -> Callable[[fx.Graph], fx.Node]:
+    def spoil(graph: fx.Graph) -> fx.Node:
+        node = Conv.every(graph)[0].node
+        node.kwargs = {**node.kwargs, **keywords}
+        return node
+
+    return spoil
+
+
+def _by_position(graph: fx.Graph) -> fx.Node:
+    statistics = Statistics.every(graph)[0]
+    statistics.node.args = (statistics.x,)
+    statistics.node.kwargs = {}
+    return statistics.node
+
+
+def _size_as_a_node(graph: fx.Graph) -> fx.Node:
+    conv = Conv.every(graph)[0]
+    return conv.update(groups=conv.x).node
+
+
+def _at_once(graph: fx.Graph) -> fx.Node:
+    conv = Conv.every(graph)[0]
+    with graph.inserting_before(graph.output_node()):
+        graph.call_function(len, (conv.node,))
+    return conv.node
+
+
+def _double(graph: fx.Graph) -> fx.Node:
+    conv = Conv.every(graph)[0]
+    y = conv.out("y")
+    with graph.inserting_after(y):
+        graph.node_copy(y, lambda node: node)
+    return conv.node
+
+
+def _updated(view: Any, index: int = 0, **changes: Any) -> Callable[[fx.Graph], fx.Node]:
+    """The nth node of a kind with other fields."""
+    return lambda graph: view.every(graph)[index].update(**changes).node
+
+
+def _forgetful(view: Any, **forgotten: Any) -> Callable[[fx.Graph], fx.Node]:
+    def spoil(graph: fx.Graph) -> fx.Node:
+        node: fx.Node = view.every(graph)[0].node
+        remember(node, **forgotten)
+        return node
+
+    return spoil
+
+
+def _another_beta(graph: fx.Graph) -> fx.Node:
+    first, second = Normalise.every(graph)[:2]
+    return second.update(beta=first.beta).node
+
+
+def _another_site(graph: fx.Graph) -> fx.Node:
+    first, second = Normalise.every(graph)[:2]
+    return second.update(mean=first.mean, scale=first.scale, beta=first.beta).node
+
+
+def _no_scale(graph: fx.Graph) -> fx.Node:
+    normalise = Normalise.every(graph)[0]
+    return normalise.update(scale=normalise.mean).node
+
+
+def _swapped(graph: fx.Graph) -> fx.Node:
+    finalize, normalise = Finalize.every(graph)[0], Normalise.every(graph)[0]
+    normalise.update(mean=finalize.var)
+    return finalize.update(mean=finalize.var, var=finalize.mean).node
+
+
+def _another_size(graph: fx.Graph) -> fx.Node:
+    first, second = Finalize.every(graph)[:2]
+    return second.update(size=first.size).node
+
+
+def _gate_elsewhere(graph: fx.Graph) -> fx.Node:
+    gated = next(conv for conv in Conv.every(graph) if conv.gate is not None)
+    free = next(conv for conv in Conv.every(graph) if conv.gate is None and conv.node > gated.gate)
+    return free.update(gate=gated.gate).node
+
+
+def _gated(**changes: Any) -> Callable[[fx.Graph], fx.Node]:
+    def spoil(graph: fx.Graph) -> fx.Node:
+        return next(conv for conv in Conv.every(graph) if conv.gate is not None).update(**changes).node
+
+    return spoil
+
+
+def _deferred_read_as_it_is(graph: fx.Graph) -> fx.Node:
+    squeeze = next(squeeze for squeeze in Squeeze.every(graph) if squeeze.excite)
+    with graph.inserting_before(graph.output_node()):
+        graph.call_function(torch.relu, (squeeze.out("deferred"),))
+    return squeeze.node
+
+
+def _gaining(graph: fx.Graph) -> Conv:
+    return next(conv for conv in Conv.every(graph) if conv.gain)
+
+
+def _gain_dropped(graph: fx.Graph) -> fx.Node:
+    conv = _gaining(graph)
+    (residual,) = conv.out("gain").users
+    view = Residual.of(residual)
+    assert view is not None
+    view.update(gain=None, r_gain=None)
+    return conv.node
+
+
+def _second_reader(graph: fx.Graph) -> fx.Node:
+    conv = _gaining(graph)
+    with graph.inserting_before(graph.output_node()):
+        graph.call_function(torch.relu, (conv.out("y"),))
+    return conv.node
+
+
+def _gain_of_nobody(graph: fx.Graph) -> fx.Node:
+    residual = Residual.every(graph)[0]
+    return residual.update(gain=residual.scale).node
+
+
+def _unread_chain(graph: fx.Graph) -> fx.Node:
+    conv = next(conv for conv in Conv.every(graph) if not conv.chain)
+    return conv.update(chain=True).node
+
+
+def _second_link(graph: fx.Graph) -> fx.Node:
+    link = next(conv for conv in Conv.every(graph) if conv.chain)
+    other = next(conv for conv in Conv.every(graph) if conv.x is link.outs()["passed"])
+    other.update(x=link.x, chain=True)
+    with graph.inserting_before(graph.output_node()):
+        graph.call_function(torch.relu, (other.out("passed"),))
+        graph.call_function(torch.relu, (link.out("passed"),))
+    return link.node
+
+
+def _without_own_gradient(graph: fx.Graph) -> fx.Node:
+    own = OwnGradient.every(graph)[0]
+    own.node.replace_all_uses_with(own.x)
+    graph.erase_node(own.node)
+    return own.x.args[0]  # type: ignore[return-value]
+
+
+def _shared_again(graph: fx.Graph) -> fx.Node:
+    residual = Residual.every(graph)[0]
+    producer = Conv.making(residual.y, "y")
+    assert producer is not None
+    assert not producer.gain, "the pass has seen that the gradient cannot be shared"
+    return residual.update(gain=producer.update(gain=True).out("gain")).node
+
+
+def _two_writers(graph: fx.Graph) -> fx.Node:
+    (buffer,) = ConcatBuffer.every(graph)
+    first = next(conv for conv in Conv.every(graph) if conv.appends)
+    ConcatBuffer.create(before=graph.output_node(), x=first.x, into=first.into, offset=8)
+    return buffer.node
+
+
+def _moved(graph: fx.Graph) -> fx.Node:
+    writer = next(conv for conv in Conv.every(graph) if conv.in_buffer and conv.into is not None)
+    writer.update(offset=1)
+    return next(conv for conv in Conv.every(graph) if conv.channels is not None).node
+
+
+def _read_too_early(graph: fx.Graph) -> fx.Node:
+    first = next(conv for conv in Conv.every(graph) if conv.channels is not None)
+    with graph.inserting_before(graph.output_node()):
+        graph.call_function(torch.relu, (first.out("y"),))
+    return first.node
+
+
+def _two_owners(graph: fx.Graph) -> fx.Node:
+    first, second = Statistics.every(graph)[:2]
+    site = Finalize.every(graph)[0]
+    remember(second.node, statistics_of=("bn1", "bn2"))
+    assert first.node is not second.node
+    return site.node
+
+
+CASES = [
+    Case("order", "chain", "fission", _late, "not computed before"),
+    Case("order", "chain", "fission", _foreign, "in this graph"),
+    Case("sites", "chain", "fission", _twice, "is the batch norm bn1, too"),
+    Case("plain memory", "chain", "fuse-statistics", _changed, "relu_ changes"),
+    Case("arguments", "chain", "fuse-statistics", _without("weight"), "has no weight"),
+    Case("arguments", "chain", "fuse-statistics", _with(slope=0.1), "takes no slope"),
+    Case("arguments", "chain", "fuse-statistics", _with(weight=1.0), "weight is 1.0 and should be a node"),
+    Case("arguments", "chain", "fuse-statistics", _size_as_a_node, "groups is a node and should be a value"),
+    Case("arguments", "chain", "fission", _by_position, "by keyword"),
+    Case("outputs", "chain", "fuse-statistics", _at_once, "all of its outputs at once"),
+    Case("outputs", "chain", "fuse-statistics", _double, "two nodes"),
+    Case("asked for", "chain", "fuse-statistics", _updated(Conv, statistics=False), "its output mean is read"),
+    Case("asked for", "residual", "thread-forks", _updated(Conv, 1, chain=False), "its output passed is read"),
+    Case("activation", "chain", "fuse-normalise", _updated(Conv, 1, act="tanh"), "unknown activation 'tanh'"),
+    Case("place in a buffer", "chain", "fuse-statistics", _updated(Conv, offset=None), "appends to no buffer"),
+    Case("place in a buffer", "dense", "eliminate-concat", _updated(ConcatBuffer, channels=40), "of what is to come"),
+    Case("remembers its halves", "chain", "fission", _forgetful(Normalise, normalises=()), "normalises for no site"),
+    Case("remembers its halves", "chain", "fission", _forgetful(Statistics, statistics_of=()), "statistics of no site"),
+    Case("remembers its halves", "chain", "fission", _forgetful(Finalize, site=None), "does not remember its site"),
+    Case("whole edge", "chain", "fission", _updated(Normalise, beta=None), "some of mean, scale and beta"),
+    Case("whole edge", "chain", "fuse-normalise", _updated(Conv, 1, scale=None), "and not all"),
+    Case("one batch norm", "chain", "fission", _another_beta, "of different batch norms"),
+    Case("one batch norm", "chain", "fission", _another_site, "does not remember it"),
+    Case("one batch norm", "chain", "fission", _no_scale, "is not the scale"),
+    Case("one tensor", "chain", "fission", _swapped, "is no node's"),
+    Case("one tensor", "chain", "fission", _another_size, "is not the size"),
+    Case("gate", "squeeze_excite", "fuse-normalise", _gated(gate=None), "without a gate"),
+    Case("gate", "squeeze_excite", "fuse-normalise", _gated(act="identity"), "not the squeeze's"),
+    Case("gate", "squeeze_excite", "fuse-normalise", _gate_elsewhere, "no squeeze defers"),
+    Case("deferred", "squeeze_excite", "fuse-normalise", _deferred_read_as_it_is, "no convolution with a gate"),
+    Case("gain", "residual", "fuse-residual", _gain_dropped, "not one residual gives"),
+    Case("gain", "residual", "fuse-residual", _second_reader, "others read its y"),
+    Case("gain given", _shortcut_with_another_reader, "thread-forks", _gain_of_nobody, "is not the gain of the convolution"),
+    Case("chain", "residual", "fuse-residual", _unread_chain, "nobody reads what it passes on"),
+    Case("chain", "inception", "thread-forks", _second_link, "are both links at"),
+    Case("own gradient", _read_thrice, "thread-forks", _without_own_gradient, "may have handed it to others"),
+    Case("shared gradient", _shortcut_with_another_reader, "thread-forks", _shared_again, "may not have read it yet"),
+    Case("one writer", "dense", "eliminate-concat", _two_writers, "both write behind it"),
+    Case("extent", "dense", "eliminate-concat", _updated(ConcatBuffer, extra=1), "of a buffer of"),
+    Case("extent", "inception", "eliminate-concat", _moved, "writes over channels of"),
+    Case("unfinished buffer", "inception", "eliminate-concat", _read_too_early, "reads it before"),
+    Case("owners", "chain", "fission", _two_owners, "taken by 2 nodes"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.rule}: {case.says}" for case in CASES])
+def test_a_graph_broken_by_hand_is_rejected_by_name(case: Case) -> None:
+    graph = _graph(case.model, case.upto)
+    verify(graph, case.upto)
+    blamed = case.spoil(graph)
+    with pytest.raises(BrokenGraphError) as caught:
+        verify(graph, "a pass")
+    error = caught.value
+    assert (error.pass_name, error.node, error.rule) == ("a pass", blamed.name, case.rule), error
+    assert case.says in str(error)
+    assert str(error).startswith(f"after a pass, node {blamed.name} breaks the rule {case.rule!r}: ")
+
+
+def test_every_rule_has_a_graph_that_breaks_it() -> None:
+    assert {case.rule for case in CASES} == set(RULES)
+    assert len(RULES) >= 15
+
+
+def test_the_error_is_ours_and_can_be_sent_to_another_process() -> None:
+    error = BrokenGraphError("fission", "conv", "gain", "it does not pair")
+    assert isinstance(error, BNRestructureError)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_all_that_is_broken_is_listed() -> None:
+    graph = _graph("chain", "fission")
+    for normalise in Normalise.every(graph):
+        normalise.update(act="tanh")
+    assert [violation.rule for violation in violations(graph)] == ["activation", "activation"]
+
+
+def test_a_pass_that_breaks_a_graph_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bnrestructure.passes import fission
+
+    monkeypatch.setattr(fission, "remember", lambda node, **changes: None)
+    with pytest.raises(BrokenGraphError, match="after fission, node statistics breaks the rule 'remembers its halves'"):
+        _graph("chain", "fission")
+
+
+def test_a_broken_graph_never_reaches_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module runs as it was, the warning and the plan say why."""
+    from bnrestructure.passes import fission
+
+    monkeypatch.setattr(fission, "remember", lambda node, **changes: None)
+    model, x = build("chain"), input_for("chain")
+    expected = copy.deepcopy(model)(x)
+    restructured = bnrestructure.restructure(model, backend="reference")
+    with pytest.warns(UserWarning, match="after fission.*Please report this fault; .* runs as it was"):
+        assert torch.equal(restructured(x), expected)
+    assert any("after fission" in note for note in bnrestructure.explain(restructured).notes)
+
+
+def test_a_pool_is_verified_like_a_convolution() -> None:
+    graph = _graph("residual", "fuse-normalise")
+    pool = MaxPool.every(graph)[0].update(scale=None)
+    with pytest.raises(BrokenGraphError, match=f"node {pool.node.name} breaks the rule 'whole edge'"):
+        verify(graph, "a pass")

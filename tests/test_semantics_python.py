@@ -1,0 +1,378 @@
+"""Forwards that decide by what their values are, call what is not PyTorch's own, or keep what they made: trained as eager trains them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from equivalence import assert_same_training, assert_same_values, restructured_copy, training_step, tree_tensors
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bnrestructure
+
+
+def _stem(channels: int = 4, kind: type[nn.Module] = nn.Conv2d, norm: type[nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
+    return nn.Sequential(kind(3, channels, 3, padding=1), norm(channels), nn.ReLU(), kind(channels, channels, 3, padding=1))  # type: ignore[call-arg]
+
+
+class TupleOrTensor(nn.Module):
+    """Takes a recurrent layer's first result only where it is a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.recurrent = _stem(kind=nn.Conv1d, norm=nn.BatchNorm1d), nn.GRU(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.recurrent(self.stem(x).permute(2, 0, 1))
+        return y[0] * 2 if isinstance(y, tuple) else y * 3
+
+
+class TriesKeyword(nn.Module):
+    """Calls each layer with an argument that most do not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 4, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            try:
+                x = layer(x, lengths=None)
+            except TypeError:
+                x = layer(x)
+        return x
+
+
+class _Swish(torch.autograd.Function):
+    """A custom Function whose backward is not the derivative of its forward, so that looking into it would show."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * x.sigmoid() * 3
+
+
+class CustomFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.last = _stem(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(_Swish.apply(self.norm(self.stem(x))))
+
+
+class Chunks(nn.Module):
+    """YOLO's C2f: the parts of a chunk, a list that grows, and a concat of all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _stem(8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.SiLU()) for _ in range(2))
+        self.last = nn.Sequential(nn.Conv2d(16, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.stem(x).chunk(2, 1))
+        parts.extend(block(parts[-1]) for block in self.blocks)
+        return self.last(torch.cat(parts, 1))
+
+
+class SplitAndUnbind(nn.Module):
+    """Res2Net's groups, and iteration over a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.norm = _stem(8), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = torch.split(self.stem(x), 4, 1)
+        rows = [row * (i + 1) for i, row in enumerate(F.relu(self.norm(self.conv(first))))]
+        return torch.stack(rows) + sum(second.unbind(1)).unsqueeze(1)  # type: ignore[union-attr]
+
+
+class Generator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([_stem(), nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))])
+
+    def features(self, x: Tensor) -> Iterator[Tensor]:
+        for stage in self.stages:
+            x = stage(x)
+            yield x
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {f"p{i}": feature for i, feature in enumerate(self.features(x))}
+
+
+@dataclass(frozen=True)
+class Output:
+    features: Tensor
+    extra: dict[str, Any]
+
+
+class DataclassOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = _stem(), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Output:
+        y = self.stem(x)
+        return Output(self.norm(y), {"stem": y, "count": 2})
+
+
+class AsksForKinds(nn.Module):
+    """Branches on the number of dimensions, the dtype, the device, None and a container's length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = _stem(), nn.BatchNorm2d(4)
+        self.extra: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.dtype not in (torch.float64, torch.float32) or x.device.type == "meta" or not x.is_floating_point():
+            raise ValueError("images, please")
+        outputs = [self.stem(x)]
+        if self.extra is not None:
+            outputs.append(self.extra(x))
+        return self.norm(outputs[0]) if len(outputs) == 1 and torch.is_tensor(outputs[0]) else outputs[1]
+
+
+class BySize(nn.Module):
+    """Pads to a multiple of four: a branch and numbers that follow from sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = _stem(), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = -x.shape[-1] % 4
+        if missing:
+            x = F.pad(x, (0, missing))
+        y = self.norm(self.stem(x))
+        n, c, h, w = y.shape
+        return y.view(n, c // 2, 2, h, w).transpose(1, 2).reshape(n, -1, h * w)
+
+
+class Tokens(nn.Module):
+    """Dropout after a tensor became channels_last in the middle of the network: its mask follows the order in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.last, self.drop = _stem(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm(self.stem(x)))
+        y = y.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).reshape(y.shape)
+        return self.drop(self.last(y))
+
+
+class SqueezeExcitation(nn.Module):
+    """Written by hand, with sizes read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.last = _stem(8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.reduce, self.expand = nn.Linear(8, 2), nn.Linear(2, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.stem(x))
+        n, c, _, _ = y.size()
+        gate = self.expand(F.relu(self.reduce(y.mean((2, 3))))).sigmoid().view(n, c, 1, 1)
+        return self.last(y * gate.expand_as(y))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth by hand: random numbers of a shape that is computed, changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = _stem(), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        z = self.norm(y)
+        mask = z.new_empty((z.shape[0],) + (1,) * (z.ndim - 1)).bernoulli_(0.7)
+        return y + z * mask.div_(0.7)
+
+
+FORWARDS: list[tuple[type[nn.Module], tuple[int, ...]]] = [
+    (TupleOrTensor, (2, 3, 9)), (TriesKeyword, (2, 3, 12)), (CustomFunction, (2, 3, 6, 6)), (Chunks, (2, 3, 6, 6)),
+    (SplitAndUnbind, (3, 3, 6, 6)), (Generator, (2, 3, 6, 6)), (DataclassOutput, (2, 3, 6, 6)), (AsksForKinds, (2, 3, 6, 6)),
+    (BySize, (2, 3, 6, 6)), (Tokens, (2, 3, 8, 8)), (SqueezeExcitation, (2, 3, 6, 6)), (DropPath, (4, 3, 6, 6)),
+]  # fmt: skip
+
+
+def _built(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().double().train()
+
+
+@pytest.mark.parametrize(("kind", "shape"), FORWARDS, ids=lambda v: v.__name__ if isinstance(v, type) else "")
+def test_forward_runs_rewritten_and_trains_the_same(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
+    rewritten = assert_same_training(_built(kind), torch.randn(shape, dtype=torch.float64), steps=3)
+    plan = bnrestructure.explain(rewritten)
+    assert plan.captures == {"the whole model": 1}
+    assert all(site.ran for site in plan.sites)
+    assert plan.counts["kept"] == 0
+
+
+def _loss(output: Any) -> Tensor:
+    tensors = tree_tensors(vars(output) if isinstance(output, Output) else output)
+    return torch.stack([(t * t.detach().cos()).sum() for t in tensors]).sum()
+
+
+@pytest.mark.parametrize(("kind", "shape"), FORWARDS, ids=lambda v: v.__name__ if isinstance(v, type) else "")
+def test_verify_finds_them_equivalent(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    report = bnrestructure.verify(_built(kind), x, loss_fn=_loss, backend="reference", steps=1)
+    assert report.ok, report
+
+
+def test_what_follows_from_sizes_holds_for_all_of_them() -> None:
+    """The branch is taken by the size; what is computed from sizes is not burnt in."""
+    model = _built(BySize)
+    rewritten = restructured_copy(model)
+    for n, width in ((2, 6), (3, 8), (4, 6), (2, 8), (3, 6), (3, 12)):
+        x = torch.randn(n, 3, 6, width, dtype=torch.float64)
+        assert_same_values(training_step(rewritten, x), training_step(model, x))
+
+
+def test_a_seeded_run_draws_eagers_numbers() -> None:
+    model, x = _built(Tokens), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    rewritten = restructured_copy(model)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        batch = x.contiguous(memory_format=memory_format)
+        assert_same_values(training_step(rewritten, batch, seed=3), training_step(model, batch, seed=3))
+        torch.manual_seed(3)
+        expected = model(batch)
+        torch.manual_seed(3)
+        actual = rewritten(batch)
+        assert torch.equal(actual == 0, expected == 0)
+        assert actual.stride() == expected.stride()
+
+
+def test_a_child_that_is_compiled_by_torch_script() -> None:
+    models = []
+    for _ in range(2):  # PyTorch's copy of a ScriptModule has parameters that take no gradients
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            child = torch.jit.script(nn.Conv2d(3, 4, 1, dtype=torch.float64))
+        models.append(nn.Sequential(child, *nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)).double()))
+    rewritten, model = bnrestructure.restructure(models[0], backend="reference"), models[1]
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    for _ in range(2):
+        assert_same_values(training_step(rewritten, x), training_step(model, x))
+    assert bnrestructure.explain(rewritten).counts["kept"] == 0
+
+
+@pytest.mark.parametrize("where", ["bn", "conv"])
+def test_what_a_hook_keeps_is_overwritten_as_in_eager(where: str) -> None:
+    """An in-place activation follows the hooked layer: eager's activation changes the tensor that the hook has kept."""
+    kept = []
+    for rewrite in (False, True):
+        torch.manual_seed(0)
+        layers = {"conv": nn.Conv2d(3, 4, 3), "bn": nn.BatchNorm2d(4), "relu": nn.ReLU(inplace=True), "last": nn.Conv2d(4, 4, 1)}
+        if where == "conv":
+            layers = {"bn0": nn.BatchNorm2d(3), **{k: v for k, v in layers.items() if k != "bn"}}
+        model = nn.Sequential(*layers.values()).double()
+        found: list[Tensor] = []
+        layers[where].register_forward_hook(lambda module, args, output, found=found: found.append(output))
+        if rewrite:
+            bnrestructure.restructure(model, backend="reference")
+        model(torch.randn(2, 3, 6, 6, dtype=torch.float64)).sum().backward()
+        kept.append(found[0].detach())
+    assert kept[0].min() == 0
+    torch.testing.assert_close(kept[1], kept[0])
+
+
+class BypassesItsBackbone(nn.Module):
+    """A forward that cannot be followed whole, and that calls the parts of its backbone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(_stem(), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.backbone[0](x)
+        if y.mean() > 1e9:
+            y = y / 2
+        return self.backbone[1](y)
+
+
+def test_parts_that_are_called_by_somebody_else_run_rewritten() -> None:
+    model, x = _built(BypassesItsBackbone), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    rewritten = assert_same_training(model, x, steps=2)
+    plan = bnrestructure.explain(rewritten)
+    assert {site.name: site.ran for site in plan.sites} == {"backbone.0.1": True, "backbone.1.0": True}
+    assert plan.captures["backbone.0"] == plan.captures["backbone.1"] == 1
+    assert any("values of a tensor" in note for note in plan.notes)
+
+
+def test_methods_that_call_parts_of_a_model_run_rewritten() -> None:
+    """As timm's forward_features, or a LightningModule's training_step: forward() is never called."""
+    model = _built(Generator)
+    rewritten = restructured_copy(model)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    for actual, expected in zip(rewritten.features(x), model.features(x), strict=True):  # type: ignore[operator]
+        torch.testing.assert_close(actual, expected)
+    assert bnrestructure.explain(rewritten).captures == {"stages.0": 1, "stages.1": 1}
+
+
+def test_a_layer_of_its_own_making_is_left_to_the_model() -> None:
+    """Layers that are no submodules: without parameters they are followed, with parameters the module runs as it was."""
+
+    class Makes(nn.Module):
+        def __init__(self, layer: type[nn.Module]) -> None:
+            super().__init__()
+            self.stem, self.norm, self._kind = _stem(), nn.BatchNorm2d(4), layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self._kind()(self.stem(x)))
+
+    class Conv(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(4, 4, 1, dtype=torch.float64, device="meta")
+            self.weight, self.bias = nn.Parameter(torch.eye(4, dtype=torch.float64).view(4, 4, 1, 1)), None
+
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    for kind, captured in ((nn.ReLU, True), (Conv, False)):
+        torch.manual_seed(0)
+        rewritten = assert_same_training(Makes(kind).double(), x)
+        assert all(bool(site.ran) is captured for site in bnrestructure.explain(rewritten).sites if site.name == "norm")
+
+
+def test_a_capture_writes_to_no_buffer_and_no_attribute() -> None:
+    """Of layers that it runs to see what they return: compiled, opaque, recurrent, and PyTorch's own."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.calls, self.seen = nn.BatchNorm2d(4, momentum=None), 0, torch.zeros(())
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.seen += 1
+            return self.norm(x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        script = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    model = nn.Sequential(_stem(), Counts(), script, nn.Dropout(0.3))
+    state = copy.deepcopy(model.state_dict())
+    random_state = torch.get_rng_state()
+    bnrestructure.explain(model, torch.randn(2, 3, 6, 6))
+    torch.set_rng_state(random_state)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert (model[1].calls, float(model[1].seen)) == (0, 0.0)

@@ -159,7 +159,7 @@ lint: $(VENV)/.tools
 	$(BIN)/python -c '$(BORROWED)' > "$$site/borrowed.pth"; \
 	$(PIP) install --no-deps --target "$$site" $(LINT)/dist/*.whl
 	@root=$$PWD; site=$$($(LINT)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); cd "$$(mktemp -d)"; \
-	PYTHONPATH="$$root/$$site" "$$root/$(BIN)/lint-imports" --no-cache "$$root/pyproject.toml" | sed -n '/^Analyzed/,$$p'; \
+	PYTHONPATH="$$site" "$$root/$(BIN)/lint-imports" --no-cache "$$root/pyproject.toml" | sed -n '/^Analyzed/,$$p'; \
 	"$$root/$(BIN)/mypy" --config-file "$$root/pyproject.toml" --cache-dir "$$root/.mypy_cache" \
 	    --python-executable "$$root/$(LINT)/venv/bin/python" --package bnrestructure | sed 's|^.*/site-packages/||'
 

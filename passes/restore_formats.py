@@ -8,7 +8,7 @@ that a user can choose.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -53,7 +53,7 @@ def _format_of(source: fx.Node) -> Format | None:
 
 def _number(n: Any) -> int:
     """A size, or under torch.compile the one that a symbol was met with."""
-    return int(n.node.hint) if isinstance(n, torch.SymInt) else int(n)
+    return int(cast(int, n.node.hint)) if isinstance(n, torch.SymInt) else int(n)
 
 
 @dataclass(frozen=True)

@@ -205,10 +205,26 @@ class DropPath(nn.Module):
         return y + z * mask.div_(0.7)
 
 
+class NumbersOfItsOwn(nn.Module):
+    """A batch norm whose momentum follows from the size of the batch, and whose eps is a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+        self.register_buffer("eps", torch.tensor(1e-3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.batch_norm(self.stem(x), self.mean, self.var, training=True, momentum=0.1 * x.shape[0], eps=self.eps)
+        return self.last(F.relu(y))
+
+
 FORWARDS: list[tuple[type[nn.Module], tuple[int, ...]]] = [
     (TupleOrTensor, (2, 3, 9)), (TriesKeyword, (2, 3, 12)), (CustomFunction, (2, 3, 6, 6)), (Chunks, (2, 3, 6, 6)),
     (SplitAndUnbind, (3, 3, 6, 6)), (Generator, (2, 3, 6, 6)), (DataclassOutput, (2, 3, 6, 6)), (AsksForKinds, (2, 3, 6, 6)),
     (BySize, (2, 3, 6, 6)), (Tokens, (2, 3, 8, 8)), (SqueezeExcitation, (2, 3, 6, 6)), (DropPath, (4, 3, 6, 6)),
+    (NumbersOfItsOwn, (4, 3, 6, 6)),
 ]  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def recording_reads(reads: Reads) -> Iterator[None]:
     """Note the attributes that this thread reads on any module."""
     previous = getattr(_active, "reads", None)
     _active.reads = reads
-    nn.Module.__getattribute__ = _getattribute  # type: ignore[method-assign]
+    nn.Module.__getattribute__ = _getattribute  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -297,7 +297,8 @@ class Recorder(TorchFunctionMode):
             for m in module.modules():
                 if isinstance(m, torch.jit.ScriptModule):
                     continue
-                for values in (m._parameters, m._buffers, m.__dict__):
+                places: tuple[dict[str, Any], ...] = (m._parameters, m._buffers, m.__dict__)
+                for values in places:
                     for name, value in list(values.items()):
                         if isinstance(value, Tensor):
                             changed.append((values, name, value))
@@ -390,7 +391,7 @@ def _metadata(t: Tensor) -> TensorMetadata:
 
 
 def _shown(target: Any) -> str:
-    return target if isinstance(target, str) else getattr(target, "__qualname__", None) or getattr(target, "__name__", str(target))
+    return target if isinstance(target, str) else str(getattr(target, "__qualname__", None) or getattr(target, "__name__", target))
 
 
 def _article(name: str) -> str:

@@ -64,7 +64,7 @@ def holding_batch_norms(root: nn.Module) -> set[nn.Module]:
 
 
 def _is_batch_norm(kind: type[nn.Module]) -> bool:
-    return issubclass(kind, nn.modules.batchnorm._BatchNorm) or _calls_batch_norm(kind)
+    return issubclass(kind, nn.modules.batchnorm._BatchNorm) or _calls_batch_norm(kind)  # type: ignore[arg-type]
 
 
 @cache

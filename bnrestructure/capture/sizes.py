@@ -89,7 +89,7 @@ class TracedInt(_Traced, torch.SymInt):
     """A traced int. PyTorch's functions take it where they take sizes, as they take any SymInt."""
 
     @property
-    def node(self) -> _AskedByPyTorch:
+    def node(self) -> _AskedByPyTorch:  # type: ignore[override]  # PyTorch asks it what it asks a SymNode
         """What PyTorch asks when it must know the value."""
         return _AskedByPyTorch(self)
 
@@ -149,9 +149,10 @@ def _deciding(name: str) -> None:
 
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     _binary(_name, getattr(operator, _name))
-for _name, _function in {
+_UNARY: dict[str, Callable[[Any], Any]] = {
     "neg": operator.neg, "pos": operator.pos, "abs": abs, "round": round, "ceil": math.ceil, "floor": math.floor, "trunc": math.trunc,
-}.items():  # fmt: skip
+}  # fmt: skip
+for _name, _function in _UNARY.items():
     _unary(_name, _function)
 for _name in (
     "eq", "ne", "lt", "le", "gt", "ge", "bool", "int", "float", "index", "divmod", "rdivmod", "and", "or", "xor", "lshift",

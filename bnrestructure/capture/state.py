@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from bnrestructure.capture.reads import Reads
 from bnrestructure.capture.side_effects import is_plain_object
@@ -76,7 +76,7 @@ class _Row(NamedTuple):
         present = {n: state[n] for n in sorted(watched & state.keys()) if not isinstance(state[n], torch.Tensor | nn.Module)}
         names = list(dict.fromkeys(["training", *(name for name, value in present.items() if _is_plain(value))]))
         own = state["_parameters"].keys() | state["_buffers"].keys() | state["_modules"].keys()
-        getter = itemgetter(*names)
+        getter: itemgetter[Any] = itemgetter(*names)
         return cls(
             path, module, state, type(module), getter, names, getter(state),
             deep=[(name, _contents(value)) for name, value in present.items() if name not in names],
@@ -109,7 +109,7 @@ def _layout_of_weight(module: nn.Module) -> bool | None:
     if not isinstance(module, nn.modules.conv._ConvNd):
         return None
     weight = module._parameters.get("weight")
-    if weight is None or isinstance(weight, UninitializedTensorMixin) or weight.layout is not torch.strided:
+    if weight is None or is_lazy(weight) or weight.layout is not torch.strided:
         return None
     return weight.stride(1) == 1
 

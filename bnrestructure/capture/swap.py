@@ -146,5 +146,5 @@ def swap_out(module: nn.Module) -> None:
     """Give every swapped module in this tree its own class back."""
     for m in module.modules():
         m.__dict__.pop(_REGION, None)
-        if isinstance(m, Restructured) and type(m) is _restructured_class(m._bnr_original):
+        if isinstance(m, Restructured) and type(m) is _restructured_class(m._bnr_original):  # type: ignore[arg-type]
             m.__class__ = m._bnr_original  # type: ignore[assignment]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpoint_module
 
@@ -104,7 +104,7 @@ class _Session:
     def run(self, forward: Callable[..., Any], arguments: Arguments) -> Capture:
         recorder = self.recorder
         for name, module in self.root.named_modules():
-            if any(isinstance(t, UninitializedTensorMixin) for t in (*module._parameters.values(), *module._buffers.values())):
+            if any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values())):
                 raise CaptureError(f"{name or 'it'} is lazy: its parameters are made at its first call")
         names = ["x"] if len(arguments.tensors) == 1 else [f"x{i}" for i in range(len(arguments.tensors))]
         args, kwargs = arguments.unflatten([recorder.placeholder(n, t) for n, t in zip(names, arguments.tensors, strict=True)])
@@ -254,14 +254,14 @@ def _patched() -> Iterator[None]:
             return own(*args, **kwargs)
         return session.recorder.call("call_function", _CustomFunction(cls), args, kwargs, own)
 
-    nn.Module.__call__ = call_module
-    torch.autograd.Function.apply = classmethod(call_function)  # type: ignore[assignment]
+    nn.Module.__call__ = call_module  # type: ignore[method-assign]
+    torch.autograd.Function.apply = classmethod(call_function)
     try:
         with _no_checkpoints():
             yield
     finally:
-        nn.Module.__call__ = call
-        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        torch.autograd.Function.apply = apply
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def _kernel(
 
 
 def _call(conv: Conv, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> ConvForward:
-    """The node's kernel call, on tensors of the meta device."""
+    """The kernel call of a node, on tensors of the meta device."""
     plain = Transform()
     if conv.forms_residual:  # then the product reads the sum as it is
         return ConvForward(x, plain, weight, None, geometry, x.dtype, join=Join(x, plain, x, plain, conv.act))

@@ -50,8 +50,8 @@ def compare_draws(original: nn.Module, candidate: nn.Module, inputs: tuple[Any, 
     found = []
     for name, expected in outputs[0].items():
         actual = outputs[1].get(name)
-        error = math.inf if actual is None else distances(actual, expected, unit.get(name, 0.0))
-        found.append(Comparison("draws", 1, "output", name, error, _LIMIT))
+        distance = math.inf if actual is None else distances(actual, expected, unit.get(name, 0.0))
+        found.append(Comparison("draws", 1, "output", name, distance, _LIMIT))
     if not torch.equal(*states):
         found.append(Comparison("draws", 1, "error", "another number of random numbers was drawn", math.inf, 0.0))
     return found

@@ -59,7 +59,6 @@ CASES: list[tuple[str, str, Body]] = [
     ("fission", "other norms", lambda m, x: m.group(x) + m.instance(x) + F.layer_norm(x, x.shape[1:])),
     ("fission", "subclass", lambda m, x: m.own(m.conv1(x))),
     ("fission", "memory changed in place", _inplace_on_view),
-    ("fission", "momentum computed", lambda m, x: F.batch_norm(x, None, None, training=True, momentum=0.1 * x.shape[0])),
     ("share-statistics", "one reader of each tensor", lambda m, x: m.bn2(m.conv2(m.bn1(m.conv1(x))))),
     ("share-statistics", "concat along rows", lambda m, x: m.bn1(torch.cat([m.conv1(x), m.conv2(x)], 2))),
     ("share-statistics", "concat along the batch", lambda m, x: m.bn1(torch.cat([m.conv1(x), m.conv2(x)]))),

@@ -22,7 +22,8 @@ def address(text: str) -> Callable[[Block], Array]:
     if inside is None:
         raise ValueError(f"an address that is not understood: {text}")
     pairs: list[tuple[Read, Read]] = []
-    singles, offset = [], 0
+    singles: list[tuple[Read, int]] = []
+    offset = 0
     for part in re.findall(r"[+-]?[^+-]+", inside[1].replace(".reuse", "")):
         part = part.lstrip("+")
         if re.fullmatch(r"-?0x[0-9a-f]+|-?\d+", part):

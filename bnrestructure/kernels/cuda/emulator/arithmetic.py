@@ -335,7 +335,7 @@ def _zero_pair(instruction: Instruction) -> Run:
 
     def run(state: State, mask: Array | None) -> None:
         for write in writes:
-            write(state, np.uint32(0), mask)
+            write(state, np.asarray(0, dtype=np.uint32), mask)
 
     return run
 

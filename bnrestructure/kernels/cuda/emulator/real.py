@@ -152,7 +152,7 @@ def _hfma2(instruction: Instruction) -> Run:
     if (a.strip("-"), b.strip("-")) != ("RZ", "RZ") or len(halves) != 2:
         raise ValueError(f"not emulated: {instruction}")
     high, low = (np.float16(float(text)).view(np.uint16) for text in halves)
-    write, value = store(d), np.uint32(int(high) << 16 | int(low))
+    write, value = store(d), np.asarray(int(high) << 16 | int(low), dtype=np.uint32)
     return lambda state, mask: write(state, value, mask)
 
 

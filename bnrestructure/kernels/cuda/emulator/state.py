@@ -105,10 +105,13 @@ def _bare(text: str) -> tuple[str, str]:
     return signs, text
 
 
+_ZERO = np.asarray(0, dtype=np.uint32)
+
+
 def _base(text: str, offset: int = 0) -> Read:
     """A register, a word of the constant bank or a number, as words by thread (numbers and constants: scalars)."""
     if text in ("RZ", "URZ", "SRZ"):
-        return lambda state: np.uint32(0)
+        return lambda state: _ZERO
     if found := re.fullmatch(r"(U?R)(\d+)", text):
         uniform, index = found[1] == "UR", int(found[2]) + offset
         return lambda state: (state.uniform if uniform else state.registers)[index]
@@ -116,9 +119,9 @@ def _base(text: str, offset: int = 0) -> Read:
         if found[1] is None:
             raise ValueError(f"a constant with an address at run time: {text}")
         at = int(found[1], 16) + 4 * offset
-        return lambda state: np.uint32(int.from_bytes(state.constants[at : at + 4], "little"))
+        return lambda state: np.asarray(int.from_bytes(state.constants[at : at + 4], "little"), dtype=np.uint32)
     if re.fullmatch(r"0x[0-9a-f]+|\d+", text):
-        value = np.uint32(int(text, 0) & 0xFFFFFFFF) if offset == 0 else np.uint32(0)
+        value = np.asarray(int(text, 0) & 0xFFFFFFFF if offset == 0 else 0, dtype=np.uint32)
         return lambda state: value
     raise ValueError(f"an operand that is not understood: {text}")
 
@@ -143,7 +146,7 @@ def wide(text: str, signed: bool = False) -> Read:
     signs, bare = _bare(text)
     if re.fullmatch(r"0x[0-9a-f]+|\d+", bare):
         number = int(bare, 0) * (-1 if signs == "-" else 1)
-        value = np.int64(number) if signed else np.uint64(number & (2**64 - 1))
+        value = np.asarray(np.int64(number) if signed else np.uint64(number & (2**64 - 1)))
         return lambda state: value
     low, high = _base(bare), _base(bare, 1)
 
@@ -160,7 +163,7 @@ def floats(text: str) -> Read:
     """An fp32 operand by thread: registers, constants, and numbers as the disassembler writes them."""
     signs, bare = _bare(text)
     if re.fullmatch(r"\+?(INF|QNAN)|[\d.]+(e[+-]?\d+)?", bare):
-        value = np.float32(float(bare.replace("QNAN", "nan")) * (-1 if "-" in signs else 1))
+        value = np.asarray(float(bare.replace("QNAN", "nan")) * (-1 if "-" in signs else 1), dtype=np.float32)
         return lambda state: value
     read = _base(bare)
 

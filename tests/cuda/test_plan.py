@@ -149,7 +149,9 @@ def test_three_dimensions_are_two_where_they_can_be() -> None:
     assert (kernels[0].forward, kernels[0].backward) == ("hybrid", "hybrid")
     assert "3-D kernel" in kernels[0].forward_reason
     assert "by rule" in kernels[1].forward_reason
-    in_float64 = bnrestructure.explain(network, torch.empty(2, 2, 5, 5, 5, dtype=torch.float64, device="meta"), backend="cuda")
+    in_float64 = bnrestructure.explain(
+        network.double(), torch.empty(2, 2, 5, 5, 5, dtype=torch.float64, device="meta"), backend="cuda"
+    )
     assert {k.forward for k in in_float64.kernels} == {"reference"}
 
 

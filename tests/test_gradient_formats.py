@@ -17,7 +17,7 @@ NODES: dict[str, Callable[[Tensor], Tensor]] = {
     ).y,
     "threaded conv": lambda x: ops.conv(
         x, None, None, None, torch.ones(4, 8, 1, 1), None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, thread=True
-    ).x,
+    ).passed,
     "normalise": lambda x: ops.normalise(x, *VECTORS, act="relu")[0],
     "max_pool": lambda x: ops.max_pool(x, *VECTORS, kernel=(2, 2), stride=(2, 2), padding=(0, 0))[0],
     "squeeze": lambda x: ops.squeeze(x, *VECTORS, act="relu")[0],

@@ -392,3 +392,59 @@ def test_a_capture_writes_to_no_buffer_and_no_attribute() -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]), name
     assert (model[1].calls, float(model[1].seen)) == (0, 0.0)
+
+
+class ByValue(nn.Module):
+    """Runs its layers as often as the values say; ``kind`` is what it returns beyond a limit that random numbers do not reach."""
+
+    def __init__(self, kind: str = "tensor") -> None:
+        super().__init__()
+        self.layers, self.kind = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)), kind
+
+    def forward(self, x: Tensor) -> Any:
+        for _ in range(3):
+            if x.abs().mean() > 0.6:
+                break
+            x = x + self.layers(x)
+        return (x,) if self.kind == "tuple" and x.abs().mean() > 100 else x[: 1 + int(x.min() > 0)] if self.kind == "size" else x
+
+
+class AroundValues(nn.Module):
+    def __init__(self, kind: str = "tensor", decides: bool = False) -> None:
+        super().__init__()
+        self.stem, self.part, self.last, self.decides = _stem(), ByValue(kind), _stem(kind=nn.Conv2d), decides
+        self.between = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.part(self.stem(x))
+        y = y[0] if isinstance(y, tuple) else y
+        return self.last(self.between(y)) * (2 if self.decides and y.shape[0] > 1 else 1)
+
+
+def test_around_a_part_that_reads_values() -> None:
+    """Only that part stays a call; its own layers run rewritten."""
+    rewritten = assert_same_training(_built(AroundValues), torch.randn(3, 3, 6, 6, dtype=torch.float64), steps=3)
+    plan = bnrestructure.explain(rewritten)
+    assert plan.counts == {"fused": 3, "partial": 0, "kept": 0}
+    assert all(site.ran for site in plan.sites)
+    assert plan.captures["the whole model"] == 1
+
+
+def test_sizes_that_follow_from_values_decide_nothing() -> None:
+    torch.manual_seed(0)
+    model = AroundValues("size", decides=True).double()
+    rewritten = assert_same_training(model, torch.randn(3, 3, 6, 6, dtype=torch.float64), steps=2)
+    plan = bnrestructure.explain(rewritten)
+    assert any("decides by sizes that may follow from values (part reads some)" in note for note in plan.notes)
+    assert plan.counts["kept"] == 0
+
+
+def test_a_result_of_another_kind_than_was_captured_is_an_error_that_says_so() -> None:
+    torch.manual_seed(0)
+    model = bnrestructure.restructure(AroundValues("tuple").double(), backend="reference")
+    x = torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    model(x)
+    with torch.no_grad():
+        model.stem[3].bias.fill_(1e6)
+    with pytest.raises(RuntimeError, match="part returned a tuple, and something else when the model was captured"):
+        model(x)

@@ -84,13 +84,14 @@ class Recorder(TorchFunctionMode):
 
     def placeholder(self, name: str, real: Tensor) -> Tensor:
         """An argument of the graph: a fake tensor like ``real``."""
-        double = self._double(real)
+        double = self.double(real)
         node = self.graph.placeholder(name)
         self._put(double, _Place(node), real.requires_grad)
         self._describe(node, double)
         return double
 
-    def _double(self, real: Tensor) -> Tensor:
+    def double(self, real: Tensor) -> Tensor:
+        """A fake tensor like ``real``, that no node makes yet."""
         with torch.no_grad(), self.fake:
             if real.layout is not torch.strided:
                 return self.fake.from_tensor(real.detach())
@@ -146,7 +147,7 @@ class Recorder(TorchFunctionMode):
         return self._recorded("call_function", getattr, (tensor, name), {}, lambda t, _: func(t))
 
     def _decided(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.sizes.decided = True
+        self.sizes.decide()
         return func(*self._concrete(args), **self._concrete(kwargs))
 
     def call(
@@ -195,7 +196,7 @@ class Recorder(TorchFunctionMode):
         finally:
             torch._C._set_grad_enabled(gradients)
         if isinstance(result, _CONSTANTS) and result is not None:
-            self.sizes.decided = True
+            self.sizes.decide()
             return None, result
         node = self.graph.create_node(op, target, nodes, named)  # now, for an error that the forward catches leaves no node
         node.meta["nn_module_stack"] = self.trail.stack()
@@ -233,7 +234,7 @@ class Recorder(TorchFunctionMode):
 
     def _passed_on(self, tensor: Tensor) -> Tensor:
         """Another tensor for the same memory: what a call hands back as it was is the call's result all the same."""
-        double = self._double(tensor)
+        double = self.double(tensor)
         self._storages[id(double)] = self._storage(tensor)
         return double
 
@@ -263,7 +264,7 @@ class Recorder(TorchFunctionMode):
             node = self.graph.create_node("get_attr", path)
         else:
             node = self.graph.create_node("call_function", _Constant(tensor, f"constant_{len(self._doubles)}"), (), {})
-        double = self._double(tensor)
+        double = self.double(tensor)
         self._describe(node, double)
         self._doubles[id(tensor)] = double
         self._kept.append(tensor)
@@ -302,7 +303,7 @@ class Recorder(TorchFunctionMode):
                     for name, value in list(values.items()):
                         if isinstance(value, Tensor):
                             changed.append((values, name, value))
-                            values[name] = self._double(value) if id(value) not in self._doubles else self._doubles[id(value)]
+                            values[name] = self.double(value) if id(value) not in self._doubles else self._doubles[id(value)]
             yield
         finally:
             attributes.restore()

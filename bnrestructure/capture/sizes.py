@@ -14,14 +14,26 @@ from typing import Any
 import torch
 from torch import fx
 
+from bnrestructure.core.errors import CaptureError
+
 __all__ = ["SizeLog", "TracedInt", "TracedSize", "is_traced"]
 
 
 class SizeLog:
-    """Whether any size (or stride) decided something in Python code: a branch, the length of a loop, an index."""
+    """Whether any size (or stride) decided something in Python code: a branch, the length of a loop, an index.
+
+    ``uncertain`` is the path of a part whose results' sizes follow from values: from then on no size may decide anything.
+    """
 
     def __init__(self) -> None:
         self.decided = False
+        self.uncertain: str | None = None
+
+    def decide(self) -> None:
+        """A size decides something. Raises CaptureError where it may follow from values."""
+        if self.uncertain is not None:
+            raise CaptureError(f"its forward decides by sizes that may follow from values ({self.uncertain} reads some)")
+        self.decided = True
 
 
 class _Traced:
@@ -51,7 +63,7 @@ class _Traced:
 
     def decide(self, *_: Any) -> Any:
         """The value, for code that must know it."""
-        self._log.decided = True
+        self._log.decide()
         return self.value
 
     def _computed(self, function: Callable[..., Any], *arguments: Any) -> Any:

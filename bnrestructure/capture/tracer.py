@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpoint_module
@@ -29,6 +29,7 @@ from bnrestructure.capture.outputs import as_output
 from bnrestructure.capture.reads import Reads, not_recording, recording_reads
 from bnrestructure.capture.recorder import Recorder
 from bnrestructure.capture.side_effects import Attributes
+from bnrestructure.capture.trial import AsBefore, trial
 from bnrestructure.core.errors import CaptureError, NotFollowedError, first_line
 from bnrestructure.graph.boundaries import boundary_reason, is_library_leaf
 
@@ -194,14 +195,24 @@ class _Session:
             found = known_result(m, values, options)
             if found is not None:
                 return found
-            with not_recording(), recorder.without_data(m):
-                return m.forward(*values, **options)
+            try:
+                with not_recording(), recorder.without_data(m):
+                    return m.forward(*values, **options)
+            except (DataDependentOutputException, DynamicOutputShapeException):
+                if is_library_leaf(m):
+                    raise
+            with not_recording():
+                found = trial(m, path, values, options)
+            recorder.sizes.uncertain = path
+            return pytree.tree_map_only(torch.Tensor, recorder.double, found)
 
         before = None if is_library_leaf(m) else _random_state()
         with self._within(path, m), _keeping_buffers_of_scripts(m, recorder):
             result = recorder.call(
                 "call_module", path, args, kwargs, run, learns=learns, opaque=before is not None, shape_stays=keeps_shape(m)
             )
+            if recorder.sizes.uncertain == path:
+                result = recorder.call("call_function", AsBefore(path, result), (result,), {}, lambda values: values, learns=learns)
         if before is not None:
             _set_random_state(before)  # it draws again when it really runs
         return result

@@ -30,6 +30,7 @@ __all__ = ["RUN"]
 
 
 def conv_forward(call: ConvForward) -> ConvResult:
+    """``y = conv(act((x - mean) * scale + beta) * gate, weight) + bias``, and y's statistics where they are wanted."""
     if call.join is not None:
         z = join_forward(JoinForward(call.join, call.dtype)).z
         call.x.as_strided_(z.shape, z.stride()).copy_(z)  # laid out as PyTorch's add would, and what is made of it is, too
@@ -43,6 +44,7 @@ def conv_forward(call: ConvForward) -> ConvResult:
 
 
 def conv_backward(call: ConvBackward) -> ConvGradients:
+    """The gradients at x, weight, bias and gate, and the sums over pixels for the prologue's vectors."""
     if call.join is not None:
         return _behind_join(call)
     x, transform, weight, dtype = call.x, call.transform, call.weight, call.dtype
@@ -76,6 +78,7 @@ def _behind_join(call: ConvBackward) -> ConvGradients:
 
 
 def output_gradient_sweep(call: OutputGradient) -> OutputGradientResult:
+    """``dY = s * P + a * (y - mean) + b``, stored, and its sum over pixels, the gradient at the bias."""
     exact = output_gradient(call.dy, call.edge)
     return OutputGradientResult((exact * call.factor).to(call.dtype), channel_sum(exact) if call.bias else None)
 

@@ -25,6 +25,7 @@ __all__ = ["RUN", "statistics_forward"]
 
 
 def statistics_forward(call: StatisticsForward) -> StatisticsResult:
+    """mean and biased var [C] of x, over all but the channel: the sum of centred squares, since E[x^2] - E[x]^2 cancels."""
     x = call.x
     if x.numel() == 0:
         zeros = x.new_zeros(x.shape[1], dtype=accumulation_dtype(x.dtype))
@@ -35,6 +36,7 @@ def statistics_forward(call: StatisticsForward) -> StatisticsResult:
 
 
 def statistics_backward(call: StatisticsBackward) -> Tensor:
+    """``a * (x - mean) + b``, the gradient at x of its mean and variance, added to ``accumulate`` where it is given."""
     x, a, accumulate = call.x, call.a, call.accumulate
     d = per_channel(a, x) * (x.to(a.dtype) - per_channel(call.mean, x)) + per_channel(call.b, x)
     if accumulate is None:
@@ -43,6 +45,7 @@ def statistics_backward(call: StatisticsBackward) -> Tensor:
 
 
 def finalize_forward(call: FinalizeForward) -> FinalizeResult:
+    """``rstd = 1 / sqrt(var + eps)``, ``scale = weight * rstd`` and beta, each [C]; the running statistics move in place."""
     mean, var, momentum = call.mean, call.var, call.momentum
     rstd = torch.rsqrt(var + call.eps)
     scale = rstd.clone() if call.weight is None else call.weight.to(rstd.dtype) * rstd
@@ -64,6 +67,7 @@ def _move(running: Tensor, value: Tensor, momentum: float | Tensor) -> None:
 
 
 def finalize_backward(call: FinalizeBackward) -> FinalizeGradients:
+    """The gradients at var and at weight, each [C], from that at scale."""
     dscale, rstd = call.dscale, call.rstd
     gamma = 1.0 if call.weight is None else call.weight.to(rstd.dtype)
     return FinalizeGradients(dscale * gamma * rstd.pow(3) * -0.5, dscale * rstd)

@@ -35,11 +35,13 @@ __all__ = ["RUN", "join_backward", "join_forward"]
 
 
 def normalise_forward(call: NormaliseForward) -> Tensor:
+    """``z = act((x - mean) * scale + beta) * gate``."""
     z = apply_transform(call.x, call.transform, call.dtype)
     return z if call.out is None else call.out.copy_(z)
 
 
 def normalise_backward(call: NormaliseBackward) -> SweepGradients:
+    """The gradient at x, and the sums over pixels of the gradient at the transform."""
     x, transform = call.x, call.transform
     dz = call.dz if call.factor == 1 else call.dz.to(accumulation_dtype(x.dtype)) * call.factor
     if transform.gate is not None:
@@ -50,6 +52,7 @@ def normalise_backward(call: NormaliseBackward) -> SweepGradients:
 
 
 def join_forward(call: JoinForward) -> JoinResult:
+    """``act(u + r)``: the sum of two transformed tensors, and its statistics where they are wanted."""
     join = call.join
     z = activate(affine(join.y, join.ty) + affine(join.r, join.tr), join.act).to(call.dtype)
     if call.out is not None:
@@ -59,6 +62,7 @@ def join_forward(call: JoinForward) -> JoinResult:
 
 
 def join_backward(call: JoinBackward) -> JoinGradients:
+    """The gradient at the join's sum, times the activation's derivative, and the sums over pixels for both operands."""
     join, z = call.join, call.z
     y, ty, r, tr = join.y, join.ty, join.r, join.tr
     dtype = y.dtype if z is None else z.dtype
@@ -80,6 +84,7 @@ def join_backward(call: JoinBackward) -> JoinGradients:
 
 
 def max_pool_forward(call: MaxPoolForward) -> MaxPoolResult:
+    """The maxima of the transformed input, and where in each window the first of them is."""
     x = call.x
     z = apply_transform(x, call.transform, call.dtype)
     (kh, kw), (sh, sw), (ph, pw), ceil = call.geometry
@@ -92,6 +97,7 @@ def max_pool_forward(call: MaxPoolForward) -> MaxPoolResult:
 
 
 def max_pool_backward(call: MaxPoolBackward) -> SweepGradients:
+    """The gradient at x, which gathers that of every window whose maximum a pixel was."""
     x, dy = call.x, call.dy
     (_, kw), (sh, sw), (ph, pw), _ = call.geometry
     rows = torch.arange(dy.shape[2], device=x.device).view(-1, 1) * sh - ph
@@ -101,15 +107,18 @@ def max_pool_backward(call: MaxPoolBackward) -> SweepGradients:
     acc = accumulation_dtype(x.dtype)
     g = torch.zeros(*x.shape[:2], x.shape[2] * x.shape[3], dtype=acc, device=x.device)
     g.scatter_add_(2, flat.flatten(2), dy.to(acc).flatten(2))
-    dx, sum_p, sum_px = input_gradient(g.view(x.shape), x, call.transform)
+    in_format = torch.empty_like(x, dtype=acc).copy_(g.view(x.shape))
+    dx, sum_p, sum_px = input_gradient(in_format, x, call.transform)
     return SweepGradients(write(dx, x.dtype, call.accumulate), sum_p, sum_px)
 
 
 def squeeze_forward(call: SqueezeForward) -> Tensor:
+    """The average over the pixels of the transformed input, [N, C]."""
     return activate(affine(call.x, call.transform), call.transform.act).flatten(2).mean(2).to(call.dtype)
 
 
 def squeeze_backward(call: SqueezeBackward) -> SweepGradients:
+    """The gradient at x of the average, with that of the other readers of z where it is given."""
     x, dz, accumulate, dpooled = call.x, call.dz, call.accumulate, call.dpooled
     acc = accumulation_dtype(x.dtype)
     positions = x.shape[2:].numel()

@@ -1,0 +1,72 @@
+"""Parts of a model that read the values of tensors: fake tensors have none, so a copy of the part runs once on random numbers.
+
+What such a part returns may differ from call to call. Its tensors' sizes decide nothing in the forward around it (:class:`SizeLog` sees to
+that), and :class:`AsBefore` holds each later result against the one that was captured.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils import _pytree as pytree
+
+from bnrestructure.core.errors import CaptureError, first_line
+
+__all__ = ["AsBefore", "trial"]
+
+
+def trial(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a copy of the module returns for random tensors like these fake ones, on their device; nothing is written elsewhere.
+
+    Raises CaptureError where it raises any error, or returns anything but tensors.
+    """
+    with unset_fake_temporarily(), torch.no_grad():
+        try:
+            args, kwargs = pytree.tree_map_only(Tensor, _like, (args, kwargs))
+            result = copy.deepcopy(module).forward(*args, **kwargs)
+        except Exception as error:  # whatever user code raises on numbers that mean nothing
+            raise CaptureError(f"its forward reads the values of a tensor ({path}: {first_line(error)})") from error
+    if not all(leaf is None or isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+        raise CaptureError(f"its forward reads the values of a tensor ({path}, which returns more than tensors)")
+    return result
+
+
+def _like(fake: Tensor) -> Tensor:
+    """A tensor of a fake one's shape, strides, dtype and device: uniform between 0 and 1, or zeros where it holds no real numbers."""
+    real = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+    return real.uniform_() if real.is_floating_point() else real.zero_()
+
+
+class AsBefore:
+    """Hands on what a part of a model returned, if it is of the kind that was captured, as a function that a graph can call.
+
+    The kind is the nest of containers and each tensor's dtype and number of dimensions.
+    """
+
+    def __init__(self, path: str, result: Any) -> None:
+        self._path, self._kind = path, _kind(result)
+        self.__name__ = self.__qualname__ = "as_before"
+        self.__module__ = "bnrestructure.capture"
+
+    def __call__(self, result: Any) -> Any:
+        if _kind(result) != self._kind:
+            raise RuntimeError(
+                f"{self._path} returned {_shown(result)}, and something else when the model was captured: what its result is follows "
+                "from the values of a tensor. Call bnrestructure.unrestructure on the model, and restructure its parts"
+            )
+        return result
+
+
+def _kind(result: Any) -> tuple[Any, ...]:
+    leaves, spec = pytree.tree_flatten(result)
+    return spec, tuple((leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+
+
+def _shown(result: Any) -> str:
+    if isinstance(result, Tensor):
+        return f"a tensor of {result.dim()} dimensions in {str(result.dtype).removeprefix('torch.')}"
+    return f"a {type(result).__name__}"

@@ -96,7 +96,8 @@ _WITHOUT_MEMORY = (_on_meta, _cut)
 def _spoil(tensors: dict[str, Tensor], rng: random.Random) -> tuple[str, bool]:
     """Spoil one of the tensors, in place of it; (what was done, whether memory is missing now)."""
     name = rng.choice(sorted(tensors))
-    away = tensors[name].dim() and tensors[name].numel() and rng.random() < 0.2  # nobody reads the memory of a count of batches
+    is_read = tensors[name].numel() and not name.endswith("tracked")  # nobody reads the memory of a count of batches
+    away = is_read and rng.random() < 0.2
     way = rng.choice(_WITHOUT_MEMORY if away else _SPOILS)
     with torch.no_grad():
         tensors[name] = way(tensors[name].detach(), rng)

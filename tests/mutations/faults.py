@@ -71,7 +71,8 @@ PATTERNS = (
     Fault("_grown", "for part in parts[1:]:", "for part in reversed(parts[1:]):", "proofs:test_passes.py"),
     Fault("_keep_gradient_private", "", "return None", "tests/test_semantics_joins.py"),
     Fault("_derives_from", "", "return True", "tests/test_semantics_joins.py"),
-    Fault("_is_fresh", "", "return True", "tests/test_semantics_inplace.py"),
+    Fault("_is_known_elsewhere", "", "return False", "tests/test_semantics_inplace.py"),
+    Fault("SizeLog.decide", "self.decided = True", "self.decided = False", "tests/test_semantics_python.py"),
     Fault("_is_4d", "", "return True", "tests/passes/test_must_not_fire.py"),
     Fault("is_homogeneous", "", "return True", "tests/passes/test_normalised_concats.py"),
 )  # fmt: skip

@@ -157,7 +157,7 @@ class BySize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         missing = -x.shape[-1] % 4
         if missing:
-            x = F.pad(x, (0, missing))
+            x = F.pad(x, (0, missing)) + 1.0  # which padding by nothing would not be
         y = self.norm(self.stem(x))
         n, c, h, w = y.shape
         return y.view(n, c // 2, 2, h, w).transpose(1, 2).reshape(n, -1, h * w)

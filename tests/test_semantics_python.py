@@ -220,11 +220,30 @@ class NumbersOfItsOwn(nn.Module):
         return self.last(F.relu(y))
 
 
+class DenseSkip(nn.Module):
+    """A dense block whose normalised result is a skip connection, and whose size a later layer goes by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.narrow = nn.ModuleList([nn.Sequential(nn.BatchNorm2d(4 * n), nn.ReLU(), nn.Conv2d(4 * n, 8, 1)) for n in (1, 2)])
+        self.grow = nn.ModuleList([nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)) for _ in range(2)])
+        self.norm, self.last = nn.BatchNorm2d(12), nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [self.stem(x)]
+        for narrow, grow in zip(self.narrow, self.grow, strict=True):
+            features.append(grow(narrow(torch.cat(features, 1))))
+        skip = F.relu(self.norm(torch.cat(features, 1)))
+        deep = F.interpolate(F.max_pool2d(self.last(skip), 2), size=skip.shape[2:])
+        return torch.cat([deep, skip], 1)
+
+
 FORWARDS: list[tuple[type[nn.Module], tuple[int, ...]]] = [
     (TupleOrTensor, (2, 3, 9)), (TriesKeyword, (2, 3, 12)), (CustomFunction, (2, 3, 6, 6)), (Chunks, (2, 3, 6, 6)),
     (SplitAndUnbind, (3, 3, 6, 6)), (Generator, (2, 3, 6, 6)), (DataclassOutput, (2, 3, 6, 6)), (AsksForKinds, (2, 3, 6, 6)),
     (BySize, (2, 3, 6, 6)), (Tokens, (2, 3, 8, 8)), (SqueezeExcitation, (2, 3, 6, 6)), (DropPath, (4, 3, 6, 6)),
-    (NumbersOfItsOwn, (4, 3, 6, 6)),
+    (NumbersOfItsOwn, (4, 3, 6, 6)), (DenseSkip, (2, 3, 6, 6)),
 ]  # fmt: skip
 
 

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpoint_module
 
 from bnrestructure.capture.arguments import Arguments
+from bnrestructure.capture.fakes import FaithfulFakeMode
 from bnrestructure.capture.layers import keeps_shape, known_result
 from bnrestructure.capture.outputs import as_output
 from bnrestructure.capture.reads import Reads, not_recording, recording_reads
@@ -95,7 +95,7 @@ class _Session:
         self.paths = {m: name for name, m in reversed(list(root.named_modules(remove_duplicate=False)))}
         self.attributes = Attributes(root)
         self.reads = Reads()
-        self.recorder = Recorder(root, FakeTensorMode(allow_non_fake_inputs=True))
+        self.recorder = Recorder(root, FaithfulFakeMode(allow_non_fake_inputs=True))
         self.random_before = _random_state()
         self.blamed: nn.Module | None = None  # the submodule to call as it is, if an error is its own
         self._error: BaseException | None = None  # the last one that left a module, and

@@ -282,6 +282,56 @@ def test_what_follows_from_sizes_holds_for_all_of_them() -> None:
         assert_same_values(training_step(rewritten, x), training_step(model, x))
 
 
+class ChecksItsInput(nn.Module):
+    """Refuses what its strides do not divide, pools what is large, and repeats by a count that follows from the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = _stem(), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        if c != 3 or h % 2 != 0 or w % 2 != 0:
+            raise ValueError(f"cannot take {h} x {w} of {c} channels")
+        y = F.relu(self.norm(self.stem(x)))
+        if h * w / 2 > 40.0:
+            y = F.avg_pool2d(y, 2)
+        for _ in range((n + 3) // 4):
+            y = y * 1.5
+        return y
+
+
+def test_a_size_that_decides_is_captured_once_for_each_answer() -> None:
+    """Not once for each size."""
+    model = _built(ChecksItsInput)
+    rewritten = restructured_copy(model)
+    seen = []
+    for n, h, w in ((2, 6, 6), (3, 6, 6), (4, 6, 8), (2, 10, 10), (3, 12, 10), (5, 10, 10), (7, 12, 12), (2, 4, 12), (1, 8, 10)):
+        x = torch.randn(n, 3, h, w, dtype=torch.float64)
+        assert_same_values(training_step(rewritten, x), training_step(model, x))
+        seen.append(bnrestructure.explain(rewritten).captures["the whole model"])
+    assert seen == [1, 1, 1, 2, 2, 3, 3, 3, 3]
+    for shape in ((2, 3, 7, 6), (2, 4, 6, 6)):
+        with pytest.raises(ValueError, match="cannot take"):
+            rewritten(torch.randn(shape, dtype=torch.float64))
+
+
+def test_a_size_of_a_tensor_in_between_is_captured_once_for_each_size_of_the_input() -> None:
+    """Nothing says how the size of what a layer returns follows from the input's."""
+
+    class InBetween(ChecksItsInput):
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.max_pool2d(self.stem(x), 2)
+            return F.relu(self.norm(y if y.shape[2] > 3 else y * 2))
+
+    model = _built(InBetween)
+    rewritten = restructured_copy(model)
+    for side in (6, 8, 6, 10):
+        x = torch.randn(2, 3, side, side, dtype=torch.float64)
+        assert_same_values(training_step(rewritten, x), training_step(model, x))
+    assert bnrestructure.explain(rewritten).captures == {"the whole model": 3}
+
+
 def test_a_seeded_run_draws_eagers_numbers() -> None:
     model, x = _built(Tokens), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     rewritten = restructured_copy(model)

@@ -49,6 +49,7 @@ class Capture:
     opaque          submodules that are called as they are, although they are no layers of PyTorch's, and why
     reads           the attributes that decided something
     by_size         whether the graph holds for inputs of these sizes alone
+    conditions      otherwise what must be as true of the sizes of other inputs (capture/sizes.py)
     """
 
     graph_module: fx.GraphModule
@@ -56,6 +57,7 @@ class Capture:
     opaque: dict[nn.Module, str]
     reads: Reads
     by_size: bool
+    conditions: dict[Any, Any]
 
 
 def is_capturing() -> bool:
@@ -134,7 +136,7 @@ class _Session:
             self._undo()
         recorder.graph.output(output)
         gm = fx.GraphModule(self.root, recorder.graph, class_name=type(self.root).__name__)
-        return Capture(gm, rebuild, dict(self.opaque), self.reads, recorder.sizes.decided)
+        return Capture(gm, rebuild, dict(self.opaque), self.reads, recorder.sizes.decided, recorder.sizes.conditions)
 
     @contextmanager
     def _within(self, path: str, module: nn.Module) -> Iterator[None]:

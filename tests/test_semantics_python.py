@@ -220,11 +220,30 @@ class NumbersOfItsOwn(nn.Module):
         return self.last(F.relu(y))
 
 
+class DenseSkip(nn.Module):
+    """A dense block whose normalised result is a skip connection, and whose size a later layer goes by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.narrow = nn.ModuleList([nn.Sequential(nn.BatchNorm2d(4 * n), nn.ReLU(), nn.Conv2d(4 * n, 8, 1)) for n in (1, 2)])
+        self.grow = nn.ModuleList([nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)) for _ in range(2)])
+        self.norm, self.last = nn.BatchNorm2d(12), nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [self.stem(x)]
+        for narrow, grow in zip(self.narrow, self.grow, strict=True):
+            features.append(grow(narrow(torch.cat(features, 1))))
+        skip = F.relu(self.norm(torch.cat(features, 1)))
+        deep = F.interpolate(F.max_pool2d(self.last(skip), 2), size=skip.shape[2:])
+        return torch.cat([deep, skip], 1)
+
+
 FORWARDS: list[tuple[type[nn.Module], tuple[int, ...]]] = [
     (TupleOrTensor, (2, 3, 9)), (TriesKeyword, (2, 3, 12)), (CustomFunction, (2, 3, 6, 6)), (Chunks, (2, 3, 6, 6)),
     (SplitAndUnbind, (3, 3, 6, 6)), (Generator, (2, 3, 6, 6)), (DataclassOutput, (2, 3, 6, 6)), (AsksForKinds, (2, 3, 6, 6)),
     (BySize, (2, 3, 6, 6)), (Tokens, (2, 3, 8, 8)), (SqueezeExcitation, (2, 3, 6, 6)), (DropPath, (4, 3, 6, 6)),
-    (NumbersOfItsOwn, (4, 3, 6, 6)),
+    (NumbersOfItsOwn, (4, 3, 6, 6)), (DenseSkip, (2, 3, 6, 6)),
 ]  # fmt: skip
 
 
@@ -261,6 +280,56 @@ def test_what_follows_from_sizes_holds_for_all_of_them() -> None:
     for n, width in ((2, 6), (3, 8), (4, 6), (2, 8), (3, 6), (3, 12)):
         x = torch.randn(n, 3, 6, width, dtype=torch.float64)
         assert_same_values(training_step(rewritten, x), training_step(model, x))
+
+
+class ChecksItsInput(nn.Module):
+    """Refuses what its strides do not divide, pools what is large, and repeats by a count that follows from the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = _stem(), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        if c != 3 or h % 2 != 0 or w % 2 != 0:
+            raise ValueError(f"cannot take {h} x {w} of {c} channels")
+        y = F.relu(self.norm(self.stem(x)))
+        if h * w / 2 > 40.0:
+            y = F.avg_pool2d(y, 2)
+        for _ in range((n + 3) // 4):
+            y = y * 1.5
+        return y
+
+
+def test_a_size_that_decides_is_captured_once_for_each_answer() -> None:
+    """Not once for each size."""
+    model = _built(ChecksItsInput)
+    rewritten = restructured_copy(model)
+    seen = []
+    for n, h, w in ((2, 6, 6), (3, 6, 6), (4, 6, 8), (2, 10, 10), (3, 12, 10), (5, 10, 10), (7, 12, 12), (2, 4, 12), (1, 8, 10)):
+        x = torch.randn(n, 3, h, w, dtype=torch.float64)
+        assert_same_values(training_step(rewritten, x), training_step(model, x))
+        seen.append(bnrestructure.explain(rewritten).captures["the whole model"])
+    assert seen == [1, 1, 1, 2, 2, 3, 3, 3, 3]
+    for shape in ((2, 3, 7, 6), (2, 4, 6, 6)):
+        with pytest.raises(ValueError, match="cannot take"):
+            rewritten(torch.randn(shape, dtype=torch.float64))
+
+
+def test_a_size_of_a_tensor_in_between_is_captured_once_for_each_size_of_the_input() -> None:
+    """Nothing says how the size of what a layer returns follows from the input's."""
+
+    class InBetween(ChecksItsInput):
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.max_pool2d(self.stem(x), 2)
+            return F.relu(self.norm(y if y.shape[2] > 3 else y * 2))
+
+    model = _built(InBetween)
+    rewritten = restructured_copy(model)
+    for side in (6, 8, 6, 10):
+        x = torch.randn(2, 3, side, side, dtype=torch.float64)
+        assert_same_values(training_step(rewritten, x), training_step(model, x))
+    assert bnrestructure.explain(rewritten).captures == {"the whole model": 3}
 
 
 def test_a_seeded_run_draws_eagers_numbers() -> None:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from bnrestructure.capture.containers import items, rebuilt, tensors_in
 from bnrestructure.capture.side_effects import Attributes, ambient_modes
-from bnrestructure.capture.sizes import SizeLog, TracedInt, TracedSize, is_traced
+from bnrestructure.capture.sizes import InputSize, SizeLog, TracedInt, TracedSize, is_traced
 from bnrestructure.capture.spelling import (
     CONSTANT_RESULTS,
     PLAIN_ANSWERS,
@@ -78,6 +78,7 @@ class Recorder(TorchFunctionMode):
         self._doubles: dict[int, Tensor] = {}  # id of a real tensor -> the fake one that stands for it
         self._attributes = _tensors_of(root)
         self._shaped_like: dict[int, Tensor] = {}
+        self._given: dict[int, int] = {}  # which of the forward's tensors one is
         self._storages: dict[int, int] = {}  # of tensors that stand for a part of another's memory
 
     # --- what the forward is given --------------------------------------------------------------------------------------
@@ -86,6 +87,7 @@ class Recorder(TorchFunctionMode):
         """An argument of the graph: a fake tensor like ``real``."""
         double = self.double(real)
         node = self.graph.placeholder(name)
+        self._given[id(double)] = len(self._given)
         self._put(double, _Place(node), real.requires_grad)
         self._describe(node, double)
         return double
@@ -347,7 +349,7 @@ class Recorder(TorchFunctionMode):
     def _shape(self, tensor: Tensor) -> TracedSize:
         fake = self._fake_of(tensor)
         source = self._shaped_like.get(id(fake), fake)
-        return TracedSize(self._number(int(n), source, "size", i) for i, n in enumerate(fake.shape))
+        return TracedSize(self._number(int(n), source, i) for i, n in enumerate(fake.shape))
 
     def _size(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shape = self._shape(args[0])
@@ -358,9 +360,9 @@ class Recorder(TorchFunctionMode):
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         return shape if dim is None else shape[int(dim)]
 
-    def _number(self, value: int, tensor: Tensor, *call: Any) -> TracedInt:
-        method, *rest = call
-        return TracedInt(value, lambda: self.graph.call_method(method, (self.node_of(tensor), *rest)), self.sizes)
+    def _number(self, value: int, tensor: Tensor, dim: int) -> TracedInt:
+        origin = InputSize(self._given[id(tensor)], dim) if id(tensor) in self._given else None
+        return TracedInt(value, lambda: self.graph.call_method("size", (self.node_of(tensor), dim)), self.sizes, origin)
 
 
 class _Constant:

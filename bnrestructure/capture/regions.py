@@ -20,6 +20,7 @@ from bnrestructure.capture.guess import guessed_arguments
 from bnrestructure.capture.program import Program, copied_graph
 from bnrestructure.capture.reads import Reads
 from bnrestructure.capture.side_effects import ambient_modes
+from bnrestructure.capture.sizes import still_hold
 from bnrestructure.capture.state import ModuleState
 from bnrestructure.capture.tracer import Capture, capture, is_capturing
 from bnrestructure.core.errors import BrokenGraphError, CaptureError, NotFollowedError, NotFullyFusedError
@@ -115,12 +116,19 @@ def subregions(module: nn.Module, opaque: dict[nn.Module, str]) -> Iterator[tupl
 
 @dataclass
 class _Cached:
-    """One program, or the lack of one, and what it holds for. ``sizes`` None: whatever the inputs' sizes."""
+    """One program, or the lack of one, and what it holds for. ``sizes`` None: whatever the inputs' sizes, by these conditions."""
 
     key: Any
     sizes: Any
     state: ModuleState
     program: Program | None
+    conditions: dict[Any, Any] = field(default_factory=dict)
+
+    def takes(self, arguments: Arguments) -> bool:
+        """Whether it holds for arguments of these sizes."""
+        if self.sizes is not None:
+            return bool(self.sizes == arguments.sizes)
+        return not self.conditions or still_hold(self.conditions, [t.shape for t in arguments.tensors])
 
 
 @dataclass
@@ -202,7 +210,7 @@ class Region:
             for i, cached in enumerate(self._programs):
                 if cached.key != key:
                     continue
-                if cached.sizes is not None and cached.sizes != arguments.sizes:
+                if not cached.takes(arguments):
                     changed = changed or "the sizes of its input, by which it decides something"
                 elif cached.state.matches():
                     if i:
@@ -244,7 +252,8 @@ class Region:
         self.ran.graph = copied_graph(gm.graph)
         RESTORE_FORMATS.rewrite(gm)
         sizes = arguments.sizes if before.by_size else None
-        return _Cached(key, sizes, ModuleState(module, before.reads), Program(gm, before.rebuild, type(module).__name__))
+        program = Program(gm, before.rebuild, type(module).__name__)
+        return _Cached(key, sizes, ModuleState(module, before.reads), program, before.conditions)
 
     def _refuse(self, reason: str) -> None:
         if reason not in self.ran.refusals:

@@ -1,51 +1,95 @@
 """Sizes of tensors during a capture: Python numbers that remember how a graph computes them, and that tell when one decides something.
 
-``x.view(n, c // 2, -1)`` becomes nodes of the graph, and holds for every size. ``if n > 3`` cannot: the capture then
-holds for inputs of these sizes alone (:attr:`SizeLog.decided`).
+``x.view(n, c // 2, -1)`` becomes nodes of the graph, and holds for every size. ``if h % 32 != 0`` cannot. Where it follows from the sizes
+of the inputs, the capture holds for those of which it is as true (:attr:`SizeLog.conditions`); where it asks an intermediate tensor, for
+inputs of these sizes alone (:attr:`SizeLog.decided`).
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from bnrestructure.core.errors import CaptureError
 
-__all__ = ["SizeLog", "TracedInt", "TracedSize", "is_traced"]
+__all__ = ["Computed", "InputSize", "SizeLog", "TracedInt", "TracedSize", "is_traced", "still_hold"]
+
+
+class InputSize(NamedTuple):
+    """The size of one dimension of one of the forward's tensors."""
+
+    tensor: int
+    dimension: int
+
+    def value(self, shapes: Sequence[torch.Size]) -> Any:
+        """The number, for inputs of these shapes."""
+        return shapes[self.tensor][self.dimension]
+
+
+class Computed(NamedTuple):
+    """What a function makes of such sizes, of numbers, and of what functions make of them."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def value(self, shapes: Sequence[torch.Size]) -> Any:
+        """The number, for inputs of these shapes."""
+        return self.function(*[a.value(shapes) if isinstance(a, InputSize | Computed) else a for a in self.arguments])
 
 
 class SizeLog:
-    """Whether any size (or stride) decided something in Python code: a branch, the length of a loop, an index.
+    """What sizes and strides decided in Python code: a branch, the length of a loop, an index.
 
-    ``uncertain`` is the path of a part whose results' sizes follow from values: from then on no size may decide anything.
+    conditions    what followed from the sizes of the forward's tensors, and the answer that the code got
+    decided    whether anything else decided
+    uncertain    path of a part whose results' sizes follow from values: from then on nothing but the forward's tensors' may decide
     """
 
     def __init__(self) -> None:
         self.decided = False
         self.uncertain: str | None = None
+        self.conditions: dict[InputSize | Computed, Any] = {}
 
     def decide(self) -> None:
-        """A size decides something. Raises CaptureError where it may follow from values."""
+        """A size of an intermediate tensor decides something. Raises CaptureError where it may follow from values."""
         if self.uncertain is not None:
             raise CaptureError(f"its forward decides by sizes that may follow from values ({self.uncertain} reads some)")
         self.decided = True
+
+    def note(self, function: Callable[..., Any] | None, arguments: tuple[Any, ...], answer: Any) -> None:
+        """The code got this answer from a function of numbers, or (None) learnt the value of the only one."""
+        origins = [a.origin if is_traced(a) else a for a in arguments]
+        if any(origin is None for origin in origins):
+            self.decide()
+        else:
+            self.conditions[origins[0] if function is None else Computed(function, tuple(origins))] = answer
+
+
+def still_hold(conditions: dict[InputSize | Computed, Any], shapes: Sequence[torch.Size]) -> bool:
+    """Whether inputs of these shapes give every answer that code went by."""
+    with suppress(ArithmeticError, ValueError, IndexError):
+        return all(origin.value(shapes) == answer for origin, answer in conditions.items())
+    return False
 
 
 class _Traced:
     """A number that follows from sizes. Arithmetic gives further ones; whatever needs its value is noted in the log.
 
-    ``make`` adds the node that computes the number to the graph; it is called once, when the number is used there.
+    ``make`` adds the node that computes the number to the graph; it is called once, when the number is used there. ``origin`` is how
+    the number follows from the sizes of the forward's own tensors, None where it is of another tensor.
     """
 
     value: Any
 
-    def __init__(self, value: float, make: Callable[[], fx.Node], log: SizeLog) -> None:
+    def __init__(self, value: float, make: Callable[[], fx.Node], log: SizeLog, origin: InputSize | Computed | None) -> None:
         self.value = value
+        self.origin = origin
         self._make = make
         self._log = log
         self._fx_node: fx.Node | None = None
@@ -63,7 +107,7 @@ class _Traced:
 
     def decide(self, *_: Any) -> Any:
         """The value, for code that must know it."""
-        self._log.decide()
+        self._log.note(None, (self,), self.value)
         return self.value
 
     def _computed(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -72,7 +116,9 @@ class _Traced:
             return NotImplemented
         value = function(*values)
         kind = TracedInt if type(value) is int else TracedFloat
-        return kind(value, lambda: self._call(function, arguments), self._log)
+        origins = tuple(a.origin if is_traced(a) else a for a in arguments)
+        origin = None if any(o is None for o in origins) else Computed(function, origins)
+        return kind(value, lambda: self._call(function, arguments), self._log, origin)
 
     def _call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> fx.Node:
         nodes = tuple(a.fx_node if is_traced(a) else a for a in arguments)
@@ -152,13 +198,21 @@ def _unary(name: str, function: Callable[..., Any]) -> None:
 
 
 def _deciding(name: str) -> None:
-    def compare(self: _Traced, *others: Any) -> Any:
-        values = [o.decide() if is_traced(o) else o for o in others]
-        return getattr(self.decide(), f"__{name}__")(*values)
+    def ask(number: float, *others: Any) -> Any:
+        if any(type(o) is float for o in others) and name in _COMPARISONS:
+            number = float(number)
+        return getattr(number, f"__{name}__")(*others)
 
-    setattr(_Traced, f"__{name}__", compare)
+    def answered(self: _Traced, *others: Any) -> Any:
+        answer = ask(self.value, *[o.value if is_traced(o) else o for o in others])
+        if answer is not NotImplemented:
+            self._log.note(ask, (self, *others), answer)
+        return answer
+
+    setattr(_Traced, f"__{name}__", answered)
 
 
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     _binary(_name, getattr(operator, _name))
 _UNARY: dict[str, Callable[[Any], Any]] = {
@@ -167,7 +221,7 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
 for _name, _function in _UNARY.items():
     _unary(_name, _function)
 for _name in (
-    "eq", "ne", "lt", "le", "gt", "ge", "bool", "int", "float", "index", "divmod", "rdivmod", "and", "or", "xor", "lshift",
+    *_COMPARISONS, "bool", "int", "float", "index", "divmod", "rdivmod", "and", "or", "xor", "lshift",
     "rshift", "rand", "ror", "rxor", "rlshift", "rrshift", "invert", "complex",
 ):  # fmt: skip
     _deciding(_name)

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpoint_module
 
 from bnrestructure.capture.arguments import Arguments
+from bnrestructure.capture.fakes import FaithfulFakeMode
 from bnrestructure.capture.layers import keeps_shape, known_result
 from bnrestructure.capture.outputs import as_output
 from bnrestructure.capture.reads import Reads, not_recording, recording_reads
@@ -50,6 +51,7 @@ class Capture:
     opaque          submodules that are called as they are, although they are no layers of PyTorch's, and why
     reads           the attributes that decided something
     by_size         whether the graph holds for inputs of these sizes alone
+    conditions      otherwise what must be as true of the sizes of other inputs (capture/sizes.py)
     """
 
     graph_module: fx.GraphModule
@@ -57,6 +59,7 @@ class Capture:
     opaque: dict[nn.Module, str]
     reads: Reads
     by_size: bool
+    conditions: dict[Any, Any]
 
 
 def is_capturing() -> bool:
@@ -96,7 +99,7 @@ class _Session:
         self.paths = {m: name for name, m in reversed(list(root.named_modules(remove_duplicate=False)))}
         self.attributes = Attributes(root)
         self.reads = Reads()
-        self.recorder = Recorder(root, FakeTensorMode(allow_non_fake_inputs=True))
+        self.recorder = Recorder(root, FaithfulFakeMode(allow_non_fake_inputs=True))
         self.random_before = _random_state()
         self.blamed: nn.Module | None = None  # the submodule to call as it is, if an error is its own
         self._error: BaseException | None = None  # the last one that left a module, and
@@ -135,7 +138,7 @@ class _Session:
             self._undo()
         recorder.graph.output(output)
         gm = fx.GraphModule(self.root, recorder.graph, class_name=type(self.root).__name__)
-        return Capture(gm, rebuild, dict(self.opaque), self.reads, recorder.sizes.decided)
+        return Capture(gm, rebuild, dict(self.opaque), self.reads, recorder.sizes.decided, recorder.sizes.conditions)
 
     @contextmanager
     def _within(self, path: str, module: nn.Module) -> Iterator[None]:

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from bnrestructure.measure_kernels import tune
     from bnrestructure.models.inputs import example_inputs, on_gpu
     from bnrestructure.models.models import load_model
-    from bnrestructure.plan.shapes import check_shapes
+    from bnrestructure.plan.shapes import Observed
     from bnrestructure.report.plan_table import print_kernels, print_plan
 
     with progress(arguments.model) as say:
@@ -48,14 +48,14 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.tune:
             if arguments.backend == "cuda":
                 model, inputs = on_gpu(model, inputs)
-            check_shapes(model, inputs)
+            Observed(model, inputs).check()
             say("finding what there is to tune")
             say.expect(_calls(model, explain(model, inputs, backend=arguments.backend, passes=pass_names(arguments.passes))))
             tune(model, inputs, passes=pass_names(arguments.passes), progress=lambda call: say(f"tuned {call}"))
         with listening(say, say.expect):
             plan = explain(model, inputs, backend=arguments.backend, passes=pass_names(arguments.passes))
     if plan.notes and (arguments.input_size or arguments.inputs):
-        check_shapes(model, inputs)
+        Observed(model, inputs).check()
     if arguments.json:
         print_json(plan.to_json())
     else:

@@ -24,7 +24,7 @@ from bnrestructure.graph.ir import (
     maker_of,
 )
 from bnrestructure.graph.layers import shape_of
-from bnrestructure.graph.order import depends_on
+from bnrestructure.graph.order import depends_on, readers_of
 from bnrestructure.graph.view import Fused
 
 __all__ = ["MEMORY_RULES"]
@@ -57,7 +57,7 @@ def _foreign_reader(tensor: fx.Node, look: Look) -> fx.Node | None:
     """A reader whose gradient of this tensor may be in anybody's memory. What writes into a buffer hands down a slice of the buffer's."""
     tensors = [tensor]
     for read in tensors:
-        for reader in read.users:
+        for reader in readers_of(read):
             view = look.at(reader)
             if isinstance(view, Conv | ConcatBuffer) and view.into is read:
                 buffer = _buffer(view, look)

@@ -7,30 +7,67 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from bnrestructure.capture.arguments import Arguments
 from bnrestructure.capture.swap import swap_out
 from bnrestructure.core.errors import UsageError, first_line
+from bnrestructure.graph.boundaries import is_library_leaf
 
-__all__ = ["Shapes", "check_shapes", "layer_shapes"]
+__all__ = ["Observed", "Shapes", "layer_shapes"]
 
 #: Path of a layer -> shape and dtype of its input.
 Shapes = dict[str, tuple[torch.Size, torch.dtype]]
 
 
-def check_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Raise UsageError with the model's own words when its training forward does not take inputs of these shapes.
+class Observed:
+    """What the parts of a model are called with in one training forward, for these inputs. It runs when somebody first asks.
 
-    It runs for real: on the meta device a wrong shape and a data-dependent step would look the same.
+    It runs for real, on a copy: on the meta device a wrong shape and a data-dependent step would look the same.
     """
-    tried = copy.deepcopy(model).train()
-    swap_out(tried)
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            tried(*pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs))
-    except Exception as error:  # a forward() may raise anything on a wrong shape
-        shown = ", ".join(_shown(leaf) for leaf in pytree.tree_leaves(inputs)[:2])
-        raise UsageError(f"the model does not take this input ({shown}): {first_line(error)}") from error
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._model = model
+        self._inputs = inputs
+        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+
+    def arguments(self, path: str) -> Arguments | None:
+        """Those of the first call of the module at ``path``; None where nobody calls it. Raises UsageError as :meth:`check` does."""
+        args, kwargs = (self._inputs, {}) if path == "" else self._run().get(path, (None, None))
+        return None if args is None or kwargs is None else Arguments(args, kwargs)
+
+    def check(self) -> None:
+        """Raise UsageError with the model's own words when its training forward does not take inputs of these shapes."""
+        self._run()
+
+    def _run(self) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+        if self._calls is not None:
+            return self._calls
+        calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        double = copy.deepcopy(self._model).train()
+        swap_out(double)
+        for name, module in double.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule) and not is_library_leaf(module):
+                module.register_forward_pre_hook(lambda _, args, kwargs, name=name: _note(calls, name, args, kwargs), with_kwargs=True)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                double(*pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), self._inputs))
+        except Exception as error:  # a forward() may raise anything on a wrong shape
+            shown = ", ".join(_shown(leaf) for leaf in pytree.tree_leaves(self._inputs)[:2])
+            raise UsageError(f"the model does not take this input ({shown}): {first_line(error)}") from error
+        self._calls = calls
+        return calls
+
+
+def _note(calls: dict[str, Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if name not in calls:
+        with FakeTensorMode():
+            calls[name] = pytree.tree_map_only(torch.Tensor, _without_data, (args, kwargs))
+
+
+def _without_data(t: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) if t.layout is torch.strided else t
 
 
 def _shown(leaf: object) -> str:

@@ -19,7 +19,7 @@ from bnrestructure.graph.layers import conv_of
 from bnrestructure.graph.provenance import known_tensor, module_path, provenance
 from bnrestructure.passes import pipeline
 from bnrestructure.patterns.batch_norm import site_names
-from bnrestructure.plan.shapes import Shapes, check_shapes
+from bnrestructure.plan.shapes import Observed, Shapes
 
 __all__ = ["Survey", "SurveyedRegion", "take_survey"]
 
@@ -55,16 +55,20 @@ class Survey:
 
 
 def take_survey(model: nn.Module, options: Options, inputs: tuple[Any, ...] | None = None) -> Survey:
-    """Survey a model. Each part is captured once, with ``inputs`` where they are given, and parts that have run are not captured again."""
+    """Survey a model. Each part is captured once, and parts that have run are not captured again.
+
+    With ``inputs`` each part is captured with what it gets from them: what a part gets whose caller cannot be followed, the model's own
+    forward tells.
+    """
     survey = Survey()
     paths = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     with training_flags(model):
-        _look(model, options, None if inputs is None else Arguments(inputs, {}), paths, holding_batch_norms(model), survey)
+        _look(model, options, None if inputs is None else Observed(model, inputs), paths, holding_batch_norms(model), survey)
     return survey
 
 
 def _look(
-    module: nn.Module, options: Options, arguments: Arguments | None, paths: dict[nn.Module, str], holding: set[nn.Module], survey: Survey
+    module: nn.Module, options: Options, observed: Observed | None, paths: dict[nn.Module, str], holding: set[nn.Module], survey: Survey
 ) -> None:
     if module not in holding or is_library_leaf(module):
         return
@@ -80,13 +84,14 @@ def _look(
         survey.reasons[module] = ran.refusals[-1]
     elif not any(_has_run(m) for m in module.modules()):
         try:
+            arguments = None if observed is None else observed.arguments(paths[module])
             children = (child for child, _ in _captured(module, options, arguments, paths[module], survey))
         except (CaptureError, BrokenGraphError) as error:
-            if arguments is not None and isinstance(error, NotFollowedError):
-                check_shapes(module, arguments.unflatten(arguments.tensors)[0])
+            if observed is not None and isinstance(error, NotFollowedError):
+                observed.check()
             survey.reasons[module] = str(error)
     for child in children:
-        _look(child, options, None, paths, holding, survey)
+        _look(child, options, observed, paths, holding, survey)
 
 
 def _has_run(module: nn.Module) -> bool:

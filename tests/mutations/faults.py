@@ -73,6 +73,7 @@ PATTERNS = (
     Fault("_derives_from", "", "return True", "tests/test_semantics_joins.py"),
     Fault("_is_known_elsewhere", "", "return False", "tests/test_semantics_inplace.py"),
     Fault("SizeLog.decide", "self.decided = True", "self.decided = False", "tests/test_semantics_python.py"),
+    Fault("still_hold", "", "return True", "tests/test_semantics_python.py"),
     Fault("_is_4d", "", "return True", "tests/passes/test_must_not_fire.py"),
     Fault("is_homogeneous", "", "return True", "tests/passes/test_normalised_concats.py"),
 )  # fmt: skip

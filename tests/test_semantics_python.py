@@ -319,12 +319,12 @@ def test_a_size_that_decides_is_captured_once_for_each_answer() -> None:
 def test_a_size_of_a_tensor_in_between_is_captured_once_for_each_size_of_the_input() -> None:
     """Nothing says how the size of what a layer returns follows from the input's."""
 
-    class InBetween(ChecksItsInput):
+    class OfAnIntermediate(ChecksItsInput):
         def forward(self, x: Tensor) -> Tensor:
             y = F.max_pool2d(self.stem(x), 2)
             return F.relu(self.norm(y if y.shape[2] > 3 else y * 2))
 
-    model = _built(InBetween)
+    model = _built(OfAnIntermediate)
     rewritten = restructured_copy(model)
     for side in (6, 8, 6, 10):
         x = torch.randn(2, 3, side, side, dtype=torch.float64)

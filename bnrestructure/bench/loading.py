@@ -11,7 +11,7 @@ from bnrestructure.bench.settings import Settings
 from bnrestructure.bench.workload import Workload
 from bnrestructure.models.inputs import example_inputs
 from bnrestructure.models.models import load_model
-from bnrestructure.plan.shapes import check_shapes
+from bnrestructure.plan.shapes import Observed
 
 __all__ = ["load_workload"]
 
@@ -27,7 +27,7 @@ def load_workload(settings: Settings) -> Workload:
     )
     make = None if ":" in settings.model else partial(_torchvision, settings.model)
     workload = Workload(model, inputs, make)
-    check_shapes(model, workload.first(2))
+    Observed(model, workload.first(2)).check()
     return workload
 
 

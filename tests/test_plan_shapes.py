@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import bnrestructure
 
@@ -62,3 +63,21 @@ def test_a_part_is_planned_with_what_the_model_calls_it_with() -> None:
 def test_inputs_that_the_model_does_not_take_are_refused() -> None:
     with pytest.raises(bnrestructure.UsageError, match=r"does not take this input \(2x4x9x9\)"):
         bnrestructure.explain(Detector(), torch.zeros(2, 4, 9, 9), backend="reference")
+
+
+class Blur(nn.Module):
+    """Convolves by function, with a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("filter", torch.ones(4, 1, 3, 3) / 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.filter, stride=2, groups=4)
+
+
+def test_a_convolution_by_function_has_no_kernel_listed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Blur(), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    plan = bnrestructure.explain(model, torch.zeros(2, 3, 9, 9), backend="reference")
+    assert plan.counts["fused"] == 2
+    assert [kernel.name for kernel in plan.kernels] == ["0", "6"]

@@ -54,7 +54,9 @@ def convolution_kernels(path: str, after: fx.GraphModule, shapes: Shapes, backen
         if name is None or prefix + name not in shapes or name not in modules:
             continue
         shape, dtype = shapes[prefix + name]
-        weight: Any = modules[name].weight
+        weight = getattr(modules[name], "weight", None)
+        if not isinstance(weight, Tensor):
+            continue
         here = weight.device.type == device
         yield _kernel(prefix + name, conv, tuple(shape), tuple(weight.shape), dtype, backend, device, here)
 

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.overrides import TorchFunctionMode
 
+from bnrestructure.capture.calls import Constant
 from bnrestructure.capture.containers import items, rebuilt, tensors_in
 from bnrestructure.capture.side_effects import Attributes, ambient_modes
 from bnrestructure.capture.sizes import InputSize, SizeLog, TracedInt, TracedSize, is_traced
@@ -265,7 +266,7 @@ class Recorder(TorchFunctionMode):
         if path is not None:
             node = self.graph.create_node("get_attr", path)
         else:
-            node = self.graph.create_node("call_function", _Constant(tensor, f"constant_{len(self._doubles)}"), (), {})
+            node = self.graph.create_node("call_function", Constant(tensor, f"constant_{len(self._doubles)}"), (), {})
         double = self.double(tensor)
         self._describe(node, double)
         self._doubles[id(tensor)] = double
@@ -363,18 +364,6 @@ class Recorder(TorchFunctionMode):
     def _number(self, value: int, tensor: Tensor, dim: int) -> TracedInt:
         origin = InputSize(self._given[id(tensor)], dim) if id(tensor) in self._given else None
         return TracedInt(value, lambda: self.graph.call_method("size", (self.node_of(tensor), dim)), self.sizes, origin)
-
-
-class _Constant:
-    """A tensor that is no attribute of the module tree (a global, one in a list), as a function that a graph can call."""
-
-    def __init__(self, value: Tensor, name: str) -> None:
-        self.value = value
-        self.__name__ = self.__qualname__ = name
-        self.__module__ = "bnrestructure.capture"
-
-    def __call__(self) -> Tensor:
-        return self.value
 
 
 def _tensors_of(root: nn.Module) -> dict[int, str]:

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpoint_module
 
 from bnrestructure.capture.arguments import Arguments
+from bnrestructure.capture.calls import CustomFunction
 from bnrestructure.capture.fakes import FaithfulFakeMode
 from bnrestructure.capture.layers import keeps_shape, known_result
 from bnrestructure.capture.outputs import as_output
@@ -221,18 +222,6 @@ class _Session:
         return result
 
 
-class _CustomFunction:
-    """A custom autograd Function as a function that a graph can call: it is not looked into, and keeps its own backward."""
-
-    def __init__(self, cls: type[torch.autograd.Function]) -> None:
-        self._cls = cls
-        self.__name__ = self.__qualname__ = cls.__name__
-        self.__module__ = "bnrestructure.capture"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._cls.apply(*args, **kwargs)
-
-
 @contextmanager
 def _keeping_buffers_of_scripts(module: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Put back what ScriptModules write to their buffers: compiled code finds them by itself, so that no fake ones can stand for them."""
@@ -266,7 +255,7 @@ def _patched() -> Iterator[None]:
         own = apply.__get__(None, cls)
         if session is None or session.recorder.depth:
             return own(*args, **kwargs)
-        return session.recorder.call("call_function", _CustomFunction(cls), args, kwargs, own)
+        return session.recorder.call("call_function", CustomFunction(cls), args, kwargs, own)
 
     nn.Module.__call__ = call_module  # type: ignore[method-assign]
     torch.autograd.Function.apply = classmethod(call_function)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,14 +10,11 @@ from typing import Any
 import pytest
 import torch
 from equivalence import assert_same_training, assert_same_values, restructured_copy, training_step, tree_tensors
+from stems import built, stem
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnrestructure
-
-
-def _stem(channels: int = 4, kind: type[nn.Module] = nn.Conv2d, norm: type[nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
-    return nn.Sequential(kind(3, channels, 3, padding=1), norm(channels), nn.ReLU(), kind(channels, channels, 3, padding=1))  # type: ignore[call-arg]
 
 
 class TupleOrTensor(nn.Module):
@@ -26,7 +22,7 @@ class TupleOrTensor(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.recurrent = _stem(kind=nn.Conv1d, norm=nn.BatchNorm1d), nn.GRU(4, 4)
+        self.stem, self.recurrent = stem(kind=nn.Conv1d, norm=nn.BatchNorm1d), nn.GRU(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.recurrent(self.stem(x).permute(2, 0, 1))
@@ -66,7 +62,7 @@ class _Swish(torch.autograd.Function):
 class CustomFunction(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.norm, self.last = _stem(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.stem, self.norm, self.last = stem(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(_Swish.apply(self.norm(self.stem(x))))
@@ -77,7 +73,7 @@ class Chunks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = _stem(8)
+        self.stem = stem(8)
         self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.SiLU()) for _ in range(2))
         self.last = nn.Sequential(nn.Conv2d(16, 4, 1), nn.BatchNorm2d(4))
 
@@ -92,7 +88,7 @@ class SplitAndUnbind(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.conv, self.norm = _stem(8), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.stem, self.conv, self.norm = stem(8), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = torch.split(self.stem(x), 4, 1)
@@ -103,7 +99,7 @@ class SplitAndUnbind(nn.Module):
 class Generator(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stages = nn.ModuleList([_stem(), nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))])
+        self.stages = nn.ModuleList([stem(), nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))])
 
     def features(self, x: Tensor) -> Iterator[Tensor]:
         for stage in self.stages:
@@ -123,7 +119,7 @@ class Output:
 class DataclassOutput(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.norm = _stem(), nn.BatchNorm2d(4)
+        self.stem, self.norm = stem(), nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Output:
         y = self.stem(x)
@@ -135,7 +131,7 @@ class AsksForKinds(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.norm = _stem(), nn.BatchNorm2d(4)
+        self.stem, self.norm = stem(), nn.BatchNorm2d(4)
         self.extra: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,7 +148,7 @@ class BySize(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.norm = _stem(), nn.BatchNorm2d(4)
+        self.stem, self.norm = stem(), nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Tensor:
         missing = -x.shape[-1] % 4
@@ -168,7 +164,7 @@ class Tokens(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.norm, self.last, self.drop = _stem(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Dropout(0.5)
+        self.stem, self.norm, self.last, self.drop = stem(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm(self.stem(x)))
@@ -181,7 +177,7 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.norm, self.last = _stem(8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.stem, self.norm, self.last = stem(8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
         self.reduce, self.expand = nn.Linear(8, 2), nn.Linear(2, 8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -196,7 +192,7 @@ class DropPath(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.norm = _stem(), nn.BatchNorm2d(4)
+        self.stem, self.norm = stem(), nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.stem(x)
@@ -247,14 +243,9 @@ FORWARDS: list[tuple[type[nn.Module], tuple[int, ...]]] = [
 ]  # fmt: skip
 
 
-def _built(kind: type[nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return kind().double().train()
-
-
 @pytest.mark.parametrize(("kind", "shape"), FORWARDS, ids=lambda v: v.__name__ if isinstance(v, type) else "")
 def test_forward_runs_rewritten_and_trains_the_same(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
-    rewritten = assert_same_training(_built(kind), torch.randn(shape, dtype=torch.float64), steps=3)
+    rewritten = assert_same_training(built(kind), torch.randn(shape, dtype=torch.float64), steps=3)
     plan = bnrestructure.explain(rewritten)
     assert plan.captures == {"the whole model": 1}
     assert all(site.ran for site in plan.sites)
@@ -269,13 +260,13 @@ def _loss(output: Any) -> Tensor:
 @pytest.mark.parametrize(("kind", "shape"), FORWARDS, ids=lambda v: v.__name__ if isinstance(v, type) else "")
 def test_verify_finds_them_equivalent(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64)
-    report = bnrestructure.verify(_built(kind), x, loss_fn=_loss, backend="reference", steps=1)
+    report = bnrestructure.verify(built(kind), x, loss_fn=_loss, backend="reference", steps=1)
     assert report.ok, report
 
 
 def test_what_follows_from_sizes_holds_for_all_of_them() -> None:
     """The branch is taken by the size; what is computed from sizes is not burnt in."""
-    model = _built(BySize)
+    model = built(BySize)
     rewritten = restructured_copy(model)
     for n, width in ((2, 6), (3, 8), (4, 6), (2, 8), (3, 6), (3, 12)):
         x = torch.randn(n, 3, 6, width, dtype=torch.float64)
@@ -287,7 +278,7 @@ class ChecksItsInput(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.norm = _stem(), nn.BatchNorm2d(4)
+        self.stem, self.norm = stem(), nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
@@ -303,7 +294,7 @@ class ChecksItsInput(nn.Module):
 
 def test_a_size_that_decides_is_captured_once_for_each_answer() -> None:
     """Not once for each size."""
-    model = _built(ChecksItsInput)
+    model = built(ChecksItsInput)
     rewritten = restructured_copy(model)
     seen = []
     for n, h, w in ((2, 6, 6), (3, 6, 6), (4, 6, 8), (2, 10, 10), (3, 12, 10), (5, 10, 10), (7, 12, 12), (2, 4, 12), (1, 8, 10)):
@@ -324,7 +315,7 @@ def test_a_size_of_a_tensor_in_between_is_captured_once_for_each_size_of_the_inp
             y = F.max_pool2d(self.stem(x), 2)
             return F.relu(self.norm(y if y.shape[2] > 3 else y * 2))
 
-    model = _built(OfAnIntermediate)
+    model = built(OfAnIntermediate)
     rewritten = restructured_copy(model)
     for side in (6, 8, 6, 10):
         x = torch.randn(2, 3, side, side, dtype=torch.float64)
@@ -333,7 +324,7 @@ def test_a_size_of_a_tensor_in_between_is_captured_once_for_each_size_of_the_inp
 
 
 def test_a_seeded_run_draws_eagers_numbers() -> None:
-    model, x = _built(Tokens), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    model, x = built(Tokens), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     rewritten = restructured_copy(model)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         batch = x.contiguous(memory_format=memory_format)
@@ -381,139 +372,11 @@ def test_what_a_hook_keeps_is_overwritten_as_in_eager(where: str) -> None:
     torch.testing.assert_close(kept[1], kept[0])
 
 
-class BypassesItsBackbone(nn.Module):
-    """A forward that cannot be followed whole, and that calls the parts of its backbone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(_stem(), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.backbone[0](x)
-        if y.mean() > 1e9:
-            y = y / 2
-        return self.backbone[1](y)
-
-
-def test_parts_that_are_called_by_somebody_else_run_rewritten() -> None:
-    model, x = _built(BypassesItsBackbone), torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    rewritten = assert_same_training(model, x, steps=2)
-    plan = bnrestructure.explain(rewritten)
-    assert {site.name: site.ran for site in plan.sites} == {"backbone.0.1": True, "backbone.1.0": True}
-    assert plan.captures["backbone.0"] == plan.captures["backbone.1"] == 1
-    assert any("values of a tensor" in note for note in plan.notes)
-
-
 def test_methods_that_call_parts_of_a_model_run_rewritten() -> None:
     """As timm's forward_features, or a LightningModule's training_step: forward() is never called."""
-    model = _built(Generator)
+    model = built(Generator)
     rewritten = restructured_copy(model)
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     for actual, expected in zip(rewritten.features(x), model.features(x), strict=True):  # type: ignore[operator]
         torch.testing.assert_close(actual, expected)
     assert bnrestructure.explain(rewritten).captures == {"stages.0": 1, "stages.1": 1}
-
-
-def test_a_layer_of_its_own_making_is_left_to_the_model() -> None:
-    """Layers that are no submodules: without parameters they are followed, with parameters the module runs as it was."""
-
-    class Makes(nn.Module):
-        def __init__(self, layer: type[nn.Module]) -> None:
-            super().__init__()
-            self.stem, self.norm, self._kind = _stem(), nn.BatchNorm2d(4), layer
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.norm(self._kind()(self.stem(x)))
-
-    class Conv(nn.Conv2d):
-        def __init__(self) -> None:
-            super().__init__(4, 4, 1, dtype=torch.float64, device="meta")
-            self.weight, self.bias = nn.Parameter(torch.eye(4, dtype=torch.float64).view(4, 4, 1, 1)), None
-
-    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    for kind, captured in ((nn.ReLU, True), (Conv, False)):
-        torch.manual_seed(0)
-        rewritten = assert_same_training(Makes(kind).double(), x)
-        assert all(bool(site.ran) is captured for site in bnrestructure.explain(rewritten).sites if site.name == "norm")
-
-
-def test_a_capture_writes_to_no_buffer_and_no_attribute() -> None:
-    """Of layers that it runs to see what they return: compiled, opaque, recurrent, and PyTorch's own."""
-
-    class Counts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.calls, self.seen = nn.BatchNorm2d(4, momentum=None), 0, torch.zeros(())
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            self.seen += 1
-            return self.norm(x)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        script = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
-    model = nn.Sequential(_stem(), Counts(), script, nn.Dropout(0.3))
-    state = copy.deepcopy(model.state_dict())
-    random_state = torch.get_rng_state()
-    bnrestructure.explain(model, torch.randn(2, 3, 6, 6))
-    torch.set_rng_state(random_state)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, state[name]), name
-    assert (model[1].calls, float(model[1].seen)) == (0, 0.0)
-
-
-class ByValue(nn.Module):
-    """Runs its layers as often as the values say; ``kind`` is what it returns beyond a limit that random numbers do not reach."""
-
-    def __init__(self, kind: str = "tensor") -> None:
-        super().__init__()
-        self.layers, self.kind = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)), kind
-
-    def forward(self, x: Tensor) -> Any:
-        for _ in range(3):
-            if x.abs().mean() > 0.6:
-                break
-            x = x + self.layers(x)
-        return (x,) if self.kind == "tuple" and x.abs().mean() > 100 else x[: 1 + int(x.min() > 0)] if self.kind == "size" else x
-
-
-class AroundValues(nn.Module):
-    def __init__(self, kind: str = "tensor", decides: bool = False) -> None:
-        super().__init__()
-        self.stem, self.part, self.last, self.decides = _stem(), ByValue(kind), _stem(kind=nn.Conv2d), decides
-        self.between = nn.Conv2d(4, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.part(self.stem(x))
-        y = y[0] if isinstance(y, tuple) else y
-        return self.last(self.between(y)) * (2 if self.decides and y.shape[0] > 1 else 1)
-
-
-def test_around_a_part_that_reads_values() -> None:
-    """Only that part stays a call; its own layers run rewritten."""
-    rewritten = assert_same_training(_built(AroundValues), torch.randn(3, 3, 6, 6, dtype=torch.float64), steps=3)
-    plan = bnrestructure.explain(rewritten)
-    assert plan.counts == {"fused": 3, "partial": 0, "kept": 0}
-    assert all(site.ran for site in plan.sites)
-    assert plan.captures["the whole model"] == 1
-
-
-def test_sizes_that_follow_from_values_decide_nothing() -> None:
-    torch.manual_seed(0)
-    model = AroundValues("size", decides=True).double()
-    rewritten = assert_same_training(model, torch.randn(3, 3, 6, 6, dtype=torch.float64), steps=2)
-    plan = bnrestructure.explain(rewritten)
-    assert any("decides by sizes that may follow from values (part reads some)" in note for note in plan.notes)
-    assert plan.counts["kept"] == 0
-
-
-def test_a_result_of_another_kind_than_was_captured_is_an_error_that_says_so() -> None:
-    torch.manual_seed(0)
-    model = bnrestructure.restructure(AroundValues("tuple").double(), backend="reference")
-    x = torch.randn(3, 3, 6, 6, dtype=torch.float64)
-    model(x)
-    with torch.no_grad():
-        model.stem[3].bias.fill_(1e6)
-    with pytest.raises(RuntimeError, match="part returned a tuple, and something else when the model was captured"):
-        model(x)

@@ -23,7 +23,7 @@ from bnrestructure.capture.side_effects import ambient_modes
 from bnrestructure.capture.sizes import still_hold
 from bnrestructure.capture.state import ModuleState
 from bnrestructure.capture.tracer import Capture, capture, is_capturing
-from bnrestructure.core.errors import BrokenGraphError, CaptureError, NotFollowedError, NotFullyFusedError
+from bnrestructure.core.errors import AttributeWrittenError, BrokenGraphError, CaptureError, NotFollowedError, NotFullyFusedError
 from bnrestructure.graph.boundaries import any_global_hooks, boundary_reason, is_library_leaf
 from bnrestructure.passes import pipeline
 from bnrestructure.passes.prepare import prepare
@@ -123,6 +123,7 @@ class _Cached:
     state: ModuleState
     program: Program | None
     conditions: dict[Any, Any] = field(default_factory=dict)
+    again: bool = False  # the next call like this one is captured once more
 
     def takes(self, arguments: Arguments) -> bool:
         """Whether it holds for arguments of these sizes."""
@@ -194,13 +195,15 @@ class Region:
         return cached.program(module, arguments.tensors)
 
     def _own(self, cached: _Cached, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        again = True  # after an error, too: the call itself is at fault, perhaps, and not what the tracer can follow
         try:
-            return forward(module, *args, **kwargs)
-        except Exception:
-            # The call itself is at fault, perhaps, and not what the tracer can follow: the next one like it is captured again.
-            with self._lock, suppress(ValueError):
-                self._programs.remove(cached)
-            raise
+            result = forward(module, *args, **kwargs)
+            again = cached.again
+            return result
+        finally:
+            if again:
+                with self._lock, suppress(ValueError):
+                    self._programs.remove(cached)
 
     def _fitting(self, module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> _Cached:
         """The program for this call, made if there is none."""
@@ -240,7 +243,8 @@ class Region:
             before = captured(module, forward, arguments)
         except CaptureError as error:
             self._refuse(str(error))
-            return _Cached(key, None, ModuleState(module, Reads()), None)
+            again = isinstance(error, AttributeWrittenError) and self._seen[key] == 1  # perhaps the first call alone writes it
+            return _Cached(key, None, ModuleState(module, Reads()), None, again=again)
         gm = before.graph_module
         self.ran.sites = site_names(gm.graph)
         try:

@@ -32,7 +32,7 @@ from bnrestructure.capture.reads import Reads, not_recording, recording_reads
 from bnrestructure.capture.recorder import Recorder
 from bnrestructure.capture.side_effects import Attributes
 from bnrestructure.capture.trial import AsBefore, trial
-from bnrestructure.core.errors import CaptureError, NotFollowedError, first_line
+from bnrestructure.core.errors import AttributeWrittenError, CaptureError, NotFollowedError, first_line
 from bnrestructure.graph.boundaries import boundary_reason, is_library_leaf
 
 __all__ = ["Capture", "capture", "is_capturing"]
@@ -167,7 +167,7 @@ class _Session:
         if changed is not None and not isinstance(pending, CaptureError):
             owner, key = changed
             self.blamed = owner if owner is not self.root else None
-            raise CaptureError(f"its forward writes the attribute {key!r}")
+            raise AttributeWrittenError(f"its forward writes the attribute {key!r}")
         if drawn and pending is None:
             raise CaptureError(_RANDOM)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "AttributeWrittenError",
     "BNRestructureError",
     "BrokenGraphError",
     "CaptureError",
@@ -24,6 +25,10 @@ class UsageError(BNRestructureError, ValueError):
 
 class CaptureError(BNRestructureError):
     """A module that the tracer cannot follow. Inside ``restructure`` it becomes a reason in the plan."""
+
+
+class AttributeWrittenError(CaptureError):
+    """A module whose forward writes to an attribute: each time, or only the first."""
 
 
 class NotFollowedError(CaptureError):

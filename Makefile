@@ -3,7 +3,7 @@
 #
 #   make demo       a minute: what happens to densenet121, that its numbers stay, and what it and resnet50 win here
 #   make test       the test-suite (WORKERS=4: four tests at a time)
-#   make zoo        every torchvision model with a batch norm (WORKERS=4: four at a time)
+#   make zoo        every torchvision model with a batch norm, and two whole ones interpreted (WORKERS=4: four at a time)
 #   make lint       ruff, codespell, the contract on imports, and mypy on the installed wheel
 #   make mutations  plants faults in passes, nodes and kernels, one at a time, and says which guard notices each (ARGS: some of them)
 #   make sanitize   the kernel tests under the address and undefined-behaviour sanitizers
@@ -11,7 +11,7 @@
 #   make fuzz       100,000 spoiled calls of the CPU kernels, in child processes (ARGS="--cases 1000 --seed 1")
 #   make cuda       every CUDA kernel compiled for every supported part (no GPU needed): registers, spills, shared memory
 #   make cuda-oldest   the same, and the interpreted tests, with the oldest PyTorch and Triton, in a venv of their own (ARGS: other tests)
-#   make cuda-models   whole models through the CUDA kernels in Triton's interpreter: a part of make test (no GPU needed)
+#   make cuda-models   whole models through the CUDA kernels in Triton's interpreter: a part of make zoo (no GPU needed)
 #   make cuda-emulated   the interpreted tests on the code that is compiled for a part (PART=90), run by an emulator of its instructions; hours
 #   make gpu        checks and times everything on the GPU at hand
 #   make integrations   the how-tos that need other libraries: Lightning, Accelerate, transformers, timm
@@ -80,10 +80,10 @@ demo: $(VENV)/.ready
 WORKERS ?= 2
 
 test: $(VENV)/.ready
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not zoo and not integrations" -n $(WORKERS) --durations=10 $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not zoo and not integrations and not whole" -n $(WORKERS) --durations=10 $(ARGS)
 
 zoo: $(VENV)/.ready
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m zoo -n $(WORKERS) --dist loadgroup --durations=10 $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "zoo or whole" -n $(WORKERS) --dist loadgroup --durations=10 $(ARGS)
 
 # Packages of an extra, beside what is there already.
 EXTRA = $(BIN)/python -c 'import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")'

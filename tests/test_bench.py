@@ -358,7 +358,8 @@ def test_peak_growth_sees_what_is_freed_again() -> None:
     def work() -> None:
         torch.ones(size, dtype=torch.uint8)
 
-    assert size * 0.95 <= peak_growth(work, "cpu") <= size * 1.2
+    grown = max(peak_growth(work, "cpu") for _ in range(3))  # meanwhile the system may take idle pages from the process: too little is seen
+    assert size * 0.95 <= grown <= size * 1.2
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ if needs_triton.args[0]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "own_tiles: with the tiles that tiles.py chooses")
-    config.addinivalue_line("markers", "whole: whole models, a minute or two each")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -167,3 +167,21 @@ def test_what_only_the_first_call_writes_is_no_reason_afterwards(always: bool) -
     assert ("the whole model" in plan.regions) is not always
     assert all(site.ran for site in plan.sites)
     assert any("writes the attribute" in note for note in plan.notes)
+
+
+class ListOfParts(nn.Module):
+    """Asks a value, and calls the parts that it keeps in lists and dicts by turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts, self.named = nn.ModuleList([stem(), stem()]), nn.ModuleDict({"last": stem()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        which = int(x.sum() > 0)
+        return self.parts[which](x) + self.named["last"](x)
+
+
+def test_a_plan_knows_the_parts_in_lists_of_a_model_that_is_not_followed() -> None:
+    plan = bnrestructure.explain(built(ListOfParts), backend="reference")
+    assert plan.counts == {"fused": 3, "partial": 0, "kept": 0}
+    assert plan.regions == ["parts.0", "parts.1", "named.last"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 __all__ = ["EXPECTED"]
 
 EXPECTED: dict[str, tuple[int, int, int, int]] = {
-    "deeplabv3_mobilenet_v3_large": (53, 45, 8, 0),
+    "deeplabv3_mobilenet_v3_large": (53, 46, 7, 0),
     "deeplabv3_resnet101": (111, 105, 6, 0),
     "deeplabv3_resnet50": (60, 54, 6, 0),
     "densenet121": (121, 117, 4, 0),

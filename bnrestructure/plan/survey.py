@@ -70,9 +70,12 @@ def take_survey(model: nn.Module, options: Options, inputs: tuple[Any, ...] | No
 def _look(
     module: nn.Module, options: Options, observed: Observed | None, paths: dict[nn.Module, str], holding: set[nn.Module], survey: Survey
 ) -> None:
+    children: Iterator[nn.Module] = module.children()
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):  # nobody calls it, but somebody its parts
+        for child in children:
+            _look(child, options, observed, paths, holding, survey)
     if module not in holding or is_library_leaf(module):
         return
-    children: Iterator[nn.Module] = module.children()
     region = region_of(module)
     ran = None if region is None else region.ran
     if ran is not None and ran.calls and ran.graph is not None:

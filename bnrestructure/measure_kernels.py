@@ -11,9 +11,9 @@ from torch.utils import _pytree as pytree
 
 from bnrestructure.api import restructure
 from bnrestructure.core.errors import UsageError, first_line
+from bnrestructure.core.generators import preserved_generators
 from bnrestructure.kernels import registry, tuning
 from bnrestructure.kernels.tuning import Measurement
-from bnrestructure.verification.draws import preserved_generators
 from bnrestructure.verification.loss import default_loss
 
 __all__ = ["tune"]

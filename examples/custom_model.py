@@ -77,8 +77,6 @@ def main() -> None:
     for site in plan.sites:
         print(f"    {site.name:{width}}  {site.status:8} {site.reason or site.pattern}")
     print("captured and rewritten:", ", ".join(plan.regions))
-    if plan.notes:
-        print("called as they are:    ", "; ".join(plan.notes))
 
     x = torch.randn(4, 3, 24, 24)
     for network in (original, model):

@@ -25,11 +25,7 @@ def put_together(match: LonelyBatchNorm) -> None:
     """Put a batch norm in the place of its parts, of which none found anything to ride on."""
     statistics, finalize, normalise = match.statistics, match.finalize, match.normalise
     x = statistics.x  # normalise may read it through the statistics' chain
-    whole = BatchNorm.create(
-        before=normalise.node, x=x, weight=finalize.weight, bias=finalize.bias, running_mean=finalize.running_mean,
-        running_var=finalize.running_var, num_batches_tracked=finalize.num_batches_tracked, momentum=finalize.momentum,
-        eps=finalize.eps, dimensions=finalize.dimensions, act=normalise.act,
-    )  # fmt: skip
+    whole = BatchNorm.create(before=normalise.node, x=x, **finalize.layer, act=normalise.act)
     results = normalise.outs()
     remember(whole.node, site=provenance(finalize.node).site, module=module_path(results["z"]))
     locate(whole.node, normalise.node)

@@ -13,6 +13,7 @@ import torch
 import torchvision
 
 import bnrestructure
+from bnrestructure.capture.spelling import REFUSED, VALUES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -99,24 +100,37 @@ def test_reasons_of_plans_are_explained(name: str) -> None:
 
 
 def test_reasons_in_the_sources_are_explained() -> None:
-    """Every literal that is handed to a Refusal, and the plan's own reasons for what it keeps."""
+    """Every literal that is handed to a Refusal or an error of capture, that a region refuses with, or that makes a module a boundary."""
     known = documented_reasons()
     found = []
-    for path in (ROOT / "patterns").glob("*.py"):
+    folders = (ROOT / "patterns", ROOT / "bnrestructure" / "capture", ROOT / "bnrestructure" / "plan")
+    for path in (file for folder in folders for file in folder.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Refusal" and len(node.args) == 2:
-                parts = node.args[1].values if isinstance(node.args[1], ast.BoolOp) else [node.args[1]]
-                found += [text for part in parts if (text := _literal(part))]
-    assert len(found) >= 3
+            if isinstance(node, ast.Call) and node.args and _name(node.func) in _GIVES_A_REASON:
+                last = node.args[-1]
+                found += [text for part in (last.values if isinstance(last, ast.BoolOp) else [last]) if (text := _literal(part))]
+    boundaries = ast.parse((ROOT / "bnrestructure" / "graph" / "boundaries.py").read_text())
+    found += [text for node in ast.walk(boundaries) if isinstance(node, ast.Return) and node.value and (text := _literal(node.value))]
+    found.remove("its forward x")  # whatever stands in a table
+    found += [f"its forward {what}" for what in REFUSED.values()]
+    assert len(found) >= 20
     in_sweeps = [f"its statistics take a sweep: {text}" for text in found]
     assert [text for text, swept in zip(found, in_sweeps, strict=True) if not explained(text, known) and not explained(swept, known)] == []
 
 
+_GIVES_A_REASON = ("Refusal", "CaptureError", "NotFollowedError", "AttributeWrittenError", "_refuse")
+
+
+def _name(function: ast.expr) -> str:
+    return str(getattr(function, "id", None) or getattr(function, "attr", ""))
+
+
 def _literal(node: ast.expr) -> str | None:
     if isinstance(node, ast.Constant):
-        return str(node.value)
+        return node.value if isinstance(node.value, str) else None
     if isinstance(node, ast.JoinedStr):
-        return "".join(str(v.value) if isinstance(v, ast.Constant) else "x" for v in node.values)
+        named = {"VALUES": VALUES}
+        return "".join(str(v.value) if isinstance(v, ast.Constant) else named.get(_name(v.value), "x") for v in node.values)  # type: ignore[attr-defined]
     return None
 
 

@@ -68,6 +68,8 @@ def test_custom_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "9 BN layers, 5 fused, 4 partial, 0 kept" in said
     rewritten = next(line for line in said.splitlines() if line.startswith("captured and rewritten"))
     assert all(part in rewritten for part in ("the whole model", "refine.body", "recomputed.body", "watched.0"))
+    for part, why in (("refine", "reads the values"), ("recomputed", "activation checkpointing"), ("watched.0", "has hooks")):
+        assert any(line.strip().startswith(f"{part}: called as it is: it") and why in line for line in said.splitlines())
 
 
 def test_custom_model_is_the_same_function() -> None:

@@ -58,7 +58,7 @@ def test_a_layer_of_its_own_making_is_left_to_the_model() -> None:
     for kind, captured in ((nn.ReLU, True), (Conv, False)):
         torch.manual_seed(0)
         rewritten = assert_same_training(Makes(kind).double(), x)
-        assert all(bool(site.ran) is captured for site in bnrestructure.explain(rewritten).sites if site.name == "norm")
+        assert all(site.ran is captured for site in bnrestructure.explain(rewritten).sites if site.name == "norm")
 
 
 def test_a_capture_writes_to_no_buffer_and_no_attribute() -> None:

@@ -25,6 +25,7 @@ from bnrestructure.bench.settings import MALLOC, Settings
 from bnrestructure.bench.workload import TrainingStep, Workload
 from bnrestructure.core.memory_format import to_channels_last
 from bnrestructure.kernels import registry, tuning
+from bnrestructure.plan.shapes import Observed
 from bnrestructure.report.memory import saved_for_backward
 
 __all__ = ["JOBS", "Progress"]
@@ -53,8 +54,12 @@ class Progress:
 
 
 def check(settings: Settings, progress: Progress) -> dict[str, Any]:
-    """Whether what would be timed computes the right numbers, on a batch of two of the same images."""
+    """Whether what would be timed computes the right numbers, on a batch of two of the same images.
+
+    It is the first of the jobs. Raises UsageError for a model that does not take the inputs.
+    """
     workload = load_workload(settings)
+    Observed(workload.model, workload.first(2)).check()
     batch = min(_CHECKED_BATCH, settings.batch)
     small = Workload(workload.model, workload.first(batch))
     step = contenders.build(EAGER_LAST, small, settings)

@@ -11,7 +11,6 @@ from bnrestructure.bench.settings import Settings
 from bnrestructure.bench.workload import Workload
 from bnrestructure.models.inputs import example_inputs
 from bnrestructure.models.models import load_model
-from bnrestructure.plan.shapes import Observed
 
 __all__ = ["load_workload"]
 
@@ -19,16 +18,14 @@ __all__ = ["load_workload"]
 def load_workload(settings: Settings) -> Workload:
     """The model in training mode with its inputs.
 
-    Raises UsageError for a model that cannot be had or does not take the inputs.
+    Raises UsageError for a model that cannot be had.
     """
     model = load_model(settings.model).train()
     inputs = example_inputs(
         settings.model, model, batch=settings.batch, size=settings.input_size, source=settings.inputs
     )
     make = None if ":" in settings.model else partial(_torchvision, settings.model)
-    workload = Workload(model, inputs, make)
-    Observed(model, workload.first(2)).check()
-    return workload
+    return Workload(model, inputs, make)
 
 
 def _torchvision(name: str, **options: Any) -> nn.Module:

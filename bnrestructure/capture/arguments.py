@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
 
 from bnrestructure.core.errors import CaptureError
@@ -19,14 +21,15 @@ _CONSTANTS = (
     torch.dtype, torch.device, torch.memory_format, torch.layout,
 )  # fmt: skip
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_STAND_INS = (fx.Proxy, FakeTensor, FunctionalTensor)
 
 
 class Arguments:
     """One call's (args, kwargs), taken apart.
 
-    Two calls with equal ``key`` share a graph, unless sizes decided something in it: then also ``sizes`` must be equal. The key holds the
-    structure, the constants, and of each tensor what Python code can ask and does not change from batch to batch. Leaves that are
-    neither tensors nor plain constants raise CaptureError.
+    Two calls with equal ``key`` share a graph, unless sizes decided something in it (capture/sizes.py). The key holds the structure, the
+    constants, and of each tensor what Python code can ask and does not change from batch to batch. Leaves that are neither constants,
+    plain tensors, nor stand-ins for tensors raise CaptureError.
     """
 
     key: tuple[Any, ...] = ()
@@ -36,13 +39,13 @@ class Arguments:
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.is_tensor = tuple([isinstance(leaf, Tensor) for leaf in leaves])
-        #: Whether a tensor among them has no data of its own: on the meta device, of a subclass, a proxy of torch.fx.
-        self.without_data = any(type(t) not in _PLAIN or t.is_meta for t in self.tensors)
+        #: Whether something among them stands for a tensor and has no data: on the meta device, a fake tensor, a proxy of torch.fx.
+        self.without_data = any(isinstance(leaf, _STAND_INS) or (isinstance(leaf, Tensor) and leaf.is_meta) for leaf in leaves)
         for leaf in leaves:
-            if isinstance(leaf, fx.Proxy):
-                self.without_data = True
-            elif not isinstance(leaf, (Tensor, *_CONSTANTS)):
+            if not isinstance(leaf, (Tensor, fx.Proxy, *_CONSTANTS)):
                 raise CaptureError(f"an argument of type {type(leaf).__name__} is neither a tensor nor a plain constant")
+            if isinstance(leaf, Tensor) and type(leaf) not in _PLAIN and not isinstance(leaf, _STAND_INS):
+                raise CaptureError(f"an argument is of type {type(leaf).__name__}, a subclass of torch.Tensor")
         if self.without_data:
             return
         constants = tuple([_hashable(c) for c in self.constants])

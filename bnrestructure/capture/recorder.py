@@ -29,6 +29,7 @@ from bnrestructure.capture.spelling import (
     READS_VALUES,
     REFUSED,
     SAME_SHAPE,
+    VALUES,
     name_of,
     spelt,
 )
@@ -37,10 +38,9 @@ from bnrestructure.graph.provenance import provenance, remember
 
 __all__ = ["Recorder", "Trail"]
 
-_VALUES = "its forward reads the values of a tensor"
-
-_NUMBERS = (int, float, bool, complex)
-_CONSTANTS = (*_NUMBERS, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.memory_format, torch.layout)
+_CONSTANTS = (
+    int, float, bool, complex, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.memory_format, torch.layout,
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -121,7 +121,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         name = name_of(func)
         if name in READS_VALUES:
-            raise CaptureError(_VALUES)
+            raise CaptureError(VALUES)
         if name in REFUSED:
             raise CaptureError(f"its forward {REFUSED[name]}")
         if kwargs.get("out") is not None:
@@ -195,7 +195,7 @@ class Recorder(TorchFunctionMode):
             with self.fake:
                 result = run(*values, **options)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise CaptureError(f"{_VALUES} ({_shown(target)})") from error
+            raise CaptureError(f"{VALUES} ({_shown(target)})") from error
         finally:
             torch._C._set_grad_enabled(gradients)
         if isinstance(result, _CONSTANTS) and result is not None:

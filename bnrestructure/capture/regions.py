@@ -6,7 +6,7 @@ import inspect
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,13 +24,13 @@ from bnrestructure.capture.sizes import still_hold
 from bnrestructure.capture.state import ModuleState
 from bnrestructure.capture.tracer import Capture, capture, is_capturing
 from bnrestructure.core.errors import AttributeWrittenError, BrokenGraphError, CaptureError, NotFollowedError, NotFullyFusedError
-from bnrestructure.graph.boundaries import any_global_hooks, boundary_reason, is_library_leaf
+from bnrestructure.graph.boundaries import any_global_hooks
 from bnrestructure.passes import pipeline
 from bnrestructure.passes.prepare import prepare
 from bnrestructure.passes.restore_formats import RESTORE_FORMATS
 from bnrestructure.patterns.batch_norm import site_names
 
-__all__ = ["Options", "Ran", "Region", "captured", "has_batch_norm", "holding_batch_norms", "subregions"]
+__all__ = ["Options", "Ran", "Region", "captured", "holding_batch_norms"]
 
 _CACHED_PROGRAMS = 32
 _CAPTURES_TO_WARN_OF = 3
@@ -46,13 +46,8 @@ class Options:
     strict: bool = False
 
 
-def has_batch_norm(module: nn.Module) -> bool:
-    """Whether any batch norm layer is in this module tree, or code that calls the function."""
-    return any(_is_batch_norm(kind) for kind in {type(m) for m in module.modules()})
-
-
 def holding_batch_norms(root: nn.Module) -> set[nn.Module]:
-    """Every module of the tree for which :func:`has_batch_norm` is true."""
+    """Every module of the tree with a batch norm layer inside of it, or code that calls the function."""
     known: dict[nn.Module, bool] = {}
 
     def holds(m: nn.Module) -> bool:
@@ -100,18 +95,6 @@ def _guessed(module: nn.Module, forward: Callable[..., Any]) -> Capture:
         except NotFollowedError as error:
             first = first or error
     raise first or CaptureError("nobody knows what to call its forward with: give example inputs")
-
-
-def subregions(module: nn.Module, opaque: dict[nn.Module, str]) -> Iterator[tuple[nn.Module, str]]:
-    """Submodules that the graph of ``module`` calls as they are and that hold batch norms of their own, with why they are calls."""
-    for child in module.children():
-        if is_library_leaf(child):
-            continue
-        reason = opaque.get(child) or boundary_reason(child)
-        if reason is None:
-            yield from subregions(child, opaque)
-        elif has_batch_norm(child):
-            yield child, reason
 
 
 @dataclass
@@ -173,7 +156,10 @@ class Region:
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the module: its rewritten program, or ``forward``, its own, where no program fits."""
-        if is_capturing() or any_global_hooks() or wants_the_module_itself():
+        if is_capturing() or wants_the_module_itself():
+            return forward(module, *args, **kwargs)
+        if any_global_hooks():
+            self._refuse("hooks for every module are installed, and a rewritten forward calls none")
             return forward(module, *args, **kwargs)
         if getattr(module, "_is_replica", False):
             self._refuse("nn.DataParallel runs replicas of the module, whose tensors are not parameters: DistributedDataParallel's are")
@@ -246,14 +232,14 @@ class Region:
             again = isinstance(error, AttributeWrittenError) and self._seen[key] == 1  # perhaps the first call alone writes it
             return _Cached(key, None, ModuleState(module, Reads()), None, again=again)
         gm = before.graph_module
-        self.ran.sites = site_names(gm.graph)
+        sites = site_names(gm.graph)
         try:
             pipeline.rewrite(gm, self.options.passes, self.options.backend, self.options.fuel)
         except BrokenGraphError as error:
             warnings.warn(f"bnrestructure: {error}. Please report this fault; {type(module).__name__} runs as it was", stacklevel=6)
             self._refuse(str(error))
             return _Cached(key, None, ModuleState(module, Reads()), None)
-        self.ran.graph = copied_graph(gm.graph)
+        self.ran.sites, self.ran.graph = sites, copied_graph(gm.graph)
         RESTORE_FORMATS.rewrite(gm)
         sizes = arguments.sizes if before.by_size else None
         program = Program(gm, before.rebuild, type(module).__name__)

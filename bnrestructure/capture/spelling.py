@@ -16,10 +16,13 @@ __all__ = [
     "READS_VALUES",
     "REFUSED",
     "SAME_SHAPE",
+    "VALUES",
     "name_of",
     "spelt",
 ]
 
+#: What is said of a forward that calls any of those below, or something that does.
+VALUES = "its forward reads the values of a tensor"
 #: Methods and properties whose result follows from the values of a tensor.
 READS_VALUES = {
     "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__", "data_ptr", "__contains__",

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bnrestructure.capture.regions import Options, Region, holding_batch_norms
-from bnrestructure.graph.boundaries import is_library_leaf
+from bnrestructure.graph.boundaries import is_called, is_library_leaf
 
 __all__ = ["is_restructured", "original_class", "region_of", "swap_in", "swap_out", "training_flags"]
 
@@ -123,7 +123,7 @@ def _can_be_swapped(m: nn.Module) -> bool:
         return False
     if "forward" in m.__dict__ or isinstance(m, torch.jit.ScriptModule):
         return False
-    return original_class(m).forward is not nn.Module.forward  # a ModuleList is never called
+    return is_called(m)
 
 
 @contextmanager

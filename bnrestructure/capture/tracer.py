@@ -52,7 +52,7 @@ class Capture:
     opaque          submodules that are called as they are, although they are no layers of PyTorch's, and why
     reads           the attributes that decided something
     by_size         whether the graph holds for inputs of these sizes alone
-    conditions      otherwise what must be as true of the sizes of other inputs (capture/sizes.py)
+    conditions      otherwise, what the forward learnt of its inputs' sizes: the graph holds for inputs of which it is as true
     """
 
     graph_module: fx.GraphModule
@@ -113,7 +113,7 @@ class _Session:
                 raise CaptureError(f"{name or 'it'} is lazy: its parameters are made at its first call")
         names = ["x"] if len(arguments.tensors) == 1 else [f"x{i}" for i in range(len(arguments.tensors))]
         args, kwargs = arguments.unflatten([recorder.placeholder(n, t) for n, t in zip(names, arguments.tensors, strict=True)])
-        given = _leaves((args, kwargs))
+        given = pytree.tree_leaves((args, kwargs))
         outer = getattr(_active, "session", None)
         _active.session = self
         try:
@@ -121,7 +121,7 @@ class _Session:
                 warnings.simplefilter("ignore")
                 with recorder:
                     result = forward(self.root, *args, **kwargs)
-            if [id(a) for a in _leaves((args, kwargs))] != [id(g) for g in given]:
+            if [id(a) for a in pytree.tree_leaves((args, kwargs))] != [id(g) for g in given]:
                 raise CaptureError("its forward writes to a container that it is given")
             recorder.check_modes()
             output, rebuild = as_output(result, recorder)
@@ -299,10 +299,6 @@ def _refusing(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(*args, **kwargs)
 
     return refuse
-
-
-def _leaves(nest: Any) -> list[Any]:
-    return pytree.tree_leaves(nest)
 
 
 def _random_state() -> tuple[Any, ...]:

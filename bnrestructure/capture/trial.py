@@ -14,24 +14,27 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
+from bnrestructure.capture.spelling import VALUES
 from bnrestructure.core.errors import CaptureError, first_line
+from bnrestructure.core.generators import preserved_generators
 
 __all__ = ["AsBefore", "trial"]
 
 
 def trial(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a copy of the module returns for random tensors like these fake ones, on their device; nothing is written elsewhere.
+    """What a copy of the module returns for random tensors like these fake ones, on their device. Nothing else is written, nor drawn.
 
     Raises CaptureError where it raises any error, or returns anything but tensors.
     """
-    with unset_fake_temporarily(), torch.no_grad():
+    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    with unset_fake_temporarily(), torch.no_grad(), preserved_generators(of=(*given, *module.parameters())):
         try:
             args, kwargs = pytree.tree_map_only(Tensor, _like, (args, kwargs))
             result = copy.deepcopy(module).forward(*args, **kwargs)
         except Exception as error:  # whatever user code raises on numbers that mean nothing
-            raise CaptureError(f"its forward reads the values of a tensor ({path}: {first_line(error)})") from error
+            raise CaptureError(f"{VALUES} ({path}: {first_line(error)})") from error
     if not all(leaf is None or isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
-        raise CaptureError(f"its forward reads the values of a tensor ({path}, which returns more than tensors)")
+        raise CaptureError(f"{VALUES} ({path}, which returns more than tensors)")
     return result
 
 

@@ -137,7 +137,7 @@ def _html(arguments: argparse.Namespace, model: nn.Module) -> str:
     inputs = example_inputs(arguments.model, model, batch=arguments.batch, size=arguments.input_size, source=arguments.inputs)
     survey = take_survey(model, options, inputs)
     plan = make_plan(model, options, inputs, survey)
-    return graph_html(f"{arguments.model}, {_stage(arguments)}", plan, compared(model, survey, plan, inputs))
+    return graph_html(f"{arguments.model}, {_stage(arguments)}", plan, compared(survey, plan))
 
 
 def _views(arguments: argparse.Namespace, model: nn.Module) -> tuple[Plan, list[RegionView]]:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
-__all__ = ["any_global_hooks", "boundary_reason", "has_hooks", "is_library_leaf"]
+__all__ = ["any_global_hooks", "boundary_reason", "has_hooks", "is_called", "is_library_leaf"]
 
 
 def has_hooks(state: dict[str, object]) -> bool:
@@ -47,8 +47,14 @@ def boundary_reason(module: nn.Module) -> str | None:
     return None
 
 
+def is_called(module: nn.Module) -> bool:
+    """Whether anybody can call this module: a ModuleList, a ModuleDict or a bare nn.Module only holds others."""
+    own = "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule)
+    return own or type(module).forward is not nn.Module.forward
+
+
 def is_library_leaf(module: nn.Module) -> bool:
-    """Whether this is one of torch's own layers, whose forward() is not traced through (containers are)."""
+    """Whether this is one of torch's own layers, whose forward() is not traced through (containers' are, or they have none)."""
     name = type(module).__module__
     own = name.startswith(("torch.nn", "torch.ao.nn", "torch.ao.quantization"))
-    return own and not isinstance(module, nn.Sequential)
+    return own and not isinstance(module, nn.Sequential) and is_called(module)

@@ -41,7 +41,6 @@ __all__ = [
     "Unchanged",
     "end_of",
     "fused_of",
-    "fused_with",
     "has_fused",
     "is_fused",
     "maker_of",
@@ -50,20 +49,26 @@ __all__ = [
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Reader(Fused):
-    """A node that applies what is at its incoming edge: ``act((x - mean) * scale + beta)``, the three vectors all there or none."""
+class OfX(Fused):
+    """A node that reads one tensor, x."""
 
     x: fx.Node
-    mean: fx.Node | None = None
-    scale: fx.Node | None = None
-    beta: fx.Node | None = None
-    act: str = "identity"
-    backend: str = "auto"
 
     @property
     def input(self) -> fx.Node:
         """The tensor that the node reads."""
         return self.x
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Reader(OfX):
+    """A node that applies what is at its incoming edge: ``act((x - mean) * scale + beta)``, the three vectors all there or none."""
+
+    mean: fx.Node | None = None
+    scale: fx.Node | None = None
+    beta: fx.Node | None = None
+    act: str = "identity"
+    backend: str = "auto"
 
     @property
     def edge(self) -> dict[str, Any]:
@@ -72,10 +77,9 @@ class Reader(Fused):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Link(Fused):
+class Link(OfX):
     """A node that can be a link of a chain: it hands on x, as its output ``passed``, to the next reader, and adds to its gradient."""
 
-    x: fx.Node
     chain: bool = False
 
     @property
@@ -140,11 +144,6 @@ class Statistics(Link, op=ops.statistics, outputs=ops.StatisticsOutputs):
 
     backend: str = "auto"
 
-    @property
-    def input(self) -> fx.Node:
-        """The tensor that the node reads."""
-        return self.x
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Synchronise(Fused, op=ops.synchronise, outputs=ops.SynchroniseOutputs):
@@ -157,12 +156,9 @@ class Synchronise(Fused, op=ops.synchronise, outputs=ops.SynchroniseOutputs):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Finalize(Fused, op=ops.finalize, outputs=ops.FinalizeOutputs):
-    """The per-channel step between the halves of a batch norm."""
+class OfLayer(Fused):
+    """A node with the parameters, buffers and numbers of a batch norm layer."""
 
-    mean: fx.Node
-    var: fx.Node
-    size: fx.Node
     weight: fx.Node | None = None
     bias: fx.Node | None = None
     running_mean: fx.Node | None = None
@@ -171,6 +167,20 @@ class Finalize(Fused, op=ops.finalize, outputs=ops.FinalizeOutputs):
     momentum: Number | None = None
     eps: Number
     dimensions: tuple[int, ...] = ()
+
+    @property
+    def layer(self) -> dict[str, Any]:
+        """These fields, as another node takes them."""
+        return {name: getattr(self, name) for name in OfLayer.__annotations__}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Finalize(OfLayer, op=ops.finalize, outputs=ops.FinalizeOutputs):
+    """The per-channel step between the halves of a batch norm."""
+
+    mean: fx.Node
+    var: fx.Node
+    size: fx.Node
     backend: str = "auto"
 
 
@@ -230,60 +240,31 @@ class Residual(Fused, op=ops.residual, outputs=ops.ResidualOutputs):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ConcatBuffer(Fused, op=ops.concat_buffer):
+class ConcatBuffer(OfX, op=ops.concat_buffer):
     """A segment copied into the buffer of a concat: into one that is there, or a new one. The node is the buffer."""
 
-    x: fx.Node
     into: fx.Node | None = None
     offset: int = 0
     channels: int = 0
     extra: int = 0
     visible: int | None = None
 
-    @property
-    def input(self) -> fx.Node:
-        """The tensor that the node reads."""
-        return self.x
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class OwnGradient(Fused, op=ops.own_gradient):
+class OwnGradient(OfX, op=ops.own_gradient):
     """x, whose gradient arrives in memory of its own. The node is x."""
 
-    x: fx.Node
-
-    @property
-    def input(self) -> fx.Node:
-        """The tensor that the node reads."""
-        return self.x
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class BatchNorm(Fused, op=ops.batch_norm):
+class BatchNorm(OfX, OfLayer, op=ops.batch_norm):
     """A batch norm that was put together again, with its activation. The node is its result."""
 
-    x: fx.Node
-    weight: fx.Node | None = None
-    bias: fx.Node | None = None
-    running_mean: fx.Node | None = None
-    running_var: fx.Node | None = None
-    num_batches_tracked: fx.Node | None = None
-    momentum: Number | None = None
-    eps: Number
-    dimensions: tuple[int, ...] = ()
     act: str = "identity"
-
-    @property
-    def input(self) -> fx.Node:
-        """The tensor that the node reads."""
-        return self.x
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Unchanged(Fused, op=ops.unchanged, outputs=ops.UnchangedOutputs):
+class Unchanged(OfX, op=ops.unchanged, outputs=ops.UnchangedOutputs):
     """The vectors of an edge that leaves x as it is."""
-
-    x: fx.Node
 
 
 #: The nodes that carry halves of batch norms, and what goes with them.
@@ -330,8 +311,3 @@ def is_fused(node: object) -> bool:
 def has_fused(graph: fx.Graph) -> bool:
     """Whether any of the graph's nodes is fused."""
     return any(graph.find_nodes(op="call_function", target=view.op, sort=False) for view in FUSED)
-
-
-def fused_with(graph: fx.Graph, field: str) -> list[Fused]:
-    """All nodes that have this field, in graph order."""
-    return [view for node in graph.nodes if (view := fused_of(node)) is not None and field in view.__dataclass_fields__]

@@ -24,6 +24,7 @@ __all__ = [
     "pooling_of",
 ]
 
+
 def add_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two tensors that this node adds elementwise with weight one, else None."""
     is_add = (node.op == "call_function" and node.target in (operator.add, torch.add)) or (

@@ -29,8 +29,9 @@ __all__ = ["RestructureCallback"]
 class RestructureCallback(Callback):
     """``Trainer(callbacks=[RestructureCallback()])``: fit runs restructured, everything else and everybody after it the plain model.
 
-    Restructured are the LightningModule's networks: each attribute that is a module with batch norms inside. Where its own ``forward``
-    calls layers one by one, it is the LightningModule itself. Checkpoints are those of the plain model.
+    Restructured are the LightningModule's networks: each attribute that is a module with batch norm layers inside (name those that call
+    ``F.batch_norm`` in ``modules``). Where its own ``forward`` calls layers one by one, it is the LightningModule itself. Checkpoints are
+    those of the plain model.
 
     backend, passes, strict    as :func:`bnrestructure.restructure` takes them
     modules                    names of the submodules to restructure, instead of all that have batch norms

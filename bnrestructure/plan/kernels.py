@@ -20,6 +20,7 @@ from bnrestructure.plan.shapes import Shapes
 
 __all__ = ["convolution_kernels", "planned_device"]
 
+
 def planned_device(model: nn.Module, backend: str, inputs: tuple[Any, ...]) -> tuple[str | None, list[str]]:
     """(the type of device that kernels are planned for, what the user should know of that); None where the model is on several.
 

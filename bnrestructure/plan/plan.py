@@ -89,6 +89,15 @@ class Plan:
         """How often each reason occurs, most frequent first."""
         return dict(Counter(site.reason for site in self.sites if site.reason is not None).most_common())
 
+    @property
+    def history(self) -> str | None:
+        """What has run in training, in a line; None before any training forward."""
+        if all(site.ran is None for site in self.sites):
+            return None
+        captures = ", ".join(f"{region} {count}" for region, count in self.captures.items())
+        rewritten = sum(bool(site.ran) for site in self.sites)
+        return f"{rewritten} of {len(self.sites)} ran rewritten in training; captures: {captures or 'none'}"
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for json.dumps."""
         return {
@@ -110,4 +119,5 @@ class Plan:
             f"({self.coverage:.0%} fully fused)"
         ]
         lines += [f"  {count} x {reason}" for reason, count in self.reasons.items()]
+        lines += [f"  {line}" for line in ([] if self.history is None else [self.history]) + self.notes]
         return "\n".join(lines)

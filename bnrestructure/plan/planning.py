@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,9 @@ from bnrestructure.plan.sites import kept_site, sites_of
 from bnrestructure.plan.survey import Survey, take_survey
 
 __all__ = ["make_plan"]
+
+#: Modules that a note names.
+_NAMED = 4
 
 
 def make_plan(model: nn.Module, options: Options, inputs: tuple[Any, ...] | None = None, survey: Survey | None = None) -> Plan:
@@ -45,12 +49,18 @@ def make_plan(model: nn.Module, options: Options, inputs: tuple[Any, ...] | None
     plan.sites += _kept_outside(model, seen, survey)
     for site in plan.sites:
         _add_bytes(site, shapes.get(site.name.split("#")[0]))
+    called: dict[str, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         region_here = region_of(module)
-        if region_here is not None:
-            plan.notes += [f"{name or 'the model'}: ran as it was: {reason}" for reason in region_here.ran.refusals]
-            if region_here.ran.captures:
-                plan.captures[name or "the whole model"] = region_here.ran.captures
+        refusals = [] if region_here is None else region_here.refusals
+        plan.notes += [f"{name or 'the model'}: ran as it was: {reason}" for reason in refusals]
+        if module in survey.reasons and not refusals:
+            called[survey.reasons[module]].append(name or "the model")
+        if region_here is not None and region_here.ran.captures:
+            plan.captures[name or "the whole model"] = region_here.ran.captures
+    for reason, names in called.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        plan.notes.append(f"{', '.join(names[:_NAMED])}{more}: called as {'they are' if len(names) > 1 else 'it is'}: {reason}")
     return plan
 
 
@@ -61,7 +71,7 @@ def _all_shapes_known(model: nn.Module, shapes: Shapes) -> bool:
 def _kept_outside(model: nn.Module, seen: set[str], survey: Survey) -> Iterator[Site]:
     """Batch norm layers that no region's graph calls."""
     paths = dict(model.named_modules())
-    inside_of = {paths["" if region.path == "" else region.path] for region in survey.regions}
+    inside_of = {paths[region.path] for region in survey.regions}
     for name, module in paths.items():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or name in seen:
             continue

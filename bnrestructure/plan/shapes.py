@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from bnrestructure.capture.arguments import Arguments
 from bnrestructure.capture.swap import swap_out
 from bnrestructure.core.errors import UsageError, first_line
+from bnrestructure.core.generators import preserved_generators
 from bnrestructure.graph.boundaries import is_library_leaf
 
 __all__ = ["Observed", "Shapes", "layer_shapes"]
@@ -45,19 +46,29 @@ class Observed:
         if self._calls is not None:
             return self._calls
         calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        double = copy.deepcopy(self._model).train()
-        swap_out(double)
+        double = _unwatched(self._model)
         for name, module in double.named_modules():
             if not isinstance(module, torch.jit.ScriptModule) and not is_library_leaf(module):
                 module.register_forward_pre_hook(lambda _, args, kwargs, name=name: _note(calls, name, args, kwargs), with_kwargs=True)
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad(), preserved_generators(of=double.parameters()):
                 double(*pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), self._inputs))
         except Exception as error:  # a forward() may raise anything on a wrong shape
             shown = ", ".join(_shown(leaf) for leaf in pytree.tree_leaves(self._inputs)[:2])
             raise UsageError(f"the model does not take this input ({shown}): {first_line(error)}") from error
         self._calls = calls
         return calls
+
+
+def _unwatched(model: nn.Module) -> nn.Module:
+    """A copy in training mode that runs its own forward, without the hooks: what these see and count is of the model's own calls."""
+    double = copy.deepcopy(model).train()
+    swap_out(double)
+    for module in double.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+    return double
 
 
 def _note(calls: dict[str, Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -87,8 +98,7 @@ def layer_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Shapes, str
     layers = (nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd)
     names = {name for name, module in model.named_modules() if isinstance(module, layers[0])}
     try:
-        double = copy.deepcopy(model).to("meta").train()
-        swap_out(double)
+        double = _unwatched(model).to("meta")
         for name, module in double.named_modules():
             if isinstance(module, layers[0]) and module.momentum is None:
                 module.momentum = 0.1  # a cumulative average reads a counter's value, which a meta tensor has not

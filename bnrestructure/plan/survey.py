@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +10,11 @@ from torch import fx, nn
 
 from bnrestructure.capture.arguments import Arguments
 from bnrestructure.capture.program import copied_graph
-from bnrestructure.capture.regions import Options, captured, holding_batch_norms, subregions
+from bnrestructure.capture.regions import Options, captured, holding_batch_norms
 from bnrestructure.capture.swap import original_class, region_of, training_flags
 from bnrestructure.core import progress
 from bnrestructure.core.errors import BrokenGraphError, CaptureError, NotFollowedError
-from bnrestructure.graph.boundaries import is_library_leaf
+from bnrestructure.graph.boundaries import boundary_reason, is_called, is_library_leaf
 from bnrestructure.graph.layers import conv_of
 from bnrestructure.graph.provenance import known_tensor, module_path, provenance
 from bnrestructure.passes import pipeline
@@ -30,6 +30,7 @@ class SurveyedRegion:
 
     sites    names of its batch norm calls, relative to ``path``
     after    its graph after the passes; ``before`` them, where it was captured for the survey
+    given    whether it was captured with what it gets from example inputs: then the shapes that nodes know are theirs
     ran      whether a training forward has run it
     """
 
@@ -37,21 +38,21 @@ class SurveyedRegion:
     sites: list[str]
     after: fx.GraphModule
     before: fx.GraphModule | None = None
+    given: bool = False
     ran: bool = False
 
 
 @dataclass
 class Survey:
-    """The regions, outermost first, and why modules outside of them are left alone."""
+    """The regions, outermost first, and why other modules' own forwards run.
 
+    ran    whether there have been training forwards: then it tells of those
+    """
+
+    ran: bool
     regions: list[SurveyedRegion] = field(default_factory=list)
     reasons: dict[nn.Module, str] = field(default_factory=dict)
     shapes: Shapes = field(default_factory=dict)
-
-    @property
-    def ran(self) -> bool:
-        """Whether it tells of training forwards that there were."""
-        return any(region.ran for region in self.regions)
 
 
 def take_survey(model: nn.Module, options: Options, inputs: tuple[Any, ...] | None = None) -> Survey:
@@ -60,7 +61,8 @@ def take_survey(model: nn.Module, options: Options, inputs: tuple[Any, ...] | No
     With ``inputs`` each part is captured with what it gets from them: what a part gets whose caller cannot be followed, the model's own
     forward tells.
     """
-    survey = Survey()
+    regions = [region for module in model.modules() if (region := region_of(module)) is not None]
+    survey = Survey(ran=any(region.ran.calls or region.refusals for region in regions))
     paths = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     with training_flags(model):
         _look(model, options, None if inputs is None else Observed(model, inputs), paths, holding_batch_norms(model), survey)
@@ -70,15 +72,14 @@ def take_survey(model: nn.Module, options: Options, inputs: tuple[Any, ...] | No
 def _look(
     module: nn.Module, options: Options, observed: Observed | None, paths: dict[nn.Module, str], holding: set[nn.Module], survey: Survey
 ) -> None:
-    children: Iterator[nn.Module] = module.children()
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):  # nobody calls it, but somebody its parts
-        for child in children:
-            _look(child, options, observed, paths, holding, survey)
     if module not in holding or is_library_leaf(module):
         return
+    children: Iterable[nn.Module] = module.children()
     region = region_of(module)
     ran = None if region is None else region.ran
-    if ran is not None and ran.calls and ran.graph is not None:
+    if not is_called(module):
+        ran = None  # but its parts are
+    elif ran is not None and ran.calls and ran.graph is not None:
         after = _with_modules_of(module, ran.graph)
         survey.regions.append(SurveyedRegion(paths[module], ran.sites, after, ran=True))
         called = {str(node.target) for node in after.graph.nodes if node.op == "call_module"}
@@ -88,7 +89,7 @@ def _look(
     elif not any(_has_run(m) for m in module.modules()):
         try:
             arguments = None if observed is None else observed.arguments(paths[module])
-            children = (child for child, _ in _captured(module, options, arguments, paths[module], survey))
+            children = _captured(module, options, arguments, paths[module], survey)
         except (CaptureError, BrokenGraphError) as error:
             if observed is not None and isinstance(error, NotFollowedError):
                 observed.check()
@@ -104,8 +105,8 @@ def _has_run(module: nn.Module) -> bool:
 
 def _captured(
     module: nn.Module, options: Options, arguments: Arguments | None, path: str, survey: Survey
-) -> list[tuple[nn.Module, str]]:
-    """Capture and rewrite one module; the submodules that stay calls, and why."""
+) -> Iterable[nn.Module]:
+    """Capture and rewrite one module; the submodules that stay calls."""
     if "forward" in module.__dict__:
         raise CaptureError("its forward is replaced on the instance")
     progress.expect(2)
@@ -118,10 +119,22 @@ def _captured(
     sites = site_names(gm.graph)
     progress.tell(f"rewriting {path or 'the whole model'}")
     pipeline.rewrite(gm, options.passes, options.backend, options.fuel)
-    survey.regions.append(SurveyedRegion(path, sites, gm, before))
-    inner = list(subregions(module, found.opaque))
-    survey.reasons.update(found.opaque)
-    return inner
+    survey.regions.append(SurveyedRegion(path, sites, gm, before, given=arguments is not None))
+    parts = dict(_called_parts(module, found.opaque))
+    survey.reasons.update(parts)
+    return parts
+
+
+def _called_parts(module: nn.Module, opaque: dict[nn.Module, str]) -> Iterator[tuple[nn.Module, str]]:
+    """The submodules that the graph of ``module`` calls as they are, and why. Layers of PyTorch's are not among them."""
+    for child in module.children():
+        if is_library_leaf(child):
+            continue
+        reason = (opaque.get(child) or boundary_reason(child)) if is_called(child) else None
+        if reason is not None:
+            yield child, reason
+        else:
+            yield from _called_parts(child, opaque)
 
 
 def _with_modules_of(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from importlib import resources
-from typing import Any
 
-from torch import nn
+from torch import fx
 
+from bnrestructure.graph.provenance import known_tensor
 from bnrestructure.plan.plan import Plan, Site
 from bnrestructure.plan.survey import Survey
-from bnrestructure.report.graph_panes import Facts, Pane, draw_pane
-from bnrestructure.report.graph_shapes import node_shapes, region_inputs
+from bnrestructure.report.graph_panes import Facts, Pane, Shapes, draw_pane
 from bnrestructure.report.graph_view import RegionView, view_region
 
 __all__ = ["compared", "graph_html"]
@@ -20,21 +19,27 @@ __all__ = ["compared", "graph_html"]
 _TEMPLATE = "graph_compare.html"
 
 
-def compared(model: nn.Module, survey: Survey, plan: Plan, inputs: tuple[Any, ...] | None) -> tuple[Pane, Pane]:
+def compared(survey: Survey, plan: Plan) -> tuple[Pane, Pane]:
     """The model's training graph before and after the passes; with example inputs the boxes say how large what they make is."""
     sites = {site.name: site for site in plan.sites}
-    graphs = [(region.path, region.before, region.after) for region in survey.regions if region.before is not None]
-    given = {} if inputs is None else region_inputs(model, inputs, [path for path, _, _ in graphs])
     befores: list[RegionView] = []
     afters: list[RegionView] = []
     facts: dict[str, Facts] = {}
-    for path, before, after in graphs:
+    for region in survey.regions:
+        path, before = region.path, region.before
+        if before is None:
+            continue
         befores.append(view_region(path, before, before, {}))
-        afters.append(view_region(path, after, before, sites))
-        shapes = node_shapes(before, given[path]) if path in given else {}
+        afters.append(view_region(path, region.after, before, sites))
+        shapes = _shapes(before.graph) if region.given else {}
         layers = {entry.module: shapes[entry.id] for entry in befores[-1].entries if entry.module and entry.id in shapes}
         facts[path] = Facts(shapes, layers, _within(path, sites))
     return draw_pane(befores, facts), draw_pane(afters, facts)
+
+
+def _shapes(graph: fx.Graph) -> Shapes:
+    known = {node.name: known_tensor(node) for node in graph.nodes}
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in known.items() if tensor is not None}
 
 
 def _within(path: str, sites: dict[str, Site]) -> dict[str, Site]:

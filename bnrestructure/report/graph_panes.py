@@ -11,10 +11,12 @@ import torch
 
 from bnrestructure.plan.plan import Site
 from bnrestructure.report.graph_layout import Layout, Placed, lay_out
-from bnrestructure.report.graph_shapes import Shapes
 from bnrestructure.report.graph_view import Entry, RegionView
 
-__all__ = ["Facts", "Pane", "draw_pane", "size_words"]
+__all__ = ["Facts", "Pane", "Shapes", "draw_pane", "size_words"]
+
+#: (shape, dtype) of tensors, by what they belong to.
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 _CHARACTER, _LINE, _PAD = 6.2, 15.0, 9.0
 _LANE = 9.0
@@ -27,7 +29,7 @@ class Facts:
     """What is known of a region beside its graph: shapes by node and by layer of the original, plans by site."""
 
     shapes: Shapes
-    layers: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    layers: Shapes
     sites: dict[str, Site]
 
     def shape_of(self, entry: Entry) -> tuple[tuple[int, ...], torch.dtype] | None:

@@ -69,6 +69,8 @@ def _print_summary(console: Console, plan: Plan) -> None:
         console.print(f"  kernels of its {len(plan.kernels)} fused convolutions: {escape(counted)}")
     if plan.regions and plan.regions != ["the whole model"]:
         console.print(f"  rewritten regions: {escape(', '.join(plan.regions))}")
+    if plan.history is not None:
+        console.print(f"  {escape(plan.history)}")
     for note in plan.notes:
         console.print(f"  [dim]{escape(note)}[/]")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,21 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnrestructure.verification.convolutions import own_convolution
 
-__all__ = ["SameDraws", "preserved_generators", "seeded"]
-
-
-@contextmanager
-def preserved_generators() -> Iterator[None]:
-    """Put every global generator (torch's on all devices, Python's, NumPy's) back to where it was."""
-    numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
+__all__ = ["SameDraws", "seeded"]
 
 
 def seeded(seed: int) -> None:

@@ -15,7 +15,7 @@ from bnrestructure.verification.distance import distances, units
 from bnrestructure.verification.draws import seeded
 from bnrestructure.verification.judge import FLOAT64_LIMIT
 from bnrestructure.verification.loss import named_tensors
-from bnrestructure.verification.report import Comparison
+from bnrestructure.verification.report import Comparison, VerificationReport
 from bnrestructure.verification.run import as_dtype
 from bnrestructure.verification.trial import Setting
 from bnrestructure.verification.widen import everything_in
@@ -26,10 +26,11 @@ __all__ = ["compare_draws"]
 _LIMIT = 1e3 * FLOAT64_LIMIT
 
 
-def compare_draws(original: nn.Module, candidate: nn.Module, inputs: tuple[Any, ...], setting: Setting) -> list[Comparison]:
-    """One training forward of each from one seed, in float64: nothing where the original draws no random numbers of PyTorch's.
-
-    A model that cannot be run so is not compared: the trials have run it.
+def compare_draws(
+    report: VerificationReport, original: nn.Module, candidate: nn.Module, inputs: tuple[Any, ...], setting: Setting
+) -> None:
+    """Add one training forward of each from one seed, in float64, to the report: nothing where the original draws none of PyTorch's
+    random numbers, a note where it cannot be run so.
     """
     outputs, states = [], []
     for model in (original, candidate):
@@ -40,18 +41,20 @@ def compare_draws(original: nn.Module, candidate: nn.Module, inputs: tuple[Any, 
         try:
             with everything_in(torch.float64):
                 outputs.append(named_tensors(twin(*arguments), "output"))
-        except Exception as error:  # whatever the restructured model raises, the original did not: that is the finding
-            message = f"the restructured model raised {type(error).__name__}: {first_line(error)}"
-            return [] if model is original else [Comparison("draws", 1, "error", message, math.inf, 0.0)]
+        except Exception as error:  # of the original: nothing to compare with; of the restructured model: that is the finding
+            if model is original:
+                report.notes.append(f"draws were not compared: the original fails there: {first_line(error)}")
+            else:
+                message = f"the restructured model raised {type(error).__name__}: {first_line(error)}"
+                report.comparisons.append(Comparison("draws", 1, "error", message, math.inf, 0.0))
+            return
         states.append(torch.get_rng_state())
         if torch.equal(states[0], before):
-            return []
+            return
     unit = units(outputs[0])
-    found = []
     for name, expected in outputs[0].items():
         actual = outputs[1].get(name)
         distance = math.inf if actual is None else distances(actual, expected, unit.get(name, 0.0))
-        found.append(Comparison("draws", 1, "output", name, distance, _LIMIT))
+        report.comparisons.append(Comparison("draws", 1, "output", name, distance, _LIMIT))
     if not torch.equal(*states):
-        found.append(Comparison("draws", 1, "error", "another number of random numbers was drawn", math.inf, 0.0))
-    return found
+        report.comparisons.append(Comparison("draws", 1, "error", "another number of random numbers was drawn", math.inf, 0.0))

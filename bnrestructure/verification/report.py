@@ -17,7 +17,7 @@ KINDS = ("error", "output", "buffer", "gradient", "input gradient", "parameter")
 class Comparison:
     """One tensor of the restructured model against its truth.
 
-    stage         ``float64``, the training dtype (``float32``, ``bfloat16`` ...) or ``eval``
+    stage         ``float64``, the training dtype (``float32``, ``bfloat16`` ...) ``draws`` or ``eval``
     step          the training step, from 1; 0 for eval
     kind          one of KINDS; ``error`` when the restructured model raised or lacks something, said in ``name``
     name          the parameter's or buffer's name, or the output's or input's place

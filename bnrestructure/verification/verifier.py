@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from bnrestructure.api import explain, restructure, unrestructure
 from bnrestructure.capture.swap import is_restructured, original_class
 from bnrestructure.core.errors import UsageError, first_line
-from bnrestructure.verification.draws import preserved_generators, seeded
+from bnrestructure.core.generators import preserved_generators
+from bnrestructure.verification.draws import seeded
 from bnrestructure.verification.judge import FLOAT64_LIMIT, judge_double, judge_training
 from bnrestructure.verification.loss import default_loss, named_tensors
 from bnrestructure.verification.own_draws import compare_draws
@@ -120,7 +121,7 @@ def verify(
         if trial.trained is not None:
             _note_what_ran(report, trial.trained)
             setting.say("the model's own random numbers")
-            report.comparisons += compare_draws(original, candidate, arguments, setting)
+            compare_draws(report, original, candidate, arguments, setting)
             setting.say("eval mode")
             _compare_eval(report, original, trial.trained, arguments)
     return report

@@ -118,7 +118,7 @@ def _graph(model: nn.Module, passes: tuple[str, ...], shape: tuple[int, ...]) ->
 
 def _panes(model: nn.Module, passes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[Pane, Pane]:
     inputs = (torch.empty(shape),)
-    return compared(model, take_survey(model, Options("auto", passes), inputs), Plan(type(model).__name__), inputs)
+    return compared(take_survey(model, Options("auto", passes), inputs), Plan(type(model).__name__))
 
 
 _TIP = (

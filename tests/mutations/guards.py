@@ -2,7 +2,6 @@
 
     proofs[:FILE]     tests/proofs, or one file of them
     verify            bnrestructure.verify of small models, on the kernels of the CPU and on the reference
-    verifier          the graph's verifier, which runs after every pass
     TEST              any other test, as pytest takes it
 """
 
@@ -11,7 +10,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib import util
 from pathlib import Path
 
 from tests.mutations.tree import ISA, Fault
@@ -22,6 +20,7 @@ __all__ = ["noticed", "others"]
 def others(fault: Fault) -> tuple[str, ...]:
     """Whom to ask when the guard of the table has seen nothing."""
     return ("tests/kernels",) if fault.is_compiled else ("proofs", "verify", "tests/passes", "tests/test_random_graphs.py")
+
 
 _VERIFY = """
 import sys
@@ -36,26 +35,12 @@ for backend in ("reference", "auto"):
             sys.exit(f"{name} on {backend}: not equivalent")
 """
 
-_VERIFIER = """
-import sys
-sys.path.insert(0, "tests")
-from small_models import SMALL_MODELS, build
-from bnrestructure.graph import verify
-import bnrestructure
-for name in SMALL_MODELS:
-    bnrestructure.explain(bnrestructure.restructure(build(name)))
-"""
-
 
 def noticed(guard: str, fault: Fault, root: Path) -> str | None:
     """What the guard has to say of the tree, in a line; None where it has nothing to say."""
     kind, _, rest = guard.partition(":")
     if kind == "verify":
         command = [sys.executable, "-c", _VERIFY]
-    elif kind == "verifier":
-        if util.find_spec("bnrestructure.graph.verify") is None:
-            return None
-        command = [sys.executable, "-c", _VERIFIER]
     else:
         target = f"tests/proofs/{rest}" if kind == "proofs" else guard
         command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=line", target]

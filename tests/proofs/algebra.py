@@ -56,7 +56,7 @@ class Algebra:
     """A table of atoms; expressions of different tables must not meet. ``images`` is the number of images, N.
 
     ``defined``: means and variances are spelt out as sums. Otherwise they are atoms, whose derivatives are those that were proved of the
-    spelt-out ones (test_statistics.py): expressions of whole models stay small.
+    spelt-out ones (test_nodes.py): expressions of whole models stay small.
     """
 
     def __init__(self, defined: bool = True) -> None:

@@ -165,7 +165,7 @@ def _batch_norm(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) -
 
 
 def _batch_norm_backward(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) -> Sequence[Any]:
-    """The derivative of batch norm's definition (shown by test_statistics.py to be reverse.py's)."""
+    """The derivative of batch norm's definition (shown by test_nodes.py to be reverse.py's)."""
     x, weight = args[1:3]
     if not args[7]:
         raise NotProved("a batch norm that is not in training")

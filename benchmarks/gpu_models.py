@@ -47,8 +47,7 @@ def restructured(model: nn.Module, device: str) -> nn.Module:
 
         registry._DEVICES["cpu"] = "bnrestructure.kernels.cuda"
         CudaKernels.unavailable_reason = lambda self: None
-        registry.implementation.cache_clear()
-        registry.unavailable_reason.cache_clear()
+        registry.forget_answers()
     return bnrestructure.restructure(model, backend="auto" if device == "cpu" else "cuda")
 
 

@@ -102,7 +102,6 @@ def _measurements(choices: Path | None) -> Iterator[None]:
     before = os.environ.get("BNRESTRUCTURE_CACHE")
     os.environ["BNRESTRUCTURE_CACHE"] = "off" if choices is None else str(choices)
     tuning.forget()
-    tuning.renew()
     try:
         yield
     finally:
@@ -110,7 +109,6 @@ def _measurements(choices: Path | None) -> Iterator[None]:
         if before is not None:
             os.environ["BNRESTRUCTURE_CACHE"] = before
         tuning.forget()
-        tuning.renew()
 
 
 def _clock(step: Callable[[], Tensor], losses: list[Tensor], on_gpu: bool) -> float:

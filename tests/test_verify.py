@@ -179,7 +179,7 @@ def without_s(e: BackwardEdge) -> BackwardEdge:
 
 def wrong_count(monkeypatch: pytest.MonkeyPatch) -> None:
     original = edges.values_per_channel
-    monkeypatch.setattr(edges, "values_per_channel", lambda x: original(x) + 1)
+    monkeypatch.setattr(edges, "values_per_channel", lambda size: original(size) + 1)
 
 
 def wrong_slice(monkeypatch: pytest.MonkeyPatch) -> None:

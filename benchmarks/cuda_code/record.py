@@ -91,7 +91,6 @@ def _pretending() -> Iterator[Callable[[bool], None]]:
 
         return run
 
-    caches = (registry.implementation, registry.unavailable_reason, registry._usable)
     with ExitStack() as stack:
         for patch in (
             mock.patch.dict(registry._DEVICES, {"meta": "bnrestructure.kernels.cuda"}),
@@ -106,13 +105,11 @@ def _pretending() -> Iterator[Callable[[bool], None]]:
             mock.patch.object(F, "linear", cast(linear)),
         ):
             stack.enter_context(patch)
-        for cached in caches:
-            cached.cache_clear()
+        registry.forget_answers()
         try:
             yield lambda value: on.__setitem__(0, value)
         finally:
-            for cached in caches:
-                cached.cache_clear()
+            registry.forget_answers()
 
 
 def prepared(name: str) -> nn.Module:

@@ -13,8 +13,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 MODELS = ("densenet121", "densenet201", "resnet50", "mobilenet_v2")
-#: Name -> (interpreter, script, variant).
 _HERE_TOO = sys.executable
+#: Name -> (interpreter, script, variant).
 CONTENDERS = {
     "PyTorch eager": (_HERE_TOO, "pytorch_step.py", "eager"),
     "TensorFlow": (str(HERE / ".venv-tensorflow/bin/python"), "tensorflow_step.py", "graph"),

@@ -44,15 +44,14 @@ def per_channel(vector: Tensor | None, like: Tensor) -> Tensor:
     return vector.view(1, -1, *([1] * (like.dim() - 2)))
 
 
-def values_per_channel(x: Tensor) -> int:
-    """M of the formulas: how many values of ``x`` [N, C, *spatial] each channel has."""
-    channels = x.shape[1]
-    return x.numel() // channels if channels else 0
+def values_per_channel(size: torch.Size) -> int:
+    """M of the formulas: how many values of a tensor of this size [N, C, *spatial] each channel has."""
+    return size.numel() // size[1] if size[1] else 0
 
 
 def statistics_factors(y: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None) -> tuple[Tensor, Tensor]:
     """The backward edge's a = 2 dvar / M and b = dmean / M, from the gradients (None is zero) of y's statistics. ``mean`` is y's."""
-    count = max(values_per_channel(y), 1)  # an empty batch has no pixel that these reach
+    count = max(values_per_channel(y.shape), 1)  # an empty batch has no pixel that these reach
     a = torch.zeros_like(mean) if dvar is None else dvar * (2.0 / count)
     b = torch.zeros_like(mean) if dmean is None else dmean / count
     return a, b

@@ -161,12 +161,12 @@ class Convolutions:
         """Where calls like this one belong."""
         x, weight, t, of_join = call.x, call.weight, call.transform, call.join
         key = (
-            x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype, call.geometry, call.dtype,
+            x.get_device(), x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype, call.geometry, call.dtype,
             t.act, t.mean is None, t.gate is None, of_join and (of_join.y.dtype, of_join.r.dtype, of_join.act), self.rule.state(),
         )  # fmt: skip
         site = self._sites.get(key)
         if site is None:
-            site = self._new_site(call)
+            site = Site(self.node_of(call), self.rule.unsupported(call))
             if len(self._sites) >= _MOST_SITES:
                 self._sites.clear()
             self._sites[key] = site
@@ -236,10 +236,6 @@ class Convolutions:
         return implementation.backward(call, site)
 
     # --- what was chosen -----------------------------------------------------------------------------------------------
-
-    def _new_site(self, call: ConvForward | ConvBackward) -> Site:
-        reason = self.rule.unsupported(call)
-        return Site(self.node_of(call), reason)
 
     def _settle(self, site: Site, device: torch.device) -> None:
         """Make the choices for a site: it is new, or there are new measurements, or measuring begins or ends."""

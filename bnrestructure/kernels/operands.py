@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from bnrestructure.core.edges import Transform
 from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.kernels.calls import Call
 
-__all__ = ["readable", "require_fit", "require_memory", "require_memory_of_all", "tensors_of"]
+__all__ = ["reach_of", "readable", "require_fit", "require_memory", "require_memory_of_all", "tensors_of"]
 
 
 def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -22,8 +23,14 @@ def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, tuple):
             yield from tensors_of(value)
-        elif is_dataclass(value):
-            yield from tensors_of(getattr(value, field.name) for field in fields(value))
+        elif names := _names(type(value)):
+            yield from tensors_of(getattr(value, name) for name in names)
+
+
+@cache
+def _names(kind: type) -> tuple[str, ...]:
+    """The fields of a record; none of anything else."""
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
 
 
 def require_memory_of_all(call: Call[Any]) -> None:

@@ -19,7 +19,7 @@ from bnrestructure.kernels.device import DeviceKernels
 from bnrestructure.kernels.folded import FoldedKernels
 from bnrestructure.kernels.reference import REFERENCE
 
-__all__ = ["BACKENDS", "folded", "implementation", "reason_for_device", "run", "unavailable_reason"]
+__all__ = ["BACKENDS", "folded", "forget_answers", "implementation", "reason_for_device", "run", "unavailable_reason"]
 
 R = TypeVar("R")
 
@@ -94,3 +94,9 @@ def _usable(backend: str, device: str, dimensions: int) -> Kernels | None:
         return None
     kernels = implementation(device)
     return kernels if kernels is None or dimensions in (4, 1) else folded(kernels)
+
+
+def forget_answers() -> None:
+    """Ask again which kernels there are: for those who put others in their place (tests, dry runs)."""
+    for answers in (implementation, unavailable_reason, folded, _usable):
+        answers.cache_clear()

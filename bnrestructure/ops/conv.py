@@ -17,8 +17,8 @@ from bnrestructure.core.edges import ConvGeometry, Transform, accumulation_dtype
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import ConvBackward, ConvForward
 from bnrestructure.ops import library
-from bnrestructure.ops.conv_options import ConvOptions, Written, backward_edge, check_shapes, destination, incoming_gradient
-from bnrestructure.ops.dispatch import guard_second_derivative, in_format_of
+from bnrestructure.ops.conv_options import ConvOptions, backward_edge, check_shapes, destination, incoming_gradient
+from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, in_format_of
 from bnrestructure.ops.join import JoinConv, join_is_fusible
 from bnrestructure.ops.residual import residual
 from bnrestructure.ops.unbatched import unbatched_conv
@@ -95,12 +95,11 @@ def conv(
             x, mean, scale, beta, r, r_mean, r_scale, r_beta, act=act, gain=x_gain, r_gain=r_gain, backend=backend
         )  # fmt: skip
         x, mean, scale, beta, act, r = joined.out, None, None, None, "identity", None
-    device = "cpu" if x.is_cpu else x.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
     if not autocast and (x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype)):
         other, found = ("weight", weight.dtype) if x.dtype != weight.dtype or bias is None else ("bias", bias.dtype)
         raise RuntimeError(f"Input type ({x.dtype}) and {other} type ({found}) should be the same")
-    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
+    dtype = compute_dtype(x)
     geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     if x.dim() == weight.dim() - 1 and gate is None and into is None and channels is None:
         transform = Transform(mean, scale, beta, act)
@@ -145,10 +144,7 @@ class PlainConv(torch.autograd.Function):
         options: ConvOptions,
     ) -> tuple[Tensor | None, ...]:
         transform = Transform(mean, scale, beta, options.act, gate)
-        buffer = out = written = None
-        if into is not None or options.channels is not None:
-            buffer, out, offset = destination(x, weight, into, options)
-            written = Written(None if into is None else into.shape[1], offset, weight.shape[0])
+        buffer, out, written = destination(x, weight, into, options)
         call = ConvForward(x, transform, weight, bias, options.geometry, options.dtype, options.statistics, out)
         y, ymean, yvar = registry.run(options.backend, call)
         ctx.options, ctx.has_bias, ctx.written = options, bias is not None, written

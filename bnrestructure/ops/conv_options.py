@@ -31,13 +31,15 @@ class ConvOptions(NamedTuple):
 
 def destination(
     x: Tensor, weight: Tensor, into: Tensor | None, options: ConvOptions
-) -> tuple[Tensor, Tensor, int]:
-    """(the concat buffer to return, the slice of it to write, its first channel), where y goes into one.
+) -> tuple[Tensor, Tensor, Written] | tuple[None, None, None]:
+    """(the concat buffer to return, the slice of it to write, what backward must know of that) where y goes into one.
 
     Raises RuntimeError, in the words of PyTorch's convolution, where x and the weight do not fit each other.
     """
+    if into is None and options.channels is None:
+        return None, None, None
     check_shapes(x, weight, options.geometry)
-    out_channels = weight.shape[0]
+    out_channels, before = weight.shape[0], None if into is None else into.shape[1]
     if into is None:
         size = options.geometry.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
         into = kept_activation((x.shape[0], options.channels or 0, *size), options.dtype, x.device)
@@ -45,7 +47,7 @@ def destination(
         offset, visible = into.shape[1], into.shape[1] + out_channels
     else:
         offset, visible = options.offset, into.shape[1] if options.visible is None else options.visible
-    return channel_slice(into, 0, visible), channel_slice(into, offset, out_channels), offset
+    return channel_slice(into, 0, visible), channel_slice(into, offset, out_channels), Written(before, offset, out_channels)
 
 
 def backward_edge(dgain: Any, dmean: Any, dvar: Any, y: Any, ymean: Any) -> BackwardEdge:

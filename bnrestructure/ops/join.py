@@ -17,7 +17,7 @@ from bnrestructure.core.edges import Join, Transform, accumulation_dtype
 from bnrestructure.core.kept import kept_activation
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import ConvBackward, ConvForward, JoinBackward, JoinGradients
-from bnrestructure.ops.conv_options import ConvOptions, Written, backward_edge, destination, incoming_gradient
+from bnrestructure.ops.conv_options import ConvOptions, backward_edge, destination, incoming_gradient
 from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative
 from bnrestructure.ops.residual import operand_gradients
 
@@ -56,10 +56,7 @@ class JoinConv(torch.autograd.Function):
         into: Tensor | None,
         options: ConvOptions,
     ) -> tuple[Tensor | None, ...]:
-        buffer = out = written = None
-        if into is not None or options.channels is not None:
-            buffer, out, offset = destination(x, weight, into, options)
-            written = Written(None if into is None else into.shape[1], offset, weight.shape[0])
+        buffer, out, written = destination(x, weight, into, options)
         join = Join(x, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), options.act)
         z = kept_activation(x.shape, options.dtype, x.device)
         call = ConvForward(z, Transform(), weight, bias, options.geometry, options.dtype, options.statistics, out, join)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from bnrestructure.core.activation import activate
 from bnrestructure.core.aliases import alias
-from bnrestructure.core.edges import statistics_factors
+from bnrestructure.core.edges import statistics_factors, values_per_channel
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import FinalizeBackward, FinalizeForward, StatisticsBackward, StatisticsForward
 from bnrestructure.ops import library
@@ -97,7 +97,7 @@ def finalize(
         count: int | Tensor = size
     else:
         _check_dimensions(len(size), dimensions)
-        count = size.numel() // size[1] if size[1] else 0
+        count = values_per_channel(size)
         if count == 1:
             shown = torch.Size((size[0], mean.shape[0], *size[2:]))
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shown}")

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from bnrestructure.core.edges import values_per_channel
+
 __all__ = ["SynchroniseOutputs", "synchronise"]
 
 
@@ -31,7 +33,7 @@ def synchronise(
     group = dist.group.WORLD if process_group is None else process_group
     if dist.get_world_size(group) == 1:
         return SynchroniseOutputs(mean, var, size)
-    count = size.numel() // size[1] if isinstance(size, torch.Size) else size
+    count = values_per_channel(size) if isinstance(size, torch.Size) else size
     return SynchroniseOutputs(*_Synchronise.apply(mean, var, count, group))
 
 

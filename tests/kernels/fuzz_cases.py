@@ -159,7 +159,7 @@ def _conv_node(rng: random.Random) -> _Node:
             t["x"], *named.values(), act=act, stride=stride, padding=padding, dilation=dilation, groups=groups,
             statistics=statistics, thread=thread, backend=backend, **joins,
         )  # fmt: skip
-        return found.y, found.mean, found.var, found.x
+        return found.y, found.mean, found.var, found.passed
 
     return _Node(f"conv{spatial}d", tensors, run)
 
@@ -276,7 +276,7 @@ def node_case(rng: random.Random) -> Case:
 
 def outcome_only(run: Callable[[], Results]) -> Results:
     """Nothing, whatever becomes of it."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # the case asks only that the process survives
         run()
     return []
 

@@ -38,7 +38,7 @@ ERRORS: list[tuple[str, str, str, Proof]] = [
     ("statistics_factors", "2.0 / count", "1.0 / count", STATISTICS),
     ("statistics_factors", "dmean / count", "dmean", STATISTICS),
     ("statistics_factors", "dvar * ", "-dvar * ", CONVOLUTION),
-    ("values_per_channel", "x.numel() // channels", "x.numel()", STATISTICS),
+    ("values_per_channel", "size.numel() // size[1]", "size.numel()", STATISTICS),
     ("statistics_forward", "correction=0", "correction=1", FISSION),
     ("statistics_forward", "if d != 1", "if d > 1", FISSION),
     ("reference:statistics_backward", "per_channel(call.b, x)", "0 * per_channel(call.b, x)", FISSION),

@@ -25,10 +25,10 @@ class CpuKernels:
 
     def __init__(self) -> None:
         implementations: dict[str, Implementation] = {
-            "fused": Fused("conv", joins=True),
+            "fused": Fused("conv"),
             "hybrid": Hybrid(self),
-            "winograd": Fused("winograd", joins=True),
-            "depthwise": Fused("depthwise", joins=False, depthwise=True),
+            "winograd": Fused("winograd"),
+            "depthwise": Fused("depthwise", depthwise=True),
         }
         self.convolutions = Convolutions(self, CpuRule(), implementations, HALVES)
         self._run: dict[type[Call[Any]], Callable[[Any], Any]] = {

@@ -22,6 +22,7 @@ from bnrestructure.kernels.cpu.library import declare
 from bnrestructure.kernels.cpu.memory import Keep
 from bnrestructure.kernels.cpu.structures import BackwardArguments, ForwardArguments
 from bnrestructure.kernels.layout import pitch_of
+from bnrestructure.kernels.operands import reach_of
 from bnrestructure.kernels.rounding import gradient_factor
 
 __all__ = ["Fused"]
@@ -44,14 +45,14 @@ class _Notes:
 class Fused:
     """An implementation of the convolution node (kernels/choice.py) by the C++ functions ``bnr_NAME_forward`` and ``bnr_NAME_backward``.
 
-    ``depthwise`` ones read x in its own dtype; the others in that which is computed in. They know no residual joins.
+    ``depthwise`` ones read x in its own dtype and know no residual joins; the others read x in the dtype that is computed in.
     """
 
-    def __init__(self, name: str, *, joins: bool, depthwise: bool = False) -> None:
+    def __init__(self, name: str, *, depthwise: bool = False) -> None:
         self._forward, self._backward = declare(f"bnr_{name}_forward"), declare(f"bnr_{name}_backward")
         self._depthwise = depthwise
-        self._forms_sum = joins and name == "conv"
-        self.finishes_join = joins
+        self._forms_sum = name == "conv"
+        self.finishes_join = not depthwise
 
     def forms_sum(self, node: Node) -> bool:
         """Where each pixel is in one tile alone: larger kernels would form it again where tiles overlap."""
@@ -195,6 +196,5 @@ class Fused:
             a.weight_strides = weight.stride()
             a.x_pitch = pitch
         n, c, h, w = x.shape
-        weight_reach = 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
         factor = gradient_factor(not self._depthwise, dtype, torch.float32)
-        return _Notes(bytes(forward), bytes(backward), shape_out, (n * h * w - 1) * pitch + c, weight_reach, factor)
+        return _Notes(bytes(forward), bytes(backward), shape_out, (n * h * w - 1) * pitch + c, reach_of(weight), factor)

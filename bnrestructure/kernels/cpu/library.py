@@ -4,7 +4,7 @@ The library is the most capable one this machine's CPU can run; ``BNRESTRUCTURE_
 (``amx``, ``avx512bf16``, ``avx512``, ``avx2``, ``portable``), and ``BNRESTRUCTURE_CPU_SANITIZE=1`` asks for the sanitized build.
 Kernels are declared once, at import, and bound to the library on their first call::
 
-    _sweep = library.declare("bnr_sweep")
+    _sweep = library.declare("bnr_normalise_forward")
     _sweep.call(ctypes.byref(arguments))     # one of structures.py
 """
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from bnrestructure.core.edges import Join
 from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.core.kept import kept_activation
+from bnrestructure.kernels import layout
 from bnrestructure.kernels.cpu.elements import ELEMENT_CODES, activation_code
 from bnrestructure.kernels.cpu.structures import JoinArguments
 from bnrestructure.kernels.layout import pitch_of
@@ -88,12 +89,10 @@ def vector(v: Tensor | None, keep: Keep, *shape: int) -> int:
         return 0
     if v.shape != shape:
         raise UnsupportedCallError(f"a tensor of shape {list(v.shape)} where {list(shape)} was expected")
-    if v.dtype is not torch.float32 or not v.is_contiguous():
-        if not v.is_floating_point():
-            raise UnsupportedCallError(f"a per-channel vector of {v.dtype}")
-        v = readable(v).detach().to(torch.float32).contiguous()
-        keep.append(v)
-    return span(v, v.numel())
+    made = layout.vector(v)
+    if made is not v:
+        keep.append(made)
+    return span(made, made.numel())
 
 
 def vectors(keep: Keep, channels: int, *given: Tensor | None) -> list[int]:

@@ -62,7 +62,8 @@ def _triton() -> str:
 @cache
 def _sources_digest() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for path in (*sorted(here.glob("*.py")), here.parent / "hybrid.py", here.parent / "aten_convolution.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -2,7 +2,7 @@
 
 Recording is how kernels are compiled ahead of time for devices that are not there (compile_ahead.py): the wrappers
 run on meta tensors, and every launch they would make is noted with the arguments, constants and options that a device
-would have got. Emulated (emulator/), it is run on CPU tensors.
+would have got. The tests' emulator (tests/emulator) runs it on CPU tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Launch:
     constants: dict[str, Any]
     warps: int
     stages: int
-    grid: tuple[int, ...] = (1,)
+    grid: tuple[int, ...]
 
     def on(self, part: int) -> Launch:
         """The launch as that part would get it: kernels that differ from part to part take its compute capability as PART."""

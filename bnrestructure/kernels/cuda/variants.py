@@ -15,7 +15,6 @@ from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, PoolGeome
 from bnrestructure.kernels.calls import (
     ConvBackward,
     ConvForward,
-    ConvResult,
     FinalizeBackward,
     FinalizeForward,
     JoinBackward,
@@ -58,16 +57,6 @@ def _transform(c: int, act: str, gated: bool = False) -> Transform:
     return Transform(_vector(c), _vector(c), _vector(c), act, gate)
 
 
-def _forward(implementation: str, call: ConvForward) -> ConvResult:
-    convolutions = KERNELS.convolutions
-    return convolutions.implementations[implementation].forward(call, convolutions.site(call))
-
-
-def _backward(implementation: str, call: ConvBackward) -> None:
-    convolutions = KERNELS.convolutions
-    convolutions.implementations[implementation].backward(call, convolutions.site(call))
-
-
 def _convolution(
     name: str,
     c: int,
@@ -92,11 +81,11 @@ def _convolution(
         weight = torch.empty(out, c // groups, kernel, kernel, dtype=dtype, device="meta")
         transform = Transform() if plain else _transform(c, act, gated)
         by = "depthwise" if geometry.is_depthwise(weight.shape) else implementation
-        y, mean, _ = _forward(by, ConvForward(x, transform, weight, None, geometry, dtype, True))
+        y, mean, _ = KERNELS.convolutions.by(by).run(ConvForward(x, transform, weight, None, geometry, dtype, True))
         edge = BackwardEdge(_vector(out), _vector(out), _vector(out), y, mean)
         needs = True, True, implementation == "hybrid"
         into = torch.empty_like(x)
-        _backward(by, ConvBackward(torch.empty_like(y), edge, x, transform, weight, geometry, dtype, needs, into))
+        KERNELS.convolutions.by(by).run(ConvBackward(torch.empty_like(y), edge, x, transform, weight, geometry, dtype, needs, into))
 
     return Variant(name, run, quick)
 
@@ -123,10 +112,10 @@ def _join(
         for shortcut in (Transform(), _transform(c, "identity")):
             join = Join(y, _transform(c, "identity"), r, shortcut, act)
             forms = join if kernel == stride == 1 and implementation == "fused" else None
-            made, mean, _ = _forward(implementation, ConvForward(z, Transform(), weight, None, geometry, dtype, True, join=forms))
+            made, mean, _ = KERNELS.convolutions.by(implementation).run(ConvForward(z, Transform(), weight, None, geometry, dtype, True, join=forms))
             edge = BackwardEdge(_vector(out), _vector(out), _vector(out), made, mean)
             dy, into, needs = torch.empty_like(made), torch.empty_like(z), (True, True, False)
-            _backward(implementation, ConvBackward(dy, edge, z, Transform(), weight, geometry, dtype, needs, into, join))
+            KERNELS.convolutions.by(implementation).run(ConvBackward(dy, edge, z, Transform(), weight, geometry, dtype, needs, into, join))
 
     return Variant(name, run, quick)
 

@@ -99,6 +99,8 @@ class FoldedKernels:
     def convolution_choices(self, call: ConvForward) -> tuple[Choice, Choice]:
         """(forward, backward): what a convolution node like this one will run, and why; tensors may be on the meta device."""
         folding = folding_of(call.weight.shape[2:], call.geometry)
+        if call.join is not None and not convolution.joins(folding):
+            call = replace(call, join=None)  # the join has a sweep of its own
         if folding is not None:
             return self.kernels.convolution_choices(convolution.images_of(folding, call, stand_in))
         reason = self._unsupported_volume(call)

@@ -66,8 +66,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
 def forget_answers() -> None:
     """Let the registry ask again which kernels there are."""
     tuning.renew()
-    for answers in (registry.implementation, registry.unavailable_reason, registry._usable):
-        answers.cache_clear()
+    registry.forget_answers()
 
 
 def step(model: nn.Module, x: Tensor, backend: str | None = None) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import fx
 from bnrestructure.graph.ir import ConcatBuffer, OwnGradient, Squeeze, end_of, fused_of
 from bnrestructure.graph.provenance import locate
 from bnrestructure.passes.base import Pass, Rule, erase_dead
-from bnrestructure.passes.thread_forks import chain_readers
+from bnrestructure.passes.chain_readers import chain_readers
 from bnrestructure.patterns.concat import BranchConcat, GrowingConcat, branch_concat, growing_concat
 from bnrestructure.patterns.fork import Fork, fork, fork_at
 

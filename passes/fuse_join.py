@@ -1,7 +1,7 @@
 """fuse-join: a residual + the CONV that reads its sum -> the convolution's prologue, and the dgrad's epilogue.
 
 ``conv(act(normalise(y) + shortcut))`` -> one node. The sum is stored as it is formed, and of its gradient only what both operands share.
-The pass comes behind thread-forks: the first reader of a chain is the last to add to its gradient, so it can finish it.
+The pass comes behind chain-readers: the first reader of a chain is the last to add to its gradient, so it can finish it.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import fx
 
 from bnrestructure.core.errors import UsageError
 from bnrestructure.passes.base import Fuel, Pass, PassResult
+from bnrestructure.passes.chain_readers import CHAIN_READERS
 from bnrestructure.passes.eliminate_concat import ELIMINATE_CONCAT
 from bnrestructure.passes.fission import FISSION
 from bnrestructure.passes.fuse_join import FUSE_JOIN
@@ -19,7 +20,6 @@ from bnrestructure.passes.fuse_residual import FUSE_RESIDUAL
 from bnrestructure.passes.fuse_statistics import FUSE_STATISTICS
 from bnrestructure.passes.select_kernels import SELECT_KERNELS, select_kernels
 from bnrestructure.passes.share_statistics import SHARE_STATISTICS
-from bnrestructure.passes.thread_forks import THREAD_FORKS
 
 __all__ = ["LADDER", "PASSES", "resolve", "rewrite", "run", "steps"]
 
@@ -31,7 +31,7 @@ _REWRITES = {
         FUSE_STATISTICS,
         FUSE_NORMALISE,
         FUSE_RESIDUAL,
-        THREAD_FORKS,
+        CHAIN_READERS,
         ELIMINATE_CONCAT,
         FUSE_JOIN,
     )
@@ -41,12 +41,12 @@ PASSES = (*_REWRITES, SELECT_KERNELS)
 
 #: The rungs of the paper's ablation: RCF fuses ReLU into CONV, MVF computes mean and variance in one sweep, BNFF fuses both halves
 #: of BN onto convolutions, ICF crosses concats and residuals. Fission gives a tensor two readers, whose gradients are added
-#: where they arise (thread-forks) and not in memory: in bf16 a sum that was stored before it is complete loses the smaller part.
+#: where they arise (chain-readers) and not in memory: in bf16 a sum that was stored before it is complete loses the smaller part.
 LADDER: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "rcf": ("fuse-normalise",),
-    "mvf": ("fuse-normalise", "fission", "thread-forks"),
-    "bnff": ("fission", "fuse-statistics", "fuse-normalise", "thread-forks"),
+    "mvf": ("fuse-normalise", "fission", "chain-readers"),
+    "bnff": ("fission", "fuse-statistics", "fuse-normalise", "chain-readers"),
     "icf": PASSES[:-1],
 }
 

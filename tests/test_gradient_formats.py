@@ -16,7 +16,7 @@ NODES: dict[str, Callable[[Tensor], Tensor]] = {
         x, None, None, None, torch.ones(4, 8, 3, 3), None, act="relu", stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1
     ).y,
     "threaded conv": lambda x: ops.conv(
-        x, None, None, None, torch.ones(4, 8, 1, 1), None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, thread=True
+        x, None, None, None, torch.ones(4, 8, 1, 1), None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, chain=True
     ).passed,
     "normalise": lambda x: ops.normalise(x, *VECTORS, act="relu")[0],
     "max_pool": lambda x: ops.max_pool(x, *VECTORS, kernel=(2, 2), stride=(2, 2), padding=(0, 0))[0],

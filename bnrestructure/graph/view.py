@@ -12,9 +12,6 @@ from torch import fx
 
 __all__ = ["Fused", "item_of"]
 
-#: Fields that the ops know by another name.
-_KEYWORDS = {"chain": "thread"}
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Fused:
@@ -59,9 +56,6 @@ class Fused:
         values = view.__dict__
         values.update(node.kwargs)
         values["node"] = node
-        for name, keyword in _KEYWORDS.items():
-            if keyword in values:
-                values[name] = values.pop(keyword)
         return view
 
     @classmethod
@@ -73,12 +67,12 @@ class Fused:
         with graph.inserting_before(place) if before is not None else graph.inserting_after(place):
             given = {name: operands.pop(name, default) for name, default in cls._known().items()}
             given = {name: value for name, value in given.items() if value is not MISSING}
-            node = graph.call_function(cls.op, (), cls._keywords(given | operands))
+            node = graph.call_function(cls.op, (), cls._checked(given | operands))
         return cls._read(node)
 
     def update(self, **changes: Any) -> Self:
         """Change some fields of the node. Raises TypeError for fields that it has not."""
-        self.node.kwargs = {**self.node.kwargs, **self._keywords(changes)}
+        self.node.kwargs = {**self.node.kwargs, **self._checked(changes)}
         return self._read(self.node)
 
     def times_read(self, tensor: fx.Node) -> int:
@@ -121,21 +115,18 @@ class Fused:
         known: dict[str, Any] | None = cls.__dict__.get("_fields")
         if known is None:
             arguments = inspect.signature(cls.op).parameters
-            own = {_keyword(field.name): field for field in fields(cls) if field.name != "node"}
-            known = {}
-            for keyword, argument in arguments.items():
-                spelt_out = argument.default is inspect.Parameter.empty
-                known[own[keyword].name] = own[keyword].default if spelt_out else MISSING
+            own = {field.name: field.default for field in fields(cls) if field.name != "node"}
+            known = {name: own[name] if argument.default is argument.empty else MISSING for name, argument in arguments.items()}
             cls._fields = known
         return known
 
     @classmethod
-    def _keywords(cls, operands: dict[str, Any]) -> dict[str, Any]:
-        """Fields as the op's keyword arguments."""
+    def _checked(cls, operands: dict[str, Any]) -> dict[str, Any]:
+        """The operands, each of which is a field."""
         unknown = operands.keys() - cls._known().keys()
         if unknown:
             raise TypeError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
-        return {_keyword(name): value for name, value in operands.items()}
+        return operands
 
 
 def item_of(value: object) -> tuple[fx.Node, int] | None:
@@ -144,7 +135,3 @@ def item_of(value: object) -> tuple[fx.Node, int] | None:
         return None
     node, index = value.args
     return (node, index) if isinstance(node, fx.Node) and isinstance(index, int) else None
-
-
-def _keyword(name: str) -> str:
-    return _KEYWORDS.get(name, name)

@@ -27,10 +27,10 @@ def avg_pool(
     kernel: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int],
-    thread: bool = False,
+    chain: bool = False,
     backend: str = "auto",
 ) -> PoolOutputs:
-    """(average pool of ``act((x - mean) * scale + beta)`` in x's dtype, x passed through when threaded).
+    """(average pool of ``act((x - mean) * scale + beta)`` in x's dtype, x passed through when chained).
 
     x [N, C, H, W] raw, the vectors [C]. Each window is divided by the number of positions of the whole kernel, padding (zeros after the
     activation) counted. That number divides ``scale`` and ``beta`` here, which is the same for a homogeneous activation: filters of
@@ -46,12 +46,12 @@ def avg_pool(
     geometry = ConvGeometry(tuple(stride), tuple(padding), (1, 1), channels)
     check_shapes(x, weight, geometry)
     scale, beta = scale / positions, beta / positions
-    if torch.compiler.is_compiling() and not thread:
+    if torch.compiler.is_compiling() and not chain:
         y, _, _ = library.conv(
             x, mean, scale, beta, act, None, weight, None, *geometry, statistics=False, dtype=x.dtype, backend=backend
         )
         return PoolOutputs(y, None)
-    options = ConvOptions(act, geometry, False, thread, False, 0, None, None, x.dtype, backend)
+    options = ConvOptions(act, geometry, False, chain, False, 0, None, None, x.dtype, backend)
     y, _, _, passed, _ = _AvgPool.apply(x, mean, scale, beta, None, weight, None, None, options)
     return PoolOutputs(y, passed)
 

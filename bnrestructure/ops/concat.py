@@ -47,7 +47,7 @@ class _ConcatBuffer(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> Any:
         if gradient is None:
             return (None,) * 6
-        # A copy, as forward made one: the thread behind x will write to it, and the gradient may be the caller's.
+        # A copy, as forward made one: the chain behind x will write to it, and the gradient may be the caller's.
         dx = gradient.narrow(1, ctx.offset, ctx.channels).to(ctx.dtype, copy=True)
         dinto = None if ctx.into_channels is None else gradient.narrow(1, 0, ctx.into_channels)
         return guard_second_derivative((dx, dinto, None, None, None, None))
@@ -71,7 +71,7 @@ def unchanged(x: Tensor) -> UnchangedOutputs:
 
 
 def own_gradient(x: Tensor) -> Tensor:
-    """Identity whose gradient arrives in fresh memory, so that the readers before it in a thread may accumulate in place."""
+    """Identity whose gradient arrives in fresh memory, so that the readers before it in a chain may accumulate in place."""
     return _OwnGradient.apply(x)
 
 

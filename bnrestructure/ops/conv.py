@@ -31,7 +31,7 @@ class ConvOutputs(NamedTuple):
 
     y      [N, C_out, *spatial_out]; with ``channels``, the concat buffer that y was written into
     mean, var, size     biased batch statistics of y, [C_out], and the size of the tensor that they are of
-    passed the input, for its next reader (``thread``); behind a residual join, its sum
+    passed the input, for its next reader (``chain``); behind a residual join, its sum
     gain   [C_out] of ones whose *gradient* is the factor s of y's backward edge (``gain``)
     """
 
@@ -58,7 +58,7 @@ def conv(
     dilation: tuple[int, ...],
     groups: int,
     statistics: bool = False,
-    thread: bool = False,
+    chain: bool = False,
     gain: bool = False,
     into: Tensor | None = None,
     offset: int | None = 0,
@@ -76,13 +76,13 @@ def conv(
 
     x [N, C_in, *spatial] raw; mean, scale, beta [C_in] or all None; gate [N, C_in] or None; weight [C_out, C_in / groups, *kernel].
     x [C_in, *spatial], one image without a batch dimension, runs in its parts (ops/unbatched.py); not into a concat's buffer.
-    ``statistics`` adds y's biased mean and variance. ``thread`` returns x for its next reader, whose gradient this node's dgrad
+    ``statistics`` adds y's biased mean and variance. ``chain`` returns x for its next reader, whose gradient this node's dgrad
     then accumulates into in place. ``into``/``offset``/``channels``/``visible`` write y as channels ``[offset, offset + C_out)`` of a
     concat buffer: of ``into``, or of a new one of ``channels`` channels, returned as its first ``visible`` channels. ``offset`` None
     appends: y comes right behind the channels of ``into`` and becomes visible with them.
 
     With a shortcut ``r`` (x's shape; its own vectors [C_in] or none) the prologue is a residual join,
-    ``z = act((x - mean) * scale + beta + shortcut)``. z is stored: ``thread`` returns it in place of x. ``x_gain`` and ``r_gain``
+    ``z = act((x - mean) * scale + beta + shortcut)``. z is stored: ``chain`` returns it in place of x. ``x_gain`` and ``r_gain``
     are what ``ops.residual`` calls gain and r_gain.
 
     Raises RuntimeError, in the words of PyTorch's convolution, on shapes or dtypes that do not fit.
@@ -104,11 +104,11 @@ def conv(
     if x.dim() == weight.dim() - 1 and gate is None and into is None and channels is None:
         transform = Transform(mean, scale, beta, act)
         return ConvOutputs(*unbatched_conv(
-            x, transform, weight, bias, geometry, wants_statistics=statistics, thread=thread, gain=gain, backend=backend
+            x, transform, weight, bias, geometry, wants_statistics=statistics, chain=chain, gain=gain, backend=backend
         ))  # fmt: skip
     if gate is not None:
         gate = gate.to(accumulation_dtype(x.dtype))
-    if torch.compiler.is_compiling() and not (thread or gain or into is not None or channels is not None):
+    if torch.compiler.is_compiling() and not (chain or gain or into is not None or channels is not None):
         check_shapes(x, weight, geometry)
         y, ymean, yvar = library.conv(
             x, mean, scale, beta, act, gate, weight, bias, stride, padding, dilation, groups, statistics, dtype, backend
@@ -116,7 +116,7 @@ def conv(
         if not statistics:
             return ConvOutputs(y, None, None, None, None, None)
         return ConvOutputs(y, ymean, yvar, y.shape, None, None)
-    options = ConvOptions(act, geometry, statistics, thread, gain, offset, channels, visible, dtype, backend)
+    options = ConvOptions(act, geometry, statistics, chain, gain, offset, channels, visible, dtype, backend)
     if r is None:
         y, ymean, yvar, passed, ones = PlainConv.apply(x, mean, scale, beta, gate, weight, bias, into, options)
     else:
@@ -151,7 +151,7 @@ class PlainConv(torch.autograd.Function):
         ctx.save_for_backward(x, mean, scale, beta, gate, weight, y if options.statistics else None, ymean)
         ctx.set_materialize_grads(False)
         result = y if buffer is None else buffer
-        passed = alias(x) if options.thread else None
+        passed = alias(x) if options.chain else None
         ones = torch.ones(weight.shape[0], dtype=accumulation_dtype(y.dtype), device=y.device) if options.gain else None
         return result, ymean, yvar, passed, ones
 

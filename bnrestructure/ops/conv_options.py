@@ -20,7 +20,7 @@ class ConvOptions(NamedTuple):
     act: str
     geometry: ConvGeometry
     statistics: bool
-    thread: bool
+    chain: bool
     gain: bool
     offset: int | None
     channels: int | None

@@ -36,7 +36,7 @@ def join_is_fusible(operands: tuple[Tensor | None, ...], x: Tensor, r: Tensor, w
 
 
 class JoinConv(torch.autograd.Function):
-    """``z = act(tx(x) + tr(r))``, then the convolution of z: (y, mean, var, z if threaded, ones if ``gain``)."""
+    """``z = act(tx(x) + tr(r))``, then the convolution of z: (y, mean, var, z if chained, ones if ``gain``)."""
 
     @staticmethod
     def forward(
@@ -67,7 +67,7 @@ class JoinConv(torch.autograd.Function):
         ctx.save_for_backward(x, mean, scale, beta, r, r_mean, r_scale, r_beta, z, weight, kept, ymean)
         ctx.set_materialize_grads(False)
         ones = torch.ones(weight.shape[0], dtype=accumulation_dtype(y.dtype), device=y.device) if options.gain else None
-        return y if buffer is None else buffer, ymean, yvar, z if options.thread else None, ones
+        return y if buffer is None else buffer, ymean, yvar, z if options.chain else None, ones
 
     @staticmethod
     def backward(ctx: Any, dresult: Any, dmean: Any, dvar: Any, dz: Any, dgain: Any) -> Any:

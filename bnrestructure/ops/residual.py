@@ -75,7 +75,7 @@ def _broadcast_join(
     y, _ = normalise(y, *y_vectors, backend=backend)
     if r_vectors[0] is not None:
         r, _ = normalise(r, *r_vectors, backend=backend)
-    else:  # the add hands the caller's own gradient down, and the thread behind r will write to it
+    else:  # the add hands the caller's own gradient down, and the chain behind r will write to it
         r = own_gradient(r)
     out = activate(y + r, act)
     if not statistics:

@@ -23,7 +23,7 @@ _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class StatisticsOutputs(NamedTuple):
-    """mean and var (biased) are [C] in the accumulation dtype, size is x's, passed is x for its next reader when threaded."""
+    """mean and var (biased) are [C] in the accumulation dtype, size is x's, passed is x for its next reader when chained."""
 
     mean: Tensor
     var: Tensor
@@ -31,23 +31,23 @@ class StatisticsOutputs(NamedTuple):
     passed: Tensor | None
 
 
-def statistics(x: Tensor, *, thread: bool = False, backend: str = "auto") -> StatisticsOutputs:
+def statistics(x: Tensor, *, chain: bool = False, backend: str = "auto") -> StatisticsOutputs:
     """Mean and biased variance of x [N, C, *spatial] over all but the channel, in one sweep (the paper's MVF, section 3.2)."""
-    if torch.compiler.is_compiling() and not thread:
+    if torch.compiler.is_compiling() and not chain:
         mean, var = library.statistics(x, backend)
         return StatisticsOutputs(mean, var, x.shape, None)
-    mean, var, passed = _Statistics.apply(x, thread, backend)
+    mean, var, passed = _Statistics.apply(x, chain, backend)
     return StatisticsOutputs(mean, var, x.shape, passed)
 
 
 class _Statistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, thread: bool, backend: str) -> Any:
+    def forward(ctx: Any, x: Tensor, chain: bool, backend: str) -> Any:
         mean, var = registry.run(backend, StatisticsForward(x))
         ctx.backend = backend
         ctx.save_for_backward(x, mean)
         ctx.set_materialize_grads(False)
-        return mean, var, alias(x) if thread else None
+        return mean, var, alias(x) if chain else None
 
     @staticmethod
     def backward(ctx: Any, dmean: Any, dvar: Any, dpassed: Any) -> Any:

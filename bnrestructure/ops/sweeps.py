@@ -26,14 +26,14 @@ __all__ = ["NormaliseOutputs", "PoolOutputs", "SqueezeOutputs", "max_pool", "nor
 
 
 class NormaliseOutputs(NamedTuple):
-    """z, the normalised and activated x, in x's shape and dtype; passed is x for its next reader when threaded."""
+    """z, the normalised and activated x, in x's shape and dtype; passed is x for its next reader when chained."""
 
     z: Tensor
     passed: Tensor | None
 
 
 class PoolOutputs(NamedTuple):
-    """z [N, C, *spatial_out], the pooled, normalised and activated x; passed is x for its next reader when threaded."""
+    """z [N, C, *spatial_out], the pooled, normalised and activated x; passed is x for its next reader when chained."""
 
     z: Tensor
     passed: Tensor | None
@@ -61,23 +61,23 @@ def normalise(
     beta: Tensor | None,
     *,
     act: str = "identity",
-    thread: bool = False,
+    chain: bool = False,
     backend: str = "auto",
 ) -> NormaliseOutputs:
-    """(``act((x - mean) * scale + beta)`` in x's dtype, x passed through when threaded): one read and one write of memory."""
-    if torch.compiler.is_compiling() and not thread and mean is not None and scale is not None and beta is not None:
+    """(``act((x - mean) * scale + beta)`` in x's dtype, x passed through when chained): one read and one write of memory."""
+    if torch.compiler.is_compiling() and not chain and mean is not None and scale is not None and beta is not None:
         return NormaliseOutputs(library.normalise(x, mean, scale, beta, act, backend), None)
-    return NormaliseOutputs(*_Normalise.apply(x, mean, scale, beta, act, thread, backend))
+    return NormaliseOutputs(*_Normalise.apply(x, mean, scale, beta, act, chain, backend))
 
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, act: str, thread: bool, backend: str) -> Any:
+    def forward(ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, act: str, chain: bool, backend: str) -> Any:
         ctx.act, ctx.backend = act, backend
         ctx.save_for_backward(x, mean, scale, beta)
         ctx.set_materialize_grads(False)
         z = registry.run(backend, NormaliseForward(x, Transform(mean, scale, beta, act), x.dtype))
-        return z, alias(x) if thread else None
+        return z, alias(x) if chain else None
 
     @staticmethod
     def backward(ctx: Any, dz: Any, dpassed: Any) -> Any:
@@ -99,24 +99,24 @@ def max_pool(
     stride: tuple[int, int],
     padding: tuple[int, int],
     ceil_mode: bool = False,
-    thread: bool = False,
+    chain: bool = False,
     backend: str = "auto",
 ) -> PoolOutputs:
-    """(max pool of ``act((x - mean) * scale + beta)``, x passed through when threaded). 2-D, dilation 1, at most 255 positions."""
+    """(max pool of ``act((x - mean) * scale + beta)``, x passed through when chained). 2-D, dilation 1, at most 255 positions."""
     geometry = PoolGeometry(tuple(kernel), tuple(stride), tuple(padding), ceil_mode)
-    return PoolOutputs(*_MaxPool.apply(x, mean, scale, beta, act, geometry, thread, backend))
+    return PoolOutputs(*_MaxPool.apply(x, mean, scale, beta, act, geometry, chain, backend))
 
 
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, act: str, geometry: PoolGeometry, thread: bool, backend: str
+        ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, act: str, geometry: PoolGeometry, chain: bool, backend: str
     ) -> Any:
         y, index = registry.run(backend, MaxPoolForward(x, Transform(mean, scale, beta, act), geometry, x.dtype))
         ctx.act, ctx.geometry, ctx.backend = act, geometry, backend
         ctx.save_for_backward(x, mean, scale, beta, index)
         ctx.set_materialize_grads(False)
-        return y, alias(x) if thread else None
+        return y, alias(x) if chain else None
 
     @staticmethod
     def backward(ctx: Any, dy: Any, dpassed: Any) -> Any:

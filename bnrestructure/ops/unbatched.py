@@ -25,7 +25,7 @@ _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 def unbatched_conv(
     x: Tensor, transform: Transform, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, *,
-    wants_statistics: bool, thread: bool, gain: bool, backend: str,
+    wants_statistics: bool, chain: bool, gain: bool, backend: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, torch.Size | None, Tensor | None, Tensor | None]:  # fmt: skip
     """What ``ops.conv`` returns for x [C_in, *spatial]: y is [C_out, *spatial_out], and the vectors are of dimension 1 of their tensors.
 
@@ -40,7 +40,7 @@ def unbatched_conv(
         mean, var, size, _ = statistics(y, backend=backend)
     if gain:
         y, ones = _Gain.apply(y)
-    return y, mean, var, size, x if thread else None, ones
+    return y, mean, var, size, x if chain else None, ones
 
 
 class _Gain(torch.autograd.Function):

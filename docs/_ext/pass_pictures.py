@@ -93,7 +93,7 @@ PICTURED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "fuse-statistics": (Chain, _SHAPE),
     "fuse-normalise": (Chain, _SHAPE),
     "fuse-residual": (Residual, _WIDE),
-    "thread-forks": (Fork, _IMAGE),
+    "chain-readers": (Fork, _IMAGE),
     "eliminate-concat": (Dense, _IMAGE),
     "fuse-join": (Residual, _WIDE),
     "select-kernels": (Lonely, _SHAPE),

@@ -150,14 +150,14 @@ def _conv_node(rng: random.Random) -> _Node:
     elif rng.random() < 0.2:
         tensors["gate"] = torch.rand(shape[0], c)
     act = rng.choice(["identity", "relu", "relu", "silu", "hardswish"])
-    statistics, thread = rng.random() < 0.7, rng.random() < 0.3
+    statistics, chain = rng.random() < 0.7, rng.random() < 0.3
 
     def run(t: dict[str, Tensor], backend: str) -> tuple[Any, ...]:
         named = {key: t.get(key) for key in ("mean", "scale", "beta", "weight", "bias")}
         joins = {key: t[key] for key in ("r", "r_mean", "r_scale", "r_beta", "gate") if key in t}
         found = ops.conv(
             t["x"], *named.values(), act=act, stride=stride, padding=padding, dilation=dilation, groups=groups,
-            statistics=statistics, thread=thread, backend=backend, **joins,
+            statistics=statistics, chain=chain, backend=backend, **joins,
         )  # fmt: skip
         return found.y, found.mean, found.var, found.passed
 

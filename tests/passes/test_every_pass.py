@@ -108,5 +108,5 @@ def test_ladder() -> None:
 def test_the_order_is_the_pipelines() -> None:
     assert resolve(["fission", "fuse-join"]) == ("fission", "fuse-join")
     assert resolve(LADDER["mvf"]) == LADDER["mvf"]
-    with pytest.raises(UsageError, match="'fuse-residual' comes before 'thread-forks'"):
+    with pytest.raises(UsageError, match="'fuse-residual' comes before 'chain-readers'"):
         resolve([*LADDER["bnff"], "fuse-residual"])

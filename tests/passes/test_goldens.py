@@ -84,7 +84,7 @@ REWRITES: dict[str, dict[str, Body]] = {
         "an activation in the readers": lambda m, x: m.conv2(F.relu(m.bn(m.conv(x)) + x)),
         "statistics of the sum": lambda m, x: m.bn2(m.bn(m.conv(x)) + x),
     },
-    "thread-forks": {
+    "chain-readers": {
         "two convolutions": _forked,
         "a reader that is none of ours": lambda m, x: _forked(m, x, torch.tanh),
         "a residual at the end": lambda m, x: (lambda y: m.bn3(m.conv3(m.bn2(m.conv2(y)))) + y)(m.conv(x)),

@@ -22,9 +22,9 @@ each_view = pytest.mark.parametrize("view", [*FUSED, *OTHERS])
 
 @each_view
 def test_fields_are_the_arguments_of_the_op(view: type[Fused]) -> None:
-    """Under the op's names and with its defaults, but for the one word that is another here; outputs are the op's."""
+    """Under the op's names and with its defaults; outputs are the op's."""
     arguments = inspect.signature(view.op).parameters
-    own = {"thread" if field.name == "chain" else field.name: field for field in fields(view) if field.name != "node"}
+    own = {field.name: field for field in fields(view) if field.name != "node"}
     assert own.keys() == arguments.keys()
     for name, argument in arguments.items():
         if argument.default is not inspect.Parameter.empty:
@@ -63,8 +63,8 @@ def test_fields_that_are_not_there() -> None:
     statistics = Statistics.every(graph)[0]
     with pytest.raises(TypeError, match="Statistics has no field act"):
         statistics.update(act="relu")
-    with pytest.raises(TypeError, match="Statistics has no field thread, y"):
-        Statistics.create(before=statistics.node, y=statistics.x, thread=True)
+    with pytest.raises(TypeError, match="Statistics has no field threads, y"):
+        Statistics.create(before=statistics.node, y=statistics.x, threads=True)
     assert len(Statistics.every(graph)) == 2
 
 
@@ -90,8 +90,7 @@ def test_what_nodes_remember_is_carried_over() -> None:
     assert new.meta["nn_module_stack"] == statistics.node.meta["nn_module_stack"]
 
 
-def test_what_the_ops_call_a_chain_is_spelt_in_one_place() -> None:
+def test_nobody_else_spells_what_nodes_remember() -> None:
     packages = (graph_package, passes, patterns, plan, report)
     sources = {path: path.read_text() for package in packages for path in Path(package.__path__[0]).glob("*.py")}
-    assert {path.name for path, source in sources.items() if '"thread"' in source or "thread=" in source} == {"view.py"}
     assert not [path for path, source in sources.items() if 'meta["bnr_' in source or 'meta.get("bnr_' in source]

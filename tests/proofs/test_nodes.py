@@ -78,7 +78,7 @@ def test_statistics(threaded: bool) -> None:
         x = s.tensor("x", IMAGES, 17, 103, 107)
 
         def rewritten(x: Tensor) -> list[Tensor | None]:
-            mean, var, _, passed = ops.statistics(x, thread=threaded, backend="reference")
+            mean, var, _, passed = ops.statistics(x, chain=threaded, backend="reference")
             return [mean, var, passed]
 
         def original(x: Tensor) -> list[Tensor]:
@@ -100,7 +100,7 @@ def test_normalise(act: str, threaded: bool) -> None:
             return [applied(x, *vectors, act), *([x] if threaded else [])]
 
         def rewritten(x: Tensor, *vectors: Tensor) -> list[Tensor | None]:
-            return list(ops.normalise(x, *vectors, act=act, thread=threaded, backend="reference"))
+            return list(ops.normalise(x, *vectors, act=act, chain=threaded, backend="reference"))
 
         prove(s, original, rewritten, [x, *vectors])
 
@@ -124,7 +124,7 @@ def convolution(act: str, *, threaded: bool = False, dtype: torch.dtype = torch.
             return [y, mean, var, *([x] if threaded else [])]
 
         def rewritten(x: Tensor, *rest: Tensor) -> list[Tensor | None]:
-            y, mean, var, _, passed, _ = ops.conv(x, *rest, act=act, statistics=True, thread=threaded, **geometry)
+            y, mean, var, _, passed, _ = ops.conv(x, *rest, act=act, statistics=True, chain=threaded, **geometry)
             return [y, mean, var, passed]
 
         prove(s, original, rewritten, [x, *vectors, weight, bias])
@@ -192,7 +192,7 @@ def average_pool(act: str) -> None:
         prove(
             s,
             lambda x, *vectors: [F.avg_pool2d(applied(x, *vectors, act), *window.values()), x],
-            lambda x, *vectors: list(ops.avg_pool(x, *vectors, act=act, **window, thread=True, backend="reference")),
+            lambda x, *vectors: list(ops.avg_pool(x, *vectors, act=act, **window, chain=True, backend="reference")),
             inputs,
         )
 
@@ -222,7 +222,7 @@ def test_max_pool(act: str, window: tuple[tuple[int, int], ...]) -> None:
             s,
             lambda x, *vectors: [F.max_pool2d(applied(x, *vectors, act), kernel, stride, padding), x],
             lambda x, *vectors: list(
-                ops.max_pool(x, *vectors, act=act, kernel=kernel, stride=stride, padding=padding, thread=True, backend="reference")
+                ops.max_pool(x, *vectors, act=act, kernel=kernel, stride=stride, padding=padding, chain=True, backend="reference")
             ),
             inputs,
         )
@@ -285,7 +285,7 @@ def join(act: str, shortcut: str, gained: bool, where: str) -> None:
                 joined = ops.residual(one.y, *vectors, r, **named, gain=gains[0], r_gain=gains[1], backend="reference")
                 return [joined.out, joined.mean, joined.var]
             options = {**named, "x_gain": gains[0], "r_gain": gains[1], **SAME}
-            y, mean, var, _, passed, _ = ops.conv(one.y, *vectors, reader, None, r=r, thread=True, **options)
+            y, mean, var, _, passed, _ = ops.conv(one.y, *vectors, reader, None, r=r, chain=True, **options)
             return [passed, y, mean, var]
 
         prove(s, original, rewritten, [x, r, reader, *rest])

@@ -1,4 +1,4 @@
-"""thread-forks: a tensor with several readers is passed from one to the next, so that its gradient accumulates in place.
+"""chain-readers: a tensor with several readers is passed from one to the next, so that its gradient accumulates in place.
 
 Readers r1, r2, ... of x become a chain: r1 reads x and returns it, r2 reads that, and so on. Backward runs the other way: the last reader
 makes the gradient, each earlier one adds to it inside its dgrad epilogue, and no separate add sweeps over memory. Readers that are not
@@ -15,7 +15,7 @@ from bnrestructure.graph.provenance import locate
 from bnrestructure.passes.base import Pass, Rule
 from bnrestructure.patterns.fork import Fork, fork
 
-__all__ = ["THREAD_FORKS", "chain_readers"]
+__all__ = ["CHAIN_READERS", "chain_readers"]
 
 
 def chain_readers(match: Fork, *, own: bool = False) -> None:
@@ -58,4 +58,4 @@ def _keep_gradient_private(match: Fork) -> None:
         producer.node.graph.erase_node(producer.out("gain"))
 
 
-THREAD_FORKS = Pass("thread-forks", (Rule(fork, chain_readers),))
+CHAIN_READERS = Pass("chain-readers", (Rule(fork, chain_readers),))

@@ -6,10 +6,6 @@ one. Requests and results are lines of JSON; what a worker prints goes to the lo
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from bnrestructure.core.workers import Worker
 
 __all__ = ["Pool", "Request", "worker_command"]
 
@@ -26,61 +24,14 @@ Result = dict[str, Any]
 Report = Callable[[Request, Result | None], None]
 
 
-#: Seconds that a killed process is waited for.
-_GONE_WITHIN = 10.0
-
-
-class _Worker:
-    def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
-        self.environment = environment
-        with log.open("ab") as errors:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=os.environ | environment, text=True
-            )
-
-    def ask(self, request: Request, seconds: float) -> Result:
-        """The unit's result, or ``{"ok": False, "error": ...}`` when the worker failed or took longer than this."""
-        process, late = self.process, threading.Event()
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def stop() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(max(seconds, 0.0), stop)
-        timer.start()
-        try:
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-            found = json.loads(line) if line.endswith("\n") else None
-        except (OSError, ValueError):
-            found = None
-        finally:
-            timer.cancel()
-        if isinstance(found, dict):
-            return found
-        code = self.end()
-        return {"ok": False, "error": f"no result within {seconds:.0f} s" if late.is_set() else f"the process ended with status {code}"}
-
-    def end(self) -> int | None:
-        """Its exit status; None for one that the system does not let go of, as while a driver waits for the device."""
-        with contextlib.suppress(OSError):
-            self.process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.process.wait(_GONE_WITHIN)
-        return None
-
-
 class Pool:
     """Workers, started as they are needed. ``deadline`` is a time.monotonic() at which whatever runs is ended."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path, deadline: float) -> None:
-        self._start = lambda: _Worker(command, self._environment, log)
+        self._start = lambda: _started(command, self._environment, log)
         self._own = self._environment = environment
-        self._idle: list[_Worker] = []
-        self._all: list[_Worker] = []
+        self._idle: list[Worker] = []
+        self._all: list[Worker] = []
         self._lock = threading.Lock()
         self._deadline = deadline
         self._closed = False
@@ -142,6 +93,11 @@ class Pool:
         self._closed = True
         for worker in self._all:
             worker.end()
+
+
+def _started(command: Sequence[str], environment: dict[str, str], log: Path) -> Worker:
+    with log.open("ab") as words:
+        return Worker(command, environment, words)
 
 
 def worker_command() -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bnrestructure.api import explain, restructure, unrestructure
     from bnrestructure.core.errors import BNRestructureError, CaptureError, NotFullyFusedError, UsageError
-    from bnrestructure.measure_kernels import tune
+    from bnrestructure.measure_kernels import prove, tune
     from bnrestructure.plan.plan import Plan, Site
     from bnrestructure.verification import VerificationReport, verify
 
@@ -25,6 +25,7 @@ __all__ = [
     "UsageError",
     "VerificationReport",
     "explain",
+    "prove",
     "restructure",
     "tune",
     "unrestructure",
@@ -35,7 +36,7 @@ _HOMES = {
     "bnrestructure.api": ("explain", "restructure", "unrestructure"),
     "bnrestructure.core.errors": ("BNRestructureError", "CaptureError", "NotFullyFusedError", "UsageError"),
     "bnrestructure.plan.plan": ("Plan", "Site"),
-    "bnrestructure.measure_kernels": ("tune",),
+    "bnrestructure.measure_kernels": ("prove", "tune"),
     "bnrestructure.verification": ("VerificationReport", "verify"),
 }
 

@@ -1,4 +1,4 @@
-"""tune(): time the candidate kernels on the user's own shapes, and keep the choice on disk."""
+"""tune() and prove(): the kernels of a training step timed, or held against float64, now; what was found is kept on disk."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from bnrestructure.api import restructure
 from bnrestructure.core.errors import UsageError, first_line
 from bnrestructure.core.generators import preserved_generators
 from bnrestructure.kernels import registry, tuning
+from bnrestructure.kernels.proof.prover import trusting
 from bnrestructure.kernels.tuning import Measurement
 from bnrestructure.verification.loss import default_loss
 
-__all__ = ["tune"]
+__all__ = ["prove", "tune"]
 
 
 def tune(
@@ -43,22 +44,55 @@ def tune(
     """
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     device = _device(model, arguments)
-    candidate = restructure(copy.deepcopy(model), backend="cuda" if device == "cuda" else "auto", passes=passes).train()
-    # As in training, where the first convolution's input takes no gradient.
-    arguments = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), arguments)
 
     def listen(found: Measurement) -> None:
         if progress is not None:
             progress(found.call)
 
-    with preserved_generators(), tuning.measuring(listen) as found:
+    with trusting(registry.proved(device)), tuning.measuring(listen) as found:
+        _step(model, arguments, device, loss_fn, passes)
+    return found
+
+
+def prove(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    loss_fn: Callable[[Any], Tensor] | None = None,
+    passes: str | Sequence[str] | None = None,
+) -> dict[str, str]:
+    """Have the kernels of a training step proved now, where they are proved before they are used: on a GPU. Returns what is wrong.
+
+    A restructured model has them proved in the background, while its own forward runs; this is for those who cannot train meanwhile: before
+    a CUDA graph is captured, before processes are started that train together. It takes one training step of a copy by the reference's
+    kernels, by which the calls are known, and waits until each was held against float64 on the device (kernels/proof). The result is
+    empty where all is right; otherwise kernel call, in words -> its fault. Such calls are answered by the reference. On the CPU
+    there is nothing to prove, and the result is empty. Arguments and errors are those of :func:`tune`.
+    """
+    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    device = _device(model, arguments)
+    kernels = registry.proved(device)
+    if kernels is None:
+        return {}
+    _step(model, arguments, device, loss_fn, passes)
+    kernels.wait()
+    return kernels.faults()
+
+
+def _step(
+    model: nn.Module, inputs: tuple[Any, ...], device: str, loss_fn: Callable[[Any], Tensor] | None, passes: str | Sequence[str] | None
+) -> None:
+    """One training step of a restructured copy. The model and the random generators are left untouched."""
+    candidate = restructure(copy.deepcopy(model), backend=device, passes=passes).train()
+    # As in training, where the first convolution's input takes no gradient.
+    arguments = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), inputs)
+    with preserved_generators():
         try:
             (loss_fn or default_loss)(candidate(*arguments)).backward()
         except UsageError:
             raise
         except Exception as error:  # a user's forward or loss may raise anything on these inputs
             raise UsageError(f"the model fails on these inputs: {type(error).__name__}: {first_line(error)}") from error
-    return found
 
 
 def _device(model: nn.Module, arguments: tuple[Any, ...]) -> str:

@@ -118,7 +118,7 @@ def test_reasons_in_the_sources_are_explained() -> None:
     assert [text for text, swept in zip(found, in_sweeps, strict=True) if not explained(text, known) and not explained(swept, known)] == []
 
 
-_GIVES_A_REASON = ("Refusal", "CaptureError", "NotFollowedError", "AttributeWrittenError", "_refuse")
+_GIVES_A_REASON = ("Refusal", "CaptureError", "NotFollowedError", "AttributeWrittenError", "_refuse", "give_up")
 
 
 def _name(function: ast.expr) -> str:

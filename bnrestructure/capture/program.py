@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ class Program:
         self._slots = _attributes_to_arguments(graph, gm)
         self._rebuild = rebuild
         code = graph.python_code("self")
+        self._source = code.src
         namespace = dict(code.globals)
         exec(compile(code.src, f"<bnrestructure: {name}>", "exec"), namespace)
         self._function = namespace["forward"]
@@ -36,6 +38,10 @@ class Program:
             self._owner, self._dicts = module, dicts
         result = self._function(module, *tensors, *[values[name] for values, name in dicts])
         return result if self._rebuild is None else self._rebuild(result)
+
+    def digest(self, of: Any) -> str:
+        """Names the program, run on what ``of`` says, in files."""
+        return hashlib.sha256(f"{self._source}\n{of}".encode()).hexdigest()[:16]
 
 
 def copied_graph(graph: fx.Graph) -> fx.Graph:

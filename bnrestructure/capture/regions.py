@@ -17,6 +17,7 @@ from torch import fx, nn
 from bnrestructure.capture.ambient import compiled_autograd_is_on, wants_the_module_itself
 from bnrestructure.capture.arguments import Arguments
 from bnrestructure.capture.guess import guessed_arguments
+from bnrestructure.capture.probation import Probation, own_forwards, wants_own_forwards
 from bnrestructure.capture.program import Program, copied_graph
 from bnrestructure.capture.reads import Reads
 from bnrestructure.capture.side_effects import ambient_modes
@@ -25,6 +26,7 @@ from bnrestructure.capture.state import ModuleState
 from bnrestructure.capture.tracer import Capture, capture, is_capturing
 from bnrestructure.core.errors import AttributeWrittenError, BrokenGraphError, CaptureError, NotFollowedError, NotFullyFusedError
 from bnrestructure.graph.boundaries import any_global_hooks
+from bnrestructure.kernels import registry
 from bnrestructure.passes import pipeline
 from bnrestructure.passes.prepare import prepare
 from bnrestructure.passes.restore_formats import RESTORE_FORMATS
@@ -34,6 +36,8 @@ __all__ = ["Options", "Ran", "Region", "captured", "holding_batch_norms"]
 
 _CACHED_PROGRAMS = 32
 _CAPTURES_TO_WARN_OF = 3
+#: Sizes of inputs for which a program is timed where kernels are proved first.
+_SIZES_ON_PROBATION = 8
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class _Cached:
     program: Program | None
     conditions: dict[Any, Any] = field(default_factory=dict)
     again: bool = False  # the next call like this one is captured once more
+    probations: dict[Any, Probation] = field(default_factory=dict)  # by the inputs' sizes, on devices whose kernels are proved first
 
     def takes(self, arguments: Arguments) -> bool:
         """Whether it holds for arguments of these sizes."""
@@ -123,6 +128,7 @@ class Ran:
     calls       how often a rewritten program ran
     sites       the batch norm calls of the latest capture, by name, and ``graph``, what the passes made of it
     refusals    why calls ran the module's own forward
+    probation   of the latest call, on a device whose kernels are proved first
     """
 
     captures: int = 0
@@ -130,6 +136,7 @@ class Ran:
     sites: list[str] = field(default_factory=list)
     graph: fx.Graph | None = None
     refusals: list[str] = field(default_factory=list)
+    probation: Probation | None = None
 
 
 @dataclass
@@ -156,7 +163,7 @@ class Region:
 
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the module: its rewritten program, or ``forward``, its own, where no program fits."""
-        if is_capturing() or wants_the_module_itself():
+        if is_capturing() or wants_own_forwards() or wants_the_module_itself():
             return forward(module, *args, **kwargs)
         if any_global_hooks():
             self._refuse("hooks for every module are installed, and a rewritten forward calls none")
@@ -177,6 +184,13 @@ class Region:
         cached = self._fitting(module, forward, arguments)
         if cached.program is None:
             return self._own(cached, module, forward, args, kwargs)
+        probation = self._probation(cached, module, arguments)
+        if probation is not None and not probation.rewritten():
+            if probation.reason is not None:
+                self.ran.calls = 0  # those by which its kernels were known, and its steps timed
+                self._refuse(probation.reason)
+            with own_forwards():
+                return forward(module, *args, **kwargs)
         self.ran.calls += 1
         return cached.program(module, arguments.tensors)
 
@@ -190,6 +204,26 @@ class Region:
             if again:
                 with self._lock, suppress(ValueError):
                     self._programs.remove(cached)
+
+    def _probation(self, cached: _Cached, module: nn.Module, arguments: Arguments) -> Probation | None:
+        """Where the program stands for inputs of these sizes, on a device whose kernels are proved first; None on others."""
+        device = next((t.device for t in (*arguments.tensors, *module.parameters()) if t.is_floating_point()), None)
+        kernels = None if device is None else registry.proving(self.options.backend, device.type)
+        if kernels is None or device is None or cached.program is None:
+            return None
+        sizes = arguments.sizes
+        with self._lock:
+            found = cached.probations.get(sizes)
+            if found is None:
+                name = cached.program.digest((sizes, cached.key, [tuple(p.shape) for p in module.parameters()]))
+                guarded = self.options.backend == "auto" and not self.options.strict
+                found = Probation(kernels, name, guarded, device)
+                if len(cached.probations) >= _SIZES_ON_PROBATION:
+                    found.give_up(f"its inputs come in more than {_SIZES_ON_PROBATION} sizes, and steps are timed for each of them")
+                else:
+                    cached.probations[sizes] = found
+        self.ran.probation = found
+        return found
 
     def _fitting(self, module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> _Cached:
         """The program for this call, made if there is none."""

@@ -13,7 +13,7 @@ from bnrestructure.core.edges import Transform
 from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.kernels.calls import Call
 
-__all__ = ["reach_of", "readable", "require_fit", "require_memory", "require_memory_of_all", "tensors_of"]
+__all__ = ["fields_of", "reach_of", "readable", "require_fit", "require_memory", "require_memory_of_all", "tensors_of"]
 
 
 def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -23,12 +23,12 @@ def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, tuple):
             yield from tensors_of(value)
-        elif names := _names(type(value)):
+        elif names := fields_of(type(value)):
             yield from tensors_of(getattr(value, name) for name in names)
 
 
 @cache
-def _names(kind: type) -> tuple[str, ...]:
+def fields_of(kind: type) -> tuple[str, ...]:
     """The fields of a record; none of anything else."""
     return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
 

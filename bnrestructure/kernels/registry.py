@@ -2,7 +2,7 @@
 
 An implementation is a :class:`bnrestructure.kernels.calls.Kernels`. ``auto`` takes that of the tensor's device where it can answer the
 call, and the reference otherwise; the reference answers everything. Devices' kernels are for 4-D activations; others reach them through
-kernels/folded. The CUDA kernels have to be asked for by name until they have been proved on a device.
+kernels/folded. On a device of ``_PROVED_FIRST`` kernels answer calls of kinds that were proved there (kernels/proof).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.kernels.calls import Call, Kernels
 from bnrestructure.kernels.device import DeviceKernels
 from bnrestructure.kernels.folded import FoldedKernels
+from bnrestructure.kernels.proof.prover import Proved
 from bnrestructure.kernels.reference import REFERENCE
 
-__all__ = ["BACKENDS", "folded", "forget_answers", "implementation", "reason_for_device", "run", "unavailable_reason"]
+__all__ = ["BACKENDS", "folded", "forget_answers", "implementation", "proved", "proving", "reason_for_device", "run", "unavailable_reason"]
 
 R = TypeVar("R")
 
@@ -28,8 +29,8 @@ BACKENDS = ("auto", "reference", "cpu", "cuda")
 
 _DEVICES = {"cpu": "bnrestructure.kernels.cpu", "cuda": "bnrestructure.kernels.cuda"}
 
-#: What ``auto`` leaves alone, and why: users get it by asking for it.
-_ON_REQUEST = {"cuda": "the CUDA kernels have not been tried on a device yet: backend='cuda' asks for them"}
+#: Devices that come in many kinds, and whose compilers may be of any version: nothing is believed of kernels on one that was not seen.
+_PROVED_FIRST = {"cuda"}
 
 
 def run(backend: str, call: Call[R]) -> R:
@@ -78,7 +79,7 @@ def reason_for_device(backend: str, device: str) -> str | None:
         return f"there are no {device} kernels"
     if backend not in ("auto", device):
         return f"backend {backend!r} was asked for, the tensor is on {device}"
-    return _ON_REQUEST.get(device) if backend == "auto" else None
+    return None
 
 
 @cache
@@ -92,11 +93,25 @@ def _usable(backend: str, device: str, dimensions: int) -> Kernels | None:
     """What ``backend`` may use of tensors on this type of device with so many dimensions, or None; vectors have one."""
     if reason_for_device(backend, device) is not None or unavailable_reason(device) is not None:
         return None
-    kernels = implementation(device)
+    kernels = proved(device) or implementation(device)
     return kernels if kernels is None or dimensions in (4, 1) else folded(kernels)
+
+
+@cache
+def proved(device: str) -> Proved | None:
+    """What answers for a type of device where kernels are proved first; None where they are not, or there are none."""
+    if device not in _PROVED_FIRST or unavailable_reason(device) is not None:
+        return None
+    kernels = implementation(device)
+    return None if kernels is None else Proved(kernels, _DEVICES[device])
+
+
+def proving(backend: str, device: str) -> Proved | None:
+    """What answers calls on this type of device where kernels are proved first and ``backend`` uses them; None otherwise."""
+    return proved(device) if device in _PROVED_FIRST and reason_for_device(backend, device) is None else None
 
 
 def forget_answers() -> None:
     """Ask again which kernels there are: for those who put others in their place (tests, dry runs)."""
-    for answers in (implementation, unavailable_reason, folded, _usable):
+    for answers in (implementation, unavailable_reason, folded, proved, _usable):
         answers.cache_clear()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,12 +22,18 @@ from typing import Any
 
 import torch
 
+from bnrestructure.core.files import replace_file
+
 __all__ = [
     "Measurement",
     "cache_file",
+    "cache_folder",
+    "choices_digest",
     "discard",
     "forget",
     "is_measuring",
+    "machine_digest",
+    "machine_facts",
     "measure",
     "measured",
     "measuring",
@@ -83,13 +88,37 @@ def _digest() -> str:
     return hashlib.sha256(json.dumps(_machine, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def cache_file() -> Path | None:
-    """Where this machine's measurements are kept, or None for nowhere."""
+def machine_facts() -> dict[str, str]:
+    """What :func:`set_machine` was told."""
+    return dict(_machine)
+
+
+def machine_digest(*, choices: bool = False) -> str:
+    """Of the machine, as files are named by it; with ``choices`` of what was measured on it, too."""
+    return f"{_digest()}-{choices_digest()}" if choices else _digest()
+
+
+def choices_digest() -> str:
+    """Of what is chosen by measurements on this machine: another one where any kernel call may be answered otherwise."""
+    global _known
+    if _known is None:
+        _known = _read(cache_file())
+    chosen = sorted((call, found.choice) for call, found in _known.items())
+    return hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:12]
+
+
+def cache_folder() -> Path | None:
+    """Where what was found on this machine is kept, or None for nowhere."""
     folder = os.environ.get("BNRESTRUCTURE_CACHE", "")
     if folder == "off":
         return None
-    base = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnrestructure"
-    return base / f"choices-{_digest()}.json"
+    return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnrestructure"
+
+
+def cache_file() -> Path | None:
+    """Where this machine's measurements are kept, or None for nowhere."""
+    folder = cache_folder()
+    return None if folder is None else folder / f"choices-{_digest()}.json"
 
 
 def where_kept() -> str:
@@ -212,9 +241,6 @@ def _write(path: Path | None) -> None:
         return
     everything = {**_read(path), **_known}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-            json.dump({"machine": _machine, "measurements": [asdict(m) for m in everything.values()]}, file, indent=1)
-        os.replace(file.name, path)
+        replace_file(path, json.dumps({"machine": _machine, "measurements": [asdict(m) for m in everything.values()]}, indent=1))
     except OSError as error:
         warnings.warn(f"bnrestructure: measurements are not kept: {error}", stacklevel=2)

@@ -32,7 +32,7 @@ def planned_device(model: nn.Module, backend: str, inputs: tuple[Any, ...]) -> t
     device = devices[0] if devices else "cpu"
     if backend != "cuda" and device != "cuda":
         return device, []
-    notes = []
+    notes = ["on a GPU a kernel is proved before it is used, and rewritten steps are timed beside the model's own"]
     if device != "cuda":
         missing = registry.unavailable_reason("cuda")
         here = "" if missing is None else f" (here they cannot run: {missing})"

@@ -16,6 +16,7 @@ from bnrestructure.api import explain, restructure, unrestructure
 from bnrestructure.capture.swap import is_restructured, original_class
 from bnrestructure.core.errors import UsageError, first_line
 from bnrestructure.core.generators import preserved_generators
+from bnrestructure.kernels.proof.prover import waiting_for_proofs
 from bnrestructure.verification.draws import seeded
 from bnrestructure.verification.judge import FLOAT64_LIMIT, judge_double, judge_training
 from bnrestructure.verification.loss import default_loss, named_tensors
@@ -92,7 +93,7 @@ def verify(
     cast, autocast = (own, None) if dtype is None else (torch.float32, dtype) if dtype.itemsize < 4 else (dtype, None)
     loss = default_loss if loss_fn is None else (loss_fn if targets is None else lambda out: loss_fn(out, targets))
     setting = Setting(loss, steps, seed, cast, autocast, progress or (lambda _: None))
-    with preserved_generators(), _plain_context(model):
+    with preserved_generators(), waiting_for_proofs(), _plain_context(model):
         original, candidate = _pair(model, backend, passes)
         plan = explain(candidate, backend=backend or "auto", passes=passes)
         report = VerificationReport(original_class(model).__name__, factor, sites=plan.counts, notes=list(plan.notes))

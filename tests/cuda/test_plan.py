@@ -195,7 +195,7 @@ def test_the_plan_says_that_there_is_no_gpu() -> None:
 
 
 def test_auto_and_other_devices_say_why_the_reference_runs() -> None:
-    assert "have not been tried" in str(registry.reason_for_device("auto", "cuda"))
+    assert registry.reason_for_device("auto", "cuda") is None
     assert registry.reason_for_device("cuda", "cuda") is None
     assert registry.reason_for_device("auto", "mps") == "there are no mps kernels"
     assert registry.reason_for_device("cuda", "xpu") == "there are no xpu kernels"

@@ -14,7 +14,7 @@ from torch import Tensor
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, PoolGeometry, Transform
 from bnrestructure.kernels import reference
 from bnrestructure.kernels.calls import ConvBackward, ConvForward, FinalizeForward, MaxPoolForward
-from bnrestructure.kernels.cuda import KERNELS
+from bnrestructure.kernels.cuda import KERNELS, CudaKernels
 from bnrestructure.kernels.cuda import limits as rules
 
 GEOMETRY = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
@@ -131,8 +131,16 @@ def test_every_reference_kernel_has_a_rule_and_a_cuda_kernel() -> None:
     assert set(rules._RULES) == set(reference.RUN) == {*KERNELS._sweeps, ConvForward, ConvBackward}
 
 
-def test_auto_leaves_them_alone_until_they_are_asked_for() -> None:
+def test_they_are_proved_before_they_are_used_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     from bnrestructure.kernels import registry
+    from bnrestructure.kernels.proof.prover import Proved
 
-    assert "have not been tried" in str(registry.reason_for_device("auto", "cuda"))
-    assert "have not been tried" not in str(registry.reason_for_device("cuda", "cuda"))
+    monkeypatch.setattr(CudaKernels, "unavailable_reason", lambda self: None)
+    registry.forget_answers()
+    try:
+        for backend in ("auto", "cuda"):
+            assert isinstance(registry._usable(backend, "cuda", 4), Proved)
+        assert registry.proving("reference", "cuda") is None
+        assert registry.proving("auto", "cpu") is None
+    finally:
+        registry.forget_answers()

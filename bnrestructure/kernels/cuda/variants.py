@@ -112,7 +112,8 @@ def _join(
         for shortcut in (Transform(), _transform(c, "identity")):
             join = Join(y, _transform(c, "identity"), r, shortcut, act)
             forms = join if kernel == stride == 1 and implementation == "fused" else None
-            made, mean, _ = KERNELS.convolutions.by(implementation).run(ConvForward(z, Transform(), weight, None, geometry, dtype, True, join=forms))
+            forward = ConvForward(z, Transform(), weight, None, geometry, dtype, True, join=forms)
+            made, mean, _ = KERNELS.convolutions.by(implementation).run(forward)
             edge = BackwardEdge(_vector(out), _vector(out), _vector(out), made, mean)
             dy, into, needs = torch.empty_like(made), torch.empty_like(z), (True, True, False)
             KERNELS.convolutions.by(implementation).run(ConvBackward(dy, edge, z, Transform(), weight, geometry, dtype, needs, into, join))

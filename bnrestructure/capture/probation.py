@@ -1,0 +1,144 @@
+"""Rewritten programs on devices whose kernels are proved first: what runs until then, and whether a rewritten step is worth it.
+
+A program's life there, for inputs of one size: one step on the reference's kernels, by which its calls are known; then the module's own
+forward, while the kinds of these calls are proved (kernels/proof); then turns of a few steps of either, timed; then whichever is faster.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from torch import distributed as dist
+
+from bnrestructure.kernels.proof.prover import Proved, waits_for_proofs
+
+__all__ = ["Probation", "own_forwards", "wants_own_forwards"]
+
+#: Steps of a turn; the first one is not timed, as it finds the other program's memory. Turns of each kind.
+_STEPS, _TURNS = 4, 3
+#: How often timing begins anew because other kinds of calls came up.
+_RESTARTS = 3
+#: A rewritten step may take so much longer: it keeps less memory, and times are no more exact than that.
+_MARGIN = 1.02
+
+_SEVERAL = "several processes would have to agree on it: take some steps in one process first, or ask for backend='cuda'"
+
+_state = threading.local()
+
+
+@contextmanager
+def own_forwards() -> Iterator[None]:
+    """Within the block this thread's modules run their own forwards, those inside of them too."""
+    before = wants_own_forwards()
+    _state.own = True
+    try:
+        yield
+    finally:
+        _state.own = before
+
+
+def wants_own_forwards() -> bool:
+    """Whether this is within :func:`own_forwards`."""
+    return getattr(_state, "own", False)
+
+
+@dataclass
+class Probation:
+    """One program's, for inputs of one size. ``program`` names it on disk; ``guarded``: whether its steps have to be as fast."""
+
+    kernels: Proved
+    program: str
+    guarded: bool
+    device: torch.device
+    reason: str | None = None
+    _decided: bool | None = None
+    _learnt: bool = False
+    _calls: int = 0
+    _restarts: int = 0
+    _began: float = 0.0
+    _seconds: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
+
+    def rewritten(self) -> bool:
+        """Whether this call is to run the rewritten program."""
+        if waits_for_proofs():
+            return True
+        if self._decided is None and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return not self.guarded  # nothing can be timed in a CUDA graph
+        if self._decided is None:
+            return self._next()
+        return self._decided
+
+    def give_up(self, reason: str) -> None:
+        """The own forward it is."""
+        self._decided, self.reason = False, reason
+
+    def _next(self) -> bool:
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            return self._as_kept(_SEVERAL)
+        if not self._learnt:
+            if (known := self.kernels.steps(self.program)) is not None and self.guarded:
+                return self._decide(known["rewritten"], known["own"])
+            self._learnt = True
+            return True
+        if self.kernels.outstanding:
+            self._calls = 0
+            return False
+        if not self.guarded:
+            self._decided, self.reason = True, None
+            return True
+        return self._timed()
+
+    def _as_kept(self, otherwise: str) -> bool:
+        known = self.kernels.steps(self.program)
+        if known is not None:
+            return self._decide(known["rewritten"], known["own"])
+        self._decided, self.reason = not self.guarded, otherwise if self.guarded else None
+        return self._decided
+
+    def _timed(self) -> bool:
+        """Turns of the own forward and of the rewritten one, :data:`_TURNS` of each; a turn ends where the next one begins."""
+        turn, step = divmod(self._calls, _STEPS)
+        if step == 0 and turn and not self._end_turn(rewritten=turn % 2 == 0):
+            return False
+        if turn == 2 * _TURNS:
+            own, rewritten = (median(self._seconds[arm]) for arm in (False, True))
+            self.kernels.keep_steps(self.program, {"own": own, "rewritten": rewritten})
+            return self._decide(rewritten, own)
+        if step == 1:
+            self._began = self._clock()
+        self._calls += 1
+        return turn % 2 == 1
+
+    def _end_turn(self, *, rewritten: bool) -> bool:
+        """Note the turn's time; False where it was that of calls that are only being proved now: then all begins anew."""
+        if self.kernels.outstanding and self._restarts < _RESTARTS:
+            self._restarts += 1
+            self._calls, self._seconds = 0, {False: [], True: []}
+            return False
+        self._seconds[rewritten].append((self._clock() - self._began) / (_STEPS - 1))
+        return True
+
+    def _decide(self, rewritten: float, own: float) -> bool:
+        self._decided = rewritten <= _MARGIN * own
+        times = f"{own * 1e3:.1f} ms, rewritten {rewritten * 1e3:.1f} ms"
+        self.reason = None if self._decided else f"its own forward's training steps are faster on this device: {times}"
+        return self._decided
+
+    def _clock(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
+    def __str__(self) -> str:
+        """Where it stands, in a line."""
+        if self._decided is None and self.kernels.outstanding:
+            return f"its kernels are being proved on this device ({self.kernels.outstanding} to go); meanwhile its own forward runs"
+        if self._decided is None:
+            return "its steps are being timed beside those of its own forward"
+        return self.reason or f"its kernels were proved on this device ({self.kernels.proved} kinds of calls)"

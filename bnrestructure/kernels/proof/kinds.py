@@ -1,0 +1,107 @@
+"""What a kernel is specialised for: a call without the values in it, as a key, as text, and as what another process can fill again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bnrestructure.core.records import record
+from bnrestructure.kernels.calls import Call
+from bnrestructure.kernels.operands import fields_of
+
+__all__ = ["Blank", "blanked", "key_of", "mapped", "name_of", "text_of"]
+
+R = TypeVar("R")
+
+#: Compilers make use of addresses that are multiples of this many bytes.
+_ALIGNMENT = 16
+
+
+@record
+class Blank:
+    """A tensor without its values. ``offset``: bytes of its address modulo the alignment; tensors of one ``number`` are the same one."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    number: int
+
+
+def key_of(call: Call[Any]) -> tuple[Any, ...]:
+    """Equal for calls of one kind, on one device. Numbers of type float are arguments of a kernel, and no kind of their own."""
+    seen: dict[int, int] = {}
+    return (call.operand.get_device(), _key(call, seen))
+
+
+def _key(value: Any, seen: dict[int, int]) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        offset = value.storage_offset() * value.itemsize % _ALIGNMENT
+        return value.shape, value.stride(), value.dtype, offset, seen.setdefault(id(value), len(seen))
+    kind = type(value)
+    if names := fields_of(kind):
+        return (kind, *[_key(getattr(value, name), seen) for name in names])
+    if kind is tuple:
+        return tuple([_key(member, seen) for member in value])
+    return float if kind is float else value
+
+
+def blanked(call: Call[R]) -> Call[R]:
+    """The call with a :class:`Blank` in the place of each tensor."""
+    numbers: dict[int, int] = {}
+
+    def blank(x: Tensor) -> Blank:
+        offset = x.storage_offset() * x.itemsize % _ALIGNMENT
+        return Blank(tuple(x.shape), x.stride(), x.dtype, offset, numbers.setdefault(id(x), len(numbers)))
+
+    return mapped(call, Tensor, lambda _, x: blank(x))
+
+
+def mapped(value: Any, of: type, function: Callable[[str, Any], Any], name: str = "") -> Any:
+    """A call, or a part of one, with ``function(the field's name, member)`` in the place of each member of type ``of``."""
+    if isinstance(value, of):
+        return function(name, value)
+    if names := fields_of(type(value)):
+        return replace(value, **{field: mapped(getattr(value, field), of, function, field) for field in names})
+    if type(value) is tuple:
+        return tuple(mapped(member, of, function, f"{name}[{i}]") for i, member in enumerate(value))
+    return value
+
+
+def text_of(blanks: Call[Any]) -> str:
+    """The kind in words, one text for each kind: what the ledger knows it by."""
+    return _text(blanks)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Blank):
+        size, strides = "x".join(map(str, value.shape)), ",".join(map(str, value.strides))
+        return f"{_dtype(value.dtype)}[{size}]({strides})+{value.offset}#{value.number}"
+    if names := fields_of(type(value)):
+        members = [(name, getattr(value, name)) for name in names]
+        return f"{type(value).__name__}({', '.join(f'{name}={_text(member)}' for name, member in members if member is not None)})"
+    if type(value) is tuple:
+        return f"({', '.join(map(_text, value))})"
+    if isinstance(value, torch.dtype):
+        return _dtype(value)
+    return "number" if type(value) is float else str(value)
+
+
+def name_of(blanks: Call[Any]) -> str:
+    """``ConvForward of bfloat16 256x64x56x56``: the call and its first activation, for people."""
+    first: list[Blank] = []
+    mapped(blanks, Blank, lambda _, blank: first.append(blank))
+    size = "x".join(map(str, first[0].shape)) if first else "nothing"
+    return f"{type(blanks).__name__} of {_dtype(first[0].dtype)} {size}" if first else type(blanks).__name__
+
+
+@cache
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

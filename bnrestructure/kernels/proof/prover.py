@@ -1,0 +1,271 @@
+"""Which kinds of calls a device's kernels may answer, and the processes that find out."""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from bnrestructure.core.errors import UnsupportedCallError
+from bnrestructure.core.workers import Worker
+from bnrestructure.kernels import tuning
+from bnrestructure.kernels.calls import Call, ConvForward
+from bnrestructure.kernels.choice import Choice
+from bnrestructure.kernels.device import DeviceKernels
+from bnrestructure.kernels.proof.kinds import blanked, key_of, name_of, text_of
+from bnrestructure.kernels.proof.ledger import Ledger
+
+__all__ = ["Proved", "precision", "set_precision", "trusting", "waiting_for_proofs", "waits_for_proofs"]
+
+R = TypeVar("R")
+
+#: Seconds that a kind may take: compilers are slow, and what hangs must not hold the others up for ever.
+_SECONDS = 300.0
+_WORKERS = 4
+#: Seconds that a process waits for the next kind: it takes some to start.
+_IDLE_SECONDS = 10.0
+_WORKER = (sys.executable, "-m", "bnrestructure.kernels.proof.worker")
+_open: weakref.WeakSet[Worker] = weakref.WeakSet()
+_waiting = [0]
+
+
+@contextmanager
+def waiting_for_proofs() -> Iterator[None]:
+    """Within the block a call of a kind that is not proved yet waits until it is, or is known to be wrong: for those who judge kernels."""
+    _waiting[0] += 1
+    try:
+        yield
+    finally:
+        _waiting[0] -= 1
+
+
+def waits_for_proofs() -> bool:
+    """Whether this is within :func:`waiting_for_proofs`, in any thread: backward passes have threads of their own."""
+    return _waiting[0] > 0
+
+
+def precision() -> str:
+    """How PyTorch multiplies fp32 in convolutions: a kernel is another one for tf32."""
+    found: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # put there when torch is imported
+    return found
+
+
+def set_precision(value: str) -> None:
+    """Multiply like the process that asks."""
+    torch.backends.cudnn.conv.fp32_precision = value  # type: ignore[attr-defined]
+
+
+class Proved:
+    """A device's kernels (:class:`bnrestructure.kernels.device.DeviceKernels`), for calls of kinds that were proved; others are refused.
+
+    source     the module that has them as ``KERNELS``, for the processes that prove
+    trusted    answer every call: for those who hold the results against float64 themselves
+    """
+
+    def __init__(self, kernels: DeviceKernels, source: str, *, seconds: float = _SECONDS, workers: int = _WORKERS) -> None:
+        self.kernels, self.trusted = kernels, False
+        self._source, self._seconds = source, seconds
+        self._most_workers = max(1, min(workers, (os.cpu_count() or 1) - 1))
+        self._ledger = Ledger()
+        self._proved: set[Any] = set()
+        self._asked: dict[Any, tuple[str, str]] = {}  # key -> (text, name), of every kind that was met
+        self._requests: queue.SimpleQueue[tuple[Any, dict[str, Any]]] = queue.SimpleQueue()
+        self._outstanding, self._workers = 0, 0
+        self._again: str | None = None  # the kind whose proof from disk is being held against this process, "" when that is done
+        self._generation = -1
+        self._lock = threading.RLock()
+        self._settled = threading.Condition(self._lock)
+
+    # --- kernels -------------------------------------------------------------------------------------------------------
+
+    def run(self, call: Call[R]) -> R:
+        """The call's result. Raises UnsupportedCallError where its kind is not proved, or the kernels cannot answer."""
+        if self.trusted:
+            return self.kernels.run(call)
+        key = (precision(), key_of(call))
+        if key in self._proved and self._generation == tuning.generation:
+            return self.kernels.run(call)
+        return self._meet(key, call)
+
+    def supports(self, call: Call[Any]) -> str | None:
+        """Why the kernels cannot answer the call, in one line, or None; whether its kind is proved is another question."""
+        return self.kernels.supports(call)
+
+    def unavailable_reason(self) -> str | None:
+        """Why none of them can run in this installation, in one line, or None."""
+        return self.kernels.unavailable_reason()
+
+    def description(self) -> str:
+        """What they run on, and where measured choices are kept."""
+        return self.kernels.description()
+
+    def convolution_choices(self, call: ConvForward) -> tuple[Choice, Choice]:
+        """(forward, backward): what a convolution node like this one will run once it is proved, and why."""
+        return self.kernels.convolution_choices(call)
+
+    # --- what is known of them -----------------------------------------------------------------------------------------
+
+    @property
+    def outstanding(self) -> int:
+        """How many kinds are being proved."""
+        return self._outstanding
+
+    @property
+    def proved(self) -> int:
+        """How many kinds that were met are proved."""
+        return len(self._proved)
+
+    def faults(self) -> dict[str, str]:
+        """Kind, in words -> what is wrong with the kernels' answers, of the kinds that were met."""
+        known = self._ledger.faults
+        with self._lock:
+            return {name: fault for text, name in self._asked.values() if (fault := known.get(text)) is not None}
+
+    def steps(self, program: str) -> dict[str, float] | None:
+        """The seconds of a step each way that a process kept of this program on this machine, or None."""
+        with self._lock:
+            self._refresh()
+            return self._ledger.steps.get(program)
+
+    def keep_steps(self, program: str, seconds: dict[str, float]) -> None:
+        """Note them for later processes."""
+        self._ledger.put_steps(program, seconds)
+
+    def wait(self) -> None:
+        """Until nothing is being proved: at most the seconds that each kind may take."""
+        with self._settled:
+            self._settled.wait_for(lambda: not self._outstanding)
+
+    # --- finding out ---------------------------------------------------------------------------------------------------
+
+    def _meet(self, key: Any, call: Call[R]) -> R:
+        """A call of a kind that is not known to be proved: answered if the ledger knows it, refused and asked about otherwise."""
+        if (reason := self.kernels.supports(call)) is not None:
+            raise UnsupportedCallError(reason)
+        self._look_up(key, call)
+        if waits_for_proofs():
+            with self._settled:
+                self._settled.wait_for(lambda: self._is_known(key))
+        with self._lock:
+            usable = key in self._proved
+            fault = self._ledger.faults.get(self._asked[key][0]) if key in self._asked else None
+        if usable:
+            return self.kernels.run(call)
+        raise UnsupportedCallError(fault or "it is being proved on this device")
+
+    def _look_up(self, key: Any, call: Call[Any]) -> None:
+        """See what the ledger knows of a kind, and ask where it knows nothing."""
+        with self._lock:
+            self._refresh()
+            if key in self._proved or key in self._asked:
+                return
+            blanks = blanked(call)
+            text = f"{precision()} {text_of(blanks)}"
+            self._asked[key] = text, name_of(blanks)
+            known, fault = text in self._ledger.faults, self._ledger.faults.get(text)
+            if known and fault is None and self._again is None:  # the first of those from disk: is it still so?
+                self._again, known = text, False
+            if not known:
+                self._ask(key, call, blanks)
+            elif fault is None:
+                self._proved.add(key)
+
+    def _is_known(self, key: Any) -> bool:
+        text = self._asked[key][0] if key in self._asked else ""
+        return key in self._proved or key not in self._asked or (text in self._ledger.faults and text != self._again)
+
+    def _refresh(self) -> None:
+        """Forget what was proved of kernels that are not the ones any more: there are new choices among them."""
+        if self._generation != tuning.generation:
+            self._generation = tuning.generation
+            self.kernels.description()  # says what machine this is
+            if self._ledger.refresh():
+                self._proved, self._asked = set(), {}
+
+    def _ask(self, key: Any, call: Call[Any], blanks: Call[Any]) -> None:
+        request = {
+            "call": base64.b64encode(pickle.dumps(blanks)).decode(), "kernels": self._source, "device": str(call.operand.device),
+            "precision": precision(), "choices": tuning.choices_digest(),
+        }  # fmt: skip
+        self._outstanding += 1
+        self._requests.put((key, request))
+        if self._workers < min(self._most_workers, self._outstanding):
+            self._workers += 1
+            threading.Thread(target=self._work, daemon=True, name="bnrestructure proofs").start()
+
+    def _work(self) -> None:
+        """Have requests answered by a process, while any come."""
+        worker: Worker | None = None
+        while True:
+            try:
+                key, request = self._requests.get(timeout=_IDLE_SECONDS)
+            except queue.Empty:
+                with self._lock:
+                    if not self._requests.empty():
+                        continue
+                    self._workers -= 1
+                break
+            if worker is None:
+                worker = _started()
+            answer = worker.ask(request, self._seconds)
+            if "error" in answer:  # it crashed or hung
+                answer = {"fault": answer["error"], "passing": "no result within" in answer["error"], "last": True}
+            if answer["last"]:
+                worker.end()
+                worker = None
+            self._note(key, answer)
+        if worker is not None:
+            worker.end()
+
+    def _note(self, key: Any, answer: dict[str, Any]) -> None:
+        with self._settled:
+            known = self._asked.get(key)
+            if known is not None:
+                text, fault = known[0], answer["fault"]
+                if fault is None:
+                    self._proved.add(key)
+                elif text == self._again:  # it was right once: nothing on disk is believed any more
+                    self._ledger.clear()
+                    self._proved.clear()
+                    self._asked = {key: known}
+                if text == self._again:
+                    self._again = ""
+                self._ledger.put(text, fault, keep=not answer.get("passing", False))
+            self._outstanding -= 1
+            self._settled.notify_all()
+
+
+def _started() -> Worker:
+    worker = Worker(_WORKER, {}, subprocess.DEVNULL)
+    _open.add(worker)
+    return worker
+
+
+@atexit.register
+def _end_workers() -> None:
+    for worker in list(_open):
+        worker.end()
+
+
+@contextmanager
+def trusting(kernels: Proved | None) -> Iterator[None]:
+    """Within the block every call is answered."""
+    if kernels is None:
+        yield
+        return
+    before, kernels.trusted = kernels.trusted, True
+    try:
+        yield
+    finally:
+        kernels.trusted = before

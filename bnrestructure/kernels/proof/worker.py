@@ -1,0 +1,64 @@
+"""A proving process: ``python -m bnrestructure.kernels.proof.worker`` takes kinds of calls, a line of JSON each, and answers what is wrong.
+
+A request is {"call": a pickled call of blanks in base64, "kernels": a module, "device", "precision", "choices"}, an answer {"fault": null
+or a line}, with "passing": true where the next process may find otherwise (memory). After any error the process ends, and says "last":
+true; the device may be of no more use to it.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import json
+import os
+import pickle
+import sys
+import traceback
+from typing import Any
+
+import torch
+
+from bnrestructure.core.errors import first_line
+from bnrestructure.kernels import tuning
+from bnrestructure.kernels.proof.check import fault
+from bnrestructure.kernels.proof.prover import precision, set_precision
+
+__all__ = ["main"]
+
+
+def main() -> int:
+    """Until the input ends, or something fails."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints must not come between the answers
+    for line in sys.stdin:
+        answer, usable = _answer(json.loads(line))
+        print(json.dumps(answer | {"last": not usable}), file=answers, flush=True)
+        if not usable:
+            return 1
+    return 0
+
+
+def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """(the answer, whether this process can go on)."""
+    try:
+        torch.empty(1, device=request["device"])
+    except RuntimeError as error:  # a device for one process alone, say
+        return {"fault": f"another process cannot use the device: {first_line(error)}", "passing": True}, False
+    try:
+        if precision() != request["precision"]:
+            set_precision(request["precision"])
+        kernels = importlib.import_module(request["kernels"]).KERNELS
+        kernels.description()  # says what machine this is, whose choices are compared next
+        if tuning.choices_digest() != request["choices"]:
+            return {"fault": "this process would choose other kernels: measured choices are not kept on disk", "passing": True}, True
+        call = pickle.loads(base64.b64decode(request["call"]))
+        return {"fault": fault(kernels, call, torch.device(request["device"]))}, True
+    except torch.OutOfMemoryError:
+        return {"fault": "out of memory beside what else is on the device", "passing": True}, False
+    except Exception as error:  # whatever a compiler or a driver raises is the answer
+        traceback.print_exc()
+        return {"fault": f"{type(error).__name__}: {first_line(error)[:300]}"}, False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

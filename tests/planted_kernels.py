@@ -1,0 +1,53 @@
+"""The CPU's kernels with one fault among them, as a device would have them whose kernels nobody has seen: for the tests of kernels/proof.
+
+$BNR_PLANTED is the fault, and the type of call that has it: ``wrong ConvForward``. The proving processes import this file, too.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+
+from bnrestructure.kernels.cpu import KERNELS as REAL
+
+
+class PlantedKernels:
+    """``answered`` counts the calls that this process had answered, by type."""
+
+    def __init__(self) -> None:
+        self.answered: dict[str, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(REAL, name)
+
+    def run(self, call: Any) -> Any:
+        fault, _, kind = os.environ.get("BNR_PLANTED", "").partition(" ")
+        name = type(call).__name__
+        self.answered[name] = self.answered.get(name, 0) + 1
+        if name != kind:
+            return REAL.run(call)
+        if fault == "crashes":
+            os.abort()
+        if fault == "hangs":
+            time.sleep(600)
+        if fault == "raises":
+            raise RuntimeError("ptxas does not like it")
+        if fault == "short":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        found = REAL.run(call)
+        first = found[0] if isinstance(found, tuple) else found
+        if fault == "slow":
+            time.sleep(0.05)
+        elif fault == "wrong":
+            first[0, 0, 0, 0] += 0.05 * first.abs().max()
+        elif fault == "racy":
+            first[..., -1:] *= 1 + torch.rand(1) * 1e-7 + 1e-7 * (time.perf_counter_ns() % 7)
+        elif fault == "strays":
+            call.x[0, 0, 0, 0] += 1
+        return found
+
+
+KERNELS = PlantedKernels()

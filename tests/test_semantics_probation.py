@@ -1,0 +1,175 @@
+"""Training on a device whose kernels nobody has seen: the same numbers whatever is wrong with them, and a reason in the plan."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bnrestructure
+from bnrestructure.capture import probation
+from bnrestructure.kernels import registry, tuning
+from bnrestructure.kernels.proof.prover import Proved
+from tests.needs import needs_kernels
+from tests.planted_kernels import KERNELS as PLANTED
+
+pytestmark = needs_kernels
+TIMED = 2 * probation._TURNS * probation._STEPS
+
+
+class Net(nn.Module):
+    """With parts that hold batch norms themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.stem(x))
+
+
+class Training:
+    """A model and a twin of it that is not restructured, trained alike."""
+
+    def __init__(self, **options: object) -> None:
+        torch.manual_seed(0)
+        self.twin = Net().to(memory_format=torch.channels_last)
+        self.model = bnrestructure.restructure(copy.deepcopy(self.twin), **options)  # type: ignore[arg-type]
+        self.optimizers = [torch.optim.SGD(m.parameters(), 0.01) for m in (self.twin, self.model)]
+
+    def steps(self, count: int, size: int = 8) -> None:
+        """Train both, and see that they stay the same."""
+        for _ in range(count):
+            x = torch.randn(4, 3, size, size).contiguous(memory_format=torch.channels_last)
+            for model, optimizer in zip((self.twin, self.model), self.optimizers, strict=True):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+        for theirs, ours in zip(self.twin.state_dict().values(), self.model.state_dict().values(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    @property
+    def plan(self) -> bnrestructure.Plan:
+        return bnrestructure.explain(self.model)
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Proved]]:
+    """As if the CPU were such a device, with this fault: ``plant("wrong ConvForward")``."""
+    monkeypatch.setenv("BNRESTRUCTURE_CACHE", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setattr(registry, "_PROVED_FIRST", {"cpu"})
+    monkeypatch.setitem(registry._DEVICES, "cpu", "tests.planted_kernels")
+    monkeypatch.setattr(probation, "_MARGIN", 1e9)  # the turns of a net this small say nothing
+
+    def make(planted: str = "") -> Proved:
+        monkeypatch.setenv("BNR_PLANTED", planted)
+        tuning.forget()
+        registry.forget_answers()
+        PLANTED.answered.clear()
+        kernels = registry.proved("cpu")
+        assert kernels is not None
+        return kernels
+
+    yield make
+    monkeypatch.undo()
+    tuning.forget()
+    registry.forget_answers()
+
+
+def test_until_kernels_are_proved_the_own_forward_runs_and_then_they_do(plant: Callable[..., Proved]) -> None:
+    kernels, training = plant(), Training()
+    training.steps(3)
+    assert kernels.outstanding
+    assert not PLANTED.answered
+    assert "its kernels are being proved on this device" in str(training.plan)
+    assert training.plan.captures == {"the whole model": 1}  # its parts run their own forwards, too
+    kernels.wait()
+    training.steps(TIMED)
+    assert "being timed" in str(training.plan)
+    training.steps(2)
+    assert {"ConvForward", "ConvBackward", "FinalizeForward"} <= PLANTED.answered.keys()
+    assert all(site.ran for site in training.plan.sites)
+    assert "its kernels were proved on this device" in str(training.plan)
+    assert not kernels.faults()
+
+
+@pytest.mark.parametrize("planted", ["wrong ConvForward", "wrong ConvBackward", "crashes FinalizeForward", "raises ConvBackward"])
+def test_no_wrong_kernel_reaches_a_step(planted: str, plant: Callable[..., Proved]) -> None:
+    kernels, training = plant(planted), Training()
+    training.steps(2)
+    kernels.wait()
+    training.steps(TIMED + 3)
+    wrong = planted.partition(" ")[2]
+    assert wrong not in PLANTED.answered
+    assert PLANTED.answered
+    assert f"kernels for {wrong} of float32" in str(training.plan)
+    assert {wrong} == {name.partition(" ")[0] for name in kernels.faults()}
+
+
+def test_where_rewritten_steps_are_slower_the_own_forward_stays(plant: Callable[..., Proved], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probation, "_MARGIN", 1.02)
+    kernels, training = plant("slow ConvForward"), Training()
+    training.steps(2)
+    kernels.wait()
+    training.steps(TIMED + 2)
+    answered = dict(PLANTED.answered)
+    training.steps(2)
+    assert PLANTED.answered == answered
+    assert "its own forward's training steps are faster on this device" in str(training.plan)
+    assert not any(site.ran for site in training.plan.sites)
+    again = plant("slow ConvForward")  # as a later process: it is known
+    later = Training()
+    later.steps(2)
+    assert not PLANTED.answered
+    assert not again.outstanding
+    assert "faster on this device" in str(later.plan)
+
+
+@pytest.mark.parametrize("options", [{"backend": "cpu"}, {"strict": True}])
+def test_who_asks_for_it_gets_it_however_slow(
+    options: dict[str, object], plant: Callable[..., Proved], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probation, "_MARGIN", 0.0)
+    kernels, training = plant(), Training(**options)
+    training.steps(1)
+    kernels.wait()
+    training.steps(1)
+    assert PLANTED.answered["ConvForward"] == 3
+    assert all(site.ran for site in training.plan.sites)
+
+
+def test_other_sizes_are_proved_apart_and_not_without_end(plant: Callable[..., Proved]) -> None:
+    kernels, training = plant(), Training(backend="cpu")
+    training.steps(1, size=8)
+    kernels.wait()
+    training.steps(1, size=10)
+    assert "ConvForward" not in PLANTED.answered
+    kernels.wait()
+    training.steps(1, size=10)
+    assert PLANTED.answered["ConvForward"] == 3
+    for size in range(11, 20):
+        training.steps(1, size=size)
+    assert "come in more than 8 sizes" in str(training.plan)
+    kernels.wait()
+
+
+def test_verify_judges_the_kernels_and_not_what_runs_meanwhile(plant: Callable[..., Proved]) -> None:
+    plant()
+    report = bnrestructure.verify(Net(), torch.randn(4, 3, 8, 8), steps=1)
+    assert report.ok, str(report)
+    assert PLANTED.answered["ConvForward"]
+
+
+def test_several_processes_do_not_decide_each_for_itself(plant: Callable[..., Proved], monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, training = plant(), Training()
+    monkeypatch.setattr(probation.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(probation.dist, "get_world_size", lambda: 2)
+    training.steps(2)
+    assert not kernels.outstanding
+    assert "several processes would have to agree" in str(training.plan)

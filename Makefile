@@ -129,7 +129,7 @@ cuda-emulated: $(VENV)/.ready
 	@BNR_EMULATED_PART=$(or $(PART),90) $(BIN)/python -m pytest tests/cuda/interpreted -m "not whole" -n $(WORKERS) $(ARGS)
 
 gpu: $(VENV)/.ready
-	@$(BIN)/python benchmarks/gpu.py $(ARGS)
+	@$(BIN)/python benchmarks/gpu $(ARGS)
 
 # What a venv that borrows from this one puts into a .pth file.
 BORROWED := import sys; print(*(path for path in sys.path if path.endswith("site-packages")), sep="\n")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from needs import needs_kernels
+from planted_kernels import KERNELS as PLANTED
 from torch import Tensor, nn
 
 import bnrestructure
 from bnrestructure.capture import probation
 from bnrestructure.kernels import registry, tuning
 from bnrestructure.kernels.proof.prover import Proved
-from tests.needs import needs_kernels
-from tests.planted_kernels import KERNELS as PLANTED
 
 pytestmark = needs_kernels
 TIMED = 2 * probation._TURNS * probation._STEPS
@@ -62,9 +62,9 @@ class Training:
 def plant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Proved]]:
     """As if the CPU were such a device, with this fault: ``plant("wrong ConvForward")``."""
     monkeypatch.setenv("BNRESTRUCTURE_CACHE", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setattr(registry, "_PROVED_FIRST", {"cpu"})
-    monkeypatch.setitem(registry._DEVICES, "cpu", "tests.planted_kernels")
+    monkeypatch.setitem(registry._DEVICES, "cpu", "planted_kernels")
     monkeypatch.setattr(probation, "_MARGIN", 1e9)  # the turns of a net this small say nothing
 
     def make(planted: str = "") -> Proved:

@@ -1,4 +1,4 @@
-"""The order of benchmarks/gpu.py, and the command itself, without a GPU."""
+"""The order of benchmarks/gpu, and the command itself, without a GPU."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from types import ModuleType
 import pytest
 from needs import needs_triton
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def schedule(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.syspath_prepend(ROOT)
     pytest.importorskip("triton")
-    return importlib.import_module("gpu_schedule")
+    return importlib.import_module("benchmarks.gpu.schedule")
 
 
 def test_the_order_is_that_of_what_is_worth_most(schedule: ModuleType) -> None:
@@ -66,7 +66,7 @@ def test_units_come_after_what_proves_them_and_have_names_of_their_own(schedule:
 
 def script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "gpu.py"), *arguments], env=os.environ | variables, capture_output=True, text=True, cwd="/"
+        [sys.executable, str(ROOT / "benchmarks" / "gpu"), *arguments], env=os.environ | variables, capture_output=True, text=True, cwd="/"
     )  # fmt: skip
 
 

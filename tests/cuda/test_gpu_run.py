@@ -1,4 +1,4 @@
-"""How benchmarks/gpu.py runs its units: nothing that one of them does may cost another's result. No GPU is needed."""
+"""How benchmarks/gpu runs its units: nothing that one of them does may cost another's result. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
 
 #: Answers by the unit's name: some print, some crash, one hangs; it counts the processes it was in a file.
 WORKER = """
@@ -47,9 +47,9 @@ for line in sys.stdin:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.syspath_prepend(ROOT)
     pytest.importorskip("triton")
-    return importlib.import_module("gpu_run")
+    return importlib.import_module("benchmarks.gpu.run")
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def run(work: Callable[..., int], runs: ModuleType, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(runs, "_CORES", 16)
 
     def go(*names: str, workers: int = 1, unit_seconds: float = 30.0, **options: Any) -> int:
-        schedule = importlib.import_module("gpu_schedule")
+        schedule = importlib.import_module("benchmarks.gpu.schedule")
         monkeypatch.setitem(runs.PARTS, "own", schedule.Part(workers, unit_seconds))
         return work([("own", list(names))], **options)
 

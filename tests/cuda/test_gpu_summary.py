@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py makes of its numbers: no ratio without all rivals, no bound that can be beaten, losses like eager's."""
+"""What benchmarks/gpu makes of its numbers: no ratio without all rivals, no bound that can be beaten, losses like eager's."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-NAMES = ("gpu_schedule", "gpu_summary", "gpu_steps", "gpu_memory", "gpu_times", "gpu_nodes")
+NAMES = ("schedule", "summary", "models", "kernels", "nodes")
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
     pytest.importorskip("triton")
-    return {name: importlib.import_module(name) for name in NAMES}
+    return {name: importlib.import_module(f"benchmarks.gpu.{name}") for name in NAMES}
 
 
 @pytest.fixture
 def timed(gpu: dict[str, ModuleType]) -> dict[str, Any]:
     """All variants of densenet121: torch.compile in 10 ms and 8 GiB, ours in 5 ms and 2 GiB, all others slower."""
     found = {}
-    for variant in gpu["gpu_schedule"].VARIANTS:
+    for variant in gpu["schedule"].VARIANTS:
         step, memory = {"compile": (10.0, 8), "restructured graphed": (5.0, 4), "restructured": (9.0, 3)}.get(variant, (20.0, 20))
         found[f"densenet121 {variant}"] = {
             "ok": True, "step": step, "allocated": memory * 2**30, "before": 2**30, "reserved": 99 * 2**30, "compared": True,
@@ -33,7 +33,7 @@ def timed(gpu: dict[str, ModuleType]) -> dict[str, Any]:
 
 
 def lines(gpu: dict[str, ModuleType], timed: dict[str, Any]) -> str:
-    return "\n".join(gpu["gpu_summary"].compare_models("models", timed))
+    return "\n".join(gpu["summary"].compare_models("models", timed))
 
 
 def test_the_fastest_rival_and_the_memory_without_graphs(gpu: dict[str, ModuleType], timed: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ def test_kernels_timed_with_their_launches_are_marked(gpu: dict[str, ModuleType]
     node: dict[str, Any] = {f"{way}_{what}": value for way in ("forward", "backward") for what, value in known.items()}
     node |= {"ok": True, "fused_forward": 2.0, "fused_backward": 3.0, "not_captured": {"fused_backward": "RuntimeError: no"}}
     swept = {"ok": True, "times": {"normalise_forward": 4.0, "finalize_forward": 1.0}, "bounds": {"normalise_forward": 1.0}}
-    gpu["gpu_summary"].summarise({"kernels": {"a node": node, "sweeps relu 4 5": swept, "wrong": {"ok": False}}}, set())
+    gpu["summary"].summarise({"kernels": {"a node": node, "sweeps relu 4 5": swept, "wrong": {"ok": False}}}, set())
     said = capsys.readouterr().out
     assert "fused 2.000 (rule" in said
     assert "fused 3.000* (rule" in said
@@ -82,7 +82,7 @@ def test_kernels_timed_with_their_launches_are_marked(gpu: dict[str, ModuleType]
 
 
 def test_what_trains_otherwise_than_eager_is_found(gpu: dict[str, ModuleType]) -> None:
-    alike = gpu["gpu_steps"].trains_alike
+    alike = gpu["models"].trains_alike
     eager = [7.12, 5.65, 4.72, 4.07]
     assert alike([7.121, 5.66, 4.70, 4.10, 3.0], eager, 0.001) is None
     assert alike([7.121, 5.66], None, None) is None
@@ -94,7 +94,7 @@ def test_what_trains_otherwise_than_eager_is_found(gpu: dict[str, ModuleType]) -
 
 
 def test_too_little_memory_is_recognised_in_all_its_words(gpu: dict[str, ModuleType]) -> None:
-    recognised = gpu["gpu_memory"].is_out_of_memory
+    recognised = gpu["kernels"].is_out_of_memory
     for error in (
         torch.OutOfMemoryError("x"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
@@ -106,18 +106,18 @@ def test_too_little_memory_is_recognised_in_all_its_words(gpu: dict[str, ModuleT
     wrapped.__cause__ = torch.OutOfMemoryError("x")
     assert recognised(wrapped)
     assert not recognised(RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 232448"))
-    assert not gpu["gpu_memory"].no_convolution_found(RuntimeError("an illegal memory access was encountered"))
-    assert gpu["gpu_memory"].no_convolution_found(RuntimeError("GET was unable to find an engine to execute this computation"))
+    assert not gpu["kernels"].no_convolution_found(RuntimeError("an illegal memory access was encountered"))
+    assert gpu["kernels"].no_convolution_found(RuntimeError("GET was unable to find an engine to execute this computation"))
 
 
 def test_a_bound_counts_each_byte_once(gpu: dict[str, ModuleType]) -> None:
     ceilings = {"bytes": 1e3, "flops": float("inf")}
-    node = gpu["gpu_nodes"].Node("a node", 3, 5, 7)
+    node = gpu["nodes"].Node("a node", 3, 5, 7)
     x, y = 2 * 11 * 3 * 49, 2 * 11 * 5 * 49
-    bounds = gpu["gpu_times"].bounds(node, 11, ceilings)
+    bounds = gpu["kernels"].bounds(node, 11, ceilings)
     assert bounds["forward_bound"] == pytest.approx(x + y)
     assert bounds["backward_bound"] == pytest.approx(2 * y + 3 * x)
     assert bounds["backward_two_pass_bound"] == pytest.approx(4 * y + 4 * x)
     flops = 2 * 11 * 5 * 49 * 3
-    bounds = gpu["gpu_times"].bounds(node, 11, {"bytes": float("inf"), "flops": 1e3})
+    bounds = gpu["kernels"].bounds(node, 11, {"bytes": float("inf"), "flops": 1e3})
     assert (bounds["forward_bound"], bounds["backward_bound"]) == (pytest.approx(flops), pytest.approx(2 * flops))

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from needs import needs_kernels
+from planted_kernels import KERNELS as PLANTED
 from torch import Tensor
 
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, PoolGeometry, Transform
@@ -21,8 +23,6 @@ from bnrestructure.kernels.proof.check import distance, fault
 from bnrestructure.kernels.proof.draw import Drawn
 from bnrestructure.kernels.proof.kinds import blanked, key_of, text_of
 from bnrestructure.kernels.proof.prover import Proved, trusting, waiting_for_proofs
-from tests.needs import needs_kernels
-from tests.planted_kernels import KERNELS as PLANTED
 
 pytestmark = needs_kernels
 GEOMETRY = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
@@ -151,13 +151,13 @@ def test_of_a_million_values_one_may_be_on_the_other_side_of_a_kink() -> None:
 def prove(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Proved]]:
     """Planted kernels that have to be proved: ``prove("wrong ConvForward")``."""
     monkeypatch.setenv("BNRESTRUCTURE_CACHE", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     tuning.forget()
 
     def make(planted: str = "", seconds: float = 120.0) -> Proved:
         monkeypatch.setenv("BNR_PLANTED", planted)
         PLANTED.answered.clear()
-        return Proved(PLANTED, "tests.planted_kernels", seconds=seconds)
+        return Proved(PLANTED, "planted_kernels", seconds=seconds)
 
     yield make
     tuning.forget()

@@ -1,4 +1,4 @@
-"""The checking half of benchmarks/gpu.py, interpreted: it lets right numbers pass and wrong ones not."""
+"""The checking half of benchmarks/gpu, interpreted: it lets right numbers pass and wrong ones not."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from bnrestructure.kernels.cuda import KERNELS
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "benchmarks")
-    return importlib.import_module("gpu_nodes")
+    monkeypatch.syspath_prepend(Path(__file__).parents[3])
+    return importlib.import_module("benchmarks.gpu.nodes")
 
 
 @pytest.mark.parametrize("options", [{}, {"gated": True}, {"joined": True}, {"joined": True, "kernel": 3}], ids=str)
@@ -30,7 +30,7 @@ def test_a_right_kernel_passes(nodes: ModuleType, options: dict[str, Any]) -> No
 @pytest.mark.own_tiles
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_right_sweeps_pass(nodes: ModuleType, dtype: torch.dtype) -> None:
-    found = importlib.import_module("gpu_sweeps").check_sweeps("silu", dtype, "cpu", shape=(2, 5, 6, 5))
+    found = importlib.import_module("benchmarks.gpu.kernels").check_sweeps("silu", dtype, "cpu", shape=(2, 5, 6, 5))
     assert found["ok"], found
 
 
@@ -58,13 +58,13 @@ def test_a_wrong_sweep_does_not(nodes: ModuleType, monkeypatch: pytest.MonkeyPat
         return found * 1.1 if isinstance(found, torch.Tensor) else found._replace(dx=found.dx * 1.1)
 
     monkeypatch.setitem(KERNELS._sweeps, kind, wrong)
-    assert not importlib.import_module("gpu_sweeps").check_sweeps("silu", torch.float32, "cpu", shape=(2, 5, 6, 5))["ok"]
+    assert not importlib.import_module("benchmarks.gpu.kernels").check_sweeps("silu", torch.float32, "cpu", shape=(2, 5, 6, 5))["ok"]
 
 
 @pytest.mark.own_tiles
 def test_each_sweep_is_timed_against_its_bytes(nodes: ModuleType) -> None:
     shape = (2, 4, 5, 6)
-    found = importlib.import_module("gpu_sweeps").time_sweeps("relu", shape, {"bytes": 1e3}, "cpu")
+    found = importlib.import_module("benchmarks.gpu.kernels").time_sweeps("relu", shape, {"bytes": 1e3}, "cpu")
     full, vector = 2 * 2 * 4 * 5 * 6, 4 * 4
     assert found["bounds"]["statistics_forward"] == full + 2 * vector
     assert found["bounds"]["normalise_backward"] == 4 * full + 2 * vector  # dz, x and what is added to; dx; two sums

@@ -1,4 +1,4 @@
-"""What a worker of benchmarks/gpu.py does for each unit of gpu_schedule.py."""
+"""What a worker of benchmarks/gpu does for each unit of schedule.py."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import check_step
-from gpu_nodes import NODES, check_node
-from gpu_schedule import BATCHES, DTYPES, WARMED, nodes, swept_shapes
-from gpu_steps import largest_batch, time_model
-from gpu_sweeps import check_sweeps, time_sweeps
-from gpu_times import time_node
 
 import bnrestructure
+from benchmarks.gpu.kernels import check_sweeps, time_node, time_sweeps
+from benchmarks.gpu.models import check_step, largest_batch, time_model
+from benchmarks.gpu.nodes import NODES, check_node
+from benchmarks.gpu.schedule import BATCHES, DTYPES, WARMED, nodes, swept_shapes
 from bnrestructure.bench.ceilings import copy_bandwidth, fma_ceiling
 from bnrestructure.kernels.cuda import KERNELS
 
 __all__ = ["run_unit"]
+
 
 #: Where a node is checked at the tile it is timed with: the tile's size depends on the number of pixels.
 _CHECKED_BATCH = 128

@@ -1,10 +1,10 @@
-"""The short table that benchmarks/gpu.py ends with."""
+"""The short table that benchmarks/gpu ends with."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from gpu_schedule import BATCHES, VARIANTS, WARMED
+from benchmarks.gpu.schedule import BATCHES, VARIANTS, WARMED
 
 __all__ = ["compare_models", "summarise"]
 

@@ -1,4 +1,4 @@
-"""One worker of benchmarks/gpu.py: reads a unit a line from its standard input, runs it, writes its result as a line of JSON.
+"""One worker of benchmarks/gpu: reads a unit a line from its standard input, runs it, writes its result as a line of JSON.
 
 Anything that goes wrong is a result, {"ok": False, "error": ...}, with the traceback on standard error; then the process
 ends, as CUDA may be of no more use to it.
@@ -12,16 +12,16 @@ import sys
 import traceback
 from typing import Any
 
-from checkout import make_importable
-from gpu_results import to_json
+from benchmarks.checkout import make_importable
+from benchmarks.gpu.results import to_json
 
 __all__ = ["main"]
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
     make_importable()  # a missing package is a result, too
-    from gpu_memory import release_memory
-    from gpu_units import run_unit
+    from benchmarks.gpu.kernels import release_memory
+    from benchmarks.gpu.units import run_unit
 
     found = run_unit(request)
     release_memory()

@@ -1,9 +1,7 @@
-"""The convolution nodes of benchmarks/gpu.py: shapes of real networks, checked against fp64; gpu_times.py times them."""
+"""The convolution nodes of benchmarks/gpu: shapes of real networks, checked against fp64; kernels.py times them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
@@ -18,12 +16,10 @@ from bnrestructure.kernels import join
 from bnrestructure.kernels.calls import ConvBackward, ConvForward, JoinForward
 from bnrestructure.kernels.cuda import KERNELS
 from bnrestructure.kernels.cuda.device import uses_tf32
+from bnrestructure.kernels.proof.check import FACTOR, distance, poisoned
 from bnrestructure.kernels.reference import REFERENCE
 
 __all__ = ["NODES", "RAGGED", "Node", "check_node", "compared", "distance", "draw", "implementation", "implementations", "poisoned"]
-
-#: How much further from fp64 than PyTorch's own kernels of the same dtype a result may be.
-FACTOR = 4.0
 
 
 @dataclass(frozen=True)
@@ -162,12 +158,6 @@ def draw(node: Node, batch: int, dtype: torch.dtype, device: str) -> Inputs:
     return Inputs(x, transform, weight, torch.randn_like(y), edge, torch.randn_like(x), torch.randn_like(x))
 
 
-def distance(value: Tensor, truth: Tensor) -> float:
-    """Largest absolute difference over the truth's largest magnitude; infinite where a value is no number."""
-    difference = (value.double() - truth).abs().max() / truth.abs().max().clamp_min(1e-300)
-    return float(difference) if torch.isfinite(value).all() else float("inf")
-
-
 def check_node(node: Node, dtype: torch.dtype, device: str = "cuda", batch: int = 4) -> dict[str, Any]:
     """Errors against fp64 of both implementations and of the reference in the same dtype, and whether ours are as small."""
     a = draw(node, batch, dtype, device)
@@ -208,16 +198,6 @@ def implementation(node: Node, name: str) -> Any:
         return in_turn(KERNELS, KERNELS.run, call)
 
     return SimpleNamespace(run=run)
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Fresh memory is full of NaN: what a kernel should have written and did not is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def compared(ours: list[Tensor], theirs: list[Tensor], truth: list[Tensor], unit: float) -> dict[str, Any]:

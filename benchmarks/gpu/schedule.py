@@ -1,16 +1,15 @@
-"""What benchmarks/gpu.py runs, in which order: the parts, their units' names, and what must have passed before a unit is timed."""
+"""What benchmarks/gpu runs, in which order: the parts, their units' names, and what must have passed before a unit is timed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 import torch
-from gpu_nodes import NODES, RAGGED, Node
 
-__all__ = [
-    "ACTIVATIONS", "BATCHES", "DTYPES", "PARTS", "SWEPT", "VARIANTS", "WARMED", "Part",
-    "nodes", "proof_of", "schedule", "served_by", "swept_shapes", "units",
-]  # fmt: skip
+from benchmarks.gpu.nodes import NODES, RAGGED, Node
+
+__all__ = ["BATCHES", "DTYPES", "PARTS", "VARIANTS", "WARMED", "nodes", "proof_of", "schedule", "served_by", "swept_shapes", "units"]
+
 
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu(0.1)")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -1,14 +1,14 @@
-"""Checks and times the CUDA kernels and whole training steps on one NVIDIA GPU: ``python benchmarks/gpu.py``.
+"""Checks and times the CUDA kernels and whole training steps on one NVIDIA GPU: ``python benchmarks/gpu``.
 
-    python benchmarks/gpu.py                       every part, in order
-    python benchmarks/gpu.py --part models         one part, and those it needs
-    python benchmarks/gpu.py --seconds 540         be done after this long (the default)
-    python benchmarks/gpu.py --retry               run again what failed before
-    python benchmarks/gpu.py --dry-run             every path at tiny sizes, in Triton's interpreter: no GPU, no real times
+    python benchmarks/gpu                       every part, in order
+    python benchmarks/gpu --part models         one part, and those it needs
+    python benchmarks/gpu --seconds 540         be done after this long (the default)
+    python benchmarks/gpu --retry               run again what failed before
+    python benchmarks/gpu --dry-run             every path at tiny sizes, in Triton's interpreter: no GPU, no real times
 
 Each part is made of units (a kernel at a shape; a model and a variant), and each unit's result goes into one JSON file as
 soon as it is there: a run that was stopped goes on where it stopped, and says what is left. Units run in processes of
-their own (gpu_pool.py), so that one that crashes or hangs is a line in the table and no more. Numbers are checked against
+their own (run.py), so that one that crashes or hangs is a line in the table and no more. Numbers are checked against
 fp64 before they are timed; a configuration whose numbers are wrong, or were not checked yet, gets no time. Results of our
 code are taken anew when its sources changed. What the workers print goes to a .log file beside the results. Exit status:
 1 if something failed, 2 without a GPU.
@@ -25,17 +25,19 @@ from pathlib import Path
 
 __all__ = ["main"]
 
-RESULTS = Path(__file__).parent / "results" / "gpu.json"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
-    from checkout import make_importable
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.checkout import make_importable
 
     make_importable()
     try:
-        from gpu_run import run
-        from gpu_schedule import PARTS
+        from benchmarks.gpu.run import run
+        from benchmarks.gpu.schedule import PARTS
     except ImportError as error:
         print(f"The GPU benchmark cannot run here: {error}.", file=sys.stderr)
         return 2

@@ -1,0 +1,1 @@
+"""Measurements: of whole models, of kernels, of rivals."""

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cuda_code.counts import Counts, count
-from cuda_code.record import Product, Step
 from torch import Tensor
 
+from benchmarks.cuda_code.counts import Counts, count
+from benchmarks.cuda_code.record import Product, Step
 from bnrestructure.kernels.cuda.launch import Launch
 from bnrestructure.kernels.cuda.specialisation import Specialisation
 

@@ -100,7 +100,7 @@ def _pretending() -> Iterator[Callable[[bool], None]]:
             mock.patch.object(tracer, "_set_random_state", return_value=None),
             mock.patch.object(torch, "is_autocast_enabled", side_effect=lambda *_: on[0]),
             mock.patch.object(torch, "get_autocast_dtype", return_value=torch.bfloat16),
-            mock.patch.object(torch, "set_autocast_enabled", return_value=None),
+            mock.patch.object(torch, "set_autocast_enabled", side_effect=lambda _, value: on.__setitem__(0, value)),
             mock.patch.object(F, "conv2d", cast(conv2d)),
             mock.patch.object(F, "linear", cast(linear)),
         ):

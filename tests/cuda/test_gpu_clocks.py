@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -53,15 +51,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return played
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])
-    pytest.importorskip("triton")
-    return importlib.import_module
-
-
 def clock(gpu: Callable[[str], ModuleType]) -> Any:
-    played = object.__new__(gpu("benchmarks.gpu.kernels").Clock)
+    played = object.__new__(gpu("kernels").Clock)
     played.not_captured, played._stream, played._flushed = {}, None, torch.empty(1)
     return played
 
@@ -109,7 +100,7 @@ def test_a_replay_is_compared_with_the_step_as_it_is(device: Device, gpu: Callab
 
     device.replays = lambda: step(share)
     losses: list[Tensor] = []
-    replay, found = gpu("benchmarks.gpu.models").captured_step(step, model, losses)
+    replay, found = gpu("models").captured_step(step, model, losses)
     assert len(losses) == 4
     assert found["replayed_gradients"] == pytest.approx(1 - share, abs=1e-6)
     weight = model.weight.detach().clone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2])
-    pytest.importorskip("triton")
-    return importlib.import_module
 
 
 def fails_with(monkeypatch: pytest.MonkeyPatch, steps: ModuleType, error: Callable[[int], Exception | None]) -> list[int]:
@@ -35,7 +27,7 @@ def fails_with(monkeypatch: pytest.MonkeyPatch, steps: ModuleType, error: Callab
 
 
 def test_too_little_memory_is_a_result_and_an_error_is_not(gpu: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = gpu("benchmarks.gpu.models")
+    steps = gpu("models")
     fails_with(monkeypatch, steps, lambda batch: RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"))
     assert steps.time_model("tiny", 2, "eager", device="cpu") == {"ok": True, "step": None, "reason": "out of memory"}
     fails_with(monkeypatch, steps, lambda batch: RuntimeError("an illegal memory access was encountered"))
@@ -47,7 +39,7 @@ def test_too_little_memory_is_a_result_and_an_error_is_not(gpu: Callable[[str], 
 def test_the_largest_batch_is_found_in_quarters(
     gpu: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
-    steps = gpu("benchmarks.gpu.models")
+    steps = gpu("models")
     asked = fails_with(monkeypatch, steps, lambda batch: RuntimeError(words) if batch > 13 else None)
     assert steps.largest_batch("tiny", "eager", "cpu") == {"ok": True, "batch": 12}
     assert asked == [2, 4, 8, 16, 14, 12]
@@ -57,7 +49,7 @@ def test_the_largest_batch_is_found_in_quarters(
 
 
 def test_a_unit_leaves_no_settings_behind(gpu: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    steps = gpu("benchmarks.gpu.models")
+    steps = gpu("models")
     seen: list[tuple[str, bool]] = []
 
     def look(batch: int) -> Exception:
@@ -77,7 +69,7 @@ def test_a_unit_leaves_no_settings_behind(gpu: Callable[[str], ModuleType], monk
 
 
 def test_the_digest_is_of_what_a_step_runs(gpu: Callable[[str], ModuleType], tmp_path: Path) -> None:
-    digest = gpu("benchmarks.gpu.results").sources_digest
+    digest = gpu("results").sources_digest
     found = [digest(tmp_path)]
     for name in ("bnrestructure/kernels/cuda/a.py", "passes/a.py", "bnrestructure/kernels/cpu/a.py", "bnrestructure/cli/a.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

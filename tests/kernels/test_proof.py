@@ -252,8 +252,8 @@ def test_a_kind_that_the_kernels_do_not_answer_is_not_proved(prove: Callable[...
 
 def test_processes_end(prove: Callable[..., Proved], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prover, "_IDLE_SECONDS", 0.1)
-    kernels = prove()
+    kernels, before = prove(), set(prover._open)
     refused(kernels, forward())
     kernels.wait()
-    (process,) = [worker.process for worker in prover._open if worker.process.poll() is None]
-    process.wait(30)
+    (worker,) = set(prover._open) - before
+    worker.process.wait(30)

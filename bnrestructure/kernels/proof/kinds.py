@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from bnrestructure.core.records import record
-from bnrestructure.kernels.calls import Call
+from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward
 from bnrestructure.kernels.operands import fields_of
 
-__all__ = ["Blank", "blanked", "key_of", "mapped", "name_of", "text_of"]
+__all__ = ["Blank", "blanked", "key_of", "mapped", "name_of", "precision", "text_of"]
 
 R = TypeVar("R")
+
+_PLAIN = frozenset({int, bool, str, torch.dtype})
+_PRODUCTS = frozenset({ConvForward, ConvBackward})
 
 #: Compilers make use of addresses that are multiples of this many bytes.
 _ALIGNMENT = 16
@@ -34,23 +39,47 @@ class Blank:
 
 
 def key_of(call: Call[Any]) -> tuple[Any, ...]:
-    """Equal for calls of one kind, on one device. Numbers of type float are arguments of a kernel, and no kind of their own."""
-    seen: dict[int, int] = {}
-    return (call.operand.get_device(), _key(call, seen))
+    """Equal for calls of one kind, on one device. Numbers of type float are arguments of a kernel, and no kind of their own.
+
+    It is taken of each call of a training step, and so is flat: a tensor is five members of it.
+    """
+    found: list[Any] = [type(call), call.operand.get_device()]
+    if type(call) in _PRODUCTS and call.dtype is torch.float32:  # type: ignore[attr-defined]  # both have one
+        found.append(precision())
+    _extend(found, call, {})
+    return tuple(found)
 
 
-def _key(value: Any, seen: dict[int, int]) -> Any:
-    if value is None:
-        return None
-    if isinstance(value, Tensor):
-        offset = value.storage_offset() * value.itemsize % _ALIGNMENT
-        return value.shape, value.stride(), value.dtype, offset, seen.setdefault(id(value), len(seen))
-    kind = type(value)
-    if names := fields_of(kind):
-        return (kind, *[_key(getattr(value, name), seen) for name in names])
-    if kind is tuple:
-        return tuple([_key(member, seen) for member in value])
-    return float if kind is float else value
+def _extend(found: list[Any], record: Any, seen: dict[int, int]) -> None:
+    for value in record if type(record) is tuple else _values(type(record))(record):
+        kind = type(value)
+        if kind is Tensor or kind is Parameter or isinstance(value, Tensor):
+            found += (value.shape, value.stride(), value.dtype, value.data_ptr() % _ALIGNMENT, seen.setdefault(id(value), len(seen)))
+        elif value is None or kind in _PLAIN:
+            found.append(value)
+        elif kind is float:
+            found.append(kind)
+        elif kind is tuple:
+            found.append(len(value))
+            _extend(found, value, seen)
+        elif fields_of(kind):
+            found.append(kind)
+            _extend(found, value, seen)
+        else:
+            found.append(value)
+
+
+@cache
+def _values(kind: type) -> Callable[[Any], tuple[Any, ...]]:
+    """What gives all fields of a record at once."""
+    names = fields_of(kind)
+    return attrgetter(*names) if len(names) > 1 else lambda record: (getattr(record, names[0]),)
+
+
+def precision() -> str:
+    """How PyTorch multiplies fp32 in convolutions: a kernel is another one for tf32."""
+    found: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # put there when torch is imported
+    return found
 
 
 def blanked(call: Call[R]) -> Call[R]:
@@ -58,8 +87,7 @@ def blanked(call: Call[R]) -> Call[R]:
     numbers: dict[int, int] = {}
 
     def blank(x: Tensor) -> Blank:
-        offset = x.storage_offset() * x.itemsize % _ALIGNMENT
-        return Blank(tuple(x.shape), x.stride(), x.dtype, offset, numbers.setdefault(id(x), len(numbers)))
+        return Blank(tuple(x.shape), x.stride(), x.dtype, x.data_ptr() % _ALIGNMENT, numbers.setdefault(id(x), len(numbers)))
 
     return mapped(call, Tensor, lambda _, x: blank(x))
 
@@ -77,7 +105,7 @@ def mapped(value: Any, of: type, function: Callable[[str, Any], Any], name: str 
 
 def text_of(blanks: Call[Any]) -> str:
     """The kind in words, one text for each kind: what the ledger knows it by."""
-    return _text(blanks)
+    return f"{precision()} {_text(blanks)}"
 
 
 def _text(value: Any) -> str:

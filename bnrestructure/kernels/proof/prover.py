@@ -23,10 +23,10 @@ from bnrestructure.kernels import tuning
 from bnrestructure.kernels.calls import Call, ConvForward
 from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.device import DeviceKernels
-from bnrestructure.kernels.proof.kinds import blanked, key_of, name_of, text_of
+from bnrestructure.kernels.proof.kinds import blanked, key_of, name_of, precision, text_of
 from bnrestructure.kernels.proof.ledger import Ledger
 
-__all__ = ["Proved", "precision", "set_precision", "trusting", "waiting_for_proofs", "waits_for_proofs"]
+__all__ = ["Proved", "set_precision", "trusting", "waiting_for_proofs", "waits_for_proofs"]
 
 R = TypeVar("R")
 
@@ -53,12 +53,6 @@ def waiting_for_proofs() -> Iterator[None]:
 def waits_for_proofs() -> bool:
     """Whether this is within :func:`waiting_for_proofs`, in any thread: backward passes have threads of their own."""
     return _waiting[0] > 0
-
-
-def precision() -> str:
-    """How PyTorch multiplies fp32 in convolutions: a kernel is another one for tf32."""
-    found: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # put there when torch is imported
-    return found
 
 
 def set_precision(value: str) -> None:
@@ -93,7 +87,7 @@ class Proved:
         """The call's result. Raises UnsupportedCallError where its kind is not proved, or the kernels cannot answer."""
         if self.trusted:
             return self.kernels.run(call)
-        key = (precision(), key_of(call))
+        key = key_of(call)
         if key in self._proved and self._generation == tuning.generation:
             return self.kernels.run(call)
         return self._meet(key, call)
@@ -171,7 +165,7 @@ class Proved:
             if key in self._proved or key in self._asked:
                 return
             blanks = blanked(call)
-            text = f"{precision()} {text_of(blanks)}"
+            text = text_of(blanks)
             self._asked[key] = text, name_of(blanks)
             known, fault = text in self._ledger.faults, self._ledger.faults.get(text)
             if known and fault is None and self._again is None:  # the first of those from disk: is it still so?

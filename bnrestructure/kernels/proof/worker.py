@@ -21,7 +21,8 @@ import torch
 from bnrestructure.core.errors import first_line
 from bnrestructure.kernels import tuning
 from bnrestructure.kernels.proof.check import fault
-from bnrestructure.kernels.proof.prover import precision, set_precision
+from bnrestructure.kernels.proof.kinds import precision
+from bnrestructure.kernels.proof.prover import set_precision
 
 __all__ = ["main"]
 

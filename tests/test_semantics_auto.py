@@ -18,10 +18,11 @@ import pytest
 import torch
 from equivalence import assert_same_training, assert_same_values, cotangent_loss, restructured_copy, training_step
 from small_models import SMALL_MODELS, build, conv_bn, input_for
+from test_semantics_changes import CHANGES, Configurable
 from test_semantics_inplace import MODELS as INPLACE
 from test_semantics_inplace import _CopyOfInput
 from test_semantics_modes import SharedModules, SharedWithEager, _replace_batch_norms
-from test_semantics_tracing import CHANGES, TRAPS, Configurable, _numpy_seeded  # noqa: F401  (a fixture)
+from test_semantics_tracing import TRAPS, _numpy_seeded  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

@@ -67,7 +67,7 @@ PATTERNS = (
     Fault("_mean_of", "tuple(dims) not in _LAST_TWO_OF_FOUR", "False", "tests/passes/test_must_not_fire.py"),
     Fault("_same_padding", "d * (k - 1)", "d * k", "tests/passes/test_every_pass.py"),
     Fault("boundary_reason", "if parametrize.is_parametrized(module):", "if False:", "tests/passes/test_must_not_fire.py"),
-    Fault("has_hooks", "", "return False", "tests/test_semantics_tracing.py"),
+    Fault("has_hooks", "", "return False", "tests/test_semantics_changes.py"),
     Fault("_grown", "for part in parts[1:]:", "for part in reversed(parts[1:]):", "proofs:test_passes.py"),
     Fault("_keep_gradient_private", "", "return None", "tests/test_semantics_joins.py"),
     Fault("_derives_from", "", "return True", "tests/test_semantics_joins.py"),

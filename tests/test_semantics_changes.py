@@ -1,0 +1,112 @@
+"""What changes between two steps, an attribute, a layer, a hook, a weight: the next step sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from equivalence import assert_same_training, assert_same_values, restructured_copy, training_step
+from test_semantics_tracing import _Base, _double
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Configurable(_Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate, self._scale, self.widths, self.config = 0.0, 1.0, [1.0, 2.0], {"power": 1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.trunk(x) * self._scale * sum(self.widths)
+        return F.dropout(y, self.rate, self.training) ** self.config["power"]
+
+
+def _set_rate(m: Any) -> None:
+    m.rate = 0.5
+
+
+def _set_private(m: Any) -> None:
+    m._scale = 3.0
+
+
+def _set_item(m: Any) -> None:
+    m.widths[0] = 5.0
+
+
+def _set_key(m: Any) -> None:
+    m.config["power"] = 3
+
+
+def _set_momentum(m: Any) -> None:
+    m.bn1.momentum, m.bn2.eps = 0.7, 0.1
+
+
+def _freeze(m: Any) -> None:
+    m.bn1.eval()
+
+
+def _stop_tracking(m: Any) -> None:
+    m.bn1.track_running_stats = False
+
+
+def _replace_layer(m: Any) -> None:
+    torch.manual_seed(3)
+    m.conv2 = nn.Conv2d(6, 6, 1, bias=False).double()
+
+
+def _replace_norm(m: Any) -> None:
+    m.bn2 = nn.GroupNorm(2, 6).double()
+
+
+def _replace_forward(m: Any) -> None:
+    own = m.bn2.forward
+    m.bn2.forward = lambda x: own(x) * 2
+
+
+def _replace_model_forward(m: Any) -> None:
+    own = m.forward
+    m.forward = lambda x: own(x) * 2
+
+
+def _add_hook(m: Any) -> None:
+    m.bn1.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def _change_stride(m: Any) -> None:
+    m.conv2.stride = (2, 2)
+
+
+def _replace_weight(m: Any) -> None:
+    m.conv1.weight = nn.Parameter(m.conv1.weight.detach() * 2)
+
+
+def _drop_bias(m: Any) -> None:
+    m.conv1.bias, m.bn1.bias = None, None
+
+
+def _freeze_weights(m: Any) -> None:
+    m.conv1.requires_grad_(False)
+    m.bn2.requires_grad_(False)
+
+
+CHANGES = [
+    _set_rate, _set_private, _set_item, _set_key, _set_momentum, _freeze, _stop_tracking, _replace_layer, _replace_norm,
+    _replace_forward, _replace_model_forward, _add_hook, _change_stride, _replace_weight, _drop_bias, _freeze_weights,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__.strip("_"))
+def test_change_between_steps_is_noticed(change: Any) -> None:
+    model, x = _double(Configurable()), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    assert_same_training(model, x, steps=3, between=lambda m, step: change(m) if step == 0 else None)
+
+
+def test_hook_removed_between_steps() -> None:
+    model, x = _double(Configurable()), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    rewritten = restructured_copy(model)
+    handles = [m.bn1.register_forward_hook(lambda module, args, output: output * 2) for m in (model, rewritten)]
+    assert_same_values(training_step(rewritten, x), training_step(model, x))
+    for handle in handles:
+        handle.remove()
+    assert_same_values(training_step(rewritten, x), training_step(model, x))

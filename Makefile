@@ -13,6 +13,7 @@
 #   make cuda-oldest   the same, and the interpreted tests, with the oldest PyTorch and Triton, in a venv of their own (ARGS: other tests)
 #   make cuda-models   whole models through the CUDA kernels in Triton's interpreter: a part of make zoo (no GPU needed)
 #   make cuda-emulated   the interpreted tests on the code that is compiled for a part (PART=90), run by an emulator of its instructions; hours
+#   make cuda-steps    what the training steps of four models launch on a GPU, and their least time there, counted (no GPU needed; minutes)
 #   make gpu        checks and times everything on the GPU at hand
 #   make integrations   the how-tos that need other libraries: Lightning, Accelerate, transformers, timm
 #   make docs       the documentation as a site in docs/_build/html; fails at any warning
@@ -36,7 +37,7 @@ ARGS ?=
 
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test zoo integrations docs wheel lint mutations sanitize fuzz bench cuda cuda-oldest cuda-models cuda-emulated gpu clean setup
+.PHONY: help demo test zoo integrations docs wheel lint mutations sanitize fuzz bench cuda cuda-oldest cuda-models cuda-emulated cuda-steps gpu clean setup
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -127,6 +128,9 @@ cuda-models: $(VENV)/.ready
 
 cuda-emulated: $(VENV)/.ready
 	@BNR_EMULATED_PART=$(or $(PART),90) $(BIN)/python -m pytest tests/cuda/interpreted -m "not whole" -n $(WORKERS) $(ARGS)
+
+cuda-steps: $(VENV)/.ready
+	@$(BIN)/python -m benchmarks.cuda_code $(ARGS)
 
 gpu: $(VENV)/.ready
 	@$(BIN)/python benchmarks/gpu $(ARGS)

@@ -11,21 +11,25 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 __all__ = [
     "FAMILIES",
     "FILES",
+    "FRAMEWORK_FILES",
     "FRONT",
     "LADDER_ROW",
     "RIVAL_FILES",
     "Row",
     "families",
+    "frameworks",
     "front_rows",
     "ladder",
     "markdown",
     "rivals",
     "rows",
+    "without_batch_norm",
     "worst",
 ]
 
@@ -37,8 +41,9 @@ FILES = {
     "intel-xeon-2-cores-2026-11-23.json": "Xeon",
     "intel-xeon-2-cores-video-2026-11-23.json": "Xeon",
 }
-#: Results files of ``bench --rivals --against no-bn`` -> the machine. None has been measured yet.
-RIVAL_FILES: dict[str, str] = {}
+#: Results files of ``bench --compile --rivals --against no-bn``, and of benchmarks/rivals/run.py.
+RIVAL_FILES = ("amd-epyc-2-cores-rivals-2026-11-29.json",)
+FRAMEWORK_FILES = ("amd-epyc-2-cores-frameworks-fp32-2026-11-29.json", "amd-epyc-2-cores-frameworks-bf16-2026-11-29.json")
 #: The README's rows (model, dtype, machine): one of each family, and the worst of all.
 FRONT = (
     ("densenet121", "fp32", "EPYC"),
@@ -127,6 +132,28 @@ def rivals(name: str) -> Iterator[str]:
             held = found.get("held_bytes")
             memory = f"{held / 1e6:.0f} | {ours['held_bytes'] / held:.2f}x" if held else " | "
             yield f"| {model} | {dtype} | {variant} | {found['step']['median'] * 1e3:.0f} | {speedup:.2f}x | {memory} |"
+
+
+def without_batch_norm() -> dict[str, float]:
+    """"model dtype" -> the time of an eager step with every batch norm left out, in restructured steps."""
+    found = {}
+    for name in RIVAL_FILES:
+        for key, result in json.loads((RESULTS / name).read_text()).items():
+            found[key] = result["sections"][-1]["speedups"]["eager without batch norm"]["median"]
+    return found
+
+
+def frameworks(name: str) -> Iterator[str]:
+    """The lines of a table of a file of benchmarks/rivals/run.py: median step of each framework, and in restructured steps, by round."""
+    yield "| model | dtype | framework | step, ms | our speed-up | resident, MB |"
+    yield "|---|---|---|--:|--:|--:|"
+    for key, found in json.loads((RESULTS / name).read_text())["results"].items():
+        model, dtype = key.split()
+        ours = found["restructured"]["seconds"]
+        for framework, result in found.items():
+            speedup = median(theirs / own for theirs, own in zip(result["seconds"], ours, strict=True))
+            step, resident = median(result["seconds"]) * 1e3, result["resident_bytes"] / 1e6
+            yield f"| {model} | {dtype} | {framework} | {step:.0f} | {speedup:.2f}x | {resident:.0f} |"
 
 
 def families() -> Iterator[str]:

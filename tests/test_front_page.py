@@ -49,6 +49,27 @@ def test_the_headline_is_the_results() -> None:
     assert said.groups() == (f"{dense.speedup:.2f}x", f"{dense.memory:.2f}x", f"{residual.speedup:.2f}x", f"{residual.memory:.2f}x")
 
 
+def test_what_is_said_of_eager_without_batch_norm_is_the_results() -> None:
+    text = " ".join(README.split())
+    said = re.search(r"batch norm \*left out\* takes (\S+) as long on densenet121, (\S+) on mobilenet_v2 and (\S+) on resnet50", text)
+    assert said is not None
+    measured = figures.without_batch_norm()
+    assert said.groups() == tuple(f"{measured[f'{model} fp32']:.2f}x" for model in ("densenet121", "mobilenet_v2", "resnet50"))
+
+
+def test_a_frameworks_file_becomes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "JAX": {"seconds": [3.0, 4.0, 5.0], "resident_bytes": 3_000_000_000},
+        "restructured": {"seconds": [1.0, 1.0, 2.0], "resident_bytes": 1_000_000_000},
+    }
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    (tmp_path / "f.json").write_text(json.dumps({"results": {"densenet121 bf16": found}}))
+    assert list(figures.frameworks("f.json"))[2:] == [
+        "| densenet121 | bf16 | JAX | 4000 | 3.00x | 3000 |",
+        "| densenet121 | bf16 | restructured | 1000 | 1.00x | 1000 |",
+    ]
+
+
 def test_every_row_has_a_family() -> None:
     named = [model for models in figures.FAMILIES.values() for model in models]
     assert sorted(named) == sorted({row.model for row in figures.rows()})

@@ -11,6 +11,7 @@ import torch
 from needs import needs_kernels
 from planted_kernels import KERNELS as PLANTED
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bnrestructure
 from bnrestructure.capture import probation
@@ -33,22 +34,42 @@ class Net(nn.Module):
         return self.body(self.stem(x))
 
 
+class Signals(nn.Module):
+    """Of sequences, with a residual join whose sum two convolutions read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv1d(3, 16, 3, padding=1), nn.BatchNorm1d(16)
+        self.conv2, self.bn2 = nn.Conv1d(16, 16, 3, padding=1), nn.BatchNorm1d(16)
+        self.left, self.right = nn.Conv1d(16, 8, 1), nn.Conv1d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x))
+        x = (self.bn2(self.conv2(x)) + x).relu()
+        return self.left(x) * self.right(x)
+
+
 class Training:
     """A model and a twin of it that is not restructured, trained alike."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, net: type[nn.Module] = Net, *, checkpointed: bool = False, **options: object) -> None:
         torch.manual_seed(0)
-        self.twin = Net().to(memory_format=torch.channels_last)
+        self.checkpointed = checkpointed
+        self.twin, self.shape = net(), (4, 3, 8) if net is Signals else (4, 3, 8, 8)
+        if net is Net:
+            self.twin.to(memory_format=torch.channels_last)
         self.model = bnrestructure.restructure(copy.deepcopy(self.twin), **options)  # type: ignore[arg-type]
         self.optimizers = [torch.optim.SGD(m.parameters(), 0.01) for m in (self.twin, self.model)]
 
     def steps(self, count: int, size: int = 8) -> None:
         """Train both, and see that they stay the same."""
         for _ in range(count):
-            x = torch.randn(4, 3, size, size).contiguous(memory_format=torch.channels_last)
+            x = torch.randn(*self.shape[:2], *[size] * len(self.shape[2:]))
+            x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
             for model, optimizer in zip((self.twin, self.model), self.optimizers, strict=True):
                 optimizer.zero_grad()
-                model(x).square().mean().backward()
+                y = checkpoint(model, x, use_reentrant=False) if self.checkpointed else model(x)
+                y.square().mean().backward()
                 optimizer.step()
         for theirs, ours in zip(self.twin.state_dict().values(), self.model.state_dict().values(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -112,6 +133,17 @@ def test_no_wrong_kernel_reaches_a_step(planted: str, plant: Callable[..., Prove
     assert {wrong} == {name.partition(" ")[0] for name in kernels.faults()}
 
 
+@pytest.mark.parametrize("planted", ["", "wrong JoinBackward", "wrong ConvBackward"])
+def test_sequences_are_proved_as_the_calls_that_they_are(planted: str, plant: Callable[..., Proved]) -> None:
+    kernels, training = plant(planted), Training(Signals, backend="cpu")
+    training.steps(1)
+    kernels.wait()
+    training.steps(3)
+    assert PLANTED.answered
+    assert not any("4x3x1x8" in name for name in kernels.faults())
+    assert bool(kernels.faults()) is bool(planted)
+
+
 def test_where_rewritten_steps_are_slower_the_own_forward_stays(plant: Callable[..., Proved], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probation, "_MARGIN", 1.02)
     kernels, training = plant("slow ConvForward"), Training()
@@ -157,6 +189,14 @@ def test_other_sizes_are_proved_apart_and_not_without_end(plant: Callable[..., P
         training.steps(1, size=size)
     assert "come in more than 8 sizes" in str(training.plan)
     kernels.wait()
+
+
+def test_a_checkpoint_computes_again_what_it_computed(plant: Callable[..., Proved]) -> None:
+    kernels, training = plant(), Training(checkpointed=True)
+    training.steps(1)
+    kernels.wait()
+    training.steps(TIMED + 2)
+    assert PLANTED.answered["ConvForward"] > TIMED // 2
 
 
 def test_verify_judges_the_kernels_and_not_what_runs_meanwhile(plant: Callable[..., Proved]) -> None:

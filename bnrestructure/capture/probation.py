@@ -58,6 +58,7 @@ class Probation:
     device: torch.device
     reason: str | None = None
     _decided: bool | None = None
+    _last: bool | None = None
     _learnt: bool = False
     _calls: int = 0
     _restarts: int = 0
@@ -68,11 +69,16 @@ class Probation:
         """Whether this call is to run the rewritten program."""
         if waits_for_proofs():
             return True
-        if self._decided is None and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if self._decided is not None:
+            return self._decided
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return not self.guarded  # nothing can be timed in a CUDA graph
-        if self._decided is None:
-            return self._next()
-        return self._decided
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and self._last is not None:
+            return self._last  # a checkpoint computes again what it computed in the forward pass
+        found = self._next()
+        self._last = None if in_backward else found
+        return found
 
     def give_up(self, reason: str) -> None:
         """The own forward it is."""
@@ -86,8 +92,9 @@ class Probation:
                 return self._decide(known["rewritten"], known["own"])
             self._learnt = True
             return True
-        if self.kernels.outstanding:
-            self._calls = 0
+        if self.kernels.outstanding and self._restarts < _RESTARTS:  # other kinds of calls came up: their times would be the reference's
+            self._restarts += bool(self._calls)
+            self._calls, self._seconds = 0, {False: [], True: []}
             return False
         if not self.guarded:
             self._decided, self.reason = True, None
@@ -104,8 +111,8 @@ class Probation:
     def _timed(self) -> bool:
         """Turns of the own forward and of the rewritten one, :data:`_TURNS` of each; a turn ends where the next one begins."""
         turn, step = divmod(self._calls, _STEPS)
-        if step == 0 and turn and not self._end_turn(rewritten=turn % 2 == 0):
-            return False
+        if step == 0 and turn:
+            self._seconds[turn % 2 == 0].append((self._clock() - self._began) / (_STEPS - 1))
         if turn == 2 * _TURNS:
             own, rewritten = (median(self._seconds[arm]) for arm in (False, True))
             self.kernels.keep_steps(self.program, {"own": own, "rewritten": rewritten})
@@ -114,15 +121,6 @@ class Probation:
             self._began = self._clock()
         self._calls += 1
         return turn % 2 == 1
-
-    def _end_turn(self, *, rewritten: bool) -> bool:
-        """Note the turn's time; False where it was that of calls that are only being proved now: then all begins anew."""
-        if self.kernels.outstanding and self._restarts < _RESTARTS:
-            self._restarts += 1
-            self._calls, self._seconds = 0, {False: [], True: []}
-            return False
-        self._seconds[rewritten].append((self._clock() - self._began) / (_STEPS - 1))
-        return True
 
     def _decide(self, rewritten: float, own: float) -> bool:
         self._decided = rewritten <= _MARGIN * own

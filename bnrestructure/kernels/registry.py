@@ -16,11 +16,11 @@ import torch
 from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.kernels.calls import Call, Kernels
 from bnrestructure.kernels.device import DeviceKernels
-from bnrestructure.kernels.folded import FoldedKernels
+from bnrestructure.kernels.folded import for_dimensions
 from bnrestructure.kernels.proof.prover import Proved
 from bnrestructure.kernels.reference import REFERENCE
 
-__all__ = ["BACKENDS", "folded", "forget_answers", "implementation", "proved", "proving", "reason_for_device", "run", "unavailable_reason"]
+__all__ = ["BACKENDS", "forget_answers", "implementation", "proved", "proving", "reason_for_device", "run", "unavailable_reason"]
 
 R = TypeVar("R")
 
@@ -83,18 +83,14 @@ def reason_for_device(backend: str, device: str) -> str | None:
 
 
 @cache
-def folded(kernels: DeviceKernels) -> FoldedKernels:
-    """The implementation for activations that are not 4-D."""
-    return FoldedKernels(kernels)
-
-
-@cache
 def _usable(backend: str, device: str, dimensions: int) -> Kernels | None:
     """What ``backend`` may use of tensors on this type of device with so many dimensions, or None; vectors have one."""
     if reason_for_device(backend, device) is not None or unavailable_reason(device) is not None:
         return None
-    kernels = proved(device) or implementation(device)
-    return kernels if kernels is None or dimensions in (4, 1) else folded(kernels)
+    if (kernels := proved(device)) is not None:
+        return kernels
+    of_device = implementation(device)
+    return None if of_device is None else for_dimensions(of_device, dimensions)
 
 
 @cache
@@ -113,5 +109,5 @@ def proving(backend: str, device: str) -> Proved | None:
 
 def forget_answers() -> None:
     """Ask again which kernels there are: for those who put others in their place (tests, dry runs)."""
-    for answers in (implementation, unavailable_reason, folded, proved, _usable):
+    for answers in (implementation, unavailable_reason, proved, _usable):
         answers.cache_clear()

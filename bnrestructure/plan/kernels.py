@@ -13,6 +13,7 @@ from bnrestructure.graph.ir import Conv
 from bnrestructure.graph.provenance import provenance
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import ConvForward
+from bnrestructure.kernels.folded import for_dimensions
 from bnrestructure.kernels.folded.views import folded, image
 from bnrestructure.kernels.layout import pitch_of
 from bnrestructure.plan.plan import Kernel
@@ -80,7 +81,7 @@ def _kernel(
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     call = _call(conv, torch.empty(x, dtype=dtype, device="meta"), torch.empty(weight, dtype=dtype, device="meta"), geometry)
-    forward, backward = (kernels if len(x) == 4 else registry.folded(kernels)).convolution_choices(call)
+    forward, backward = for_dimensions(kernels, len(x)).convolution_choices(call)
     return Kernel(name, x, *forward, *backward)
 
 

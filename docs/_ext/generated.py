@@ -37,8 +37,8 @@ def _results() -> dict[str, str]:
     made["ladder.md"] = _table(_ladder(figures.ladder()))
     made["families.md"] = _table(figures.families())
     made["front.md"] = _table(figures.markdown(figures.front_rows()))
-    rivals = [_table(figures.rivals(name)) for name in figures.RIVAL_FILES]
-    made["rivals.md"] = "\n".join(rivals) or "This version has no measurements of these yet.\n"
+    made["rivals.md"] = "\n".join(_table(figures.rivals(name)) for name in figures.RIVAL_FILES)
+    made["frameworks.md"] = "\n".join(_table(figures.frameworks(name)) for name in figures.FRAMEWORK_FILES)
     made["coverage.md"] = _table(_coverage(EXPECTED))
     return made
 

@@ -39,7 +39,7 @@ from bnrestructure.kernels.reference import REFERENCE, ReferenceKernels
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 
-kernels = registry.folded(KERNELS)
+kernels = FoldedKernels(KERNELS)
 DTYPES = (torch.float32, torch.bfloat16)
 #: Between nodes; a channel slice of a wider tensor; NCDHW; rows with gaps between them, which no view can fold.
 LAYOUTS = ("last", "slice", "contiguous", "gaps")

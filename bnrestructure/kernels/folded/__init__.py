@@ -7,6 +7,7 @@ between sweeps (kernels/hybrid.py).
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -36,7 +37,7 @@ from bnrestructure.kernels.folded.views import View, delivered, folded, image, s
 from bnrestructure.kernels.hybrid import Hybrid
 from bnrestructure.kernels.rounding import narrowed
 
-__all__ = ["FoldedKernels"]
+__all__ = ["FoldedKernels", "for_dimensions"]
 
 R = TypeVar("R")
 
@@ -60,6 +61,12 @@ _SWEEPS: dict[type[Call[Any]], _Sweep] = {
     SqueezeBackward: _Sweep(("x", "dz"), "accumulate"),
     OutputGradient: _Sweep(("dy", "edge")),
 }
+
+
+@cache
+def for_dimensions(kernels: DeviceKernels, dimensions: int) -> DeviceKernels | FoldedKernels:
+    """What answers for activations of so many dimensions (vectors have one): a device's kernels, or views before them."""
+    return kernels if dimensions in (4, 1) else FoldedKernels(kernels)
 
 
 class FoldedKernels:

@@ -20,9 +20,10 @@ import torch
 from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.core.workers import Worker
 from bnrestructure.kernels import tuning
-from bnrestructure.kernels.calls import Call, ConvForward
+from bnrestructure.kernels.calls import Call, ConvForward, Kernels
 from bnrestructure.kernels.choice import Choice
 from bnrestructure.kernels.device import DeviceKernels
+from bnrestructure.kernels.folded import for_dimensions
 from bnrestructure.kernels.proof.kinds import blanked, key_of, name_of, precision, text_of
 from bnrestructure.kernels.proof.ledger import Ledger
 
@@ -85,16 +86,17 @@ class Proved:
 
     def run(self, call: Call[R]) -> R:
         """The call's result. Raises UnsupportedCallError where its kind is not proved, or the kernels cannot answer."""
+        kernels = for_dimensions(self.kernels, call.operand.dim())  # a call is proved as a whole: no part of it is refused half way
         if self.trusted:
-            return self.kernels.run(call)
+            return kernels.run(call)
         key = key_of(call)
         if key in self._proved and self._generation == tuning.generation:
-            return self.kernels.run(call)
-        return self._meet(key, call)
+            return kernels.run(call)
+        return self._meet(key, call, kernels)
 
     def supports(self, call: Call[Any]) -> str | None:
         """Why the kernels cannot answer the call, in one line, or None; whether its kind is proved is another question."""
-        return self.kernels.supports(call)
+        return for_dimensions(self.kernels, call.operand.dim()).supports(call)
 
     def unavailable_reason(self) -> str | None:
         """Why none of them can run in this installation, in one line, or None."""
@@ -143,9 +145,9 @@ class Proved:
 
     # --- finding out ---------------------------------------------------------------------------------------------------
 
-    def _meet(self, key: Any, call: Call[R]) -> R:
+    def _meet(self, key: Any, call: Call[R], kernels: Kernels) -> R:
         """A call of a kind that is not known to be proved: answered if the ledger knows it, refused and asked about otherwise."""
-        if (reason := self.kernels.supports(call)) is not None:
+        if (reason := kernels.supports(call)) is not None:
             raise UnsupportedCallError(reason)
         self._look_up(key, call)
         if waits_for_proofs():
@@ -155,7 +157,7 @@ class Proved:
             usable = key in self._proved
             fault = self._ledger.faults.get(self._asked[key][0]) if key in self._asked else None
         if usable:
-            return self.kernels.run(call)
+            return kernels.run(call)
         raise UnsupportedCallError(fault or "it is being proved on this device")
 
     def _look_up(self, key: Any, call: Call[Any]) -> None:
@@ -210,8 +212,11 @@ class Proved:
                         continue
                     self._workers -= 1
                 break
-            if worker is None:
-                worker = _started()
+            try:
+                worker = worker or _started()
+            except OSError as error:  # too many processes, too little memory
+                self._note(key, {"fault": f"no process could be started to prove it: {error}", "passing": True})
+                continue
             answer = worker.ask(request, self._seconds)
             if "error" in answer:  # it crashed or hung
                 answer = {"fault": answer["error"], "passing": "no result within" in answer["error"], "last": True}

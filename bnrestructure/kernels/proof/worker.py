@@ -20,6 +20,7 @@ import torch
 
 from bnrestructure.core.errors import first_line
 from bnrestructure.kernels import tuning
+from bnrestructure.kernels.folded import for_dimensions
 from bnrestructure.kernels.proof.check import fault
 from bnrestructure.kernels.proof.kinds import precision
 from bnrestructure.kernels.proof.prover import set_precision
@@ -48,12 +49,15 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     try:
         if precision() != request["precision"]:
             set_precision(request["precision"])
+        device = torch.device(request["device"])
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         kernels = importlib.import_module(request["kernels"]).KERNELS
         kernels.description()  # says what machine this is, whose choices are compared next
         if tuning.choices_digest() != request["choices"]:
             return {"fault": "this process would choose other kernels: measured choices are not kept on disk", "passing": True}, True
         call = pickle.loads(base64.b64decode(request["call"]))
-        return {"fault": fault(kernels, call, torch.device(request["device"]))}, True
+        return {"fault": fault(for_dimensions(kernels, len(call.operand.shape)), call, device)}, True
     except torch.OutOfMemoryError:
         return {"fault": "out of memory beside what else is on the device", "passing": True}, False
     except Exception as error:  # whatever a compiler or a driver raises is the answer

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bnrestructure.core.aliases import channels_last_buffer
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, Transform
-from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import (
     Call,
     ConvBackward,
@@ -25,9 +24,10 @@ from bnrestructure.kernels.calls import (
     StatisticsForward,
 )
 from bnrestructure.kernels.cuda import KERNELS
+from bnrestructure.kernels.folded import FoldedKernels
 from bnrestructure.kernels.reference import REFERENCE
 
-kernels = registry.folded(KERNELS)
+kernels = FoldedKernels(KERNELS)
 # x, outputs, kernel, stride, padding
 CONVOLUTIONS: dict[str, tuple[Any, ...]] = {
     "1-D": ((2, 5, 7), 6, (3,), (2,), (1,)),

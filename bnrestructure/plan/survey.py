@@ -86,6 +86,8 @@ def _look(
         children = (m for name, m in module.named_modules() if name in called)
     elif ran is not None and ran.refusals:
         survey.reasons[module] = ran.refusals[-1]
+        if ran.probation is not None and ran.probation.reason is not None:
+            children = ()  # they run their own forwards with it
     elif not any(_has_run(m) for m in module.modules()):
         try:
             arguments = None if observed is None else observed.arguments(paths[module])

@@ -38,13 +38,13 @@ class PlantedKernels:
         if fault == "short":
             raise torch.OutOfMemoryError("CUDA out of memory")
         found = REAL.run(call)
-        first = found[0] if isinstance(found, tuple) else found
+        first = next(x for x in found if x is not None and x.dim() > 2) if isinstance(found, tuple) else found
         if fault == "slow":
             time.sleep(0.05)
         elif fault == "wrong":
             first[0, 0, 0, 0] += 0.05 * first.abs().max()
         elif fault == "racy":
-            first[..., -1:] *= 1 + torch.rand(1) * 1e-7 + 1e-7 * (time.perf_counter_ns() % 7)
+            first[..., -1:] *= 1 + 2**-20 * (self.answered[name] % 2)
         elif fault == "strays":
             call.x[0, 0, 0, 0] += 1
         return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
-from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +13,9 @@ from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.kernels.calls import Call
 
 __all__ = ["fields_of", "reach_of", "readable", "require_fit", "require_memory", "require_memory_of_all", "tensors_of"]
+
+#: What :func:`fields_of` has found.
+_fields: dict[type, tuple[str, ...]] = {}
 
 
 def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -27,10 +29,12 @@ def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors_of(getattr(value, name) for name in names)
 
 
-@cache
 def fields_of(kind: type) -> tuple[str, ...]:
     """The fields of a record; none of anything else."""
-    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
+    found = _fields.get(kind)
+    if found is None:
+        found = _fields[kind] = tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
+    return found
 
 
 def require_memory_of_all(call: Call[Any]) -> None:

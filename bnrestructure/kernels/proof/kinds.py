@@ -51,7 +51,8 @@ def key_of(call: Call[Any]) -> tuple[Any, ...]:
 
 
 def _extend(found: list[Any], record: Any, seen: dict[int, int]) -> None:
-    for value in record if type(record) is tuple else _values(type(record))(record):
+    whole: Any = type(record)
+    for value in record if whole is tuple else _values(whole)(record):
         kind = type(value)
         if kind is Tensor or kind is Parameter or isinstance(value, Tensor):
             found += (value.shape, value.stride(), value.dtype, value.data_ptr() % _ALIGNMENT, seen.setdefault(id(value), len(seen)))

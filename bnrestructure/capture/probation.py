@@ -6,6 +6,7 @@ forward, while the kinds of these calls are proved (kernels/proof); then turns o
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -59,6 +60,7 @@ class Probation:
     reason: str | None = None
     _decided: bool | None = None
     _last: bool | None = None
+    _said: bool = False
     _learnt: bool = False
     _calls: int = 0
     _restarts: int = 0
@@ -95,6 +97,7 @@ class Probation:
         if self.kernels.outstanding and self._restarts < _RESTARTS:  # other kinds of calls came up: their times would be the reference's
             self._restarts += bool(self._calls)
             self._calls, self._seconds = 0, {False: [], True: []}
+            self._say(f"{self.kernels.outstanding} kernels are being proved on {self.device}, and the model's own forward trains meanwhile")
             return False
         if not self.guarded:
             self._decided, self.reason = True, None
@@ -116,6 +119,8 @@ class Probation:
         if turn == 2 * _TURNS:
             own, rewritten = (median(self._seconds[arm]) for arm in (False, True))
             self.kernels.keep_steps(self.program, {"own": own, "rewritten": rewritten})
+            self._said = False
+            self._say(f"a training step takes {rewritten * 1e3:.1f} ms rewritten, {own * 1e3:.1f} ms as it was: the faster stays")
             return self._decide(rewritten, own)
         if step == 1:
             self._began = self._clock()
@@ -127,6 +132,12 @@ class Probation:
         times = f"{own * 1e3:.1f} ms, rewritten {rewritten * 1e3:.1f} ms"
         self.reason = None if self._decided else f"its own forward's training steps are faster on this device: {times}"
         return self._decided
+
+    def _say(self, words: str) -> None:
+        """Once, on a terminal: whoever sits there wonders about the first steps."""
+        if not self._said and sys.stderr.isatty():
+            print(f"bnrestructure: {words}", file=sys.stderr)
+        self._said = True
 
     def _clock(self) -> float:
         if self.device.type != "cpu":

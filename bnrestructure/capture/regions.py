@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from typing import Any
 
 from torch import fx, nn
@@ -207,7 +208,7 @@ class Region:
 
     def _probation(self, cached: _Cached, module: nn.Module, arguments: Arguments) -> Probation | None:
         """Where the program stands for inputs of these sizes, on a device whose kernels are proved first; None on others."""
-        device = next((t.device for t in (*arguments.tensors, *module.parameters()) if t.is_floating_point()), None)
+        device = next((t.device for t in chain(arguments.tensors, module.parameters()) if t.is_floating_point()), None)
         kernels = None if device is None else registry.proving(self.options.backend, device.type)
         if kernels is None or device is None or cached.program is None:
             return None

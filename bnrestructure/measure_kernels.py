@@ -19,6 +19,8 @@ from bnrestructure.verification.loss import default_loss
 
 __all__ = ["prove", "tune"]
 
+_MOST_WAVES = 8
+
 
 def tune(
     model: nn.Module,
@@ -38,9 +40,10 @@ def tune(
                ``torch.autocast`` for training under autocast
     loss_fn    ``loss_fn(output)``; by default outputs times fixed random cotangents, or the sum of a dict of losses
 
-    A model on a GPU is tuned for ``backend="cuda"``, its kernels timed by the device's own clock (CUDA events), for that model of
-    GPU. On the CPU times hold for a thread count. Run it with nothing else running. Raises UsageError where there is nothing to
-    choose from (no kernels that can run, a model on another device or on several) and when the model fails on these inputs.
+    A model on a GPU is tuned for ``backend="cuda"``, its kernels timed by the device's own clock (CUDA events), for that model of GPU; the
+    candidates run in this process, proved or not. On the CPU times hold for a thread count. Run it with nothing else running. Raises
+    UsageError where there is nothing to choose from (no kernels that can run, a model on another device or on several) and when the
+    model fails on these inputs.
     """
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     device = _device(model, arguments)
@@ -64,8 +67,8 @@ def prove(
     """Have the kernels of a training step proved now, where they are proved before they are used: on a GPU. Returns what is wrong.
 
     A restructured model has them proved in the background, while its own forward runs; this is for those who cannot train meanwhile: before
-    a CUDA graph is captured, before processes are started that train together. It takes one training step of a copy by the reference's
-    kernels, by which the calls are known, and waits until each was held against float64 on the device (kernels/proof). The result is
+    a CUDA graph is captured, before processes are started that train together. It takes training steps of copies, by which the calls are
+    known, and waits until each was held against float64 on the device (kernels/proof). The result is
     empty where all is right; otherwise kernel call, in words -> its fault. Such calls are answered by the reference. On the CPU
     there is nothing to prove, and the result is empty. Arguments and errors are those of :func:`tune`.
     """
@@ -74,8 +77,11 @@ def prove(
     kernels = registry.proved(device)
     if kernels is None:
         return {}
-    _step(model, arguments, device, loss_fn, passes)
-    kernels.wait()
+    for _ in range(_MOST_WAVES):  # once kernels answer, their results may be laid out otherwise: other kinds of calls
+        _step(model, arguments, device, loss_fn, passes)
+        if not kernels.outstanding:
+            break
+        kernels.wait()
     return kernels.faults()
 
 

@@ -6,6 +6,7 @@ $BNR_PLANTED is the fault, and the type of call that has it: ``wrong ConvForward
 from __future__ import annotations
 
 import os
+import signal
 import time
 from typing import Any
 
@@ -31,6 +32,8 @@ class PlantedKernels:
             return REAL.run(call)
         if fault == "crashes":
             os.abort()
+        if fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         if fault == "hangs":
             time.sleep(600)
         if fault == "raises":
@@ -39,7 +42,9 @@ class PlantedKernels:
             raise torch.OutOfMemoryError("CUDA out of memory")
         found = REAL.run(call)
         first = next(x for x in found if x is not None and x.dim() > 2) if isinstance(found, tuple) else found
-        if fault == "slow":
+        if fault == "bent":
+            first.mul_(1.02)
+        elif fault == "slow":
             time.sleep(0.05)
         elif fault == "wrong":
             first[0, 0, 0, 0] += 0.05 * first.abs().max()

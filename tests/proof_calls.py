@@ -57,6 +57,6 @@ def every_call(dtype: torch.dtype) -> dict[str, Call[Any]]:
         "squeeze backward": calls.SqueezeBackward(gradient, same, x, t, same),
         "max pool": calls.MaxPoolForward(x, t, pool, dtype),
         "max pool backward": calls.MaxPoolBackward(pooled, torch.empty(pooled.shape, dtype=torch.uint8), x, t, pool),
-        "finalize": calls.FinalizeForward(vector, vector, 243, vector, vector, vector.clone(), vector.clone(), 0.1, 1e-5),
+        "finalize": calls.FinalizeForward(vector, vector.clone(), 243, vector.clone(), vector, vector.clone(), vector.clone(), 0.1, 1e-5),
         "finalize backward": calls.FinalizeBackward(vector, vector, vector),
     }

@@ -185,18 +185,41 @@ def test_other_sizes_are_proved_apart_and_not_without_end(plant: Callable[..., P
     kernels.wait()
     training.steps(1, size=10)
     assert PLANTED.answered["ConvForward"] == 3
+    guarded = Training()
     for size in range(11, 20):
         training.steps(1, size=size)
-    assert "come in more than 8 sizes" in str(training.plan)
+        guarded.steps(1, size=size)
+    assert "come in more than 8 sizes" not in str(training.plan)
+    assert "come in more than 8 sizes" in str(guarded.plan)
     kernels.wait()
 
 
 def test_a_checkpoint_computes_again_what_it_computed(plant: Callable[..., Proved]) -> None:
-    kernels, training = plant(), Training(checkpointed=True)
-    training.steps(1)
+    kernels, training = plant(), Training(checkpointed=True, backend="cpu")
+    images = [torch.randn(4, 3, 8, 8, requires_grad=True) for _ in range(2)]
+    for _ in range(3):
+        outputs = [checkpoint(training.model, x, use_reentrant=False) for x in images]
+        sum(y.sum() for y in outputs).backward()
+    training = Training(checkpointed=True, backend="cpu")
+    training.steps(2)
     kernels.wait()
-    training.steps(TIMED + 2)
-    assert PLANTED.answered["ConvForward"] > TIMED // 2
+    training.steps(2)
+    assert PLANTED.answered["ConvForward"]
+    timed = Training(checkpointed=True)
+    timed.steps(2)
+    assert "cannot be timed in a checkpoint" in str(timed.plan)
+
+
+@pytest.mark.parametrize("planted", ["", "wrong ConvBackward"])
+def test_prove_waits_for_all_that_a_step_calls(planted: str, plant: Callable[..., Proved]) -> None:
+    kernels = plant(planted)
+    faults = bnrestructure.prove(Net(), torch.randn(4, 3, 8, 8))  # NCHW: kernels lay out what they make otherwise
+    assert {fault.partition(" ")[0] for fault in faults} == ({"ConvBackward"} if planted else set())
+    model = bnrestructure.restructure(Net(), backend="cpu")
+    PLANTED.answered.clear()
+    model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+    assert not kernels.outstanding
+    assert {"ConvForward", "FinalizeForward"} <= PLANTED.answered.keys()
 
 
 def test_verify_judges_the_kernels_and_not_what_runs_meanwhile(plant: Callable[..., Proved]) -> None:
@@ -207,9 +230,13 @@ def test_verify_judges_the_kernels_and_not_what_runs_meanwhile(plant: Callable[.
 
 
 def test_several_processes_do_not_decide_each_for_itself(plant: Callable[..., Proved], monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels, training = plant(), Training()
+    kernels, training, asked = plant(), Training(), Training(backend="cpu")
     monkeypatch.setattr(probation.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(probation.dist, "get_world_size", lambda: 2)
     training.steps(2)
     assert not kernels.outstanding
     assert "several processes would have to agree" in str(training.plan)
+    asked.steps(2)
+    assert "the reference answers for them" in str(asked.plan)
+    assert all(site.ran for site in asked.plan.sites)
+    kernels.wait()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -27,8 +27,6 @@ _STEPS, _TURNS = 4, 3
 _RESTARTS = 3
 #: A rewritten step may take so much longer: it keeps less memory, and times are no more exact than that.
 _MARGIN = 1.02
-
-_SEVERAL = "several processes would have to agree on it: take some steps in one process first, or ask for backend='cuda'"
 
 _state = threading.local()
 
@@ -49,6 +47,27 @@ def wants_own_forwards() -> bool:
     return getattr(_state, "own", False)
 
 
+def _saves_by_hooks() -> bool:
+    """Whether somebody handles what is saved for backward: torch.utils.checkpoint, which calls the module again, or an offloader."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _of_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _captures() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+#: Why steps cannot be timed, and when.
+_UNTIMED: dict[str, Callable[[], bool]] = {
+    "its steps cannot be timed in a checkpoint, or with other hooks on saved tensors: backend='cuda' runs them untimed": _saves_by_hooks,
+    "several processes would have to agree on its steps' times: backend='cuda' runs them untimed": _of_several,
+    "its steps cannot be timed in a CUDA graph: backend='cuda' runs them untimed": _captures,
+}
+
+
 @dataclass
 class Probation:
     """One program's, for inputs of one size. ``program`` names it on disk; ``guarded``: whether its steps have to be as fast."""
@@ -59,7 +78,7 @@ class Probation:
     device: torch.device
     reason: str | None = None
     _decided: bool | None = None
-    _last: bool | None = None
+    _latest: bool = False
     _said: bool = False
     _learnt: bool = False
     _calls: int = 0
@@ -69,26 +88,27 @@ class Probation:
 
     def rewritten(self) -> bool:
         """Whether this call is to run the rewritten program."""
+        self._latest = self._choice()
+        return self._latest
+
+    def _choice(self) -> bool:
         if waits_for_proofs():
             return True
         if self._decided is not None:
             return self._decided
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return not self.guarded  # nothing can be timed in a CUDA graph
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and self._last is not None:
-            return self._last  # a checkpoint computes again what it computed in the forward pass
-        found = self._next()
-        self._last = None if in_backward else found
-        return found
+        if not self.guarded and (_saves_by_hooks() or _of_several()):
+            return True  # a checkpoint computes the same again, and others train along: whatever is not proved yet, the reference answers
+        for reason, holds in _UNTIMED.items():
+            if self.guarded and holds():
+                self.give_up(reason)
+                return False
+        return self._next()
 
     def give_up(self, reason: str) -> None:
         """The own forward it is."""
         self._decided, self.reason = False, reason
 
     def _next(self) -> bool:
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            return self._as_kept(_SEVERAL)
         if not self._learnt:
             if (known := self.kernels.steps(self.program)) is not None and self.guarded:
                 return self._decide(known["rewritten"], known["own"])
@@ -104,13 +124,6 @@ class Probation:
             return True
         return self._timed()
 
-    def _as_kept(self, otherwise: str) -> bool:
-        known = self.kernels.steps(self.program)
-        if known is not None:
-            return self._decide(known["rewritten"], known["own"])
-        self._decided, self.reason = not self.guarded, otherwise if self.guarded else None
-        return self._decided
-
     def _timed(self) -> bool:
         """Turns of the own forward and of the rewritten one, :data:`_TURNS` of each; a turn ends where the next one begins."""
         turn, step = divmod(self._calls, _STEPS)
@@ -118,7 +131,8 @@ class Probation:
             self._seconds[turn % 2 == 0].append((self._clock() - self._began) / (_STEPS - 1))
         if turn == 2 * _TURNS:
             own, rewritten = (median(self._seconds[arm]) for arm in (False, True))
-            self.kernels.keep_steps(self.program, {"own": own, "rewritten": rewritten})
+            if self.kernels.complete:
+                self.kernels.keep_steps(self.program, {"own": own, "rewritten": rewritten})
             self._said = False
             self._say(f"a training step takes {rewritten * 1e3:.1f} ms rewritten, {own * 1e3:.1f} ms as it was: the faster stays")
             return self._decide(rewritten, own)
@@ -135,8 +149,9 @@ class Probation:
 
     def _say(self, words: str) -> None:
         """Once, on a terminal: whoever sits there wonders about the first steps."""
-        if not self._said and sys.stderr.isatty():
-            print(f"bnrestructure: {words}", file=sys.stderr)
+        if not self._said and getattr(sys.stderr, "isatty", lambda: False)():
+            with suppress(OSError, ValueError):
+                print(f"bnrestructure: {words}", file=sys.stderr)
         self._said = True
 
     def _clock(self) -> float:
@@ -146,8 +161,9 @@ class Probation:
 
     def __str__(self) -> str:
         """Where it stands, in a line."""
-        if self._decided is None and self.kernels.outstanding:
-            return f"its kernels are being proved on this device ({self.kernels.outstanding} to go); meanwhile its own forward runs"
+        if self.reason is None and self.kernels.outstanding:
+            meanwhile = "the reference answers for them" if self._latest else "its own forward runs"
+            return f"its kernels are being proved on this device ({self.kernels.outstanding} to go); meanwhile {meanwhile}"
         if self._decided is None:
             return "its steps are being timed beside those of its own forward"
         return self.reason or f"its kernels were proved on this device ({self.kernels.proved} kinds of calls)"

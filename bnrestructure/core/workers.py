@@ -17,13 +17,22 @@ _GONE_WITHIN = 10.0
 
 
 class Worker:
-    """The process of ``command``, with ``environment`` added to this process's; what it prints on stderr goes to ``words``."""
+    """The process of ``command``, with ``environment`` added to this process's; what it prints on stderr goes to ``words``.
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], words: IO[Any] | int) -> None:
+    ``apart``: it is not interrupted with this process from a terminal.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], words: IO[Any] | int, *, apart: bool = False) -> None:
         self.environment = dict(environment)
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, env=os.environ | self.environment, text=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, env=os.environ | self.environment, text=True,
+            start_new_session=apart,
+        )  # fmt: skip
+
+    @property
+    def lives(self) -> bool:
+        """Whether it can be asked."""
+        return self.process.poll() is None
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Its answer, or ``{"ok": False, "error": ...}`` when it ended, wrote no JSON or took longer; then it is of no more use."""
@@ -49,7 +58,8 @@ class Worker:
         if isinstance(found, dict):
             return found
         code = self.end()
-        return {"ok": False, "error": f"no result within {seconds:.0f} s" if late.is_set() else f"the process ended with status {code}"}
+        said = f"no result within {seconds:.0f} s" if late.is_set() else f"the process ended with status {code}"
+        return {"ok": False, "error": said, "status": None if late.is_set() else code}
 
     def end(self) -> int | None:
         """Its exit status; None for one that the system does not let go of, as while a driver waits for the device."""

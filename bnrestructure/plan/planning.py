@@ -55,8 +55,8 @@ def make_plan(model: nn.Module, options: Options, inputs: tuple[Any, ...] | None
         refusals = [] if region_here is None else region_here.refusals
         plan.notes += [f"{name or 'the model'}: ran as it was: {reason}" for reason in refusals]
         probation = None if region_here is None else region_here.ran.probation
-        if probation is not None and not refusals:
-            plan.notes.append(f"{name or 'the model'}: {probation}")
+        if probation is not None:
+            plan.notes += [] if refusals else [f"{name or 'the model'}: {probation}"]
             faults = {f"kernels for {kind} are left alone: {fault}": None for kind, fault in probation.kernels.faults().items()}
             plan.notes += [note for note in faults if note not in plan.notes]
         if module in survey.reasons and not refusals:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from bnrestructure.kernels import tuning
 from bnrestructure.kernels.calls import Call, ConvForward, NormaliseForward
 from bnrestructure.kernels.cpu import KERNELS
 from bnrestructure.kernels.proof import prover
-from bnrestructure.kernels.proof.check import distance, fault
+from bnrestructure.kernels.proof.check import NotJudgedError, distance, fault
 from bnrestructure.kernels.proof.draw import Drawn
 from bnrestructure.kernels.proof.kinds import blanked, key_of, text_of
 from bnrestructure.kernels.proof.prover import Proved, trusting, waiting_for_proofs
@@ -59,6 +60,7 @@ FAULTS = {
     "wrong ConvForward": "y is",
     "wrong ConvBackward": "dx is",
     "wrong NormaliseForward": "result is",
+    "bent ConvForward": "y is",
     "racy ConvForward": "two runs differ in y",
     "strays NormaliseForward": "it writes to the memory of x",
 }
@@ -71,6 +73,28 @@ def test_what_is_wrong_is_said(planted: str, monkeypatch: pytest.MonkeyPatch) ->
     found = fault(PLANTED, blanked(calls_of[planted.partition(" ")[2]]), CPU)
     assert found is not None
     assert FAULTS[planted] in found
+
+
+@pytest.mark.parametrize("kind", ["ConvForward", "ConvBackward", "JoinForward", "NormaliseBackward", "MaxPoolForward"])
+def test_two_percent_are_wrong_in_bfloat16(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BNR_PLANTED", f"bent {kind}")
+    call = next(call for call in every_call(torch.bfloat16).values() if type(call).__name__ == kind)
+    assert "root mean square" in str(fault(PLANTED, blanked(call), CPU))
+
+
+@pytest.mark.parametrize(("field", "wrong"), [("eps", 1e-3), ("count", 2)])
+def test_a_wrong_finalize_is_wrong(field: str, wrong: float) -> None:
+    class Wrong:
+        def run(self, call: Any) -> Any:
+            return KERNELS.run(replace(call, **{field: wrong}))
+
+    assert fault(Wrong(), blanked(every_call(torch.float32)["finalize"]), CPU) is not None  # type: ignore[arg-type]
+
+
+def test_where_there_is_nothing_to_hold_it_against_it_is_not_judged() -> None:
+    call = every_call(torch.float32)["finalize"]
+    with pytest.raises(NotJudgedError):
+        fault(KERNELS, blanked(replace(call, eps=-10.0)), CPU)  # type: ignore[type-var]
 
 
 def test_a_kernel_that_leaves_a_value_unwritten_is_wrong() -> None:
@@ -147,7 +171,7 @@ def test_a_kind_answers_once_it_is_proved_and_later_processes_know(prove: Callab
     [
         ("wrong ConvForward", "from float64", True), ("crashes ConvForward", "ended with status -6", True),
         ("raises ConvForward", "ptxas does not like it", True), ("short ConvForward", "out of memory", False),
-        ("hangs ConvForward", "no result within", False),
+        ("hangs ConvForward", "no result within", False), ("killed ConvForward", "ended with status -9", False),
     ],
 )  # fmt: skip
 def test_a_fault_is_found_outside_of_the_training_process(

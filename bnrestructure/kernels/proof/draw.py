@@ -16,7 +16,7 @@ from bnrestructure.kernels.reference import REFERENCE
 
 __all__ = ["Drawn"]
 
-#: Elements of other memory behind a tensor's last.
+#: Elements of other memory before a tensor's first and behind its last: a multiple of what addresses are aligned to.
 _MARGIN = 64
 _MOMENTUM, _COUNT = 0.1, 64.0
 
@@ -53,7 +53,7 @@ class Drawn:
     def _tensor(self, name: str, blank: Blank) -> Tensor:
         if blank.number in self._tensors:
             return self._tensors[blank.number][1]
-        offset = blank.offset // blank.dtype.itemsize
+        offset = _MARGIN + blank.offset // blank.dtype.itemsize
         shape = [1 if stride == 0 else size for size, stride in zip(blank.shape, blank.strides, strict=True)]
         empty = math.prod(blank.shape) == 0
         reach = 0 if empty else 1 + sum((n - 1) * s for n, s in zip(shape, blank.strides, strict=True))
@@ -82,7 +82,7 @@ class Drawn:
             case "weight" if len(shape) > 2:
                 return x / math.sqrt(math.prod(shape[1:]))
             case "weight" | "scale" | "s":
-                return 1 + 0.2 * x
+                return x.sign() * (1 + 0.2 * x.abs())
             case "var" | "running_var" | "rstd":
                 return 0.5 + x.abs()
             case "gate":

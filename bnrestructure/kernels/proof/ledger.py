@@ -1,14 +1,17 @@
 """What has been found of kinds of calls on this machine, kept on disk for later processes beside the measured choices.
 
-``proofs-<digest>.json``: the digest is of the machine, the versions, the kernels' sources and the choices among them. Entries are
-written one by one, merged with what other processes wrote meanwhile.
+``proofs-<digest>.json``: the digest is of the machine, the versions, the sources of kernels and proofs, and the choices among kernels.
+Entries are written one by one, merged with what other processes wrote meanwhile.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import warnings
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ class Ledger:
     def refresh(self) -> bool:
         """Read what is known of the machine that kernels/tuning.py was told of. Whether it is another one than before."""
         with self._lock:
-            digest = tuning.machine_digest(choices=True)
+            digest = f"{tuning.machine_digest(choices=True)}-{_sources_digest()}"
             if digest == self._digest:
                 return False
             self._digest = digest
@@ -57,7 +60,8 @@ class Ledger:
             self.faults, self.steps = {}, {}
             path = self._path()
             if path is not None:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def _path(self) -> Path | None:
         folder = tuning.cache_folder()
@@ -86,3 +90,12 @@ class Ledger:
             replace_file(path, json.dumps({"machine": tuning.machine_facts()} | known, indent=1))
         except OSError as error:
             warnings.warn(f"bnrestructure: proofs are not kept: {error}", stacklevel=2)
+
+
+@cache
+def _sources_digest() -> str:
+    """Of all that an answer, and the judgement of it, is made by."""
+    digest, package = hashlib.sha256(), Path(__file__).parents[2]
+    for path in sorted(path for folder in ("kernels", "core") for path in (package / folder).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

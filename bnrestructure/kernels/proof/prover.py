@@ -7,6 +7,7 @@ import base64
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -36,8 +37,11 @@ _SECONDS = 300.0
 _WORKERS = 4
 #: Seconds that a process waits for the next kind: it takes some to start.
 _IDLE_SECONDS = 10.0
-_WORKER = (sys.executable, "-m", "bnrestructure.kernels.proof.worker")
+_MODULE = "bnrestructure.kernels.proof.worker"
+#: What a process ends with that a kernel has brought down. Others were ended by somebody.
+_CRASHES = frozenset({-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGFPE, -signal.SIGILL, -getattr(signal, "SIGBUS", signal.SIGSEGV)})
 _open: weakref.WeakSet[Worker] = weakref.WeakSet()
+_closing = threading.Event()
 _waiting = [0]
 
 
@@ -75,6 +79,7 @@ class Proved:
         self._ledger = Ledger()
         self._proved: set[Any] = set()
         self._asked: dict[Any, tuple[str, str]] = {}  # key -> (text, name), of every kind that was met
+        self._passing = False  # whether something was not proved for want of memory, say
         self._requests: queue.SimpleQueue[tuple[Any, dict[str, Any]]] = queue.SimpleQueue()
         self._outstanding, self._workers = 0, 0
         self._again: str | None = None  # the kind whose proof from disk is being held against this process, "" when that is done
@@ -122,6 +127,11 @@ class Proved:
         """How many kinds that were met are proved."""
         return len(self._proved)
 
+    @property
+    def complete(self) -> bool:
+        """Whether all is known of every kind that was met: nothing is being proved, and nothing failed that may succeed another time."""
+        return not self._outstanding and not self._passing
+
     def faults(self) -> dict[str, str]:
         """Kind, in words -> what is wrong with the kernels' answers, of the kinds that were met."""
         known = self._ledger.faults
@@ -167,7 +177,7 @@ class Proved:
             if key in self._proved or key in self._asked:
                 return
             blanks = blanked(call)
-            text = text_of(blanks)
+            text = f"{_device_name(call.operand.device)} {text_of(blanks)}"
             self._asked[key] = text, name_of(blanks)
             known, fault = text in self._ledger.faults, self._ledger.faults.get(text)
             if known and fault is None and self._again is None:  # the first of those from disk: is it still so?
@@ -190,9 +200,10 @@ class Proved:
                 self._proved, self._asked = set(), {}
 
     def _ask(self, key: Any, call: Call[Any], blanks: Call[Any]) -> None:
+        self.kernels.description()  # says what machine this is: its choices are meant
         request = {
             "call": base64.b64encode(pickle.dumps(blanks)).decode(), "kernels": self._source, "device": str(call.operand.device),
-            "precision": precision(), "choices": tuning.choices_digest(),
+            "share": 0.8 / self._most_workers, "precision": precision(), "choices": tuning.choices_digest(),
         }  # fmt: skip
         self._outstanding += 1
         self._requests.put((key, request))
@@ -213,46 +224,61 @@ class Proved:
                     self._workers -= 1
                 break
             try:
-                worker = worker or _started()
-            except OSError as error:  # too many processes, too little memory
-                self._note(key, {"fault": f"no process could be started to prove it: {error}", "passing": True})
-                continue
-            answer = worker.ask(request, self._seconds)
-            if "error" in answer:  # it crashed or hung
-                answer = {"fault": answer["error"], "passing": "no result within" in answer["error"], "last": True}
-            if answer["last"]:
-                worker.end()
-                worker = None
+                if worker is None or not worker.lives:
+                    worker = _started()
+                answer = worker.ask(request, self._seconds)
+                if "error" in answer:  # it crashed, hung, or was ended
+                    answer = {"fault": answer["error"], "passing": answer["status"] not in _CRASHES, "last": True}
+                if answer["last"]:
+                    worker.end()
+                    worker = None
+            except Exception as error:  # whoever waits must not wait for ever
+                worker, answer = None, {"fault": f"it could not be proved: {type(error).__name__}: {error}", "passing": True}
             self._note(key, answer)
         if worker is not None:
             worker.end()
 
     def _note(self, key: Any, answer: dict[str, Any]) -> None:
         with self._settled:
-            known = self._asked.get(key)
-            if known is not None:
-                text, fault = known[0], answer["fault"]
-                if fault is None:
-                    self._proved.add(key)
-                elif text == self._again:  # it was right once: nothing on disk is believed any more
-                    self._ledger.clear()
-                    self._proved.clear()
-                    self._asked = {key: known}
-                if text == self._again:
-                    self._again = ""
-                self._ledger.put(text, fault, keep=not answer.get("passing", False))
-            self._outstanding -= 1
-            self._settled.notify_all()
+            try:
+                known = self._asked.get(key)
+                if known is not None and not _closing.is_set():
+                    self._believe(key, known, answer["fault"], passing=answer.get("passing", False))
+            finally:
+                self._outstanding -= 1
+                self._settled.notify_all()
+
+    def _believe(self, key: Any, known: tuple[str, str], fault: str | None, *, passing: bool) -> None:
+        text = known[0]
+        self._passing = self._passing or passing
+        if fault is None:
+            self._proved.add(key)
+        elif text == self._again and not passing:  # it was right once: nothing on disk is believed any more
+            self._ledger.clear()
+            self._proved.clear()
+            self._asked = {key: known}
+        if text == self._again:
+            self._again = ""
+        self._ledger.put(text, fault, keep=not passing)
 
 
 def _started() -> Worker:
-    worker = Worker(_WORKER, {}, subprocess.DEVNULL)
+    """A process that finds the packages that this one finds. Raises RuntimeError where this one is no Python interpreter."""
+    if getattr(sys, "frozen", False) or not sys.executable:
+        raise RuntimeError("this program is no Python interpreter that could start another one")
+    paths = os.pathsep.join(path for path in sys.path if path)
+    worker = Worker([sys.executable, "-P", "-m", _MODULE], {"PYTHONPATH": paths}, subprocess.DEVNULL, apart=True)
     _open.add(worker)
     return worker
 
 
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 @atexit.register
 def _end_workers() -> None:
+    _closing.set()
     for worker in list(_open):
         worker.end()
 

@@ -1,8 +1,8 @@
 """A proving process: ``python -m bnrestructure.kernels.proof.worker`` takes kinds of calls, a line of JSON each, and answers what is wrong.
 
-A request is {"call": a pickled call of blanks in base64, "kernels": a module, "device", "precision", "choices"}, an answer {"fault": null
-or a line}, with "passing": true where the next process may find otherwise (memory). After any error the process ends, and says "last":
-true; the device may be of no more use to it.
+A request is {"call": a pickled call of blanks in base64, "kernels": a module, "device", "share" (of its free memory), "precision",
+"choices"}, an answer {"fault": null or a line}, with "passing": true where the next process may find otherwise (memory). After any error
+the process ends, and says "last": true; the device may be of no more use to it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from bnrestructure.core.errors import first_line
 from bnrestructure.kernels import tuning
 from bnrestructure.kernels.folded import for_dimensions
-from bnrestructure.kernels.proof.check import fault
+from bnrestructure.kernels.proof.check import KernelRaisedError, fault
 from bnrestructure.kernels.proof.kinds import precision
 from bnrestructure.kernels.proof.prover import set_precision
 
@@ -43,26 +43,37 @@ def main() -> int:
 def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """(the answer, whether this process can go on)."""
     try:
-        torch.empty(1, device=request["device"])
-    except RuntimeError as error:  # a device for one process alone, say
-        return {"fault": f"another process cannot use the device: {first_line(error)}", "passing": True}, False
-    try:
-        if precision() != request["precision"]:
-            set_precision(request["precision"])
         device = torch.device(request["device"])
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            _take_a_share(request["share"])
+        if precision() != request["precision"]:
+            set_precision(request["precision"])
         kernels = importlib.import_module(request["kernels"]).KERNELS
         kernels.description()  # says what machine this is, whose choices are compared next
         if tuning.choices_digest() != request["choices"]:
             return {"fault": "this process would choose other kernels: measured choices are not kept on disk", "passing": True}, True
         call = pickle.loads(base64.b64decode(request["call"]))
         return {"fault": fault(for_dimensions(kernels, len(call.operand.shape)), call, device)}, True
+    except KernelRaisedError as error:
+        traceback.print_exc()
+        return {"fault": str(error), "passing": _is_shortage(str(error))}, False
     except torch.OutOfMemoryError:
         return {"fault": "out of memory beside what else is on the device", "passing": True}, False
-    except Exception as error:  # whatever a compiler or a driver raises is the answer
+    except Exception as error:  # no fault of the kernels': a device for one process alone, a package that this one does not find
         traceback.print_exc()
-        return {"fault": f"{type(error).__name__}: {first_line(error)[:300]}"}, False
+        return {"fault": f"it could not be proved: {type(error).__name__}: {first_line(error)[:300]}", "passing": True}, False
+
+
+def _take_a_share(share: float) -> None:
+    """Leave the memory that is free to the training process, but for this share of it."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + share * free) / total))
+
+
+def _is_shortage(words: str) -> bool:
+    return any(shortage in words for shortage in ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED"))
 
 
 if __name__ == "__main__":

@@ -96,13 +96,12 @@ class Probation:
             return True
         if self._decided is not None:
             return self._decided
-        if not self.guarded and (_saves_by_hooks() or _of_several()):
-            return True  # a checkpoint computes the same again, and others train along: whatever is not proved yet, the reference answers
-        for reason, holds in _UNTIMED.items():
-            if self.guarded and holds():
-                self.give_up(reason)
-                return False
-        return self._next()
+        untimed = next((reason for reason, holds in _UNTIMED.items() if holds()), None)
+        if untimed is None:
+            return self._next()
+        if self.guarded:
+            self.give_up(untimed)
+        return not self.guarded  # the reference answers what is not proved yet: programs must not change in the midst of these
 
     def give_up(self, reason: str) -> None:
         """The own forward it is."""
@@ -120,7 +119,7 @@ class Probation:
             self._say(f"{self.kernels.outstanding} kernels are being proved on {self.device}, and the model's own forward trains meanwhile")
             return False
         if not self.guarded:
-            self._decided, self.reason = True, None
+            self._decided = True
             return True
         return self._timed()
 

@@ -28,6 +28,7 @@ class Ledger:
         self.faults: dict[str, str | None] = {}
         self.steps: dict[str, dict[str, float]] = {}
         self._digest: str | None = None
+        self._folder: Path | None = None
         self._lock = threading.RLock()
 
     def refresh(self) -> bool:
@@ -36,7 +37,7 @@ class Ledger:
             digest = f"{tuning.machine_digest(choices=True)}-{_sources_digest()}"
             if digest == self._digest:
                 return False
-            self._digest = digest
+            self._digest, self._folder = digest, tuning.cache_folder()
             found = self._read()
             self.faults, self.steps = found["faults"], found["steps"]
             return True
@@ -64,8 +65,7 @@ class Ledger:
                     path.unlink(missing_ok=True)
 
     def _path(self) -> Path | None:
-        folder = tuning.cache_folder()
-        return None if folder is None else folder / f"proofs-{self._digest}.json"
+        return None if self._folder is None else self._folder / f"proofs-{self._digest}.json"
 
     def _read(self) -> dict[str, Any]:
         path = self._path()

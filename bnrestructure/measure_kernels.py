@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -81,6 +82,8 @@ def prove(
         _step(model, arguments, device, loss_fn, passes)
         if not kernels.outstanding:
             break
+        if device == "cuda":
+            torch.cuda.empty_cache()  # the processes that prove need memory, too
         kernels.wait()
     return kernels.faults()
 

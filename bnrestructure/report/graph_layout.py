@@ -8,7 +8,7 @@ import networkx as nx
 
 from bnrestructure.report.graph_view import Entry, RegionView
 
-__all__ = ["Layout", "Placed", "lay_out"]
+__all__ = ["Layout", "Placed", "lanes_of", "lay_out"]
 
 
 @dataclass
@@ -87,3 +87,19 @@ def _without_crossings(layers: list[list[str]], graph: nx.DiGraph) -> list[list[
             place[name] = i - (len(layer) - 1) / 2
         ordered.append(layer)
     return ordered
+
+
+def lanes_of(layout: Layout) -> dict[tuple[str, str], int]:
+    """Edges that skip layers run in lanes right of the boxes, one for each that overlaps others: edge -> lane, from the left."""
+    spans = []
+    for edge in layout.edges:
+        a, b = sorted(layout.boxes[name].layer for name in edge)
+        if b - a > 1:
+            spans.append((a, b, edge))
+    lanes: dict[tuple[str, str], int] = {}
+    free: list[int] = []  # the layer from which on each lane is free
+    for a, b, edge in sorted(spans, key=lambda span: span[:2]):
+        lane = next((i for i, until in enumerate(free) if until <= a), len(free))
+        free[lane : lane + 1] = [b]
+        lanes[edge] = lane
+    return lanes

@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape, quoteattr
 import torch
 
 from bnrestructure.plan.plan import Site
-from bnrestructure.report.graph_layout import Layout, Placed, lay_out
+from bnrestructure.report.graph_layout import Layout, Placed, lanes_of, lay_out
 from bnrestructure.report.graph_view import Entry, RegionView
 
 __all__ = ["Facts", "Pane", "Shapes", "draw_pane", "size_words"]
@@ -53,7 +53,7 @@ def draw_pane(views: Sequence[RegionView], facts: dict[str, Facts]) -> Pane:
     for view in views:
         known = facts[view.path]
         layout = lay_out(view, {entry.id: _size(entry, known) for entry in view.entries}, gap_x=20, gap_y=22)
-        lanes = _lanes(layout)
+        lanes = lanes_of(layout)
         if view.path:
             y += 24
             parts.append(f'<text class="region" x="0" y="{y - 8:.0f}">{escape(view.path)}</text>')
@@ -156,22 +156,6 @@ def _site_lines(site: Site) -> Iterator[str]:
     yield f"site {site.name}: {site.status}, {moved}"
     if site.reason:
         yield f"why: {site.reason}"
-
-
-def _lanes(layout: Layout) -> dict[tuple[str, str], int]:
-    """Edges that skip layers run in lanes right of the boxes, one for each that overlaps others."""
-    spans = []
-    for edge in layout.edges:
-        a, b = sorted(layout.boxes[name].layer for name in edge)
-        if b - a > 1:
-            spans.append((a, b, edge))
-    lanes: dict[tuple[str, str], int] = {}
-    free: list[int] = []  # the layer from which on each lane is free
-    for a, b, edge in sorted(spans):
-        lane = next((i for i, until in enumerate(free) if until <= a), len(free))
-        free[lane : lane + 1] = [b]
-        lanes[edge] = lane
-    return lanes
 
 
 def _edges(layout: Layout, lanes: dict[tuple[str, str], int]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from xml.sax.saxutils import escape
 
-from bnrestructure.report.graph_layout import Layout, Placed, lay_out
+from bnrestructure.report.graph_layout import Layout, Placed, lanes_of, lay_out
 from bnrestructure.report.graph_view import Entry, RegionView
 
 __all__ = ["graph_svg"]
@@ -34,7 +34,7 @@ def graph_svg(title: str, views: Sequence[RegionView], *, backward: bool = False
     for view in views:
         sizes = {entry.id: _size(entry, backward) for entry in view.entries}
         layout = lay_out(view, sizes, upside_down=backward)
-        lanes = _lanes(layout)
+        lanes = lanes_of(layout)
         total = layout.width + 2 * _MARGIN + _LANE * (max(lanes.values(), default=0) + 2)
         if view.path:
             parts.append(f'<text class="title" x="{_MARGIN}" y="{y:.0f}">region {escape(view.path)}</text>')
@@ -112,22 +112,6 @@ def _box(box: Placed, backward: bool) -> Iterator[str]:
 
 def _tooltip(entry: Entry) -> str:
     return "\n".join([_path(entry), *entry.notes, *([entry.reason] if entry.reason else [])])
-
-
-def _lanes(layout: Layout) -> dict[tuple[str, str], int]:
-    """Edges that skip layers run in lanes right of the boxes; overlapping ones get lanes of their own."""
-    spans = []
-    for edge in layout.edges:
-        a, b = sorted(layout.boxes[name].layer for name in edge)
-        if b - a > 1:
-            spans.append((a, b, edge))
-    lanes: dict[tuple[str, str], int] = {}
-    busy: list[int] = []  # the layer at which each lane becomes free
-    for a, b, edge in sorted(spans, key=lambda span: (span[0], span[1])):
-        lane = next((i for i, free in enumerate(busy) if free <= a), len(busy))
-        busy[lane : lane + 1] = [b]
-        lanes[edge] = lane
-    return lanes
 
 
 def _edges(layout: Layout, lanes: dict[tuple[str, str], int], backward: bool) -> Iterator[str]:

@@ -12,12 +12,12 @@ from emulator.arithmetic import INTEGER, split
 from emulator.block import Block
 from emulator.products import PRODUCTS
 from emulator.real import REAL
-from emulator.state import Array, Fault, predicate
+from emulator.state import Array, Fault, predicate, words
 
 __all__ = ["Program"]
 
 _NOTHING = ("NOP", "MEMBAR", "ERRBAR", "WARPSYNC", "BSSY", "BSYNC", "CCTL", "YIELD", "ACQBULK", "PREEXIT")
-_WAYS = ("EXIT", "BRA", "CALL")  # a CALL.REL.NOINC never returns
+_WAYS = ("EXIT", "BRA", "CALL", "RET")  # a CALL.REL.NOINC is a jump: where a RET goes on stands in a register
 _MOST_STEPS = 2_000_000
 
 
@@ -29,6 +29,8 @@ class Program:
         self._guards = [None if i.guard in (None, "PT", "UPT") else predicate(i.guard) for i in code]
         self._steps = [_step(i) for i in code]
         self._targets = [code.target(i) for i in code]
+        self._returns = [words(i.operands[0].split()[0]) if i.opcode == "RET" else None for i in code]
+        self._at = {int(i.address, 16): i.index for i in code}
         #: A branch's own condition, besides its guard: BRA P0, `(.L_x_1).
         self._conditions = [predicate(split(i.operands)[1][0]) if i.opcode == "BRA" and split(i.operands)[1] else None for i in code]
 
@@ -63,6 +65,10 @@ class Program:
                 block.executed[index] += len(block.warps_of(mask))
                 if instruction.opcode == "EXIT":
                     left |= taken
+                elif (read := self._returns[index]) is not None:
+                    addresses = np.broadcast_to(read(block.state), taken.shape)
+                    for address in np.unique(addresses[taken]):
+                        _join(groups, self._at[int(address)], taken & (addresses == address))
                 elif taken.any():
                     target = self._targets[index]
                     if target is None:

@@ -20,6 +20,7 @@ from bnrestructure.verification.loss import default_loss
 
 __all__ = ["prove", "tune"]
 
+#: Steps that prove() takes at the most: each may call for kinds that the one before did not.
 _MOST_WAVES = 8
 
 
@@ -67,11 +68,11 @@ def prove(
 ) -> dict[str, str]:
     """Have the kernels of a training step proved now, where they are proved before they are used: on a GPU. Returns what is wrong.
 
-    A restructured model has them proved in the background, while its own forward runs; this is for those who cannot train meanwhile: before
+    A restructured model has them proved in the background, while its own forward runs. This is for those who cannot train meanwhile: before
     a CUDA graph is captured, before processes are started that train together. It takes training steps of copies, by which the calls are
-    known, and waits until each was held against float64 on the device (kernels/proof). The result is
-    empty where all is right; otherwise kernel call, in words -> its fault. Such calls are answered by the reference. On the CPU
-    there is nothing to prove, and the result is empty. Arguments and errors are those of :func:`tune`.
+    known, and waits until each was held against float64 on the device (kernels/proof). The result is kernel call, in words -> its fault,
+    and empty where all is right, as it is on the CPU, where nothing has to be proved. Calls with a fault are answered by the reference.
+    Arguments and errors are those of :func:`tune`.
     """
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     device = _device(model, arguments)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from benchmarks.gpu.nodes import Node, compared, draw, implementation, implementations, poisoned
 from bnrestructure.core.activation import activate
 from bnrestructure.core.edges import Join, PoolGeometry, Transform
+from bnrestructure.core.shortage import is_out_of_memory
 from bnrestructure.kernels import tuning
 from bnrestructure.kernels.calls import (
     FinalizeBackward,
@@ -41,19 +42,8 @@ __all__ = [
 ]  # fmt: skip
 
 
-#: What too little memory is called by those who do not raise torch.OutOfMemoryError. Triton's "out of resource" is shared memory: a bug.
-_WORDS = ("out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation")
 #: What PyTorch says when cuDNN's plans all failed, be it for their workspaces.
 _NO_CONVOLUTION = ("unable to find an engine to execute", "Unable to find a valid cuDNN algorithm")
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether this, or what it was raised from, says that the device's memory is too small."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or any(words.lower() in str(error).lower() for words in _WORDS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def no_convolution_found(error: BaseException) -> bool:

@@ -60,6 +60,13 @@ def _captures() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def _say(words: str) -> None:
+    """A line on a terminal: whoever sits there wonders about the first steps."""
+    if getattr(sys.stderr, "isatty", lambda: False)():
+        with suppress(OSError, ValueError):  # a terminal that is gone
+            print(f"bnrestructure: {words}", file=sys.stderr)
+
+
 #: Why steps cannot be timed, and when.
 _UNTIMED: dict[str, Callable[[], bool]] = {
     "its steps cannot be timed in a checkpoint, or with other hooks on saved tensors: backend='cuda' runs them untimed": _saves_by_hooks,
@@ -116,7 +123,9 @@ class Probation:
         if self.kernels.outstanding and self._restarts < _RESTARTS:  # other kinds of calls came up: their times would be the reference's
             self._restarts += bool(self._calls)
             self._calls, self._seconds = 0, {False: [], True: []}
-            self._say(f"{self.kernels.outstanding} kernels are being proved on {self.device}, and the model's own forward trains meanwhile")
+            if not self._said:
+                self._said = True
+                _say(f"{self.kernels.outstanding} kernels are being proved on {self.device}, and the model's own forward trains meanwhile")
             return False
         if not self.guarded:
             self._decided = True
@@ -132,8 +141,7 @@ class Probation:
             own, rewritten = (median(self._seconds[arm]) for arm in (False, True))
             if self.kernels.complete:
                 self.kernels.keep_steps(self.program, {"own": own, "rewritten": rewritten})
-            self._said = False
-            self._say(f"a training step takes {rewritten * 1e3:.1f} ms rewritten, {own * 1e3:.1f} ms as it was: the faster stays")
+            _say(f"a training step takes {rewritten * 1e3:.1f} ms rewritten, {own * 1e3:.1f} ms as it was: the faster stays")
             return self._decide(rewritten, own)
         if step == 1:
             self._began = self._clock()
@@ -145,13 +153,6 @@ class Probation:
         times = f"{own * 1e3:.1f} ms, rewritten {rewritten * 1e3:.1f} ms"
         self.reason = None if self._decided else f"its own forward's training steps are faster on this device: {times}"
         return self._decided
-
-    def _say(self, words: str) -> None:
-        """Once, on a terminal: whoever sits there wonders about the first steps."""
-        if not self._said and getattr(sys.stderr, "isatty", lambda: False)():
-            with suppress(OSError, ValueError):
-                print(f"bnrestructure: {words}", file=sys.stderr)
-        self._said = True
 
     def _clock(self) -> float:
         if self.device.type != "cpu":

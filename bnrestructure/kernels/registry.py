@@ -104,7 +104,8 @@ def proved(device: str) -> Proved | None:
 
 def proving(backend: str, device: str) -> Proved | None:
     """What answers calls on this type of device where kernels are proved first and ``backend`` uses them; None otherwise."""
-    return proved(device) if device in _PROVED_FIRST and reason_for_device(backend, device) is None else None
+    kernels = proved(device)
+    return None if kernels is None or reason_for_device(backend, device) is not None else kernels
 
 
 def forget_answers() -> None:

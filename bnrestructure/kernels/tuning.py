@@ -93,9 +93,9 @@ def machine_facts() -> dict[str, str]:
     return dict(_machine)
 
 
-def machine_digest(*, choices: bool = False) -> str:
-    """Of the machine, as files are named by it; with ``choices`` of what was measured on it, too."""
-    return f"{_digest()}-{choices_digest()}" if choices else _digest()
+def machine_digest() -> str:
+    """Of the machine, and of what is chosen on it."""
+    return f"{_digest()}-{choices_digest()}"
 
 
 def choices_digest() -> str:

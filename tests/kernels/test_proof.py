@@ -20,7 +20,7 @@ from bnrestructure.kernels import tuning
 from bnrestructure.kernels.calls import Call, ConvForward, NormaliseForward
 from bnrestructure.kernels.cpu import KERNELS
 from bnrestructure.kernels.proof import prover
-from bnrestructure.kernels.proof.check import NotJudgedError, distance, fault
+from bnrestructure.kernels.proof.check import NotJudgedError, _difference, distance, fault
 from bnrestructure.kernels.proof.draw import Drawn
 from bnrestructure.kernels.proof.kinds import blanked, key_of, text_of
 from bnrestructure.kernels.proof.prover import Proved, trusting, waiting_for_proofs
@@ -115,9 +115,10 @@ def test_of_a_million_values_one_may_be_on_the_other_side_of_a_kink() -> None:
     truth = torch.ones(3_000_000, dtype=torch.float64)
     value = truth.clone()
     value[:3] = 0
-    assert distance(value, truth) == 0
-    value[3] = 0
     assert distance(value, truth) == 1
+    assert _difference(value, truth, truth, unit=1e-3) is None
+    value[3] = 0
+    assert "from float64" in str(_difference(value, truth, truth, unit=1e-3))
 
 
 # --- in processes ------------------------------------------------------------------------------------------------------

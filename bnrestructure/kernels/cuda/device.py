@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import cache
 from importlib import metadata
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from bnrestructure.core.files import digest_of
 from bnrestructure.kernels import tuning
 
 __all__ = ["event_timer", "gpu_here", "gpu_of", "identify_machine", "uses_tf32"]
@@ -61,11 +61,8 @@ def _triton() -> str:
 
 @cache
 def _sources_digest() -> str:
-    digest = hashlib.sha256()
     here = Path(__file__).parent
-    for path in (*sorted(here.glob("*.py")), here.parent / "hybrid.py", here.parent / "aten_convolution.py"):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    return digest_of([*sorted(here.glob("*.py")), here.parent / "hybrid.py", here.parent / "aten_convolution.py"])
 
 
 def event_timer(device: torch.device) -> Callable[[Callable[[], object]], float]:

@@ -51,8 +51,6 @@ def fault(kernels: Kernels, blanks: Call[Any], device: torch.device) -> str | No
                     torch.accelerator.synchronize(device)  # an error on the device comes up here
             except UnsupportedCallError:
                 return None
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # of a compiler, a driver, or the kernels themselves
                 raise KernelRaisedError(f"{type(error).__name__}: {first_line(error)[:300]}") from error
         runs.append({name: x.clone() for name, x in (found | drawn.outputs()).items()})
@@ -124,7 +122,7 @@ def _difference(ours: Tensor | None, theirs: Tensor, truth: Tensor, unit: float)
     if not ours.is_floating_point():
         apart = int((ours != theirs).sum())
         return None if apart <= _ties(ours) else f"differs from the reference's in {apart} places"
-    own, other = distance(ours, truth), distance(theirs, truth)
+    own, other = (distance(x, truth, leave_out=_ties(x)) for x in (ours, theirs))
     if not math.isfinite(other):
         raise NotJudgedError("PyTorch's own operators give no numbers")
     if own > FACTOR * max(other, unit):
@@ -140,17 +138,14 @@ def _shown(x: Tensor | None) -> str:
     return "missing" if x is None else f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
 
 
-def distance(value: Tensor, truth: Tensor) -> float:
-    """Largest absolute difference over the truth's largest magnitude; infinite where a value is no number.
-
-    Of every million values one is left out: where an activation has a kink, rounding decides on which side of it a value is.
-    """
+def distance(value: Tensor, truth: Tensor, leave_out: int = 0) -> float:
+    """Largest absolute difference, but for ``leave_out`` ones, over the truth's largest magnitude; infinite where a value is no number."""
     if not value.numel():
         return 0.0
     if not torch.isfinite(value).all():
         return float("inf")
     apart = (value.double() - truth).abs().flatten()
-    return float(apart.topk(1 + _ties(value)).values[-1] / truth.abs().max().clamp_min(1e-300))
+    return float(apart.topk(1 + leave_out).values[-1] / truth.abs().max().clamp_min(1e-300))
 
 
 def _spread(value: Tensor, truth: Tensor) -> float:
@@ -161,6 +156,7 @@ def _spread(value: Tensor, truth: Tensor) -> float:
 
 
 def _ties(x: Tensor) -> int:
+    """One of every million values: where an activation has a kink, rounding decides on which side of it a value is."""
     return x.numel() // 1_000_000
 
 

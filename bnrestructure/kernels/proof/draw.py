@@ -73,7 +73,7 @@ class Drawn:
         return torch.randn(shape, generator=self._generator, device=self._device).to(dtype)
 
     def _values(self, name: str, shape: list[int], dtype: torch.dtype) -> Tensor:
-        """Values for a field: variances and factors above zero, channels' means away from it, gradients and products of middling size."""
+        """Values for a field: variances above zero, factors and channels' means away from it, gradients and products of middling size."""
         x = self._numbers(shape, dtype)
         name = {"statistics[0]": "a", "statistics[1]": "b", "statistics[2]": "mean"}.get(name, name)
         match name:

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from bnrestructure.core.records import record
 from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward
@@ -54,10 +53,10 @@ def _extend(found: list[Any], record: Any, seen: dict[int, int]) -> None:
     whole: Any = type(record)
     for value in record if whole is tuple else _values(whole)(record):
         kind = type(value)
-        if kind is Tensor or kind is Parameter or isinstance(value, Tensor):
-            found += (value.shape, value.stride(), value.dtype, value.data_ptr() % _ALIGNMENT, seen.setdefault(id(value), len(seen)))
-        elif value is None or kind in _PLAIN:
+        if value is None or kind in _PLAIN:
             found.append(value)
+        elif isinstance(value, Tensor):
+            found += (value.shape, value.stride(), value.dtype, value.data_ptr() % _ALIGNMENT, seen.setdefault(id(value), len(seen)))
         elif kind is float:
             found.append(kind)
         elif kind is tuple:
@@ -87,10 +86,10 @@ def blanked(call: Call[R]) -> Call[R]:
     """The call with a :class:`Blank` in the place of each tensor."""
     numbers: dict[int, int] = {}
 
-    def blank(x: Tensor) -> Blank:
+    def blank(_: str, x: Tensor) -> Blank:
         return Blank(tuple(x.shape), x.stride(), x.dtype, x.data_ptr() % _ALIGNMENT, numbers.setdefault(id(x), len(numbers)))
 
-    return mapped(call, Tensor, lambda _, x: blank(x))
+    return mapped(call, Tensor, blank)
 
 
 def mapped(value: Any, of: type, function: Callable[[str, Any], Any], name: str = "") -> Any:
@@ -124,11 +123,8 @@ def _text(value: Any) -> str:
 
 
 def name_of(blanks: Call[Any]) -> str:
-    """``ConvForward of bfloat16 256x64x56x56``: the call and its first activation, for people."""
-    first: list[Blank] = []
-    mapped(blanks, Blank, lambda _, blank: first.append(blank))
-    size = "x".join(map(str, first[0].shape)) if first else "nothing"
-    return f"{type(blanks).__name__} of {_dtype(first[0].dtype)} {size}" if first else type(blanks).__name__
+    """``ConvForward of bfloat16 256x64x56x56``: the call and its operand, for people."""
+    return f"{type(blanks).__name__} of {_dtype(blanks.operand.dtype)} {'x'.join(map(str, blanks.operand.shape))}"
 
 
 @cache

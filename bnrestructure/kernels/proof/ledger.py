@@ -6,7 +6,6 @@ Entries are written one by one, merged with what other processes wrote meanwhile
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 import warnings
@@ -15,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bnrestructure.core.files import replace_file
+from bnrestructure.core.files import digest_of, replace_file
 from bnrestructure.kernels import tuning
 
 __all__ = ["Ledger"]
@@ -34,7 +33,7 @@ class Ledger:
     def refresh(self) -> bool:
         """Read what is known of the machine that kernels/tuning.py was told of. Whether it is another one than before."""
         with self._lock:
-            digest = f"{tuning.machine_digest(choices=True)}-{_sources_digest()}"
+            digest = f"{tuning.machine_digest()}-{_sources_digest()}"
             if digest == self._digest:
                 return False
             self._digest, self._folder = digest, tuning.cache_folder()
@@ -95,7 +94,5 @@ class Ledger:
 @cache
 def _sources_digest() -> str:
     """Of all that an answer, and the judgement of it, is made by."""
-    digest, package = hashlib.sha256(), Path(__file__).parents[2]
-    for path in sorted(path for folder in ("kernels", "core") for path in (package / folder).rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    package = Path(__file__).parents[2]
+    return digest_of(sorted(path for folder in ("kernels", "core") for path in (package / folder).rglob("*.py")))

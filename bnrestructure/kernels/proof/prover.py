@@ -21,8 +21,7 @@ import torch
 from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.core.workers import Worker
 from bnrestructure.kernels import tuning
-from bnrestructure.kernels.calls import Call, ConvForward, Kernels
-from bnrestructure.kernels.choice import Choice
+from bnrestructure.kernels.calls import Call, Kernels
 from bnrestructure.kernels.device import DeviceKernels
 from bnrestructure.kernels.folded import for_dimensions
 from bnrestructure.kernels.proof.kinds import blanked, key_of, name_of, precision, text_of
@@ -66,16 +65,16 @@ def set_precision(value: str) -> None:
 
 
 class Proved:
-    """A device's kernels (:class:`bnrestructure.kernels.device.DeviceKernels`), for calls of kinds that were proved; others are refused.
+    """A device's kernels, for calls of kinds that were proved; others are refused (:class:`bnrestructure.kernels.calls.Kernels`).
 
     source     the module that has them as ``KERNELS``, for the processes that prove
     trusted    answer every call: for those who hold the results against float64 themselves
     """
 
-    def __init__(self, kernels: DeviceKernels, source: str, *, seconds: float = _SECONDS, workers: int = _WORKERS) -> None:
+    def __init__(self, kernels: DeviceKernels, source: str, *, seconds: float = _SECONDS) -> None:
         self.kernels, self.trusted = kernels, False
         self._source, self._seconds = source, seconds
-        self._most_workers = max(1, min(workers, (os.cpu_count() or 1) - 1))
+        self._most_workers = max(1, min(_WORKERS, (os.cpu_count() or 1) - 1))
         self._ledger = Ledger()
         self._proved: set[Any] = set()
         self._asked: dict[Any, tuple[str, str]] = {}  # key -> (text, name), of every kind that was met
@@ -102,18 +101,6 @@ class Proved:
     def supports(self, call: Call[Any]) -> str | None:
         """Why the kernels cannot answer the call, in one line, or None; whether its kind is proved is another question."""
         return for_dimensions(self.kernels, call.operand.dim()).supports(call)
-
-    def unavailable_reason(self) -> str | None:
-        """Why none of them can run in this installation, in one line, or None."""
-        return self.kernels.unavailable_reason()
-
-    def description(self) -> str:
-        """What they run on, and where measured choices are kept."""
-        return self.kernels.description()
-
-    def convolution_choices(self, call: ConvForward) -> tuple[Choice, Choice]:
-        """(forward, backward): what a convolution node like this one will run once it is proved, and why."""
-        return self.kernels.convolution_choices(call)
 
     # --- what is known of them -----------------------------------------------------------------------------------------
 

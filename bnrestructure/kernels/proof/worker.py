@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bnrestructure.core.errors import first_line
+from bnrestructure.core.shortage import is_out_of_memory
 from bnrestructure.kernels import tuning
 from bnrestructure.kernels.folded import for_dimensions
 from bnrestructure.kernels.proof.check import KernelRaisedError, fault
@@ -55,13 +56,12 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], bool]:
             return {"fault": "this process would choose other kernels: measured choices are not kept on disk", "passing": True}, True
         call = pickle.loads(base64.b64decode(request["call"]))
         return {"fault": fault(for_dimensions(kernels, len(call.operand.shape)), call, device)}, True
-    except KernelRaisedError as error:
+    except Exception as error:  # what is not the kernels' own: a device for one process alone, a package that this one does not find
         traceback.print_exc()
-        return {"fault": str(error), "passing": _is_shortage(str(error))}, False
-    except torch.OutOfMemoryError:
-        return {"fault": "out of memory beside what else is on the device", "passing": True}, False
-    except Exception as error:  # no fault of the kernels': a device for one process alone, a package that this one does not find
-        traceback.print_exc()
+        if is_out_of_memory(error) or "NOT_INITIALIZED" in str(error):  # so cuBLAS puts it
+            return {"fault": "out of memory beside what else is on the device", "passing": True}, False
+        if isinstance(error, KernelRaisedError):
+            return {"fault": str(error)}, False
         return {"fault": f"it could not be proved: {type(error).__name__}: {first_line(error)[:300]}", "passing": True}, False
 
 
@@ -70,10 +70,6 @@ def _take_a_share(share: float) -> None:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + share * free) / total))
-
-
-def _is_shortage(words: str) -> bool:
-    return any(shortage in words for shortage in ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED"))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def training_step(
     model.zero_grad(set_to_none=True)
     args, kwargs = pytree.tree_map(_fresh_input, (args, kwargs))
     outputs = model(*args, **kwargs)
-    found = {f"output/{i}": t.detach().clone() for i, t in enumerate(tree_tensors(outputs))}
+    found = {f"output/{i}": t.detach().clone().requires_grad_(t.requires_grad) for i, t in enumerate(tree_tensors(outputs))}
     if any(t.requires_grad for t in tree_tensors(outputs)):
         loss(outputs).backward()
     for i, tensor in enumerate(tree_tensors((args, kwargs))):
@@ -97,6 +97,8 @@ def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> d
         other = actual[name]
         assert other.shape == tensor.shape, f"{name}: {tuple(other.shape)} instead of {tuple(tensor.shape)}"
         assert other.dtype == tensor.dtype, f"{name}: {other.dtype} instead of {tensor.dtype}"
+        if name.startswith("output/"):
+            assert other.requires_grad == tensor.requires_grad, f"{name}: whether it needs a gradient"
         same = (other == tensor) | (other.isnan() & tensor.isnan())
         difference = torch.where(same, 0.0, other.double() - tensor.double())
         scale = max(_rms(tensor), ZERO_SHARE * largest[name.split("/")[0]])
@@ -105,6 +107,7 @@ def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> d
 
 
 def _rms(tensor: Tensor) -> float:
+    tensor = tensor.detach()
     finite = tensor.double()[tensor.isfinite()] if tensor.is_floating_point() else tensor.double()
     return float(finite.square().mean().sqrt()) if finite.numel() else 0.0
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 
 import pytest
 import torch
 import torchvision
-from equivalence import assert_same_values, cotangent_loss, restructured_copy, training_step
+from equivalence import assert_same_training, assert_same_values, cotangent_loss, restructured_copy, training_step
 from small_models import SMALL_MODELS, build, input_for
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import bnrestructure
+from bnrestructure.ops import dispatch
 
 
 @pytest.mark.parametrize("name", SMALL_MODELS)
@@ -233,3 +236,40 @@ def test_bf16_model_with_fp32_batch_norms(name: str) -> None:
     model, x = _bf16_with_fp32_norms(build(name, torch.float32)), input_for(name, torch.bfloat16)
     expected, actual = training_step(copy.deepcopy(model), x), training_step(restructured_copy(model), x)
     assert {k: t.dtype for k, t in actual.items()} == {k: t.dtype for k, t in expected.items()}
+
+
+class _ReadsAConstant(nn.Module):
+    """Readers with parameters share an input that needs no gradient: batch norms, a join, pools."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.bn1, self.bn2, self.bn3 = nn.BatchNorm2d(6), nn.BatchNorm2d(6), nn.BatchNorm2d(6, affine=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        constant = self.first(x).detach()
+        sharp = self.second(torch.relu(self.bn1(constant)))
+        pooled = F.max_pool2d(torch.relu(self.bn2(constant)), 2)
+        joined = torch.relu(self.bn3(constant) + constant)
+        return constant, sharp, pooled, self.second(joined), joined
+
+
+def test_what_needs_no_gradient_in_eager_needs_none() -> None:
+    model = _ReadsAConstant().double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    rewritten = assert_same_training(model, x)
+    outputs = rewritten(x)
+    assert [t.requires_grad for t in outputs] == [False, True, True, True, False]
+    outputs[0].numpy()  # an error for a tensor that needs a gradient
+    assert bnrestructure.explain(rewritten).sites[0].ran
+
+
+def test_verify_notices_an_output_that_needs_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = _ReadsAConstant(), torch.randn(2, 3, 8, 8)
+    assert bnrestructure.verify(copy.deepcopy(model), (x,), backend="reference").ok
+    conv = importlib.import_module("bnrestructure.ops.conv")
+    for module in (conv, *(importlib.import_module(f"bnrestructure.ops.{name}") for name in ("sweeps", "statistics"))):
+        monkeypatch.setattr(module, "passed_on", lambda ctx, x, *, needs_gradient: dispatch.passed_on(ctx, x, needs_gradient=True))
+    report = bnrestructure.verify(model, (x,), backend="reference")
+    assert not report.ok
+    assert "output" in str(report)

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnrestructure.core.aliases import alias
 from bnrestructure.core.edges import ConvGeometry, Transform, accumulation_dtype
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import ConvBackward, ConvForward
 from bnrestructure.ops import library
 from bnrestructure.ops.conv_options import ConvOptions, backward_edge, check_shapes, destination, incoming_gradient
-from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, in_format_of
+from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, in_format_of, passed_on
 from bnrestructure.ops.join import JoinConv, join_is_fusible
 from bnrestructure.ops.residual import residual
 from bnrestructure.ops.unbatched import unbatched_conv
@@ -151,7 +150,7 @@ class PlainConv(torch.autograd.Function):
         ctx.save_for_backward(x, mean, scale, beta, gate, weight, y if options.statistics else None, ymean)
         ctx.set_materialize_grads(False)
         result = y if buffer is None else buffer
-        passed = alias(x) if options.chain else None
+        passed = passed_on(ctx, x, needs_gradient=ctx.needs_input_grad[0]) if options.chain else None
         ones = torch.ones(weight.shape[0], dtype=accumulation_dtype(y.dtype), device=y.device) if options.gain else None
         return result, ymean, yvar, passed, ones
 

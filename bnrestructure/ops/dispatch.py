@@ -1,4 +1,5 @@
-"""What every fused node needs around its kernels: the compute dtype, the gradient's format, and the guard of its backward."""
+"""What every fused node needs around its kernels: the compute dtype, the gradient's format, the input that is passed on,
+and the guard of its backward."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["compute_dtype", "guard_second_derivative", "in_format_of"]
+from bnrestructure.core.aliases import alias
+
+__all__ = ["compute_dtype", "guard_second_derivative", "in_format_of", "passed_on"]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -27,12 +30,20 @@ def in_format_of(x: Tensor, gradient: Tensor | None) -> Tensor | None:
     return gradient.contiguous() if gradient is not None and x.is_contiguous() else gradient
 
 
+def passed_on(ctx: Any, x: Tensor, *, needs_gradient: bool) -> Tensor:
+    """x for its next reader. It needs a gradient where x does: a node's own parameters would have all its outputs need one."""
+    passed = alias(x)
+    if not needs_gradient:
+        ctx.mark_non_differentiable(passed)
+    return passed
+
+
 class _NoSecondDerivative(torch.autograd.Function):
     """Identity on gradients whose own derivative is an error: kernels write gradients in place, so there is none to give."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.clone() for g in gradients)  # not views: the threads go on adding to them in place
+        return tuple(g.clone() for g in gradients)  # not views: the chains go on adding to them in place
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

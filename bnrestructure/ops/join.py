@@ -67,6 +67,8 @@ class JoinConv(torch.autograd.Function):
         ctx.save_for_backward(x, mean, scale, beta, r, r_mean, r_scale, r_beta, z, weight, kept, ymean)
         ctx.set_materialize_grads(False)
         ones = torch.ones(weight.shape[0], dtype=accumulation_dtype(y.dtype), device=y.device) if options.gain else None
+        if options.chain and True not in ctx.needs_input_grad[:8]:
+            ctx.mark_non_differentiable(z)  # as eager's sum of such operands: the weight's gradient is no reason for one at z
         return y if buffer is None else buffer, ymean, yvar, z if options.chain else None, ones
 
     @staticmethod

@@ -1,6 +1,6 @@
 """The fused nodes as registered operators, ``torch.ops.bnrestructure.*``: schema, fake function and autograd.
 
-They are the functional forms, without threads, shared buffers and gains: each returns fresh tensors, so torch.compile and torch.export can
+They are the functional forms, without chains, shared buffers and gains: each returns fresh tensors, so torch.compile and torch.export can
 see, reorder and differentiate them. The nodes of ``ops`` become these while torch.compile traces; eager regions call kernels directly.
 Activations come back channels_last; statistics that were not asked for come back empty.
 """

@@ -126,7 +126,7 @@ class _Residual(torch.autograd.Function):
         join = Join(y, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), ctx.act)
         found = registry.run(ctx.backend, JoinBackward(dout, statistics, join, out))
         if found.g.data_ptr() == dout.data_ptr():
-            # A join without an activation: the threads behind r will write to g, and dout may be the caller's.
+            # A join without an activation: the chains behind r will write to g, and dout may be the caller's.
             found = found._replace(g=found.g.clone())
         operands = (y, scale, ctx.has_gain), (r, r_scale, ctx.has_r_gain)
         return guard_second_derivative((*operand_gradients(*operands, found), None, None, None))

@@ -9,12 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnrestructure.core.activation import activate
-from bnrestructure.core.aliases import alias
 from bnrestructure.core.edges import statistics_factors, values_per_channel
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import FinalizeBackward, FinalizeForward, StatisticsBackward, StatisticsForward
 from bnrestructure.ops import library
-from bnrestructure.ops.dispatch import guard_second_derivative, in_format_of
+from bnrestructure.ops.dispatch import guard_second_derivative, in_format_of, passed_on
 
 __all__ = ["FinalizeOutputs", "StatisticsOutputs", "batch_norm", "finalize", "statistics"]
 
@@ -47,7 +46,7 @@ class _Statistics(torch.autograd.Function):
         ctx.backend = backend
         ctx.save_for_backward(x, mean)
         ctx.set_materialize_grads(False)
-        return mean, var, alias(x) if chain else None
+        return mean, var, passed_on(ctx, x, needs_gradient=ctx.needs_input_grad[0]) if chain else None
 
     @staticmethod
     def backward(ctx: Any, dmean: Any, dvar: Any, dpassed: Any) -> Any:

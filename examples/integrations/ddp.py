@@ -41,10 +41,9 @@ def main() -> None:
         loss.backward()
         optimizer.step()
 
-    everybodys = [torch.empty(()) for _ in range(ranks)]
-    distributed.all_gather(everybodys, sum(p.detach().double().sum() for p in model.parameters()).float())
+    everything = sum(p.detach().double().sum() for p in model.parameters())
+    print(f"rank {rank} of {ranks}: loss {loss.item():.3f}, parameters add up to {everything:.9f}")
     if rank == 0:
-        print(f"{ranks} rank(s), loss {loss.item():.3f}, parameters agree: {all(torch.equal(t, everybodys[0]) for t in everybodys)}")
         print(bnrestructure.explain(model))
     distributed.destroy_process_group()
 

@@ -7,13 +7,14 @@ import gc
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bnrestructure.bench import contenders
+from bnrestructure.bench import ceilings, contenders
 from bnrestructure.bench.check import check_numbers
 from bnrestructure.bench.kinds import kind_of, time_by_kind
 from bnrestructure.bench.paired import PairedTimings, Spread, time_paired
@@ -32,7 +33,7 @@ from bnrestructure.kernels.calls import ConvBackward
 
 FACTORY = """
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 def make():
     conv = lambda i, o: nn.Conv2d(i, o, 3, padding=1, bias=False)
@@ -398,3 +399,16 @@ def test_pictures_by_name() -> None:
     assert picture_of("memory", "my/models.py:net") == Picture("memory", Path("my-models.py-net-memory.png"))
     assert picture_of("sites=a.svg", "resnet18") == Picture("sites", Path("a.svg"))
     assert picture_of("a.pdf", "resnet18") == Picture("all", Path("a.pdf"))
+
+
+def test_a_ceiling_is_found_in_seconds_where_products_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def slow(a: Tensor, b: Tensor) -> Callable[[], object]:
+        sizes.append(len(a))
+        return lambda: time.sleep(2 * len(a) ** 3 / 1e9)  # one GF/s
+
+    monkeypatch.setattr(ceilings, "_gemm", slow)
+    monkeypatch.setattr(ceilings, "_convolution", slow)
+    assert 0.5e9 < ceilings.fma_ceiling("cpu", torch.float32) <= 1e9
+    assert set(sizes) == {256, 512}

@@ -7,11 +7,15 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = ["copy_bandwidth", "fma_ceiling"]
 
-_SIZE = {"cpu": 2048, "cuda": 8192}  # of the square matrices
+#: Of the square matrices: the first that is tried, and the last.
+_SIZES = {"cpu": (256, 2048), "cuda": (8192, 8192)}
+#: Larger ones are tried while they take no longer. A CPU without instructions for bfloat16 multiplies it a hundred times as slowly.
+_LONGEST_SECONDS = 0.3
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 _REPEATS = 5
 #: On a GPU: runs in a row, an event between each two, once this many seconds of work have raised its clock from idle.
@@ -23,13 +27,30 @@ def fma_ceiling(device: str, dtype: torch.dtype) -> float:
 
     The better of PyTorch's GEMM and of a 1x1 convolution: which is better depends on the libraries behind them.
     """
-    size = _SIZE[device]
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return max(_rate(product, device, dtype) for product in (_gemm, _convolution))
+
+
+def _rate(product: Callable[[Tensor, Tensor], Callable[[], object]], device: str, dtype: torch.dtype) -> float:
+    """Operations per second, of the largest size that is tried."""
+    size, largest = _SIZES[device]
+    while True:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        with torch.no_grad():
+            seconds = _best(product(a, b), device)
+        if size == largest or 2**3 * seconds > _LONGEST_SECONDS:
+            return 2 * size**3 / seconds
+        size *= 2
+
+
+def _gemm(a: Tensor, b: Tensor) -> Callable[[], object]:
+    return lambda: a @ b
+
+
+def _convolution(a: Tensor, b: Tensor) -> Callable[[], object]:
+    size = len(a)
     image = a.view(1, 32, size // 32, size).permute(0, 3, 1, 2)  # channels_last, one pixel per row of a
     kernel = b.view(size, size, 1, 1).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        seconds = min(_best(lambda: a @ b, device), _best(lambda: F.conv2d(image, kernel), device))
-    return 2 * size**3 / seconds
+    return lambda: F.conv2d(image, kernel)
 
 
 def copy_bandwidth(device: str) -> float:

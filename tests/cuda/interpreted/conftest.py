@@ -7,9 +7,12 @@ with the tiles that a device would get (make cuda-emulated).
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +28,31 @@ if needs_triton.args[0]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "own_tiles: with the tiles that tiles.py chooses")
+    if os.environ.get("TRITON_INTERPRET") == "1" and not needs_triton.args[0]:
+        _patch_the_language_once_a_launch()
+
+
+def _patch_the_language_once_a_launch() -> None:
+    """The interpreter exchanges all of ``triton.language`` at a launch, and again at each call of a function in it: a third of its time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, compiled_range = interpreter._patch_lang, tl.range
+    nothing = getattr(interpreter, "_LangPatchScope", lambda: None)  # what a launch puts back; Triton 3.6 has no such thing
+    exchanged: set[int] = set()  # which of the two modules that have the language
+
+    @functools.cache
+    def seen_by(module: str) -> set[int]:
+        return {id(value) for value in vars(sys.modules[module]).values() if value is tl or value is tl.core}
+
+    def patch_once(function: Callable[..., Any]) -> Any:
+        if tl.range is compiled_range:  # a launch
+            exchanged.clear()
+        missing = seen_by(function.__module__) - exchanged
+        exchanged.update(missing)
+        return patch(function) if missing else nothing()
+
+    interpreter._patch_lang = patch_once
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -131,6 +131,16 @@ def test_a_truncated_library_disables_its_instruction_set_alone(tmp_path: Path) 
         assert said.startswith(library.available_isas()[1])
 
 
+@pytest.mark.parametrize(("word", "tried"), [("DEFAULT", {"portable"}), ("AVX2", {"portable", "avx2"})])
+def test_damaged_libraries_have_none_loaded_that_the_cpu_may_not_run(
+    word: str, tried: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: word)
+    monkeypatch.setattr(library, "_fault", lambda path: f"{path.name} is damaged")
+    assert library.damaged().keys() == tried & {isa for isa in library.CPU_LEVELS if library._path(isa).exists()}
+    assert library.available_isas() == []
+
+
 def test_nothing_but_damaged_libraries_is_a_reason(tmp_path: Path) -> None:
     for path in _copies(tmp_path):
         path.write_bytes(b"no library" * 100)

@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bnrestructure.kernels import tuning
 from bnrestructure.kernels.cpu.structures import layout
 
@@ -40,6 +42,9 @@ _FOLDER = Path(__file__).parent
 
 #: Instruction sets, the most capable first, and the level that src/cpu_level.cpp gives a CPU that has it.
 CPU_LEVELS = {"amx": 4, "avx512bf16": 3, "avx512": 2, "avx2": 1, "portable": 0}
+
+#: What a CPU can run at least, by PyTorch's word for it: as long as no library of ours could be asked.
+_LEVELS_OF_PYTORCH = {"AVX2": 1, "AVX512": 2}
 
 # Of an ELF file's header: where its table of sections begins, bytes of an entry, entries. Of an entry: type, first byte, bytes.
 _ELF_HEADER = struct.Struct("<40xQ10xHH2x")
@@ -121,7 +126,10 @@ def _found() -> dict[str, str | None]:
     """The instruction sets that are built and that this CPU can run, and what is wrong with the library of each."""
     built = [isa for isa in CPU_LEVELS if _path(isa).exists()]
     faults: dict[str, str | None] = {}
+    surely = _LEVELS_OF_PYTORCH.get(torch.backends.cpu.get_cpu_capability(), 0)
     for isa in reversed(built):  # from the least capable: a library whose instructions the CPU lacks must not be loaded
+        if CPU_LEVELS[isa] > surely:
+            break
         faults[isa] = _fault(_path(isa))
         if faults[isa] is None:
             level = int(ctypes.CDLL(str(_path(isa))).bnr_cpu_level())

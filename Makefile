@@ -77,18 +77,14 @@ $(VENV)/.tools: $(VENV)/.ready
 demo: $(VENV)/.ready
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-# Two tests at a time with one thread each: most of the work is Python's. The zoo's largest models have all threads and the memory to themselves.
+# Two tests at a time with one thread each: most of the work is Python's. The zoo's largest models go one after another (memory).
 WORKERS ?= 2
 
 test: $(VENV)/.ready
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not zoo and not integrations and not whole" -n $(WORKERS) --dist worksteal --durations=10 $(ARGS)
 
-# ARGS may leave one of the two parts without a test (status 5).
-OR_NONE = $(if $(ARGS),|| test $$? = 5)
-
 zoo: $(VENV)/.ready
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "(zoo or whole) and not large" -n $(WORKERS) --dist worksteal --durations=10 $(ARGS) $(OR_NONE)
-	@OMP_NUM_THREADS=$(WORKERS) $(BIN)/python -m pytest -m "zoo and large" --durations=10 $(ARGS) $(OR_NONE)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "zoo or whole" -n $(WORKERS) --dist loadgroup --durations=10 $(ARGS)
 
 # Packages of an extra, beside what is there already.
 EXTRA = $(BIN)/python -c 'import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")'

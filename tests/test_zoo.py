@@ -1,7 +1,6 @@
 """Every torchvision model with a batch norm layer: its sites as written down, its training step as eager's, its eval bit-identical.
 
-``pytest -m zoo`` runs all of them (``-k resnet`` some), ``make zoo`` the largest one at a time; without the marker one of each family is
-trained.
+``pytest -m zoo`` runs all of them (``-k resnet`` some); without the marker the counts of all are checked, and one of each family trained.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _FAMILIES = (
     "shufflenet_v2_x0_5", "vgg11_bn",
 )  # fmt: skip
 
-#: Those whose copies take four to twelve gigabytes: one at a time, with nothing beside them.
+#: Those whose copies take four to twelve gigabytes: one at a time, on the same worker, when several run.
 _LARGE = (
     "densenet161", "efficientnet_b7", "efficientnet_v2_l", "efficientnet_v2_m", "fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn",
     "maskrcnn_resnet50_fpn_v2", "keypointrcnn_resnet50_fpn", "quantized_resnext101_32x8d", "quantized_resnext101_64x4d", "regnet_x_16gf",
@@ -33,12 +32,15 @@ _LARGE = (
     "vgg19_bn", "wide_resnet101_2", "wide_resnet50_2", "r2plus1d_18",
 )  # fmt: skip
 
-_MODELS = [pytest.param(n, marks=pytest.mark.large) if n in _LARGE else n for n in EXPECTED]
+_MODELS = [pytest.param(n, marks=pytest.mark.xdist_group("large")) if n in _LARGE else n for n in EXPECTED]
 
 
 @pytest.fixture(autouse=True)
 def _memory_given_back() -> Iterator[None]:
-    """The next model may stand on another worker: what this one's copies took goes back to the system."""
+    """What a model's copies took goes back to the system, where the other worker's next model looks for it.
+
+    They are garbage in cycles, and glibc keeps what was freed: two workers have come to more than 24 GiB.
+    """
     yield
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc's

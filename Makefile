@@ -4,6 +4,7 @@
 #   make demo       a minute: what happens to densenet121, that its numbers stay, and what it and resnet50 win here
 #   make test       the test-suite (WORKERS=4: four tests at a time)
 #   make zoo        every torchvision model with a batch norm, and two whole ones interpreted (WORKERS=4: four at a time)
+#   make zoo-float32   the same models in float32, too: an hour on two cores
 #   make lint       ruff, codespell, the contract on imports, and mypy on the installed wheel
 #   make mutations  plants faults in passes, nodes and kernels, one at a time, and says which guard notices each (ARGS: some of them)
 #   make sanitize   the kernel tests under the address and undefined-behaviour sanitizers
@@ -37,7 +38,7 @@ ARGS ?=
 
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help demo test zoo integrations docs wheel lint mutations sanitize fuzz bench cuda cuda-oldest cuda-models cuda-emulated cuda-steps gpu clean setup
+.PHONY: help demo test zoo zoo-float32 integrations docs wheel lint mutations sanitize fuzz bench cuda cuda-oldest cuda-models cuda-emulated cuda-steps gpu clean setup
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -81,10 +82,13 @@ demo: $(VENV)/.ready
 WORKERS ?= 2
 
 test: $(VENV)/.ready
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not zoo and not integrations and not whole" -n $(WORKERS) --dist worksteal --durations=10 $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not zoo and not float32 and not integrations and not whole" -n $(WORKERS) --dist worksteal --durations=10 $(ARGS)
 
 zoo: $(VENV)/.ready
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "zoo or whole" -n $(WORKERS) --dist loadgroup --durations=10 $(ARGS)
+
+zoo-float32: $(VENV)/.ready
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m float32 -n $(WORKERS) --dist loadgroup --durations=10 $(ARGS)
 
 # Packages of an extra, beside what is there already.
 EXTRA = $(BIN)/python -c 'import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")'

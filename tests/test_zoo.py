@@ -1,6 +1,7 @@
 """Every torchvision model with a batch norm layer: its sites as written down, its training step as eager's, its eval bit-identical.
 
-``pytest -m zoo`` runs all of them (``-k resnet`` some); without the marker the counts of all are checked, and one of each family trained.
+``pytest -m zoo`` runs all of them in float64 (``-k resnet`` some), ``pytest -m float32`` in float32, too; without a marker one of each
+family is trained.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _FAMILIES = (
     "shufflenet_v2_x0_5", "vgg11_bn",
 )  # fmt: skip
 
-#: Those whose copies take four to twelve gigabytes: one at a time, on the same worker, when several run.
+#: Those whose copies take gigabytes, up to twelve in float32, too: one at a time, on the same worker, when several run.
 _LARGE = (
     "densenet161", "efficientnet_b7", "efficientnet_v2_l", "efficientnet_v2_m", "fasterrcnn_resnet50_fpn_v2", "maskrcnn_resnet50_fpn",
     "maskrcnn_resnet50_fpn_v2", "keypointrcnn_resnet50_fpn", "quantized_resnext101_32x8d", "quantized_resnext101_64x4d", "regnet_x_16gf",
@@ -32,7 +33,7 @@ _LARGE = (
     "vgg19_bn", "wide_resnet101_2", "wide_resnet50_2", "r2plus1d_18",
 )  # fmt: skip
 
-_MODELS = [pytest.param(n, marks=pytest.mark.xdist_group("large")) if n in _LARGE else n for n in EXPECTED]
+_MODELS = {n: pytest.param(n, marks=pytest.mark.xdist_group("large")) if n in _LARGE else n for n in EXPECTED}
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +61,17 @@ def test_family(name: str) -> None:
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", _MODELS)
+@pytest.mark.parametrize("name", _MODELS.values())
 def test_model(name: str) -> None:
-    """As above, and in float32 no farther from the float64 truth than eager by the verifier's factor."""
+    """As above; of each family one in float32, too: no farther from the float64 truth than eager by the verifier's factor."""
     if name in TOO_LARGE:
         pytest.skip("too large for 24 GiB in float64: its sites are counted on the meta device")
+    _verify(name, None if name in _FAMILIES else torch.float64)
+
+
+@pytest.mark.float32
+@pytest.mark.parametrize("name", [model for n, model in _MODELS.items() if n not in {*_FAMILIES, *TOO_LARGE}])
+def test_model_in_float32(name: str) -> None:
     _verify(name, None)
 
 

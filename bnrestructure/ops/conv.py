@@ -150,7 +150,7 @@ class PlainConv(torch.autograd.Function):
         ctx.save_for_backward(x, mean, scale, beta, gate, weight, y if options.statistics else None, ymean)
         ctx.set_materialize_grads(False)
         result = y if buffer is None else buffer
-        passed = passed_on(ctx, x, needs_gradient=ctx.needs_input_grad[0]) if options.chain else None
+        passed = passed_on(ctx, x) if options.chain else None
         ones = torch.ones(weight.shape[0], dtype=accumulation_dtype(y.dtype), device=y.device) if options.gain else None
         return result, ymean, yvar, passed, ones
 

@@ -30,10 +30,13 @@ def in_format_of(x: Tensor, gradient: Tensor | None) -> Tensor | None:
     return gradient.contiguous() if gradient is not None and x.is_contiguous() else gradient
 
 
-def passed_on(ctx: Any, x: Tensor, *, needs_gradient: bool) -> Tensor:
-    """x for its next reader. It needs a gradient where x does: a node's own parameters would have all its outputs need one."""
+def passed_on(ctx: Any, x: Tensor) -> Tensor:
+    """x, the first of a node's inputs, for its next reader.
+
+    It needs a gradient where x does: the node's parameters would have all its outputs need one.
+    """
     passed = alias(x)
-    if not needs_gradient:
+    if not ctx.needs_input_grad[0]:
         ctx.mark_non_differentiable(passed)
     return passed
 

@@ -46,7 +46,7 @@ class _Statistics(torch.autograd.Function):
         ctx.backend = backend
         ctx.save_for_backward(x, mean)
         ctx.set_materialize_grads(False)
-        return mean, var, passed_on(ctx, x, needs_gradient=ctx.needs_input_grad[0]) if chain else None
+        return mean, var, passed_on(ctx, x) if chain else None
 
     @staticmethod
     def backward(ctx: Any, dmean: Any, dvar: Any, dpassed: Any) -> Any:

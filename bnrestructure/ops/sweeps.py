@@ -77,7 +77,7 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_backward(x, mean, scale, beta)
         ctx.set_materialize_grads(False)
         z = registry.run(backend, NormaliseForward(x, Transform(mean, scale, beta, act), x.dtype))
-        return z, passed_on(ctx, x, needs_gradient=ctx.needs_input_grad[0]) if chain else None
+        return z, passed_on(ctx, x) if chain else None
 
     @staticmethod
     def backward(ctx: Any, dz: Any, dpassed: Any) -> Any:
@@ -116,7 +116,7 @@ class _MaxPool(torch.autograd.Function):
         ctx.act, ctx.geometry, ctx.backend = act, geometry, backend
         ctx.save_for_backward(x, mean, scale, beta, index)
         ctx.set_materialize_grads(False)
-        return y, passed_on(ctx, x, needs_gradient=ctx.needs_input_grad[0]) if chain else None
+        return y, passed_on(ctx, x) if chain else None
 
     @staticmethod
     def backward(ctx: Any, dy: Any, dpassed: Any) -> Any:

@@ -33,7 +33,7 @@ from bnrestructure.kernels.calls import ConvBackward
 
 FACTORY = """
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 def make():
     conv = lambda i, o: nn.Conv2d(i, o, 3, padding=1, bias=False)

@@ -152,11 +152,14 @@ def test_digits_end_alike_after_200_steps(net: str) -> None:
     assert len(compared.eager.losses) == 210
 
     def of_ten_steps(run: Any) -> list[float]:
-        return [sum(run.losses[i : i + 10]) for i in range(0, 50, 10)]
+        return [sum(run.losses[i : i + 10]) for i in range(0, 210, 10)]
 
-    # Eager from weights that are one rounding off: within half a percent for fifty steps, then up to 60 percent away, and at the end 13.
-    assert of_ten_steps(compared.restructured) == pytest.approx(of_ten_steps(compared.eager), rel=0.02)
-    assert compared.restructured.final_loss == pytest.approx(compared.eager.final_loss, rel=0.4)
+    eager, control, ours = (of_ten_steps(run) for run in (compared.eager, compared.control, compared.restructured))
+    # For fifty steps eager in another memory format stays within half a percent of eager. Then rounding decides: half a loss is allowed, or
+    # twice what eager itself strays in those ten steps, where that is more.
+    assert ours[:5] == pytest.approx(eager[:5], rel=0.02)
+    assert all(abs(a - b) <= max(0.5 * b, 2 * abs(c - b)) for a, b, c in zip(ours, eager, control, strict=True))
+    assert compared.restructured.final_loss == pytest.approx(compared.eager.final_loss, rel=0.1)
     assert abs(compared.restructured.accuracy - compared.eager.accuracy) < 0.02
 
 

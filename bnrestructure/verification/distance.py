@@ -28,12 +28,12 @@ def units(truths: dict[str, Tensor]) -> dict[str, float]:
 
 
 def distances(value: Tensor, truth: Tensor, unit: float) -> float:
-    """``||value - truth|| / unit`` over finite elements; infinite where shapes or the places of NaNs and infinities
-    differ.
+    """``||value - truth|| / unit`` over finite elements; infinite where shapes, or the places of NaNs and infinities, differ, and
+    where one of the two needs a gradient: a user's loss may ask, and NumPy does.
 
     Integer tensors are equal (0) or not (infinite).
     """
-    if value.shape != truth.shape:
+    if value.shape != truth.shape or value.requires_grad != truth.requires_grad:
         return math.inf
     if not truth.is_floating_point():
         return 0.0 if torch.equal(value, truth) else math.inf

@@ -169,8 +169,6 @@ def _measure(
 def _distance(value: Tensor | None, truth: Tensor | None, unit: float) -> float:
     if value is None or truth is None:
         return 0.0 if value is truth else math.inf
-    if value.requires_grad != truth.requires_grad:  # a user's loss may ask, and NumPy does
-        return math.inf
     return distances(value, truth, unit)
 
 
@@ -178,10 +176,7 @@ def _both_distances(
     eager: Tensor | None, ours: Tensor | None, truth: Tensor | None, unit: float
 ) -> tuple[float, float]:
     """(eager's, ours). Where eager is not finite there is no distance; ours must then be the same NaN or infinity."""
-    if (
-        eager is None or ours is None or truth is None or not eager.is_floating_point()
-        or eager.shape != ours.shape or eager.requires_grad != ours.requires_grad
-    ):  # fmt: skip
+    if eager is None or ours is None or truth is None or not eager.is_floating_point() or eager.shape != ours.shape:
         return _distance(eager, truth, unit), _distance(ours, truth if eager is not None else None, unit)
     bad = ~torch.isfinite(eager)
     if not bool(bad.any()) or eager.shape != truth.shape:

@@ -70,7 +70,8 @@ def verify(
                     state_dict (strictly) are bit-identical.
 
     A relative error divides by ``max(||t||, 1e-3 * r * sqrt(numel))``, r being the largest root mean square among
-    tensors of that kind; see verification/distance.py for why. NaN and infinity must stand in the same places as in eager.
+    tensors of that kind; see verification/distance.py for why. NaN and infinity must stand in the same places as in eager, and
+    the same outputs need a gradient.
     Elsewhere dropout draws the same numbers in every run, whatever the dtype and memory format.
 
     It fails, too, when nothing of the restructured copy ran rewritten although the plan has batch norms that are to be.

@@ -141,6 +141,14 @@ def test_damaged_libraries_have_none_loaded_that_the_cpu_may_not_run(
     assert library.available_isas() == []
 
 
+def test_a_library_that_the_cpu_may_not_run_is_not_tried_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / library._path("avx512").name).write_bytes(b"")
+    monkeypatch.setattr(library, "_FOLDER", tmp_path)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with pytest.raises(RuntimeError, match=r"_kernels_avx512.*was not tried"):
+        library._open(None)
+
+
 def test_nothing_but_damaged_libraries_is_a_reason(tmp_path: Path) -> None:
     for path in _copies(tmp_path):
         path.write_bytes(b"no library" * 100)

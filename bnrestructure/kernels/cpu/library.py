@@ -43,7 +43,7 @@ _FOLDER = Path(__file__).parent
 #: Instruction sets, the most capable first, and the level that src/cpu_level.cpp gives a CPU that has it.
 CPU_LEVELS = {"amx": 4, "avx512bf16": 3, "avx512": 2, "avx2": 1, "portable": 0}
 
-#: What a CPU can run at least, by PyTorch's word for it: as long as no library of ours could be asked.
+#: PyTorch's name for a CPU's abilities -> the level that such a CPU has at least.
 _LEVELS_OF_PYTORCH = {"AVX2": 1, "AVX512": 2}
 
 # Of an ELF file's header: where its table of sections begins, bytes of an entry, entries. Of an entry: type, first byte, bytes.
@@ -127,9 +127,10 @@ def _found() -> dict[str, str | None]:
     built = [isa for isa in CPU_LEVELS if _path(isa).exists()]
     faults: dict[str, str | None] = {}
     surely = _LEVELS_OF_PYTORCH.get(torch.backends.cpu.get_cpu_capability(), 0)
-    for isa in reversed(built):  # from the least capable: a library whose instructions the CPU lacks must not be loaded
+    # From the least capable on, and not beyond what the CPU surely runs: a library of other instructions must not be loaded.
+    for isa in reversed(built):
         if CPU_LEVELS[isa] > surely:
-            break
+            return faults or {isa: f"{_path(isa).name} was not tried: there is no other library to say whether this CPU can run it"}
         faults[isa] = _fault(_path(isa))
         if faults[isa] is None:
             level = int(ctypes.CDLL(str(_path(isa))).bnr_cpu_level())

@@ -38,7 +38,6 @@ def _patch_the_language_once_a_launch() -> None:
     from triton.runtime import interpreter
 
     patch, compiled_range = interpreter._patch_lang, tl.range
-    nothing = getattr(interpreter, "_LangPatchScope", lambda: None)  # what a launch puts back; Triton 3.6 has no such thing
     exchanged: set[int] = set()  # which of the two modules that have the language
 
     @functools.cache
@@ -46,11 +45,12 @@ def _patch_the_language_once_a_launch() -> None:
         return {id(value) for value in vars(sys.modules[module]).values() if value is tl or value is tl.core}
 
     def patch_once(function: Callable[..., Any]) -> Any:
+        """What a launch puts back at its end; of a call inside, nobody reads it."""
         if tl.range is compiled_range:  # a launch
             exchanged.clear()
         missing = seen_by(function.__module__) - exchanged
         exchanged.update(missing)
-        return patch(function) if missing else nothing()
+        return patch(function) if missing else None
 
     interpreter._patch_lang = patch_once
 

@@ -1,7 +1,7 @@
 """Every torchvision model with a batch norm layer: its sites as written down, its training step as eager's, its eval bit-identical.
 
-``pytest -m zoo`` runs all of them in float64 (``-k resnet`` some) and one of each family in float32, too; ``pytest -m float32`` the others in
-float32. Without a marker one of each family is trained, in float64.
+``pytest -m zoo`` runs all of them in float64 (``-k resnet`` some) and one of each family in float32, too; ``pytest -m float32`` the others
+in float32. Without a marker one of each family is trained, in float64.
 """
 
 from __future__ import annotations

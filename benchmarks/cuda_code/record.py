@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnrestructure.capture import tracer
 from bnrestructure.capture.regions import Options
-from bnrestructure.core.memory_format import to_channels_last
+from bnrestructure.core.memory_format import in_channels_last, is_channels_last, to_channels_last
 from bnrestructure.kernels import cuda, registry
 from bnrestructure.kernels.cuda.launch import Launch, received_by
 from bnrestructure.passes.restore_formats import RESTORE_FORMATS
@@ -67,6 +67,8 @@ class _Watch(TorchDispatchMode):
         found = function(*args, **(kwargs or {}))
         if name == "convolution":
             self.step.products.append(_product("forward", args[0], args[1], found))
+            if is_channels_last(args[0]):  # cuDNN answers in its input's format, the meta device's convolution does not
+                found = in_channels_last(found)
         elif name == "convolution_backward":
             halves = [half for half, wanted in zip(("dgrad", "wgrad"), args[-1], strict=False) if wanted]
             self.step.products.extend(_product(half, args[1], args[2], args[0]) for half in halves)

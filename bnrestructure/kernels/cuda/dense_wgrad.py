@@ -155,4 +155,8 @@ def wgrad(
 
 def weight_gradient(partial: Tensor, weight: Tensor) -> Tensor:
     """The sum of ``partial`` [splits, C_out, KH, KW, C_in / groups] in the weight's shape, dtype and memory format."""
-    return torch.empty_like(weight).copy_(partial.sum(0).permute(0, 3, 1, 2))
+    gradient = torch.empty_like(weight)
+    if weight.dtype != partial.dtype:
+        return gradient.copy_(partial.sum(0).permute(0, 3, 1, 2))
+    torch.sum(partial, 0, out=gradient.permute(0, 2, 3, 1))
+    return gradient

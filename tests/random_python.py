@@ -132,7 +132,21 @@ def hook(w: Writer) -> None:
         w.layers.append(f"{w.rng.choice(named)}.register_forward_hook(lambda m, i, o: {effect})")
 
 
+def plain_tensor(w: Writer) -> None:
+    """A tensor of the module's that is no parameter and no buffer: there from the start, or made by the forward that misses it."""
+    x = w.conv_norm_act(w.pick())
+    factors = f"torch.linspace(0.5, 1.5, {x.channels}).view(-1, 1, 1)"
+    if w.chance(0.5):
+        table = w.layer(factors, "table")
+    else:
+        table = w.layer(w.rng.choice(("None", "torch.empty(0)")), "table")
+        missing = f"{table} is None or {table}.shape[0] != {x.name}.shape[1]"
+        w.lines += [f"if {missing}:", f"    {table} = {factors}"]
+    w.assign(f"{x.name} * {table}", x.channels, x.size, x)
+
+
 STATEMENTS = (
     isinstance_branch, recurrent, try_except, growing_list, custom_function, squeeze_by_hand, tokens, drop_path, size_branch, hook,
+    plain_tensor,
 )  # fmt: skip
 

@@ -1,7 +1,8 @@
-"""What changes between two steps, an attribute, a layer, a hook, a weight: the next step sees it."""
+"""What changes between two steps, an attribute, a layer, a hook, a weight, a tensor of any kind: the next step sees it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -110,3 +111,98 @@ def test_hook_removed_between_steps() -> None:
     for handle in handles:
         handle.remove()
     assert_same_values(training_step(rewritten, x), training_step(model, x))
+
+
+class Scaled(_Base):
+    """Multiplies by a tensor that is no parameter and no buffer, or by one that is; ``asks`` is what its code asks of it first."""
+
+    def __init__(self, scale: Any, asks: Callable[[Any], Any] | None = None) -> None:
+        super().__init__()
+        if type(scale) is Tensor and scale.requires_grad:
+            self.register_buffer("scale", scale.detach())
+        else:
+            self.scale = scale
+        self.asks = asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.trunk(x)
+        if self.asks is not None and not self.asks(self):
+            return y + 1
+        return y * self.scale
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.full(shape, 3.0, dtype=dtype)
+
+
+def _buffer() -> Tensor:
+    return _tensor(6, 1, 1).requires_grad_()
+
+
+def _parameter() -> nn.Parameter:
+    return nn.Parameter(_tensor(6, 1, 1))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["the model's", "a part's"])
+def test_a_tensor_that_is_no_buffer_is_looked_up(inside: bool) -> None:
+    scaled = Scaled(_tensor(6, 1, 1))
+    model = nn.Sequential(scaled, nn.BatchNorm2d(6)) if inside else scaled
+
+    def change(m: Any, step: int) -> None:
+        (m[0] if inside else m).scale = _tensor(6, 1, 1) * step
+
+    assert_same_training(_double(model), torch.randn(4, 3, 8, 8, dtype=torch.float64), steps=3, between=change)
+
+
+def _delete(m: Any) -> None:
+    del m.scale
+
+
+def _make_buffer(m: Any) -> None:
+    scale = m.scale
+    del m.scale
+    m.register_buffer("scale", scale)
+
+
+def _set(value: Callable[[], Any]) -> Callable[[Any], None]:
+    def change(m: Any) -> None:
+        m.scale = value()
+
+    return change
+
+
+def _is_there(m: Any) -> bool:
+    return m.scale is not None
+
+
+#: (the tensor, what the code asks of it, what happens to it between two steps)
+TENSORS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any] | None, Callable[[Any], None]]] = {
+    "another shape": (lambda: _tensor(6, 1, 1), lambda m: m.scale.shape[0] == 6, _set(lambda: _tensor(1))),
+    "another shape of a buffer": (_buffer, lambda m: m.scale.dim() == 3, _set(lambda: _tensor(1))),
+    "another dtype": (lambda: _tensor(6, 1, 1), lambda m: m.scale.dtype is torch.float64, _set(lambda: _tensor(6, 1, 1).float())),
+    "none": (lambda: _tensor(6, 1, 1), _is_there, _set(lambda: None)),
+    "no buffer": (_buffer, _is_there, _set(lambda: None)),
+    "no parameter": (_parameter, _is_there, _set(lambda: None)),
+    "a frozen parameter": (_parameter, lambda m: m.scale.requires_grad, lambda m: m.scale.requires_grad_(False)),
+    "deleted": (lambda: _tensor(6, 1, 1), lambda m: hasattr(m, "scale"), _delete),
+    "a deleted buffer": (_buffer, lambda m: hasattr(m, "scale"), _delete),
+    "a buffer from now on": (lambda: _tensor(6, 1, 1), None, _make_buffer),
+    "a number that becomes a tensor": (lambda: 1, None, _set(lambda: _tensor(6, 1, 1))),
+    "a tensor that becomes a number": (lambda: _tensor(6, 1, 1), None, _set(lambda: 2.0)),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_what_is_asked_of_a_tensor_may_change(name: str) -> None:
+    scale, asks, change = TENSORS[name]
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    assert_same_training(_double(Scaled(scale(), asks)), x, steps=3, between=lambda m, step: change(m) if step == 0 else None)
+
+
+def test_a_tensor_that_is_gone_raises_what_eager_raises() -> None:
+    model = restructured_copy(_double(Scaled(_tensor(6, 1, 1))))
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    training_step(model, x)
+    del model.scale
+    with pytest.raises(AttributeError, match="'Scaled' object has no attribute 'scale'"):
+        model(x)

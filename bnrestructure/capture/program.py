@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-__all__ = ["Program", "copied_graph"]
+__all__ = ["Program", "copied_graph", "dict_with"]
 
 
 class Program:
     """``program(module, tensors)`` runs a graph whose attribute paths start at ``module``.
 
-    It holds no tensor: replaced parameters, ``load_state_dict(assign=True)`` and deep copies see their own. Parameters and buffers
-    are fetched straight from the dicts of the modules that own them, which are remembered for the module that was called last;
-    the caller vouches that its module tree has not changed in between (capture/state.py).
+    It holds no tensor: replaced parameters, ``load_state_dict(assign=True)`` and deep copies see their own. Parameters, buffers and
+    other tensors are fetched straight from the dicts of the modules that own them, which are remembered for the module that was called
+    last; the caller vouches that its module tree has not changed in between (capture/state.py).
     """
 
     def __init__(self, gm: fx.GraphModule, rebuild: Callable[[Sequence[Any]], Any] | None, name: str) -> None:
@@ -34,7 +34,7 @@ class Program:
     def __call__(self, module: nn.Module, tensors: Sequence[Tensor]) -> Any:
         owner, dicts = self._owner, self._dicts
         if owner is not module:
-            dicts = [(getattr(module.get_submodule(path), kind), name) for path, kind, name in self._slots]
+            dicts = [_home(module.get_submodule(path), name) for path, name in self._slots]
             self._owner, self._dicts = module, dicts
         result = self._function(module, *tensors, *[values[name] for values, name in dicts])
         return result if self._rebuild is None else self._rebuild(result)
@@ -51,9 +51,24 @@ def copied_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def _attributes_to_arguments(graph: fx.Graph, gm: fx.GraphModule) -> list[tuple[str, str, str]]:
-    """Turn reads of parameters and buffers into arguments behind the graph's own; where to fetch each: (module path, dict, name)."""
-    slots: list[tuple[str, str, str]] = []
+def dict_with(module: nn.Module, name: str) -> dict[str, Any] | None:
+    """The dict that an attribute of the module is in: its own, that of its parameters or of its buffers. None for an absent one."""
+    return next((values for values in (module.__dict__, module._parameters, module._buffers) if name in values), None)
+
+
+def _home(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    values = dict_with(module, name)
+    if values is None:
+        raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")
+    return values, name
+
+
+def _attributes_to_arguments(graph: fx.Graph, gm: fx.GraphModule) -> list[tuple[str, str]]:
+    """Turn reads of tensors into arguments behind the graph's own; where to fetch each: (module path, name).
+
+    In ``gm``, which torch.fx has copied them to, all tensors but parameters are buffers.
+    """
+    slots: list[tuple[str, str]] = []
     arguments: dict[str, fx.Node] = {}
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     last = placeholders[-1] if placeholders else None
@@ -63,14 +78,13 @@ def _attributes_to_arguments(graph: fx.Graph, gm: fx.GraphModule) -> list[tuple[
         target = str(node.target)
         path, _, name = target.rpartition(".")
         owner = gm.get_submodule(path)
-        kind = "_parameters" if name in owner._parameters else "_buffers" if name in owner._buffers else None
-        if kind is None:
+        if name not in owner._parameters and name not in owner._buffers:
             continue
         if target not in arguments:
             position = graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes)))
             with position:
                 last = arguments[target] = graph.placeholder(f"parameter_{len(slots)}")  # paths need not be identifiers
-            slots.append((path, kind, name))
+            slots.append((path, name))
         node.replace_all_uses_with(arguments[target])
         graph.erase_node(node)
     return slots

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from bnrestructure.capture.program import dict_with
 from bnrestructure.capture.reads import Reads
 from bnrestructure.capture.side_effects import is_plain_object
 from bnrestructure.graph.boundaries import has_hooks, is_library_leaf
@@ -52,6 +53,34 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
+class _Tensor(NamedTuple):
+    """A tensor that the forward's own code read, which may have gone by any of this: ``values`` is the dict that it is in."""
+
+    values: dict[str, Any]
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> _Tensor | None:
+        """That of this name, or None where the module has none."""
+        values = dict_with(module, name)
+        t = None if values is None else values[name]
+        if values is None or not isinstance(t, torch.Tensor) or is_lazy(t):
+            return None
+        return cls(values, name, t.shape, t.dtype, t.device, t.requires_grad)
+
+    def is_as_it_was(self) -> bool:
+        """Whether one like it is in its place."""
+        t = self.values.get(self.name)
+        return (
+            isinstance(t, torch.Tensor) and t.shape == self.shape and t.dtype is self.dtype
+            and t.requires_grad is self.requires_grad and t.device == self.device
+        )  # fmt: skip
+
+
 class _Row(NamedTuple):
     """One module, as it was: its training flag, class, children, hooks, absent tensors, and the attributes that count."""
 
@@ -68,10 +97,11 @@ class _Row(NamedTuple):
     hooked: bool
     nones: tuple[tuple[str, str], ...]
     layout: bool | None
+    tensors: tuple[_Tensor, ...]
 
     @classmethod
-    def of(cls, path: str, module: nn.Module, watched: set[str]) -> _Row:
-        """The row of this module; ``watched`` are the attributes that count, where it has them."""
+    def of(cls, path: str, module: nn.Module, watched: set[str], read: set[str]) -> _Row:
+        """The row of this module; ``watched`` are the attributes that count, where it has them, ``read`` those that the forward read."""
         state = module.__dict__
         present = {n: state[n] for n in sorted(watched & state.keys()) if not isinstance(state[n], torch.Tensor | nn.Module)}
         names = list(dict.fromkeys(["training", *(name for name, value in present.items() if _is_plain(value))]))
@@ -85,6 +115,7 @@ class _Row(NamedTuple):
             hooked=has_hooks(state),
             nones=tuple((kind, k) for kind in ("_parameters", "_buffers") for k, v in state[kind].items() if v is None),
             layout=_layout_of_weight(module),
+            tensors=tuple(t for name in sorted(watched | read) if (t := _Tensor.of(module, name)) is not None),
         )  # fmt: skip
 
     def difference(self) -> str | None:
@@ -97,10 +128,12 @@ class _Row(NamedTuple):
             "the layout of its weight": _layout_of_weight(self.module) == self.layout,
             **{name: name not in state for name in self.absent},
             **{name: state[kind].get(name) is None for kind, name in self.nones},
+            **{t.name: t.is_as_it_was() for t in self.tensors},
             **{name: name in state and _contents(state[name]) == value for name, value in self.deep},
         }
         values = self.values if len(self.names) > 1 else (self.values,)
-        checks |= {name: name in state and state[name] == value for name, value in zip(self.names, values, strict=True)}
+        for name, value in zip(self.names, values, strict=True):
+            checks[name] = name in state and _is_plain(state[name]) and state[name] == value
         return next((what for what, same in checks.items() if not same), None)
 
 
@@ -117,7 +150,7 @@ def _layout_of_weight(module: nn.Module) -> bool | None:
 def _watched(module: nn.Module, reads: Reads) -> set[str]:
     """The attributes whose values a capture took for granted: those that it read; of PyTorch's layers all public ones.
 
-    Tensors are not among them: a graph looks them up when it runs.
+    Of tensors a graph looks up the values when it runs; of those that the forward's code read, what else it may ask is watched.
     """
     if is_library_leaf(module):  # what these keep for themselves follows from their public attributes
         return {name for name in module.__dict__ if not name.startswith("_")} - _BOOKKEEPING
@@ -136,7 +169,7 @@ class ModuleState:
 
     def __init__(self, root: nn.Module, reads: Reads) -> None:
         self._rows = [
-            _Row.of(path, module, _watched(module, reads))
+            _Row.of(path, module, _watched(module, reads), reads.of(module))
             for path, module in root.named_modules()
             if not isinstance(module, torch.jit.ScriptModule)  # called as it is, with what it is compiled with
         ]
@@ -153,9 +186,10 @@ class ModuleState:
                 and all(state[kind].get(name) is None for kind, name in nones)
                 and (layout is None or _layout_of_weight(module) == layout)
                 and all(_contents(state[name]) == value for name, value in deep)
-                for _, module, state, cls, getter, _, values, deep, absent, children, hooked, nones, layout in self._rows
+                and all(t.is_as_it_was() for t in tensors)
+                for _, module, state, cls, getter, _, values, deep, absent, children, hooked, nones, layout, tensors in self._rows
             )
-        except KeyError:
+        except (KeyError, RuntimeError, ValueError):  # gone, or an array now, which has no truth
             return False
 
     def difference(self) -> str | None:

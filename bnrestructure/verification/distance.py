@@ -21,10 +21,10 @@ def units(truths: dict[str, Tensor]) -> dict[str, float]:
     neighbours and not against themselves. A fault of relative size 1e-9 / SMALL still shows in every tensor that is not
     smaller than 1e-9 * SMALL of its neighbours.
     """
-    finite = {name: _finite(t) for name, t in truths.items() if t.is_floating_point()}
-    roots = {name: _rms(t) for name, t in finite.items()}
+    finite = {name: _finite_length(t.detach().double()) for name, t in truths.items() if t.is_floating_point()}
+    roots = {name: length / math.sqrt(max(count, 1)) for name, (length, count) in finite.items()}
     largest = max(roots.values(), default=0.0)
-    return {name: max(roots[name], SMALL * largest) * math.sqrt(max(t.numel(), 1)) for name, t in finite.items()}
+    return {name: max(roots[name], SMALL * largest) * math.sqrt(max(count, 1)) for name, (_, count) in finite.items()}
 
 
 def distances(value: Tensor, truth: Tensor, unit: float) -> float:
@@ -56,10 +56,10 @@ def _same_specials(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _finite(t: Tensor) -> Tensor:
-    t = t.detach()
-    return t if bool(torch.isfinite(t).all()) else t[torch.isfinite(t)]
-
-
-def _rms(t: Tensor) -> float:
-    return float(torch.linalg.vector_norm(t.double())) / math.sqrt(t.numel()) if t.numel() else 0.0
+def _finite_length(t: Tensor) -> tuple[float, int]:
+    """The length of t's finite elements, and how many these are."""
+    length = float(torch.linalg.vector_norm(t))
+    if not math.isfinite(length):  # the length of all elements says whether all are finite, at a third of the cost of asking each
+        t = t[torch.isfinite(t)]
+        length = float(torch.linalg.vector_norm(t))
+    return length, t.numel()

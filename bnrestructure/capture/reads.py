@@ -23,15 +23,22 @@ class Reads:
 
     def __init__(self) -> None:
         self.names: dict[nn.Module, set[str]] = {}
+        self.names_outside: dict[nn.Module, set[str]] = {}
         self.everything: set[nn.Module] = set()
 
-    def add(self, module: nn.Module, name: str) -> None:
-        """Note one read."""
+    def add(self, module: nn.Module, name: str, reader: str) -> None:
+        """Note one read, by code of the Python module ``reader``."""
         self.names.setdefault(module, set()).add(name)
+        if not reader.startswith(("torch.nn.modules.", "bnrestructure.")):
+            self.names_outside.setdefault(module, set()).add(name)
 
     def of(self, module: nn.Module) -> set[str]:
         """The names read on this module."""
         return self.names.get(module, set())
+
+    def outside(self, module: nn.Module) -> set[str]:
+        """Those of them that other code than PyTorch's layers, and the tracer itself, has read."""
+        return self.names_outside.get(module, set())
 
 
 @contextmanager
@@ -61,11 +68,12 @@ def not_recording() -> Iterator[None]:
 def _getattribute(self: nn.Module, name: str) -> Any:
     reads = getattr(_active, "reads", None)
     if reads is not None:
+        reader = sys._getframe(1).f_globals.get("__name__", "")
         if name == "__dict__":
-            if not sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.nn.modules.module", "bnrestructure.")):
+            if not reader.startswith(("torch.nn.modules.module", "bnrestructure.")):
                 reads.everything.add(self)
         elif name not in _BOOKKEEPING and not _is_of_class(self, name):
-            reads.add(self, name)
+            reads.add(self, name, reader)
     return object.__getattribute__(self, name)
 
 

@@ -101,7 +101,7 @@ class _Row(NamedTuple):
 
     @classmethod
     def of(cls, path: str, module: nn.Module, watched: set[str], read: set[str]) -> _Row:
-        """The row of this module; ``watched`` are the attributes that count, where it has them, ``read`` those that the forward read."""
+        """The row of this module; ``watched`` are the attributes that count, where it has them, tensors if they are in ``read``."""
         state = module.__dict__
         present = {n: state[n] for n in sorted(watched & state.keys()) if not isinstance(state[n], torch.Tensor | nn.Module)}
         names = list(dict.fromkeys(["training", *(name for name, value in present.items() if _is_plain(value))]))
@@ -115,7 +115,7 @@ class _Row(NamedTuple):
             hooked=has_hooks(state),
             nones=tuple((kind, k) for kind in ("_parameters", "_buffers") for k, v in state[kind].items() if v is None),
             layout=_layout_of_weight(module),
-            tensors=tuple(t for name in sorted(watched | read) if (t := _Tensor.of(module, name)) is not None),
+            tensors=tuple(t for name in sorted(read) if (t := _Tensor.of(module, name)) is not None),
         )  # fmt: skip
 
     def difference(self) -> str | None:
@@ -150,7 +150,7 @@ def _layout_of_weight(module: nn.Module) -> bool | None:
 def _watched(module: nn.Module, reads: Reads) -> set[str]:
     """The attributes whose values a capture took for granted: those that it read; of PyTorch's layers all public ones.
 
-    Of tensors a graph looks up the values when it runs; of those that the forward's code read, what else it may ask is watched.
+    Of tensors a graph looks up the values when it runs. What else may be asked of one is watched where code outside PyTorch's layers read it.
     """
     if is_library_leaf(module):  # what these keep for themselves follows from their public attributes
         return {name for name in module.__dict__ if not name.startswith("_")} - _BOOKKEEPING
@@ -169,7 +169,7 @@ class ModuleState:
 
     def __init__(self, root: nn.Module, reads: Reads) -> None:
         self._rows = [
-            _Row.of(path, module, _watched(module, reads), reads.of(module))
+            _Row.of(path, module, _watched(module, reads), reads.outside(module))
             for path, module in root.named_modules()
             if not isinstance(module, torch.jit.ScriptModule)  # called as it is, with what it is compiled with
         ]

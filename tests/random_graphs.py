@@ -13,7 +13,7 @@ import torch
 from random_python import HELPERS, STATEMENTS
 from torch import nn
 
-__all__ = ["RandomModel", "Writer", "build_from_source", "write_model"]
+__all__ = ["RandomModel", "Writer", "build_complete", "build_from_source", "write_model"]
 
 _HEADER = """import torch
 import torch.nn as nn
@@ -369,3 +369,10 @@ def build_from_source(model: RandomModel) -> nn.Module:
     exec(compile(model.source, f"<random model {model.seed}>", "exec"), namespace)
     torch.manual_seed(model.seed)
     return namespace["RandomModel"]().double()
+
+
+def build_complete(written: RandomModel) -> nn.Module:
+    """The model behind its first call, which makes the tensors that its forward misses: it can be captured whole."""
+    model = build_from_source(written)
+    model(torch.randn(written.batch, written.channels, written.size, written.size, dtype=torch.float64))
+    return model

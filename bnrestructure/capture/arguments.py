@@ -41,6 +41,9 @@ class Arguments:
         self.is_tensor = tuple([isinstance(leaf, Tensor) for leaf in leaves])
         #: Whether something among them stands for a tensor and has no data: on the meta device, a fake tensor, a proxy of torch.fx.
         self.without_data = any(isinstance(leaf, _STAND_INS) or (isinstance(leaf, Tensor) and leaf.is_meta) for leaf in leaves)
+        first = {id(t): i for i, t in reversed(list(enumerate(self.tensors)))}
+        #: For each tensor the first place in which the very same one was given.
+        self.places = tuple([first[id(t)] for t in self.tensors])
         for leaf in leaves:
             if not isinstance(leaf, (Tensor, fx.Proxy, *_CONSTANTS)):
                 raise CaptureError(f"an argument of type {type(leaf).__name__} is neither a tensor nor a plain constant")
@@ -49,7 +52,7 @@ class Arguments:
         if self.without_data:
             return
         constants = tuple([_hashable(c) for c in self.constants])
-        self.key = (self.is_tensor, constants, self.spec, tuple([_facts(t) for t in self.tensors]))
+        self.key = (self.is_tensor, constants, self.spec, self.places, tuple([_facts(t) for t in self.tensors]))
 
     @property
     def sizes(self) -> tuple[Any, ...]:
@@ -82,5 +85,5 @@ def _layout(t: Tensor) -> Any:
 def _hashable(constant: Any) -> Any:
     if isinstance(constant, slice):  # equal slices are no keys before Python 3.12
         return slice, constant.start, constant.stop, constant.step
-    return type(constant), constant
+    return type(constant), constant, repr(constant) if constant == 0 else None  # 0.0 is no -0.0
 

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+
+from bnrestructure.core.plain import plain
 
 __all__ = ["Program", "copied_graph", "dict_with"]
 
@@ -23,6 +26,8 @@ class Program:
         graph = copied_graph(gm.graph)
         self._slots = _attributes_to_arguments(graph, gm)
         self._rebuild = rebuild
+        for node in graph.nodes:
+            node.args, node.kwargs = map_aggregate(node.args, plain), map_aggregate(node.kwargs, plain)  # of layers' attributes, too
         code = graph.python_code("self")
         self._source = code.src
         namespace = dict(code.globals)
@@ -36,7 +41,12 @@ class Program:
         if owner is not module:
             dicts = [_home(module.get_submodule(path), name) for path, name in self._slots]
             self._owner, self._dicts = module, dicts
-        result = self._function(module, *tensors, *[values[name] for values, name in dicts])
+        try:
+            own = [values[name] for values, name in dicts]
+        except KeyError:  # it is an attribute of another kind now, or none
+            self._owner, self._dicts = module, [_home(module.get_submodule(path), name) for path, name in self._slots]
+            own = [values[name] for values, name in self._dicts]
+        result = self._function(module, *tensors, *own)
         return result if self._rebuild is None else self._rebuild(result)
 
     def digest(self, of: Any) -> str:

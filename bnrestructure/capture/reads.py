@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from bnrestructure.capture.contents import goes_on
+from bnrestructure.core.errors import CaptureError
+
 __all__ = ["Reads", "not_recording", "recording_reads"]
 
 #: What every module has: PyTorch's own bookkeeping, which ModuleState watches by other means.
@@ -72,12 +75,13 @@ def _getattribute(self: nn.Module, name: str) -> Any:
         if name == "__dict__":
             if not reader.startswith(("torch.nn.modules.module", "bnrestructure.")):
                 reads.everything.add(self)
-        elif name not in _BOOKKEEPING and not _is_of_class(self, name):
+        elif name not in _BOOKKEEPING and not name.startswith("__") and not _hides_instances(self, name):
             reads.add(self, name, reader)
+            if goes_on(object.__getattribute__(self, "__dict__").get(name)):
+                raise CaptureError(f"its forward reads the attribute {name!r}, whose next value nothing in a graph knows")
     return object.__getattribute__(self, name)
 
 
-def _is_of_class(module: nn.Module, name: str) -> bool:
-    """Whether a method or property, which an instance's attributes do not hide unless it is replaced on purpose."""
-    found = getattr(type(module), name, None)
-    return callable(found) or hasattr(found, "__set__")
+def _hides_instances(module: nn.Module, name: str) -> bool:
+    """Whether this is a property: an attribute of the instance by that name would not be found."""
+    return hasattr(getattr(type(module), name, None), "__set__")

@@ -34,6 +34,7 @@ from bnrestructure.capture.spelling import (
     spelt,
 )
 from bnrestructure.core.errors import CaptureError
+from bnrestructure.core.plain import plain
 from bnrestructure.graph.provenance import provenance, remember
 
 __all__ = ["Recorder", "Trail"]
@@ -78,6 +79,7 @@ class Recorder(TorchFunctionMode):
         self._kept: list[Any] = []  # tensors whose id is a key above
         self._doubles: dict[int, Tensor] = {}  # id of a real tensor -> the fake one that stands for it
         self._attributes = _tensors_of(root)
+        self._own = {module: _registered(module) for module in root.modules()}
         self._shaped_like: dict[int, Tensor] = {}
         self._given: dict[int, int] = {}  # which of the forward's tensors one is
         self._storages: dict[int, int] = {}  # of tensors that stand for a part of another's memory
@@ -120,6 +122,8 @@ class Recorder(TorchFunctionMode):
         if self.depth:
             return func(*args, **kwargs)
         name = name_of(func)
+        if name == "_set_grad_enabled":  # announced as if it were an operation; check_modes() sees what it did
+            return func(*args, **kwargs)
         if name in READS_VALUES:
             raise CaptureError(VALUES)
         if name in REFUSED:
@@ -128,6 +132,8 @@ class Recorder(TorchFunctionMode):
             raise CaptureError(f"its forward calls {name} with memory to write to (out=)")
         if getattr(func, "__name__", "") == "__get__":
             return self._property(name, func, args[0])
+        if getattr(func, "__name__", "") == "__set__":
+            raise CaptureError(f"its forward assigns to {name} of a tensor")
         if args and isinstance(args[0], Tensor):
             if name in ("size", "numel", "nelement", "__len__"):
                 return self._size(name, args, kwargs)
@@ -183,13 +189,13 @@ class Recorder(TorchFunctionMode):
         shape_stays: bool = False,
     ) -> tuple[fx.Node | None, Any]:  # fmt: skip
         """(the node of a call, None where its result is a constant; the result on fake tensors)."""
-        self.check_modes()
         nodes, values = self._lowered(args, target)
         named, options = self._lowered(kwargs, target)
         given = {id(t): t._version for t in tensors_in((values, options))}
         gradients = torch.is_grad_enabled()
-        constant = str(getattr(target, "__name__", target)).endswith(CONSTANT_RESULTS) or "new_" in str(target)
-        requires = gradients and not constant and (learns or any(self._requires.get(i, False) for i in given))
+        depends = learns or any(self._requires.get(i, False) for i in given)
+        self.check_modes(depends)
+        requires = gradients and depends and not _takes_no_gradient(target, args)
         torch._C._set_grad_enabled(False)
         try:
             with self.fake:
@@ -208,10 +214,22 @@ class Recorder(TorchFunctionMode):
             self._note_shape(result, values[0])
         return node, result
 
-    def check_modes(self) -> None:
-        """Raise CaptureError where gradients or autocast are not what they were when the forward began."""
-        if ambient_modes() != self._modes:
+    def check_modes(self, depends: bool = True) -> None:
+        """Raise CaptureError where gradients or autocast are not what they were when the forward began.
+
+        Whether gradients are on is no matter for a call that does not ``depend`` on a tensor that needs one.
+        """
+        modes = ambient_modes()
+        if modes[1:] != self._modes[1:] or (depends and modes[0] != self._modes[0]):
             raise CaptureError("its forward turns gradients or autocast on or off for a part of itself")
+
+    def has_own_tensors(self, module: nn.Module) -> bool:
+        """Whether the parameters and buffers of a module are those of before: ``functional_call`` puts others in their place."""
+        return all(m not in self._own or _registered(m) == self._own[m] for m in module.modules())
+
+    def depends(self, values: Any) -> bool:
+        """Whether a tensor among these needs a gradient."""
+        return any(self._requires[id(self._fake_of(t))] for t in tensors_in(values))
 
     def _results(self, node: fx.Node, result: Any, given: dict[int, int], requires_grad: bool) -> Any:
         """``result`` with the place of every tensor in it noted. A tensor that was only handed through becomes one of its own."""
@@ -330,11 +348,9 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, slice):
             parts = [self._lowered(part, target) for part in (value.start, value.stop, value.step)]
             return slice(*[p[0] for p in parts]), slice(*[p[1] for p in parts])
+        value = plain(value)
         if isinstance(value, _CONSTANTS):
             return value, value
-        plain = value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else None
-        if plain is not None:
-            return plain, plain
         raise CaptureError(f"its forward calls {_shown(target)} with {_article(type(value).__name__)}")
 
     def _concrete(self, value: Any) -> Any:
@@ -378,8 +394,20 @@ def _tensors_of(root: nn.Module) -> dict[int, str]:
     return paths
 
 
+def _registered(module: nn.Module) -> list[int]:
+    """Which parameters and buffers a module has."""
+    return [id(t) for values in (module._parameters, module._buffers) for t in values.values()]
+
+
 def _metadata(t: Tensor) -> TensorMetadata:
     return TensorMetadata(t.shape, t.dtype, t.requires_grad, t.stride() if t.layout is torch.strided else (), None, t.is_quantized, {})
+
+
+def _takes_no_gradient(target: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the result of a call needs no gradient, whatever it is called with."""
+    if target is getattr and len(args) == 2 and args[1] == "data":
+        return True
+    return str(getattr(target, "__name__", target)).endswith(CONSTANT_RESULTS) or "new_" in str(target)
 
 
 def _shown(target: Any) -> str:

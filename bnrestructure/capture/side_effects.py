@@ -2,54 +2,59 @@
 
 from __future__ import annotations
 
+from collections import deque
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Attributes", "ambient_modes"]
+from bnrestructure.capture.contents import DEPTH, Snapshot, is_simple
 
-_DEPTH = 3  # containers and plain objects inside attributes are looked into this far
+__all__ = ["Attributes", "ambient_modes"]
 
 
 def ambient_modes() -> tuple[Any, ...]:
-    """The modes that decide what an operation means and that a graph does not record: gradients on or off, autocast and its dtype."""
-    devices = ("cpu", "cuda")
-    return (torch.is_grad_enabled(), *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices))
-
-
-def is_plain_object(value: Any) -> bool:
-    """Whether this is an object whose attributes are its whole state: a configuration, a namespace, a counter."""
-    if isinstance(value, (nn.Module, Tensor, type)) or callable(value):
-        return False
-    return type(getattr(value, "__dict__", None)) is dict and not type(value).__module__.startswith("torch")
+    """The modes that decide what an operation means and that a graph does not record: gradients on or off, which come first; the dtype of
+    new tensors; autocast and its dtype."""
+    autocast = ((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
+    return (torch.is_grad_enabled(), torch.get_default_dtype(), *autocast)
 
 
 class Attributes:
-    """The Python attributes of a module tree, and what is in the containers and plain objects among them, at one moment."""
+    """The Python attributes of a module tree, and what is in the containers, arrays and plain objects among them, at one moment."""
 
     def __init__(self, root: nn.Module) -> None:
-        self._saved: list[tuple[Any, Any, nn.Module, str]] = []
+        self._saved: list[tuple[Snapshot, nn.Module, str]] = []
         self._own: dict[nn.Module, dict[str, Any]] = {}
         seen: set[int] = set()
         for module in root.modules():
-            state = {k: v for k, v in module.__dict__.items() if not k.startswith("_bnr")}
-            self._own[module] = state
-            for key, value in state.items():
-                self._save(value, module, key, seen, _DEPTH)
+            self._own[module] = self._now(module)
+            for key, value in self._own[module].items():
+                self._save(value, module, key, seen, DEPTH)
 
     def _save(self, value: Any, owner: nn.Module, key: str, seen: set[int], depth: int) -> None:
-        container = value.__dict__ if is_plain_object(value) else value
-        if depth == 0 or not isinstance(container, dict | list | set) or id(container) in seen:
+        if depth <= 0 or is_simple(value) or isinstance(value, Tensor | nn.Module) or id(value) in seen:
             return
-        seen.add(id(container))
-        self._saved.append((container, container.copy(), owner, key))
-        for item in container.values() if isinstance(container, dict) else container:
-            self._save(item, owner, key, seen, depth - 1)
+        if isinstance(value, MethodType):
+            value = value.__self__
+        elif isinstance(value, partial):
+            self._save(value.keywords, owner, key, seen, depth - 1)
+            value = value.args
+        snapshot = Snapshot(value)
+        if not snapshot.is_of_anything:
+            return
+        seen.add(id(value))
+        self._saved.append((snapshot, owner, key))
+        cost = 1 if isinstance(value, dict | list | set | tuple | deque) else 3
+        for item in (snapshot.parts or {}).values():
+            self._save(item, owner, key, seen, depth - cost)
 
     def changed_on(self, module: nn.Module) -> bool:
         """Whether some attribute of this very module is another object than it was."""
-        return _differs(self._now(module), self._own.get(module, {}))
+        now, before = self._now(module), self._own.get(module, {})
+        return now.keys() != before.keys() or any(now[key] is not before[key] for key in now)
 
     def restore(self) -> tuple[nn.Module, str] | None:
         """Undo what has been written since, and name one (module, attribute) that was, or None."""
@@ -64,24 +69,11 @@ class Attributes:
                     module.__dict__[key] = before[key]
                 else:
                     del module.__dict__[key]
-        for container, before, owner, key in self._saved:
-            if _differs(container, before):
+        for snapshot, owner, key in self._saved:
+            if snapshot.put_back():
                 written = (owner, key)
-                container.clear()
-                container.extend(before) if isinstance(container, list) else container.update(before)
         return written
 
     @staticmethod
     def _now(module: nn.Module) -> dict[str, Any]:
         return {k: v for k, v in module.__dict__.items() if not k.startswith("_bnr")}
-
-
-def _differs(a: Any, b: Any) -> bool:
-    """Whether two containers of one kind hold different objects (by identity, in order where they have one)."""
-    if len(a) != len(b):
-        return True
-    if isinstance(a, dict):
-        return any(key not in b or value is not b[key] for key, value in a.items())
-    if isinstance(a, list):
-        return any(x is not y for x, y in zip(a, b, strict=True))
-    return {id(x) for x in a} != {id(x) for x in b}

@@ -68,9 +68,9 @@ SAME_SHAPE = {
 
 
 def name_of(func: Any) -> str:
-    """A method's or function's name; a property's own, not that of its getter."""
+    """A method's or function's name; a property's own, not that of its getter or setter."""
     name = getattr(func, "__name__", type(func).__name__)
-    if name == "__get__":
+    if name in ("__get__", "__set__"):
         return getattr(func.__self__, "__name__", name)
     return name
 

@@ -2,55 +2,24 @@
 
 from __future__ import annotations
 
-from operator import itemgetter
+from collections.abc import Iterable
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from bnrestructure.capture.contents import contents, is_simple
 from bnrestructure.capture.program import dict_with
 from bnrestructure.capture.reads import Reads
-from bnrestructure.capture.side_effects import is_plain_object
+from bnrestructure.capture.surroundings import forward_of, variables_of
 from bnrestructure.graph.boundaries import has_hooks, is_library_leaf
 
 __all__ = ["ModuleState"]
 
 #: What every module has: torch's own bookkeeping, watched below by other means.
 _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}
-_DEPTH, _LARGEST = 3, 1000
-
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(v, _PLAIN) for v in value))
-
-
-def _contents(value: Any, depth: int = _DEPTH) -> Any:
-    """Something equal for equal contents: of containers and plain objects what is in them, of anything else which object it is."""
-    if _is_plain(value):
-        return value
-    inside = vars(value) if is_plain_object(value) else value
-    if depth and isinstance(inside, dict | list | tuple) and len(inside) <= _LARGEST:
-        items = inside.items() if isinstance(inside, dict) else enumerate(inside)
-        return [(key, _contents(item, depth - 1)) for key, item in items]
-    return _Same(value)
-
-
-class _Same:
-    """Equal to itself only as a holder of the very same object, which it keeps alive so that its identity is not reused."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    def __repr__(self) -> str:
-        return f"a {type(self.value).__name__}"
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 class _Tensor(NamedTuple):
@@ -81,6 +50,24 @@ class _Tensor(NamedTuple):
         )  # fmt: skip
 
 
+class _OfClass(NamedTuple):
+    """An attribute that the instance does not have, where its class has it: a default, a method."""
+
+    owner: type
+    name: str
+    value: Any
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> _OfClass | None:
+        """That of this name, or None where no class of the module has it."""
+        owner = next((base for base in type(module).__mro__ if name in vars(base)), None)
+        return None if owner is None else cls(owner, name, vars(owner)[name])
+
+    def is_as_it_was(self) -> bool:
+        """Whether the class has the same object."""
+        return vars(self.owner).get(self.name) is self.value
+
+
 class _Row(NamedTuple):
     """One module, as it was: its training flag, class, children, hooks, absent tensors, and the attributes that count."""
 
@@ -92,26 +79,29 @@ class _Row(NamedTuple):
     names: list[str]
     values: Any
     deep: list[tuple[str, Any]]
-    absent: tuple[str, ...]
+    absent: frozenset[str]
     children: tuple[Any, ...]
     hooked: bool
     nones: tuple[tuple[str, str], ...]
     layout: bool | None
     tensors: tuple[_Tensor, ...]
+    of_class: tuple[_OfClass, ...]
 
     @classmethod
     def of(cls, path: str, module: nn.Module, watched: set[str], read: set[str]) -> _Row:
         """The row of this module; ``watched`` are the attributes that count, where it has them, tensors if they are in ``read``."""
         state = module.__dict__
         present = {n: state[n] for n in sorted(watched & state.keys()) if not isinstance(state[n], torch.Tensor | nn.Module)}
-        names = list(dict.fromkeys(["training", *(name for name, value in present.items() if _is_plain(value))]))
+        names = ["training", "training", *(name for name, value in present.items() if is_simple(value) and name != "training")]
         own = state["_parameters"].keys() | state["_buffers"].keys() | state["_modules"].keys()
+        absent = frozenset((watched | {"forward"}) - state.keys() - own)
         getter: itemgetter[Any] = itemgetter(*names)
         return cls(
             path, module, state, type(module), getter, names, getter(state),
-            deep=[(name, _contents(value)) for name, value in present.items() if name not in names],
-            absent=tuple((watched | {"forward"}) - state.keys() - own),
-            children=tuple(state["_modules"].values()),
+            deep=[(name, contents(value)) for name, value in present.items() if name not in names],
+            absent=absent,
+            of_class=tuple(found for name in sorted(read) if name in absent and (found := _OfClass.of(module, name)) is not None),
+            children=(*state["_modules"], *state["_modules"].values()),
             hooked=has_hooks(state),
             nones=tuple((kind, k) for kind in ("_parameters", "_buffers") for k, v in state[kind].items() if v is None),
             layout=_layout_of_weight(module),
@@ -124,17 +114,19 @@ class _Row(NamedTuple):
         checks = {
             "its class": type(self.module) is self.cls,
             "its hooks": has_hooks(state) == self.hooked,
-            "its submodules": tuple(state["_modules"].values()) == self.children,
+            "its submodules": (*state["_modules"], *state["_modules"].values()) == self.children,
             "the layout of its weight": _layout_of_weight(self.module) == self.layout,
             **{name: name not in state for name in self.absent},
             **{name: state[kind].get(name) is None for kind, name in self.nones},
-            **{t.name: t.is_as_it_was() for t in self.tensors},
-            **{name: name in state and _contents(state[name]) == value for name, value in self.deep},
+            **{of.name: of.is_as_it_was() for of in (*self.tensors, *self.of_class)},
+            **{name: name in state and contents(state[name]) == value for name, value in self.deep},
+            **{name: name in state and _equal(state[name], value) for name, value in zip(self.names, self.values, strict=True)},
         }
-        values = self.values if len(self.names) > 1 else (self.values,)
-        for name, value in zip(self.names, values, strict=True):
-            checks[name] = name in state and _is_plain(state[name]) and state[name] == value
         return next((what for what, same in checks.items() if not same), None)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is b or (is_simple(a) and contents(a) == contents(b))
 
 
 def _layout_of_weight(module: nn.Module) -> bool | None:
@@ -150,7 +142,8 @@ def _layout_of_weight(module: nn.Module) -> bool | None:
 def _watched(module: nn.Module, reads: Reads) -> set[str]:
     """The attributes whose values a capture took for granted: those that it read; of PyTorch's layers all public ones.
 
-    Of tensors a graph looks up the values when it runs. What else may be asked of one is watched where code outside PyTorch's layers read it.
+    Of tensors a graph looks up the values when it runs. What else may be asked of one is watched where other code than PyTorch's layers
+    read it.
     """
     if is_library_leaf(module):  # what these keep for themselves follows from their public attributes
         return {name for name in module.__dict__ if not name.startswith("_")} - _BOOKKEEPING
@@ -168,31 +161,59 @@ class ModuleState:
     """
 
     def __init__(self, root: nn.Module, reads: Reads) -> None:
+        paths = {module: path for path, module in root.named_modules()}
+        elsewhere = {module: f"a {type(module).__name__} that is no submodule" for module in reads.names if module not in paths}
         self._rows = [
             _Row.of(path, module, _watched(module, reads), reads.outside(module))
-            for path, module in root.named_modules()
+            for module, path in (paths | elsewhere).items()
             if not isinstance(module, torch.jit.ScriptModule)  # called as it is, with what it is compiled with
         ]
+        self._tied = _tied(paths)
+        own = [forward_of(row.module) for row in self._rows if not is_library_leaf(row.module)]
+        self._variables = variables_of([*own, *(found.value for row in self._rows for found in row.of_class)])
 
     def matches(self) -> bool:
         """Whether everything is still as it was captured."""
         try:
-            return all(
-                getter(state) == values
-                and has_hooks(state) == hooked
-                and tuple(state["_modules"].values()) == children
-                and type(module) is cls
-                and all(name not in state for name in absent)
-                and all(state[kind].get(name) is None for kind, name in nones)
-                and (layout is None or _layout_of_weight(module) == layout)
-                and all(_contents(state[name]) == value for name, value in deep)
-                and all(t.is_as_it_was() for t in tensors)
-                for _, module, state, cls, getter, _, values, deep, absent, children, hooked, nones, layout, tensors in self._rows
-            )
-        except (KeyError, RuntimeError, ValueError):  # gone, or an array now, which has no truth
+            for _, module, state, cls, getter, _, values, deep, absent, children, hooked, nones, layout, tensors, of_class in self._rows:
+                now, modules = getter(state), state["_modules"]
+                if (
+                    not (all(map(is_, now, values)) or all(map(_equal, now, values)))
+                    or has_hooks(state) != hooked
+                    or ((modules or children) and (*modules, *modules.values()) != children)
+                    or type(module) is not cls
+                    or not state.keys().isdisjoint(absent)
+                    or (layout is not None and _layout_of_weight(module) != layout)
+                    or (nones and any(state[kind].get(name) is not None for kind, name in nones))
+                    or (deep and any(contents(state[name]) != value for name, value in deep))
+                    or (tensors and not all(t.is_as_it_was() for t in tensors))
+                    or (of_class and not all(found.is_as_it_was() for found in of_class))
+                ):
+                    return False
+        except KeyError:
             return False
+        return all(map(_is_one, self._tied)) and all(v.is_as_it_was() for v in self._variables)
 
     def difference(self) -> str | None:
         """The first thing that is not as it was, as ``layer1.0: drop_rate``; None where all is."""
         found = ((row.path, row.difference()) for row in self._rows)
-        return next((f"{what} of {path or 'the model'}" for path, what in found if what is not None), None)
+        changed = next((f"{what} of {path or 'the model'}" for path, what in found if what is not None), None)
+        changed = changed or next((f"{tied[0][1]}, which was shared" for tied in self._tied if not _is_one(tied)), None)
+        return changed or next((f"the variable {v.name}" for v in self._variables if not v.is_as_it_was()), None)
+
+
+def _tied(modules: Iterable[nn.Module]) -> list[list[tuple[dict[str, Any], str]]]:
+    """The places (a dict and a name) of each parameter and buffer that has several."""
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in modules:
+        for values in (module._parameters, module._buffers):
+            for name, value in values.items():
+                if value is not None:
+                    places.setdefault(id(value), []).append((values, name))
+    return [of for of in places.values() if len(of) > 1]
+
+
+def _is_one(places: list[tuple[dict[str, Any], str]]) -> bool:
+    """Whether the same tensor is in all of these places."""
+    (values, name), *others = places
+    return all(v.get(n) is values.get(name) for v, n in others)

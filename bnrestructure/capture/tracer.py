@@ -112,7 +112,8 @@ class _Session:
             if any(is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values())):
                 raise CaptureError(f"{name or 'it'} is lazy: its parameters are made at its first call")
         names = ["x"] if len(arguments.tensors) == 1 else [f"x{i}" for i in range(len(arguments.tensors))]
-        args, kwargs = arguments.unflatten([recorder.placeholder(n, t) for n, t in zip(names, arguments.tensors, strict=True)])
+        doubles = [recorder.placeholder(n, t) for n, t in zip(names, arguments.tensors, strict=True)]
+        args, kwargs = arguments.unflatten([doubles[i] for i in arguments.places])
         given = pytree.tree_leaves((args, kwargs))
         outer = getattr(_active, "session", None)
         _active.session = self
@@ -179,7 +180,9 @@ class _Session:
         path = self.paths.get(m)
         if path is None and (any(True for _ in m.parameters()) or any(True for _ in m.buffers())):
             raise CaptureError(f"its forward calls a {type(m).__name__} that is not one of its submodules")
-        recorder.check_modes()  # here, while the module that turned them is still the innermost one
+        with recorder.unseen():
+            depends = any(p.requires_grad for p in m.parameters()) or recorder.depends((args, kwargs))
+        recorder.check_modes(depends)  # here, while the module that turned them is still the innermost one
         if path is not None and (is_library_leaf(m) or m in self.opaque or boundary_reason(m) is not None):
             return self._layer(m, path, args, kwargs)
         with self._within(path or "", m):
@@ -191,6 +194,8 @@ class _Session:
     def _layer(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.attributes.changed_on(m):
             raise CaptureError(f"its forward writes to attributes of a {type(m).__name__} before calling it")
+        if not self.recorder.has_own_tensors(m):
+            raise CaptureError(f"its forward calls a {type(m).__name__} with other parameters or buffers than its own")
         recorder = self.recorder
         with recorder.unseen():
             learns = any(p.requires_grad for p in m.parameters())

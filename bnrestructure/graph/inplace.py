@@ -30,6 +30,15 @@ _OPERATORS = {
 _METHODS_NOT_IN_PLACE = {"requires_grad_", "retain_grad_"}
 
 
+#: Operations whose out-of-place form returns booleans.
+_OF_ANOTHER_DTYPE = {
+    "lt", "le", "gt", "ge", "eq", "ne", "less", "less_equal", "greater", "greater_equal", "not_equal", "logical_and", "logical_or",
+    "logical_xor", "logical_not",
+}  # fmt: skip
+#: Those that draw, in the order of memory: a fresh result may be laid out otherwise.
+_DRAWS = {"bernoulli"}
+
+
 def inplace_target(node: fx.Node) -> fx.Node | None:
     """The node whose tensor this node overwrites, or None."""
     argument = input_of(node)
@@ -85,7 +94,7 @@ def functionalise(graph: fx.Graph) -> None:
         members = [n for n in graph.nodes if storages_of(n) & storages_of(target)]
         owned = storages_of(target) and not any(_is_known_elsewhere(n) for n in members)
         read_elsewhere = any(n is not target and n < node and any(user > node for user in n.users) for n in members)
-        if not owned or read_elsewhere or not _make_out_of_place(node):
+        if not owned or read_elsewhere or not _is_same_out_of_place(node, target) or not _make_out_of_place(node):
             for member in {*members, target, node}:
                 if provenance(member).changed_by is None:
                     remember(member, changed_by=node.name)
@@ -93,6 +102,16 @@ def functionalise(graph: fx.Graph) -> None:
         for user in list(target.users):
             if user > node:
                 user.replace_input_with(target, node)
+
+
+def _is_same_out_of_place(node: fx.Node, target: fx.Node) -> bool:
+    """Whether the out-of-place form gives what is written in place: the same dtype, and of random numbers the same for the same pixel."""
+    name = str(getattr(node.target, "__name__", node.target)).strip("_")
+    if name in _OF_ANOTHER_DTYPE or name in _DRAWS:
+        return False
+    written = getattr(known_tensor(target), "dtype", None)
+    read = [getattr(known_tensor(n), "dtype", None) for n in node.all_input_nodes]
+    return written is None or all(dtype is None or torch.promote_types(dtype, written) == written for dtype in read)
 
 
 def storages_of(node: fx.Node) -> frozenset[int]:

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from bnrestructure.core.plain import plain
 from bnrestructure.graph.boundaries import boundary_reason
 from bnrestructure.graph.provenance import guarded_tensor, provenance
 
@@ -226,6 +227,10 @@ def _batch_norm_module(node: fx.Node, module: nn.modules.batchnorm._BatchNorm) -
     source = input_of(node)
     if source is None:
         return "its input is not a tensor of the graph"
+    momentum, eps = plain(module.momentum), plain(module.eps)
+    for name, value in (("momentum", momentum), ("eps", eps)):
+        if not isinstance(value, int | float | None):
+            return f"its {name} is a {type(value).__name__}"
     path = str(node.target)
 
     def parameter(name: str) -> Parameter:
@@ -240,8 +245,8 @@ def _batch_norm_module(node: fx.Node, module: nn.modules.batchnorm._BatchNorm) -
         running_mean=parameter("running_mean") if updates else None,
         running_var=parameter("running_var") if updates else None,
         num_batches_tracked=parameter("num_batches_tracked") if updates else None,
-        momentum=module.momentum,
-        eps=module.eps,
+        momentum=momentum,
+        eps=eps,
         process_group=parameter("process_group") if kind is nn.SyncBatchNorm else None,
         synchronised=kind is nn.SyncBatchNorm,
         dimensions=_DIMENSIONS.get(kind, ()),

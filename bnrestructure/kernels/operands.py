@@ -41,7 +41,7 @@ def require_memory_of_all(call: Call[Any]) -> None:
     """Raise RuntimeError where one of the call's tensors is on another type of device than its operand, or longer than its storage."""
     device = call.operand.device.type
     for x in tensors_of([call]):
-        require_memory(x, reach_of(x) if x.numel() else 0, device)
+        require_memory(x, reach_of(x), device)
 
 
 def require_memory(x: Tensor, reach: int, device: str) -> None:
@@ -55,7 +55,7 @@ def require_memory(x: Tensor, reach: int, device: str) -> None:
         available = x.untyped_storage().nbytes()
     except NotImplementedError:  # a functorch wrapper: PyTorch's operators look behind it
         return
-    if device != "meta" and (x.storage_offset() + reach) * x.itemsize > available:
+    if reach > 0 and device != "meta" and (x.storage_offset() + reach) * x.itemsize > available:
         raise RuntimeError(f"a tensor of shape {list(x.shape)} reaches beyond its storage, which has {available} bytes")
 
 
@@ -74,10 +74,10 @@ def require_fit(x: Tensor, *transforms: Transform) -> None:
 
 def readable(x: Tensor) -> Tensor:
     """x, which PyTorch is about to copy: RuntimeError where it is longer than its storage."""
-    require_memory(x, reach_of(x) if x.numel() else 0, x.device.type)
+    require_memory(x, reach_of(x), x.device.type)
     return x
 
 
 def reach_of(x: Tensor) -> int:
-    """Elements from x's first to its last one in memory, both counted."""
-    return 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    """Elements from x's first to its last one in memory, both counted; none where it has none."""
+    return 0 if x.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))

@@ -7,7 +7,7 @@ import copy
 import pytest
 from equivalence import assert_same_values, training_step
 from pass_tools import after, graph_text, make_pass, prefix_before, run_pass, site_graph
-from random_graphs import build_from_source, write_model
+from random_graphs import build_complete, write_model
 from small_models import SMALL_MODELS, build, input_for
 
 from bnrestructure import UsageError
@@ -65,7 +65,7 @@ def test_fuel_bounds_the_rewrites(name: str) -> None:
 
 def test_a_second_run_finds_nothing_in_random_graphs() -> None:
     for seed in range(25):
-        gm = site_graph(build_from_source(write_model(seed)).train())
+        gm = site_graph(build_complete(write_model(seed)).train())
         for step in steps(PASSES, "reference"):
             step(gm)
             assert (seed, step.name, step(gm).count) == (seed, step.name, 0)

@@ -159,5 +159,5 @@ def fresh_like(x: Tensor) -> tuple[Tensor, int]:
 
 def fresh_vector(*shape: int) -> tuple[Tensor, int]:
     """An uninitialised fp32 vector and its address."""
-    v = torch.empty(shape)
+    v = torch.empty(shape, dtype=torch.float32)  # said, for the default may be another
     return v, v.data_ptr()

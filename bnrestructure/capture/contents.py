@@ -1,0 +1,151 @@
+"""What is in the objects that a module keeps: containers, configurations, counters, arrays. Compared between steps, and put back."""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+from collections import deque
+from collections.abc import Iterator
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["DEPTH", "Snapshot", "contents", "goes_on", "is_simple", "parts"]
+
+#: How far it is looked into what is in what: a container costs one, an object three.
+DEPTH = 8
+_LARGEST = 1000  # items of a container, and kilobytes of an array
+_SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, functools.partial)
+
+
+def is_simple(value: Any) -> bool:
+    """Whether this cannot change, and is what it is equal to."""
+    return isinstance(value, _SIMPLE) or (isinstance(value, tuple) and all(isinstance(v, _SIMPLE) for v in value))
+
+
+def goes_on(value: Any) -> bool:
+    """Whether asking this for something changes what it gives next: an iterator, a generator of random numbers."""
+    if isinstance(value, random.Random) or type(value).__module__.startswith("numpy.random"):
+        return True
+    return isinstance(value, Iterator) and not isinstance(value, nn.Module)
+
+
+def parts(value: Any) -> dict[Any, Any] | None:
+    """What is in a container by key or position, what a plain object has by name; None for anything else."""
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, list | tuple | deque):
+        return dict(enumerate(value))
+    if isinstance(value, set | frozenset):
+        return dict.fromkeys(value)
+    if not _is_plain_object(value):
+        return None
+    slots = {name for base in type(value).__mro__ for name in _slots_of(base) if hasattr(value, name)}
+    return {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in sorted(slots)}}
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether this is an object whose attributes are its whole state: a configuration, a namespace, a counter."""
+    kind = type(value)
+    if isinstance(value, _OPAQUE) or kind.__module__.startswith(("torch", "numpy", "builtins")):
+        return False
+    return type(getattr(value, "__dict__", None)) is dict or any("__slots__" in vars(base) for base in kind.__mro__)
+
+
+def _slots_of(kind: type) -> tuple[str, ...]:
+    """The attributes that objects of this class have no dict for, and that may be set."""
+    named = vars(kind).get("__slots__", ())
+    names = (named,) if isinstance(named, str) else tuple(named)
+    return tuple(name for name in names if hasattr(vars(kind).get(name), "__set__"))
+
+
+def contents(value: Any, depth: int = DEPTH) -> Any:
+    """Something equal for equal contents: of containers and plain objects what is in them, of anything else which object it is."""
+    if is_simple(value):
+        return type(value), value, repr(value) if value == 0 else None  # 1 is no 1.0, and 0.0 no -0.0
+    if isinstance(value, MethodType):
+        return value.__func__, contents(value.__self__, depth - 1)
+    if isinstance(value, functools.partial):
+        return contents([value.func, value.args, value.keywords], depth)
+    if (memory := _memory_of(value)) is not None:
+        return type(value), memory
+    inside = parts(value) if depth > 0 else None
+    if inside is None or len(inside) > _LARGEST:
+        return _Same(value)
+    left = depth - (1 if isinstance(value, dict | list | tuple | deque | set | frozenset) else 3)
+    return type(value), [(key, contents(item, left)) for key, item in inside.items()]
+
+
+class _Same:
+    """Equal to itself only as a holder of the very same object, which it keeps alive so that its identity is not reused."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __repr__(self) -> str:
+        return f"a {type(self.value).__name__}"
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _memory_of(value: Any) -> Any:
+    """What is in an array's memory, or None where this is none or a large one."""
+    if isinstance(value, bytearray):
+        return bytes(value) if len(value) <= _LARGEST * 1024 else None
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(value, numpy.ndarray) or value.dtype.hasobject or value.nbytes > _LARGEST * 1024:
+        return None
+    return str(value.dtype), value.shape, value.tobytes()
+
+
+class Snapshot:
+    """A container, a plain object or an array as it was."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self._memory = _memory_of(value)
+        self._array = value.copy() if self._memory is not None else None
+        self.parts = parts(value) if self._memory is None else None
+
+    @property
+    def is_of_anything(self) -> bool:
+        """Whether this can be looked into at all."""
+        return self._memory is not None or self.parts is not None
+
+    def put_back(self) -> bool:
+        """Undo what was changed since; whether anything was (which objects are where, by identity)."""
+        if self._memory is not None:
+            if _memory_of(self.value) == self._memory:
+                return False
+            self.value[slice(None) if isinstance(self.value, bytearray) else ...] = self._array
+            return True
+        now, before = parts(self.value) or {}, self.parts or {}
+        if list(now) == list(before) and all(now[key] is item for key, item in before.items()):
+            return False
+        self._write(now, before)
+        return True
+
+    def _write(self, now: dict[Any, Any], before: dict[Any, Any]) -> None:
+        value = self.value
+        if isinstance(value, dict):
+            dict.clear(value)
+            for key, item in before.items():
+                dict.__setitem__(value, key, item)
+        elif isinstance(value, list | deque):
+            value.clear()
+            value.extend(before.values())
+        elif isinstance(value, set):
+            value.clear()
+            value.update(before)
+        elif not isinstance(value, tuple | frozenset):
+            for name in now.keys() - before.keys():
+                object.__delattr__(value, name)
+            for name, item in before.items():
+                object.__setattr__(value, name, item)

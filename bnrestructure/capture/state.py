@@ -118,7 +118,8 @@ class _Row(NamedTuple):
             "the layout of its weight": _layout_of_weight(self.module) == self.layout,
             **{name: name not in state for name in self.absent},
             **{name: state[kind].get(name) is None for kind, name in self.nones},
-            **{of.name: of.is_as_it_was() for of in (*self.tensors, *self.of_class)},
+            **{t.name: t.is_as_it_was() for t in self.tensors},
+            **{found.name: found.is_as_it_was() for found in self.of_class},
             **{name: name in state and contents(state[name]) == value for name, value in self.deep},
             **{name: name in state and _equal(state[name], value) for name, value in zip(self.names, self.values, strict=True)},
         }

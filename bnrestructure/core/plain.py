@@ -6,7 +6,7 @@ from typing import Any
 
 __all__ = ["plain"]
 
-_KINDS = (bool, int, float, complex, str)  # a bool is an int, too
+_KINDS: tuple[Any, ...] = (bool, int, float, complex, str)  # a bool is an int, too
 
 
 def plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime as dt
 import functools
 import itertools
 import random
@@ -62,6 +63,10 @@ class Two:
     power = 2.0
 
 
+class Day(dt.date):
+    """Has its state in C, and a dict of attributes beside it."""
+
+
 def _power(value: float, *, more: float = 0.0) -> float:
     return value + more
 
@@ -105,6 +110,7 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any]
         lambda: {"a": [{"b": ({"power": 1.0},)}]}, lambda k: k["a"][0]["b"][0]["power"],
         lambda m: m.kept["a"][0]["b"][0].update(power=2.0),
     ),
+    "an object with more than attributes": (lambda: Day(2026, 1, 1), lambda k: k.day, _set(lambda: Day(2026, 1, 2))),
     "a tuple for a list": (lambda: [2.0], lambda k: 1.0 + isinstance(k, list), _set(lambda: (2.0,))),
     "a float for an int": (lambda: 1, lambda k: 1.0 + isinstance(k, int), _set(lambda: 1.0)),
     "a bool for an int": (lambda: 1, lambda k: 1.0 + isinstance(k, bool), _set(lambda: True)),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 __all__ = ["DEPTH", "Snapshot", "contents", "goes_on", "is_simple", "parts"]
 
+_WRITTEN_IN_PYTHON = 1 << 9  # CPython's Py_TPFLAGS_HEAPTYPE
 #: How far it is looked into what is in what: a container costs one, an object three.
 DEPTH = 8
 _LARGEST = 1000  # items of a container, and kilobytes of an array
@@ -53,6 +54,8 @@ def _is_plain_object(value: Any) -> bool:
     kind = type(value)
     if isinstance(value, _OPAQUE) or kind.__module__.startswith(("torch", "numpy", "builtins")):
         return False
+    if any(base is not object and not base.__flags__ & _WRITTEN_IN_PYTHON for base in kind.__mro__):
+        return False  # a date, say, which has more than its attributes tell
     return type(getattr(value, "__dict__", None)) is dict or any("__slots__" in vars(base) for base in kind.__mro__)
 
 

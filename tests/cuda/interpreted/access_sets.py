@@ -18,9 +18,13 @@ __all__ = ["LaunchSets", "shuffled", "watched"]
 
 @dataclass
 class LaunchSets:
-    """Of one launch, by program (its place in the grid): arrays of the addresses of single bytes."""
+    """Of one launch, by program (its place in the grid): arrays of the addresses of single bytes.
+
+    ``arguments`` are kept so that no later tensor gets the memory of one: it would seem to have been written in part.
+    """
 
     kernel: str
+    arguments: tuple[Any, ...] = ()
     reads: dict[tuple[int, int, int], list[np.ndarray]] = field(default_factory=dict)
     writes: dict[tuple[int, int, int], list[np.ndarray]] = field(default_factory=dict)
 
@@ -74,7 +78,7 @@ def watched() -> Iterator[list[LaunchSets]]:
     run = interpreter.GridExecutor.__call__
 
     def noting_run(self: Any, *arguments: Any, **constants: Any) -> Any:
-        found.append(LaunchSets(self.fn.__name__))
+        found.append(LaunchSets(self.fn.__name__, arguments))
         return run(self, *arguments, **constants)
 
     assert launch is launching.launch

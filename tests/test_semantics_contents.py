@@ -114,6 +114,8 @@ CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any]
     "a tuple for a list": (lambda: [2.0], lambda k: 1.0 + isinstance(k, list), _set(lambda: (2.0,))),
     "a float for an int": (lambda: 1, lambda k: 1.0 + isinstance(k, int), _set(lambda: 1.0)),
     "a bool for an int": (lambda: 1, lambda k: 1.0 + isinstance(k, bool), _set(lambda: True)),
+    "a float for an int in a tuple": (lambda: (1,), lambda k: 1.0 + isinstance(k[0], int), _set(lambda: (1.0,))),
+    "tensors as keys": (lambda: {torch.ones(2): 1.0}, lambda k: next(iter(k.values())), _set(lambda: {torch.ones(2): 2.0})),
     "another sign of zero": (lambda: 0.0, lambda k: 1.0 + (str(k) == "0.0"), _set(lambda: -0.0)),
     "a layer that is no submodule": (
         lambda: [nn.Dropout(0.5)], lambda k: k[0].p, lambda m: setattr(m.kept[0], "p", 0.25)

@@ -7,20 +7,23 @@ import random
 import sys
 from collections import deque
 from collections.abc import Iterator
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from operator import is_
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DEPTH", "Snapshot", "contents", "goes_on", "is_simple", "parts"]
+__all__ = ["DEPTH", "Snapshot", "contents", "depth_inside", "goes_on", "is_simple"]
 
 _WRITTEN_IN_PYTHON = 1 << 9  # CPython's Py_TPFLAGS_HEAPTYPE
+_NO_MORE_THAN_ATTRIBUTES = (object, SimpleNamespace)  # of the classes written in C
 #: How far it is looked into what is in what: a container costs one, an object three.
 DEPTH = 8
 _LARGEST = 1000  # items of a container, and kilobytes of an array
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
-_OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, functools.partial)
+_CONTAINERS = (dict, list, tuple, deque, set, frozenset, MethodType, functools.partial)
+_OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType)
 
 
 def is_simple(value: Any) -> bool:
@@ -35,14 +38,23 @@ def goes_on(value: Any) -> bool:
     return isinstance(value, Iterator) and not isinstance(value, nn.Module)
 
 
-def parts(value: Any) -> dict[Any, Any] | None:
-    """What is in a container by key or position, what a plain object has by name; None for anything else."""
+def depth_inside(value: Any, depth: int) -> int:
+    """How far it is looked into what is in this, where it is looked so far into this itself."""
+    return depth - (1 if isinstance(value, _CONTAINERS) else 3)
+
+
+def _parts(value: Any) -> dict[Any, Any] | None:
+    """What is in a container by key or position, what a method, a partial and a plain object have by name; None for anything else."""
     if isinstance(value, dict):
         return dict(value)
     if isinstance(value, list | tuple | deque):
         return dict(enumerate(value))
     if isinstance(value, set | frozenset):
         return dict.fromkeys(value)
+    if isinstance(value, MethodType):
+        return {"function": value.__func__, "object": value.__self__}
+    if isinstance(value, functools.partial):
+        return {"function": value.func, "arguments": value.args, "keywords": value.keywords}
     if not _is_plain_object(value):
         return None
     slots = {name for base in type(value).__mro__ for name in _slots_of(base) if hasattr(value, name)}
@@ -52,9 +64,9 @@ def parts(value: Any) -> dict[Any, Any] | None:
 def _is_plain_object(value: Any) -> bool:
     """Whether this is an object whose attributes are its whole state: a configuration, a namespace, a counter."""
     kind = type(value)
-    if isinstance(value, _OPAQUE) or kind.__module__.startswith(("torch", "numpy", "builtins")):
+    if isinstance(value, _OPAQUE) or f"{kind.__module__}.".startswith(("torch.", "numpy.", "builtins.")):
         return False
-    if any(base is not object and not base.__flags__ & _WRITTEN_IN_PYTHON for base in kind.__mro__):
+    if any(base not in _NO_MORE_THAN_ATTRIBUTES and not base.__flags__ & _WRITTEN_IN_PYTHON for base in kind.__mro__):
         return False  # a date, say, which has more than its attributes tell
     return type(getattr(value, "__dict__", None)) is dict or any("__slots__" in vars(base) for base in kind.__mro__)
 
@@ -68,19 +80,15 @@ def _slots_of(kind: type) -> tuple[str, ...]:
 
 def contents(value: Any, depth: int = DEPTH) -> Any:
     """Something equal for equal contents: of containers and plain objects what is in them, of anything else which object it is."""
-    if is_simple(value):
+    if isinstance(value, _SIMPLE):
         return type(value), value, repr(value) if value == 0 else None  # 1 is no 1.0, and 0.0 no -0.0
-    if isinstance(value, MethodType):
-        return value.__func__, contents(value.__self__, depth - 1)
-    if isinstance(value, functools.partial):
-        return contents([value.func, value.args, value.keywords], depth)
     if (memory := _memory_of(value)) is not None:
         return type(value), memory
-    inside = parts(value) if depth > 0 else None
+    inside = _parts(value) if depth > 0 else None
     if inside is None or len(inside) > _LARGEST:
         return _Same(value)
-    left = depth - (1 if isinstance(value, dict | list | tuple | deque | set | frozenset) else 3)
-    return type(value), [(key, contents(item, left)) for key, item in inside.items()]
+    left = depth_inside(value, depth)
+    return type(value), [(contents(key, 0), contents(item, left)) for key, item in inside.items()]
 
 
 class _Same:
@@ -115,7 +123,7 @@ class Snapshot:
         self.value = value
         self._memory = _memory_of(value)
         self._array = value.copy() if self._memory is not None else None
-        self.parts = parts(value) if self._memory is None else None
+        self.parts = _parts(value) if self._memory is None else None
 
     @property
     def is_of_anything(self) -> bool:
@@ -129,8 +137,8 @@ class Snapshot:
                 return False
             self.value[slice(None) if isinstance(self.value, bytearray) else ...] = self._array
             return True
-        now, before = parts(self.value) or {}, self.parts or {}
-        if list(now) == list(before) and all(now[key] is item for key, item in before.items()):
+        now, before = _parts(self.value) or {}, self.parts or {}
+        if now.keys() == before.keys() and all(map(is_, now.values(), before.values())):
             return False
         self._write(now, before)
         return True
@@ -147,7 +155,7 @@ class Snapshot:
         elif isinstance(value, set):
             value.clear()
             value.update(before)
-        elif not isinstance(value, tuple | frozenset):
+        elif _is_plain_object(value):  # what else there is cannot change
             for name in now.keys() - before.keys():
                 object.__delattr__(value, name)
             for name, item in before.items():

@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from bnrestructure.capture.calls import Constant
 from bnrestructure.capture.containers import items, rebuilt, tensors_in
+from bnrestructure.capture.own_tensors import OwnTensors
 from bnrestructure.capture.side_effects import Attributes, ambient_modes
 from bnrestructure.capture.sizes import InputSize, SizeLog, TracedInt, TracedSize, is_traced
 from bnrestructure.capture.spelling import (
-    CONSTANT_RESULTS,
     PLAIN_ANSWERS,
     PLAIN_FUNCTIONS,
     READS_VALUES,
@@ -32,6 +32,7 @@ from bnrestructure.capture.spelling import (
     VALUES,
     name_of,
     spelt,
+    takes_no_gradient,
 )
 from bnrestructure.core.errors import CaptureError
 from bnrestructure.core.plain import plain
@@ -78,8 +79,7 @@ class Recorder(TorchFunctionMode):
         self._requires: dict[int, bool] = {}
         self._kept: list[Any] = []  # tensors whose id is a key above
         self._doubles: dict[int, Tensor] = {}  # id of a real tensor -> the fake one that stands for it
-        self._attributes = _tensors_of(root)
-        self._own = {module: _registered(module) for module in root.modules()}
+        self.own = OwnTensors(root)
         self._shaped_like: dict[int, Tensor] = {}
         self._given: dict[int, int] = {}  # which of the forward's tensors one is
         self._storages: dict[int, int] = {}  # of tensors that stand for a part of another's memory
@@ -195,7 +195,7 @@ class Recorder(TorchFunctionMode):
         gradients = torch.is_grad_enabled()
         depends = learns or any(self._requires.get(i, False) for i in given)
         self.check_modes(depends)
-        requires = gradients and depends and not _takes_no_gradient(target, args)
+        requires = gradients and depends and not takes_no_gradient(target, args)
         torch._C._set_grad_enabled(False)
         try:
             with self.fake:
@@ -223,9 +223,9 @@ class Recorder(TorchFunctionMode):
         if modes[1:] != self._modes[1:] or (depends and modes[0] != self._modes[0]):
             raise CaptureError("its forward turns gradients or autocast on or off for a part of itself")
 
-    def has_own_tensors(self, module: nn.Module) -> bool:
-        """Whether the parameters and buffers of a module are those of before: ``functional_call`` puts others in their place."""
-        return all(m not in self._own or _registered(m) == self._own[m] for m in module.modules())
+    def modes_differ(self) -> bool:
+        """Whether gradients or autocast are not what they were when the forward began."""
+        return ambient_modes() != self._modes
 
     def depends(self, values: Any) -> bool:
         """Whether a tensor among these needs a gradient."""
@@ -280,7 +280,7 @@ class Recorder(TorchFunctionMode):
             return self._places[id(double)]
         if isinstance(tensor, torch._subclasses.FakeTensor):
             raise CaptureError("its forward uses a tensor that was made where the tracer does not look")
-        path = self._attributes.get(id(tensor))
+        path = self.own.path_of(tensor)
         if path is not None:
             node = self.graph.create_node("get_attr", path)
         else:
@@ -382,32 +382,8 @@ class Recorder(TorchFunctionMode):
         return TracedInt(value, lambda: self.graph.call_method("size", (self.node_of(tensor), dim)), self.sizes, origin)
 
 
-def _tensors_of(root: nn.Module) -> dict[int, str]:
-    """Attribute paths of the tensors of a module tree by their id."""
-    paths: dict[int, str] = {}
-    for prefix, module in root.named_modules():
-        dot = f"{prefix}." if prefix else ""
-        for source in (module._parameters, module._buffers, module.__dict__):
-            for name, value in source.items():
-                if isinstance(value, Tensor):
-                    paths.setdefault(id(value), dot + name)
-    return paths
-
-
-def _registered(module: nn.Module) -> list[int]:
-    """Which parameters and buffers a module has."""
-    return [id(t) for values in (module._parameters, module._buffers) for t in values.values()]
-
-
 def _metadata(t: Tensor) -> TensorMetadata:
     return TensorMetadata(t.shape, t.dtype, t.requires_grad, t.stride() if t.layout is torch.strided else (), None, t.is_quantized, {})
-
-
-def _takes_no_gradient(target: Any, args: tuple[Any, ...]) -> bool:
-    """Whether the result of a call needs no gradient, whatever it is called with."""
-    if target is getattr and len(args) == 2 and args[1] == "data":
-        return True
-    return str(getattr(target, "__name__", target)).endswith(CONSTANT_RESULTS) or "new_" in str(target)
 
 
 def _shown(target: Any) -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
-from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnrestructure.capture.contents import DEPTH, Snapshot, is_simple
+from bnrestructure.capture.contents import DEPTH, Snapshot, depth_inside, is_simple
 
 __all__ = ["Attributes", "ambient_modes"]
 
@@ -37,19 +34,13 @@ class Attributes:
     def _save(self, value: Any, owner: nn.Module, key: str, seen: set[int], depth: int) -> None:
         if depth <= 0 or is_simple(value) or isinstance(value, Tensor | nn.Module) or id(value) in seen:
             return
-        if isinstance(value, MethodType):
-            value = value.__self__
-        elif isinstance(value, partial):
-            self._save(value.keywords, owner, key, seen, depth - 1)
-            value = value.args
         snapshot = Snapshot(value)
         if not snapshot.is_of_anything:
             return
         seen.add(id(value))
         self._saved.append((snapshot, owner, key))
-        cost = 1 if isinstance(value, dict | list | set | tuple | deque) else 3
         for item in (snapshot.parts or {}).values():
-            self._save(item, owner, key, seen, depth - cost)
+            self._save(item, owner, key, seen, depth_inside(value, depth))
 
     def changed_on(self, module: nn.Module) -> bool:
         """Whether some attribute of this very module is another object than it was."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "CONSTANT_RESULTS",
     "PLAIN_ANSWERS",
     "PLAIN_FUNCTIONS",
     "READS_VALUES",
@@ -19,6 +18,7 @@ __all__ = [
     "VALUES",
     "name_of",
     "spelt",
+    "takes_no_gradient",
 ]
 
 #: What is said of a forward that calls any of those below, or something that does.
@@ -45,8 +45,8 @@ PLAIN_ANSWERS = {
 }  # fmt: skip
 #: Functions of several tensors of which the same is true.
 PLAIN_FUNCTIONS = {"result_type", "can_cast", "is_same_size"}
-#: Functions whose result takes no gradient.
-CONSTANT_RESULTS = ("detach", "_like")
+#: How the names of functions end whose result takes no gradient.
+_CONSTANT_RESULTS = ("detach", "_like")
 #: Methods as torch.fx spells them where an expression stands for them.
 _OPERATORS = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "matmul": operator.matmul, "neg": operator.neg,
@@ -73,6 +73,13 @@ def name_of(func: Any) -> str:
     if name in ("__get__", "__set__"):
         return getattr(func.__self__, "__name__", name)
     return name
+
+
+def takes_no_gradient(target: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the result of a node with this target needs no gradient, whatever it is called with."""
+    if target is getattr and len(args) == 2 and args[1] == "data":
+        return True
+    return str(getattr(target, "__name__", target)).endswith(_CONSTANT_RESULTS) or "new_" in str(target)
 
 
 def spelt(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, tuple[Any, ...], Callable[..., Any]]:

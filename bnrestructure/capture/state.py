@@ -23,7 +23,10 @@ _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}
 
 
 class _Tensor(NamedTuple):
-    """A tensor that the forward's own code read, which may have gone by any of this: ``values`` is the dict that it is in."""
+    """A tensor that other code than PyTorch's layers read: that code may have decided by any of this, or by where it is.
+
+    ``values`` is the dict that holds it: the module's attributes, parameters or buffers.
+    """
 
     values: dict[str, Any]
     name: str
@@ -92,6 +95,7 @@ class _Row(NamedTuple):
         """The row of this module; ``watched`` are the attributes that count, where it has them, tensors if they are in ``read``."""
         state = module.__dict__
         present = {n: state[n] for n in sorted(watched & state.keys()) if not isinstance(state[n], torch.Tensor | nn.Module)}
+        # One name twice: of a single name the getter gives no tuple.
         names = ["training", "training", *(name for name, value in present.items() if is_simple(value) and name != "training")]
         own = state["_parameters"].keys() | state["_buffers"].keys() | state["_modules"].keys()
         absent = frozenset((watched | {"forward"}) - state.keys() - own)
@@ -143,8 +147,7 @@ def _layout_of_weight(module: nn.Module) -> bool | None:
 def _watched(module: nn.Module, reads: Reads) -> set[str]:
     """The attributes whose values a capture took for granted: those that it read; of PyTorch's layers all public ones.
 
-    Of tensors a graph looks up the values when it runs. What else may be asked of one is watched where other code than PyTorch's layers
-    read it.
+    Of tensors (:class:`_Tensor`) a graph looks up the values when it runs.
     """
     if is_library_leaf(module):  # what these keep for themselves follows from their public attributes
         return {name for name in module.__dict__ if not name.startswith("_")} - _BOOKKEEPING
@@ -154,7 +157,8 @@ def _watched(module: nn.Module, reads: Reads) -> set[str]:
 
 
 class ModuleState:
-    """A module tree when captured: training flags, children, hooks, classes, and the attributes that the forward ``reads``.
+    """A module tree when captured: training flags, children, hooks, classes, shared parameters, and the attributes that the forward
+    ``reads``; and the numbers and flags that the functions of the tree find around them.
 
     ``matches()`` costs about a microsecond a module; it runs before every restructured forward, so that freezing a BN, changing
     a drop rate, adding a hook or replacing a layer is noticed at the next step and leads to another graph. An attribute

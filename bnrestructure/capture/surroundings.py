@@ -13,7 +13,7 @@ from bnrestructure.capture.contents import is_simple
 __all__ = ["Variable", "forward_of", "variables_of"]
 
 #: Whose functions decide by nothing that a user would change between two steps.
-_LIBRARIES = ("torch.", "numpy", "bnrestructure.", "collections", "functools", "math", "typing")
+_LIBRARIES = ("torch.", "numpy.", "bnrestructure.", "collections.", "functools.", "math.", "typing.")
 
 
 class Variable(NamedTuple):

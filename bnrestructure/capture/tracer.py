@@ -180,9 +180,10 @@ class _Session:
         path = self.paths.get(m)
         if path is None and (any(True for _ in m.parameters()) or any(True for _ in m.buffers())):
             raise CaptureError(f"its forward calls a {type(m).__name__} that is not one of its submodules")
-        with recorder.unseen():
-            depends = any(p.requires_grad for p in m.parameters()) or recorder.depends((args, kwargs))
-        recorder.check_modes(depends)  # here, while the module that turned them is still the innermost one
+        if recorder.modes_differ():  # asked here, while the module that turned them is still the innermost one
+            with recorder.unseen():
+                depends = any(p.requires_grad for p in m.parameters()) or recorder.depends((args, kwargs))
+            recorder.check_modes(depends)
         if path is not None and (is_library_leaf(m) or m in self.opaque or boundary_reason(m) is not None):
             return self._layer(m, path, args, kwargs)
         with self._within(path or "", m):
@@ -194,7 +195,7 @@ class _Session:
     def _layer(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.attributes.changed_on(m):
             raise CaptureError(f"its forward writes to attributes of a {type(m).__name__} before calling it")
-        if not self.recorder.has_own_tensors(m):
+        if not self.recorder.own.are_in_place(m):
             raise CaptureError(f"its forward calls a {type(m).__name__} with other parameters or buffers than its own")
         recorder = self.recorder
         with recorder.unseen():

@@ -59,7 +59,7 @@ def _same_specials(a: Tensor, b: Tensor) -> bool:
 def _finite_length(t: Tensor) -> tuple[float, int]:
     """The length of t's finite elements, and how many these are."""
     length = float(torch.linalg.vector_norm(t))
-    if not math.isfinite(length):  # the length of all elements says whether all are finite, at a third of the cost of asking each
+    if not math.isfinite(length):  # which says so of an element at less cost than asking all of them
         t = t[torch.isfinite(t)]
         length = float(torch.linalg.vector_norm(t))
     return length, t.numel()

@@ -1,6 +1,7 @@
 """Fake tensors that are laid out in memory as the CPU's kernels lay out the real ones, where PyTorch's own fake kernels say otherwise.
 
-The layout of a tensor decides what a dropout behind it draws, and what a ``view`` of it may do.
+The layout of a tensor decides what a dropout behind it draws, and what a ``view`` of it may do. Strides matter even along dimensions of one
+element: a tensor [N, 1, H, W] is contiguous and channels_last at once, and a convolution tells by its strides which of them it continues.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 __all__ = ["FaithfulFakeMode"]
 
@@ -22,23 +24,83 @@ def _contiguous(_: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def _contiguous_first(x: Tensor) -> torch.memory_format:
+    """Contiguous where it may be seen so, channels_last where it may be seen so, else what the strides resemble."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return suggest_memory_format(x)
+
+
 #: The format of the first result, from the first argument.
 _FORMATS: dict[Any, Callable[[Tensor], torch.memory_format]] = {
-    aten.native_group_norm: suggest_memory_format, aten.native_batch_norm: suggest_memory_format, aten.roll: suggest_memory_format,
+    aten.native_group_norm: suggest_memory_format, aten.native_batch_norm: _contiguous_first, aten.roll: suggest_memory_format,
     aten.native_channel_shuffle: suggest_memory_format, aten.channel_shuffle: suggest_memory_format,
-    aten.log_sigmoid_forward: _contiguous, aten.rrelu_with_noise: _contiguous,
+    aten.upsample_nearest2d: suggest_memory_format, aten.upsample_bilinear2d: suggest_memory_format,
+    aten.log_sigmoid_forward: _contiguous, aten.rrelu_with_noise: _contiguous, aten.native_layer_norm: _contiguous,
+}  # fmt: skip
+
+#: Pointwise, but a second operand that is a number, or bounds that are, keep them from the path that all contiguous tensors take.
+_WITH_NUMBERS = {
+    aten.mul, aten.add, aten.sub, aten.div, aten.rsub, aten.hardtanh, aten.gt, aten.lt, aten.ge, aten.le, aten.eq, aten.ne,
 }  # fmt: skip
 
 
+#: PyTorch counts copies among the pointwise operations; they keep the strides that they are given.
+_COPIES = {aten.clone, aten._to_copy, aten.copy, aten.lift_fresh_copy, torch.ops.prims.convert_element_type, torch.ops.prims.clone}
+
+
+#: Results with the strides of the first argument, where its elements lie side by side.
+_KEEPS = {aten._prelu_kernel, aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like}
+
+
 class FaithfulFakeMode(FakeTensorMode):
-    """PyTorch's fake tensors, but for the layouts above."""
+    """PyTorch's fake tensors, but for the layouts above, and strides along dimensions of one element."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        layout = _FORMATS.get(getattr(func, "overloadpacket", None))
         first = result[0] if isinstance(result, tuple) else result
-        if layout is None or not isinstance(first, Tensor) or first.device.type != "cpu":
+        if not isinstance(first, Tensor) or first.device.type != "cpu" or not isinstance(func, torch._ops.OpOverload):
             return result
-        with self:
-            first = torch.empty(first.shape, dtype=first.dtype, device=first.device).contiguous(memory_format=layout(args[0]))
+        packet = func.overloadpacket
+        if packet is aten.view and 1 in first.shape:
+            return self._strided_as_a_view(args[0], first)
+        if packet in _FORMATS:
+            strides = _strides(first, _FORMATS[packet](args[0]))
+        elif packet in _KEEPS and not (kwargs or {}).get("memory_format"):
+            strides = _kept(args[0])
+        elif torch.Tag.pointwise in func.tags and 1 in first.shape and packet not in _COPIES and not func._schema.is_mutable:
+            strides = _pointwise(packet, args, first)
+        else:
+            return result
+        if strides not in (None, first.stride()):
+            with self:
+                first = torch.empty_strided(first.shape, strides, dtype=first.dtype)
         return (first, *result[1:]) if isinstance(result, tuple) else first
+
+    def _strided_as_a_view(self, x: Tensor, viewed: Tensor) -> Tensor:
+        strides = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta").view(viewed.shape).stride()
+        if viewed.stride() == strides:
+            return viewed
+        result: Tensor = super().__torch_dispatch__(aten.as_strided.default, (), (x, viewed.shape, strides, x.storage_offset()), {})
+        return result
+
+
+def _strides(x: Tensor, layout: torch.memory_format) -> tuple[int, ...]:
+    return torch.empty(x.shape, device="meta", memory_format=layout).stride()
+
+
+def _pointwise(packet: Any, args: Any, result: Tensor) -> tuple[int, ...] | None:
+    """The result's strides: tensors that may all be seen as contiguous give one that is, a number beside a tensor keeps the tensor's."""
+    tensors = [a for a in pytree.tree_leaves(args) if isinstance(a, Tensor)]
+    if any(t.shape != result.shape for t in tensors):
+        return None
+    if len(tensors) == 1 and packet in _WITH_NUMBERS:
+        return _kept(tensors[0])
+    return _strides(result, torch.contiguous_format) if all(t.is_contiguous() for t in tensors) else None
+
+
+def _kept(x: Tensor) -> tuple[int, ...] | None:
+    """The strides of x where its elements lie side by side, in whatever order of the dimensions."""
+    return x.stride() if x.permute(sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)).is_contiguous() else None

@@ -7,7 +7,7 @@ element: a tensor [N, 1, H, W] is contiguous and channels_last at once, and a co
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -66,6 +66,7 @@ class FaithfulFakeMode(FakeTensorMode):
         packet = func.overloadpacket
         if packet is aten.view and 1 in first.shape:
             return self._strided_as_a_view(args[0], first)
+        strides: tuple[int, ...] | None
         if packet in _FORMATS:
             strides = _strides(first, _FORMATS[packet](args[0]))
         elif packet in _KEEPS and not (kwargs or {}).get("memory_format"):
@@ -83,8 +84,8 @@ class FaithfulFakeMode(FakeTensorMode):
         strides = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta").view(viewed.shape).stride()
         if viewed.stride() == strides:
             return viewed
-        result: Tensor = super().__torch_dispatch__(aten.as_strided.default, (), (x, viewed.shape, strides, x.storage_offset()), {})
-        return result
+        args = (x, viewed.shape, strides, x.storage_offset())
+        return cast(Tensor, super().__torch_dispatch__(aten.as_strided.default, (), args, {}))
 
 
 def _strides(x: Tensor, layout: torch.memory_format) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from bnrestructure.graph.layers import module_of
 from bnrestructure.graph.provenance import module_path, remember
 from bnrestructure.passes.base import Pass, Rule
 from bnrestructure.passes.restore_formats import note_formats
+from bnrestructure.passes.share_returned import SHARE_RETURNED
 from bnrestructure.passes.use_reshape import USE_RESHAPE
 from bnrestructure.patterns.batch_norm import batch_norm
 
@@ -29,6 +30,7 @@ def prepare(gm: fx.GraphModule, path_of: Callable[[fx.Node], str] = module_path)
     DROP_IDENTITIES.rewrite(gm)
     functionalise(gm.graph)
     USE_RESHAPE.rewrite(gm)
+    SHARE_RETURNED.rewrite(gm)
     calls: Counter[str] = Counter()
     for node in gm.graph.nodes:
         if batch_norm(node) is not None:

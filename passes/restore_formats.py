@@ -18,10 +18,10 @@ from bnrestructure.graph.boundaries import is_library_leaf
 from bnrestructure.graph.ir import has_fused
 from bnrestructure.graph.layers import module_of
 from bnrestructure.graph.provenance import Format, known_tensor, provenance, remember
-from bnrestructure.ops.formats import eager_format, order_of
+from bnrestructure.ops.formats import eager_format, order_of, returned
 from bnrestructure.passes.base import Pass, Rule
 
-__all__ = ["RESTORE_FORMATS", "note_formats"]
+__all__ = ["RESTORE_FORMATS", "formats_read", "note_formats"]
 
 #: Elementwise random numbers are drawn in memory order: in another layout the same seed would give another mask.
 _RANDOM_FUNCTIONS = {
@@ -36,6 +36,11 @@ def note_formats(graph: fx.Graph) -> None:
     """Every node of a captured graph remembers the formats of the tensors that it reads."""
     for node in graph.nodes:
         remember(node, formats=tuple(_format_of(source) for source in _sources(node)))
+
+
+def formats_read(node: fx.Node) -> dict[fx.Node, Format | None]:
+    """The formats of the tensors that this node reads, as eager has them."""
+    return dict(zip(_sources(node), provenance(node).formats, strict=False))
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
@@ -67,10 +72,10 @@ class Border:
 def border(node: fx.Node) -> Border | None:
     """A node for which a memory format matters, in a graph with fused nodes."""
     shared = provenance(node).changed_by is not None
-    if not (shared or node.op == "output" or _is_opaque(node) or _draws(node)) or not has_fused(node.graph):
+    leaves = node.op == "output" or node.target is returned
+    if not (shared or leaves or _is_opaque(node) or _draws(node)) or not has_fused(node.graph):
         return None
-    wanted = dict(zip(_sources(node), provenance(node).formats, strict=False))
-    sources = {source: order for source, order in wanted.items() if order is not None and not _is_eagers(source, shared)}
+    sources = {source: order for source, order in formats_read(node).items() if order is not None and not _is_eagers(source, shared)}
     return Border(node, sources) if sources else None
 
 
@@ -88,7 +93,7 @@ def _draws(node: fx.Node) -> bool:
 
 def _is_eagers(source: fx.Node, shared: bool) -> bool:
     """Whether this tensor needs no node of ours in front of its reader: the reader shares memory with it, or nothing has changed it."""
-    known = source.op in ("placeholder", "get_attr") or source.target is eager_format
+    known = source.op in ("placeholder", "get_attr") or source.target in (eager_format, returned)
     return known or (shared and provenance(source).changed_by is not None)
 
 

@@ -34,8 +34,8 @@ def fork(node: fx.Node) -> Fork | None:
 
 
 def fork_at(tensor: fx.Node) -> Fork:
-    """The readers of this tensor, sorted by what a chain can do with them."""
-    readers = readers_of(tensor)
+    """The readers of this tensor, sorted by what a chain can do with them. Who gets what is returned reads the tensor itself."""
+    readers = [reader for reader in readers_of(tensor) if reader.op != "output"]
     links = [reader for reader in readers if _can_link(reader, tensor)]
     ends = [reader for reader in readers if reader not in links and _can_end(reader, tensor)]
     last = ends[-1] if ends and all(link < ends[-1] for link in links) else None

@@ -61,17 +61,21 @@ def cotangent_loss(outputs: Any, seed: int = 0) -> Tensor:
 def training_step(
     model: nn.Module, *args: Any, loss: Callable[[Any], Tensor] = cotangent_loss, seed: int = 0, **kwargs: Any
 ) -> dict[str, Tensor]:
-    """Forward and backward with fresh gradients; outputs, gradients of parameters and inputs, and buffers, by kind and name."""
+    """Forward and backward with fresh gradients; outputs, gradients of parameters, inputs and outputs, and buffers, by kind and name."""
     torch.manual_seed(seed)
     model.zero_grad(set_to_none=True)
     args, kwargs = pytree.tree_map(_fresh_input, (args, kwargs))
     outputs = model(*args, **kwargs)
+    returned = {f"gradient of output/{i}": t for i, t in enumerate(tree_tensors(outputs)) if t.requires_grad and not t.is_leaf}
+    for tensor in returned.values():
+        tensor.retain_grad()
     found = {f"output/{i}": t.detach().clone().requires_grad_(t.requires_grad) for i, t in enumerate(tree_tensors(outputs))}
     if any(t.requires_grad for t in tree_tensors(outputs)):
         loss(outputs).backward()
     for i, tensor in enumerate(tree_tensors((args, kwargs))):
         if tensor.grad is not None:
             found[f"input gradient/{i}"] = tensor.grad.clone()
+    found.update({name: tensor.grad.clone() for name, tensor in returned.items() if tensor.grad is not None})
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             found[f"gradient/{name}"] = parameter.grad.clone()

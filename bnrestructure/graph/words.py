@@ -7,6 +7,7 @@ from torch import fx
 from bnrestructure.graph.ir import is_fused, maker_of
 from bnrestructure.graph.layers import module_of
 from bnrestructure.graph.provenance import provenance
+from bnrestructure.ops.formats import returned
 
 __all__ = ["describe"]
 
@@ -19,6 +20,8 @@ def describe(node: fx.Node) -> str:
         return f"{type(module_of(node)).__name__} {node.target}"
     if node.op == "get_attr":
         return f"the attribute {node.target}"
+    if node.op == "output" or node.target is returned:
+        return "the caller" if node.op == "output" else "the caller and the layers behind it"
     maker, _ = maker_of(node)
     if maker is not None and is_fused(maker.node):
         node = maker.node

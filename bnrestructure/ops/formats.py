@@ -1,4 +1,4 @@
-"""Memory formats where a region's tensors meet code that is not ours: the user's modules and callers see what eager would give them."""
+"""Where a region's tensors meet code that is not ours: the user's modules and callers see what eager would give them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["eager_format", "order_of"]
+__all__ = ["eager_format", "order_of", "returned"]
 
 
 def order_of(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
@@ -31,3 +31,8 @@ def eager_format(x: object, order: tuple[int, ...]) -> object:
         return x
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return permuted.contiguous().permute(inverse)
+
+
+def returned(x: object) -> object:
+    """``x``, which the caller gets and the graph reads on: hooks on it and ``torch.autograd.grad()`` see all of its gradient."""
+    return x

@@ -1,0 +1,45 @@
+"""share-returned: what a forward returns *and* reads on is one tensor, for its caller as for its readers.
+
+A caller may hook such a tensor, call its ``retain_grad()``, or ask ``torch.autograd.grad()`` for its gradient. Fusion would leave the
+caller with a tensor that the rest of the graph does not read: a convolution that normalises what it reads takes the raw tensor instead,
+and a chain passes on another. So the tensor goes through a node that no pattern knows. The pass always runs, and is no rewrite that a
+user can choose.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from bnrestructure.graph.order import readers_of
+from bnrestructure.graph.provenance import known_tensor, locate, provenance, remember
+from bnrestructure.ops.formats import returned
+from bnrestructure.passes.base import Pass, Rule
+from bnrestructure.passes.restore_formats import formats_read
+
+__all__ = ["SHARE_RETURNED"]
+
+
+def read_on(node: fx.Node) -> fx.Node | None:
+    """A tensor that has a gradient, is returned, and has other readers. The caller's own tensors are one for all as they are."""
+    if node.op in ("placeholder", "get_attr", "output") or node.target is returned or provenance(node).changed_by is not None:
+        return None
+    readers = readers_of(node)
+    if len(readers) < 2 or readers[-1].op != "output":
+        return None
+    dtype = getattr(known_tensor(node), "dtype", None)
+    return node if isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex) else None
+
+
+def share(node: fx.Node) -> None:
+    """Let all readers read what is returned."""
+    output = readers_of(node)[-1]
+    with node.graph.inserting_after(node):
+        made = node.graph.call_function(returned, (node,))
+    made.meta = dict(node.meta)
+    remember(made, formats=(formats_read(output)[node],), storages=provenance(node).storages)
+    locate(made, node)
+    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+
+
+SHARE_RETURNED = Pass("share-returned", (Rule(read_on, share),))

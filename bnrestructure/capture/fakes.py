@@ -6,7 +6,9 @@ element: a tensor [N, 1, H, W] is contiguous and channels_last at once, and a co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -15,7 +17,7 @@ from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-__all__ = ["FaithfulFakeMode"]
+__all__ = ["FaithfulFakeMode", "without_log"]
 
 aten = torch.ops.aten
 
@@ -105,3 +107,16 @@ def _pointwise(packet: Any, args: Any, result: Tensor) -> tuple[int, ...] | None
 def _kept(x: Tensor) -> tuple[int, ...] | None:
     """The strides of x where its elements lie side by side, in whatever order of the dimensions."""
     return x.stride() if x.permute(sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)).is_contiguous() else None
+
+
+@contextmanager
+def without_log() -> Iterator[None]:
+    """PyTorch logs each operation that fails on fake tensors as an error, with a traceback. Here whoever runs them tells of it, or tries
+    another input; a forward that catches the exception goes on.
+    """
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before

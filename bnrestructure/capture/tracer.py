@@ -25,7 +25,7 @@ from torch.utils import checkpoint as checkpoint_module
 
 from bnrestructure.capture.arguments import Arguments
 from bnrestructure.capture.calls import CustomFunction
-from bnrestructure.capture.fakes import FaithfulFakeMode
+from bnrestructure.capture.fakes import FaithfulFakeMode, without_log
 from bnrestructure.capture.layers import keeps_shape, known_result
 from bnrestructure.capture.outputs import as_output
 from bnrestructure.capture.reads import Reads, not_recording, recording_reads
@@ -118,7 +118,7 @@ class _Session:
         outer = getattr(_active, "session", None)
         _active.session = self
         try:
-            with _patched(), recording_reads(self.reads), warnings.catch_warnings():
+            with _patched(), recording_reads(self.reads), without_log(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with recorder:
                     result = forward(self.root, *args, **kwargs)

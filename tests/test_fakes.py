@@ -1,4 +1,4 @@
-"""Fake tensors of a capture are laid out in memory as the real ones are (capture/fakes.py)."""
+"""Fake tensors of a capture are laid out in memory as the real ones are, and fail silently (capture/fakes.py)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from equivalence import assert_same_values, restructured_copy, training_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import bnrestructure
 from bnrestructure.capture.fakes import FaithfulFakeMode
 from bnrestructure.ops.formats import order_of
 
@@ -112,3 +113,22 @@ def test_a_seeded_dropout_draws_eagers_mask(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model, x = kind().double().train(), torch.randn(3, 3, 8, 8, dtype=torch.float64)
     assert_same_values(training_step(restructured_copy(model), x, seed=3), training_step(model, x, seed=3))
+
+
+class OfSmallImages(nn.Module):
+    """Takes images of 32x32 alone: the sizes that a plan guesses first fail in the middle of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1))
+        self.head = nn.Linear(4 * 8 * 8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.features(x).flatten(1))
+        return out
+
+
+def test_guessed_sizes_that_do_not_fit_are_not_logged_as_errors(capfd: pytest.CaptureFixture[str]) -> None:
+    plan = bnrestructure.explain(OfSmallImages())
+    assert plan.counts["fused"] == 1
+    assert capfd.readouterr().err == ""

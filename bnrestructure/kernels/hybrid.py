@@ -48,8 +48,8 @@ class Hybrid:
         """The result; call.join must be None."""
         dtype = call.dtype
         z = self._transformed(call)
-        bias = None if call.bias is None else readable(call.bias).to(dtype)
-        y = in_channels_last(torch.convolution(z, _weight(call.weight, dtype), bias, *call.geometry.aten_arguments))
+        bias = None if call.bias is None else readable(call.bias, z).to(dtype)
+        y = in_channels_last(torch.convolution(z, _weight(call.weight, z), bias, *call.geometry.aten_arguments))
         if call.out is not None:
             y = call.out.copy_(y)
         mean, var = self._sweeps.run(StatisticsForward(y)) if call.statistics else (None, None)
@@ -66,10 +66,10 @@ class Hybrid:
         d, db = call.dy, None
         if call.edge.s is not None or call.edge.a is not None or need_bias:
             d, db = self._sweeps.run(OutputGradient(d, call.edge, dtype, factor, need_bias))
-        d, db = in_channels_last(readable(d).to(dtype)), None if db is None else db.to(dtype)
+        d, db = in_channels_last(readable(d, x).to(dtype)), None if db is None else db.to(dtype)
         if not (need_x or need_weight):
             return ConvGradients(bias=db)
-        used, dw = _weight(weight, dtype), None
+        used, dw = _weight(weight, d), None
         if need_weight:  # before the input's gradient, so that it and z are not in memory at the same time
             z = self._transformed(call)
             dw = _weight_gradient(convolution_backward(d, z, used, geometry, need_input=False, need_weight=True)[1], weight, factor)
@@ -95,11 +95,11 @@ class Hybrid:
         return in_channels_last(self._sweeps.run(NormaliseForward(call.x, call.transform, call.dtype)))
 
 
-def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the compute dtype, and channels_last, so that the result is channels_last, too."""
+def _weight(weight: Tensor, beside: Tensor) -> Tensor:
+    """In the dtype of what it is convolved with, and channels_last, so that the result is channels_last, too."""
     if not weight.is_floating_point():
         raise UnsupportedCallError(f"a weight of {weight.dtype}")
-    return in_channels_last(readable(weight).to(dtype))
+    return in_channels_last(readable(weight, beside).to(beside.dtype))
 
 
 def _weight_gradient(found: Tensor | None, weight: Tensor, factor: float) -> Tensor:

@@ -72,9 +72,12 @@ def require_fit(x: Tensor, *transforms: Transform) -> None:
             raise UnsupportedCallError(f"a gate {list(t.gate.shape)} for {list(x.shape)}")
 
 
-def readable(x: Tensor) -> Tensor:
-    """x, which PyTorch is about to copy: RuntimeError where it is longer than its storage."""
-    require_memory(x, reach_of(x), x.device.type)
+def readable(x: Tensor, beside: Tensor | None = None) -> Tensor:
+    """x, which PyTorch is about to read: RuntimeError where it is longer than its storage, or on another type of device than ``beside``.
+
+    PyTorch's CPU convolutions read a weight on the meta device as if it had memory.
+    """
+    require_memory(x, reach_of(x), (x if beside is None else beside).device.type)
     return x
 
 

@@ -40,6 +40,15 @@ def test_weights_on_another_device_than_the_input() -> None:
         bnrestructure.restructure(model)(torch.randn(2, 3, 8, 8))
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_product_of_pytorchs_is_not_asked_to_read_what_has_no_memory(name: str) -> None:
+    tensors = {"weight": torch.randn(8, 4, 3, 3, 3), "bias": torch.randn(8)}
+    tensors[name] = tensors[name].to("meta")
+    options = {"stride": (1, 1, 1), "padding": (1, 1, 1), "dilation": (1, 1, 1), "groups": 1}
+    with pytest.raises(RuntimeError, match="Tensor on device meta is not on the expected device cpu"):
+        ops.conv(torch.randn(2, 4, 5, 5, 5), None, None, None, **tensors, act="relu", backend="cpu", **options)
+
+
 @pytest.mark.parametrize("spoiled", ["x", "weight", "mean"])
 def test_a_storage_that_was_cut_is_an_error(spoiled: str) -> None:
     x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from bnrestructure.graph.order import readers_of
-from bnrestructure.graph.provenance import known_tensor, locate, provenance, remember
+from bnrestructure.graph.provenance import known_tensor, provenance, remember
 from bnrestructure.ops.formats import returned
 from bnrestructure.passes.base import Pass, Rule
 from bnrestructure.passes.restore_formats import formats_read
@@ -37,8 +37,7 @@ def share(node: fx.Node) -> None:
     with node.graph.inserting_after(node):
         made = node.graph.call_function(returned, (node,))
     made.meta = dict(node.meta)
-    remember(made, formats=(formats_read(output)[node],), storages=provenance(node).storages)
-    locate(made, node)
+    remember(made, formats=(formats_read(output)[node],))
     node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
 
 

@@ -1,4 +1,4 @@
-"""restore-formats: tensors go in eager's memory format to every opaque module call, random draw, write in place, and to the output.
+"""restore-formats: tensors go in eager's memory format to whatever sees memory: opaque calls, random draws, writes in place, the output.
 
 Fused kernels answer in channels_last whatever the input's layout; a ``.view()`` in the user's own code would not bear that, nor would
 a write through ``y.flatten(1)``, which is a view of y in one layout and a copy in another. The pass always runs, last, and is no rewrite
@@ -30,6 +30,8 @@ _RANDOM_FUNCTIONS = {
 }  # fmt: skip
 _RANDOM_METHODS = {"bernoulli", "bernoulli_", "normal_", "uniform_", "random_", "exponential_", "geometric_", "log_normal_", "cauchy_"}
 _RANDOM_MODULES = (nn.Dropout, nn.AlphaDropout, nn.RReLU)
+#: What they return, or whether they can, depends on strides.
+_OF_STRIDES = {"as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter", "view_as_complex"}
 
 
 def note_formats(graph: fx.Graph) -> None:
@@ -73,15 +75,24 @@ def border(node: fx.Node) -> Border | None:
     """A node for which a memory format matters, in a graph with fused nodes."""
     shared = provenance(node).changed_by is not None
     leaves = node.op == "output" or node.target is returned
-    if not (shared or leaves or _is_opaque(node) or _draws(node)) or not has_fused(node.graph):
+    if not (shared or leaves or _is_opaque(node) or _goes_by_strides(node) or _draws(node)) or not has_fused(node.graph):
         return None
     sources = {source: order for source, order in formats_read(node).items() if order is not None and not _is_eagers(source, shared)}
     return Border(node, sources) if sources else None
 
 
 def _is_opaque(node: fx.Node) -> bool:
+    """Whether somebody's own code gets the tensors: a module's, a custom autograd Function's."""
     module = module_of(node)
-    return module is not None and not is_library_leaf(module)
+    custom = node.op == "call_function" and (getattr(node.target, "__module__", None) or "").startswith("bnrestructure.capture")
+    return custom or (module is not None and not is_library_leaf(module))
+
+
+def _goes_by_strides(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op == "call_method" and name == "view":
+        return any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
+    return node.op in ("call_function", "call_method") and name in _OF_STRIDES
 
 
 def _draws(node: fx.Node) -> bool:

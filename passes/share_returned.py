@@ -31,6 +31,21 @@ def read_on(node: fx.Node) -> fx.Node | None:
     return node if isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex) else None
 
 
+def handed_through(node: fx.Node) -> fx.Node | None:
+    """A node whose result is returned, and in eager is the very tensor that the node reads."""
+    known = provenance(node)
+    through = known.hands_through and known.changed_by is None and len(node.all_input_nodes) == 1
+    return node if through and any(user.op == "output" for user in node.users) else None
+
+
+def return_source(node: fx.Node) -> None:
+    """Return what the node reads."""
+    output = readers_of(node)[-1]
+    output.replace_input_with(node, node.all_input_nodes[0])
+    if not node.users:
+        node.graph.erase_node(node)
+
+
 def share(node: fx.Node) -> None:
     """Let all readers read what is returned."""
     output = readers_of(node)[-1]
@@ -41,4 +56,4 @@ def share(node: fx.Node) -> None:
     node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
 
 
-SHARE_RETURNED = Pass("share-returned", (Rule(read_on, share),))
+SHARE_RETURNED = Pass("share-returned", (Rule(handed_through, return_source), Rule(read_on, share)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -64,12 +66,28 @@ class DenseFeatures(nn.Module):
         return stem, features, self.transition(features)
 
 
+class Aliases(nn.Module):
+    """Returns tensors that are, in eager, the very ones that the rest reads, by calls that do nothing; and slices of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.identity = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Identity()
+        self.conv2, self.bn2, self.conv3 = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y = self.bn1(self.conv1(x))
+        z = self.bn2(self.conv2(y.relu()))
+        same = [y.contiguous(), y.to(torch.float64), self.identity(y), nn.functional.dropout(y, training=False), y.type_as(x)]
+        return [self.conv3(z.relu()), *same, z, z[:, :2], z[0], x[:, 0]]
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "pyramid": Pyramid,
     "each step": EachStep,
     "each step, in place": lambda: EachStep(lambda: nn.ReLU(inplace=True)),
     "each step, silu": lambda: EachStep(nn.SiLU),
     "dense features": DenseFeatures,
+    "aliases": Aliases,
 }
 
 
@@ -118,6 +136,87 @@ def test_the_gradient_of_the_last_output_by_the_others(name: str) -> None:
         assert (actual is None) == (expected is None)
         if expected is not None:
             torch.testing.assert_close(actual, expected, rtol=FP64_TOLERANCE, atol=1e-11)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_returned_slices_are_views_as_in_eager(channels_last: bool) -> None:
+    model, x = _built("aliases"), _example(channels_last)
+    eager, ours = model(x), restructured_copy(model)(x)
+    assert [t.stride() for t in ours] == [t.stride() for t in eager]
+    *_, z, two, one, channel = ours
+    assert [t is ours[2] for t in ours] == [t is eager[2] for t in eager]
+    two.data.zero_()
+    one.data.fill_(3)
+    assert (z[1:, :2] == 0).all()
+    assert (z[0] == 3).all()
+    channel.fill_(5)
+    assert (x[:, 0] == 5).all()
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+class Named(dict[str, Any]):
+    pass
+
+
+class Ordered(OrderedDict[str, Any]):
+    pass
+
+
+class Several(list[Any]):
+    pass
+
+
+class Both(tuple[Any, ...]):
+    pass
+
+
+@dataclass
+class Record:
+    inside: Any
+
+
+CONTAINERS: dict[str, Callable[[Tensor], Any]] = {
+    "a named tuple in a dict": lambda y: {"pair": Pair(y, y.mean())},
+    "a named tuple in a dataclass": lambda y: Record(Pair(y, [y])),
+    "a named tuple in a named tuple": lambda y: Pair(y, Pair(y.relu(), None)),
+    "a kind of dict": lambda y: Named(a=y, b=[y.mean(), 2]),
+    "a kind of OrderedDict, in a list": lambda y: [Ordered(a=y)],
+    "a kind of list, with a kind of tuple": lambda y: Several([y, Both((y.relu(), Named(c=y)))]),
+    "sizes": lambda y: {"shape": y.shape, "of": Both((y, y.shape))},
+}
+
+
+class Returns(nn.Module):
+    def __init__(self, container: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.container = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), container
+
+    def forward(self, x: Tensor) -> Any:
+        return self.container(self.bn(self.conv(x)))
+
+
+def _kinds(value: Any) -> Any:
+    if isinstance(value, Record):
+        return Record, _kinds(value.inside)
+    if isinstance(value, dict):
+        return type(value), [(key, _kinds(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return type(value), [_kinds(item) for item in value]
+    return type(value)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_containers_are_of_their_kind(container: str) -> None:
+    torch.manual_seed(0)
+    model = Returns(CONTAINERS[container]).double().train()
+    rewritten = restructured_copy(model)
+    for _ in range(2):
+        assert _kinds(rewritten(_example())) == _kinds(model(_example()))
+    assert all(site.ran for site in bnrestructure.explain(rewritten).sites)
 
 
 def test_under_dynamo() -> None:

@@ -7,11 +7,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from bnrestructure.capture.recorder import Recorder
-from bnrestructure.capture.sizes import TracedSize, is_traced
+from bnrestructure.capture.sizes import is_traced
 from bnrestructure.core.errors import CaptureError
 
 __all__ = ["as_output"]
@@ -43,28 +44,45 @@ def as_output(result: Any, recorder: Recorder) -> tuple[Any, Rebuild | None]:
 
 
 def _is_object(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value) not in pytree.SUPPORTED_NODES
+    """Whether this is a dataclass' object, or a container that pytree does not open: a size, one of a class of the user's own."""
+    if type(value) in pytree.SUPPORTED_NODES or isinstance(value, type) or hasattr(value, "_fields"):
+        return False
+    return dataclasses.is_dataclass(value) or isinstance(value, dict | list | tuple)
 
 
-def _fields(value: Any) -> dict[str, Any]:
-    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+def _fields(value: Any) -> dict[Any, Any]:
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return dict(value) if isinstance(value, dict) else dict(enumerate(value))
 
 
-def _remade(like: Any, fields: dict[str, Any]) -> Any:
+def _remade(like: Any, fields: dict[Any, Any]) -> Any:
+    if isinstance(like, torch.Size):
+        return torch.Size(fields.values())
+    if isinstance(like, tuple):
+        made = tuple.__new__(type(like), fields.values())
+        for name, value in getattr(like, "__dict__", {}).items():
+            setattr(made, name, value)
+        return made
     made = copy.copy(like)
     for name, value in fields.items():
-        object.__setattr__(made, name, value)  # the class may be frozen
+        if dataclasses.is_dataclass(like):
+            object.__setattr__(made, name, value)  # the class may be frozen
+        elif isinstance(like, dict):
+            dict.__setitem__(made, name, value)
+        else:
+            list.__setitem__(made, name, value)
     return made
 
 
 def _fx_keeps(value: Any) -> bool:
-    """Whether a graph's output can hold this nest of containers as it is (it would make a plain dict of an OrderedDict)."""
-    if isinstance(value, Tensor | fx.Node) or is_traced(value) or type(value) is TracedSize:
+    """Whether a graph's output can hold this nest of containers as it is (its code knows no classes of anybody's)."""
+    if isinstance(value, Tensor | fx.Node) or is_traced(value):
         return True
     if isinstance(value, dict):
         return type(value) is dict and all(_fx_keeps(v) for v in value.values())
     if isinstance(value, list | tuple):
-        return (type(value) in (list, tuple) or hasattr(value, "_fields")) and all(_fx_keeps(v) for v in value)
+        return type(value) in (list, tuple) and all(_fx_keeps(v) for v in value)
     if value is None or isinstance(value, bool | int | float | str):
         return True
     if type(value) in pytree.SUPPORTED_NODES or _is_object(value):

@@ -82,7 +82,7 @@ class Recorder(TorchFunctionMode):
         self.own = OwnTensors(root)
         self._shaped_like: dict[int, Tensor] = {}
         self._given: dict[int, int] = {}  # which of the forward's tensors one is
-        self._storages: dict[int, int] = {}  # of tensors that stand for a part of another's memory
+        self._memory: dict[int, int] = {}  # a storage of ours -> the one that it stands for
 
     # --- what the forward is given --------------------------------------------------------------------------------------
 
@@ -113,7 +113,8 @@ class Recorder(TorchFunctionMode):
         remember(node, storages=frozenset({self._storage(tensor)}))
 
     def _storage(self, tensor: Tensor) -> int:
-        return self._storages.get(id(tensor)) or tensor.untyped_storage()._cdata
+        own = tensor.untyped_storage()._cdata
+        return self._memory.get(own, own)
 
     # --- calls ----------------------------------------------------------------------------------------------------------
 
@@ -236,6 +237,8 @@ class Recorder(TorchFunctionMode):
         remember(node, storages=frozenset(self._storage(t) for t in tensors_in(result)))
         if isinstance(result, Tensor):
             node.meta["tensor_meta"] = _metadata(result)
+            is_function = node.op in ("call_function", "call_method")
+            remember(node, hands_through=is_function and given.get(id(result)) == result._version)
 
         def visit(value: Any, steps: tuple[Any, ...]) -> Any:
             if isinstance(value, Tensor):
@@ -256,7 +259,7 @@ class Recorder(TorchFunctionMode):
     def _passed_on(self, tensor: Tensor) -> Tensor:
         """Another tensor for the same memory: what a call hands back as it was is the call's result all the same."""
         double = self.double(tensor)
-        self._storages[id(double)] = self._storage(tensor)
+        self._memory[double.untyped_storage()._cdata] = self._storage(tensor)
         return double
 
     # --- from what Python code has to what a graph holds ---------------------------------------------------------------------

@@ -238,6 +238,9 @@ class TracedSize(tuple[Any, ...]):
     def __class__(self) -> type:
         return torch.Size
 
+    def __repr__(self) -> str:
+        return f"torch.Size({list(self)!r})"
+
     def numel(self) -> Any:
         """The product of the sizes."""
         return math.prod(self)

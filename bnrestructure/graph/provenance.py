@@ -43,6 +43,7 @@ class Provenance:
     storages            names of the memory that the node's tensors are in: nodes with one in common may see each other's writes
     formats             of the tensors that the node reads, argument by argument, as eager has them; None of what is no strided tensor
     vector              the node makes per-channel vectors [C], no activation
+    hands_through       in eager the node's result is the very tensor that it reads: ``y.contiguous()`` where y is
     """
 
     module: str | None = None
@@ -54,6 +55,7 @@ class Provenance:
     storages: frozenset[int] | None = None
     formats: tuple[Format | None, ...] = ()
     vector: bool = False
+    hands_through: bool = False
 
 
 _NOTHING = Provenance()

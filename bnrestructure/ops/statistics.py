@@ -90,12 +90,15 @@ def finalize(
     a dtype that the input cannot have been of, or, a running statistic, requires a gradient.
     """
     eps, momentum = float(eps), None if momentum is None else float(momentum)  # a graph may compute them, even as tensors
+    if not isinstance(size, Tensor):
+        _check_dimensions(len(size), dimensions)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)  # PyTorch's layer counts before it looks at anything but the number of dimensions
     if eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if isinstance(size, Tensor):
         count: int | Tensor = size
     else:
-        _check_dimensions(len(size), dimensions)
         count = values_per_channel(size)
         if count == 1:
             shown = torch.Size((size[0], mean.shape[0], *size[2:]))
@@ -104,8 +107,6 @@ def finalize(
             running_mean = running_var = None
     if isinstance(count, Tensor) or count:
         _check_vectors(mean, weight, bias, running_mean, running_var)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
     if momentum is None:
         momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
     return FinalizeOutputs(*_Finalize.apply(mean, var, count, weight, bias, running_mean, running_var, momentum, eps, backend))

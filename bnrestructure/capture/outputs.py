@@ -57,6 +57,8 @@ def _fields(value: Any) -> dict[Any, Any]:
 
 
 def _remade(like: Any, fields: dict[Any, Any]) -> Any:
+    """An object like this one with these parts, made without its class' own ``__init__``."""
+    made: Any
     if isinstance(like, torch.Size):
         return torch.Size(fields.values())
     if isinstance(like, tuple):

@@ -62,6 +62,13 @@ def test_operations_that_go_by_strides(name: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_custom_function_by_another_name_is_left_to_the_model_and_named() -> None:
+    torch.manual_seed(0)
+    model = GoesByStrides(Flattened.apply).double().train()
+    rewritten = assert_same_training(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), steps=2)
+    assert "custom autograd Function by another name" in str(bnrestructure.explain(rewritten))
+
+
 #: Each hands back the very tensor that it is given.
 HANDED_THROUGH: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": Tensor.contiguous,

@@ -70,9 +70,9 @@ def _remade(like: Any, fields: dict[Any, Any]) -> Any:
     for name, value in fields.items():
         if dataclasses.is_dataclass(like):
             object.__setattr__(made, name, value)  # the class may be frozen
-        elif isinstance(like, dict):
+        if isinstance(like, dict) and name in like:  # some dataclasses are dicts as well
             dict.__setitem__(made, name, value)
-        else:
+        if isinstance(like, list):
             list.__setitem__(made, name, value)
     return made
 

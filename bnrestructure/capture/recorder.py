@@ -44,7 +44,6 @@ _CONSTANTS = (
     int, float, bool, complex, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.memory_format, torch.layout,
 )  # fmt: skip
 
-
 @dataclasses.dataclass
 class _Place:
     """Where a tensor of the forward comes from: a node, or a part of one that is looked up when the tensor is first used."""
@@ -74,7 +73,7 @@ class Recorder(TorchFunctionMode):
         self.sizes = SizeLog()
         self.trail = Trail()
         self.depth = 0
-        self._modes = ambient_modes()
+        self._modes, self._turned = ambient_modes(), False
         self._places: dict[int, _Place] = {}
         self._requires: dict[int, bool] = {}
         self._kept: list[Any] = []  # tensors whose id is a key above
@@ -124,6 +123,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         name = name_of(func)
         if name == "_set_grad_enabled":  # announced as if it were an operation; check_modes() sees what it did
+            self._turned = True
             return func(*args, **kwargs)
         if name in READS_VALUES:
             raise CaptureError(VALUES)
@@ -222,6 +222,8 @@ class Recorder(TorchFunctionMode):
         """
         modes = ambient_modes()
         if modes[1:] != self._modes[1:] or (depends and modes[0] != self._modes[0]):
+            if not self._turned and modes[1:] == self._modes[1:]:
+                raise CaptureError("its forward calls a custom autograd Function by another name than its apply()")
             raise CaptureError("its forward turns gradients or autocast on or off for a part of itself")
 
     def modes_differ(self) -> bool:

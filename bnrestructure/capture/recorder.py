@@ -44,6 +44,7 @@ _CONSTANTS = (
     int, float, bool, complex, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.memory_format, torch.layout,
 )  # fmt: skip
 
+
 @dataclasses.dataclass
 class _Place:
     """Where a tensor of the forward comes from: a node, or a part of one that is looked up when the tensor is first used."""

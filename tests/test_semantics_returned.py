@@ -153,6 +153,30 @@ def test_returned_slices_are_views_as_in_eager(channels_last: bool) -> None:
     assert (x[:, 0] == 5).all()
 
 
+class Reversed(torch.autograd.Function):
+    """Hands back the tensor that it is given: it is not the same tensor, for it has another gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient
+
+
+class ReturnsReversed(EachStep):
+    def forward(self, x: Tensor) -> Any:
+        y = self.bn1(self.conv1(x)).relu()
+        return self.conv3(self.bn2(self.conv2(y)).relu()), Reversed.apply(y), y.contiguous()
+
+
+def test_a_custom_function_that_hands_its_input_back_is_not_taken_for_it() -> None:
+    torch.manual_seed(0)
+    rewritten = assert_same_training(ReturnsReversed().double().train(), _example(), steps=2)
+    assert bnrestructure.explain(rewritten).counts["fused"] == 1
+
+
 class Pair(NamedTuple):
     first: Any
     second: Any

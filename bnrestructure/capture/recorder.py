@@ -240,8 +240,8 @@ class Recorder(TorchFunctionMode):
         remember(node, storages=frozenset(self._storage(t) for t in tensors_in(result)))
         if isinstance(result, Tensor):
             node.meta["tensor_meta"] = _metadata(result)
-            is_function = node.op in ("call_function", "call_method")
-            remember(node, hands_through=is_function and given.get(id(result)) == result._version)
+            ours = node.op == "call_module" or (getattr(node.target, "__module__", None) or "").startswith("bnrestructure")
+            remember(node, hands_through=not ours and given.get(id(result)) == result._version)
 
         def visit(value: Any, steps: tuple[Any, ...]) -> Any:
             if isinstance(value, Tensor):

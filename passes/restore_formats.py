@@ -23,15 +23,20 @@ from bnrestructure.passes.base import Pass, Rule
 
 __all__ = ["RESTORE_FORMATS", "formats_read", "note_formats"]
 
-#: Elementwise random numbers are drawn in memory order: in another layout the same seed would give another mask.
-_RANDOM_FUNCTIONS = {
-    torch.dropout, torch.dropout_, torch.alpha_dropout, torch.bernoulli, torch.rand_like, torch.randn_like, torch.rrelu,
-    torch.empty_like, nn.functional.dropout, nn.functional.alpha_dropout, nn.functional.rrelu, nn.functional.gumbel_softmax,
+#: Elementwise random numbers are drawn in memory order: in another layout the same seed would give another mask. Functions, methods and
+#: operators of these names.
+_RANDOM = {
+    "dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "native_dropout", "gumbel_softmax", "rrelu", "rrelu_", "rrelu_with_noise",
+    "rand_like", "randn_like", "randint_like", "empty_like", "bernoulli", "bernoulli_", "normal_", "uniform_", "random_", "exponential_",
+    "geometric_", "log_normal_", "cauchy_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_",
+    "uniform", "exponential", "normal_functional",
 }  # fmt: skip
-_RANDOM_METHODS = {"bernoulli", "bernoulli_", "normal_", "uniform_", "random_", "exponential_", "geometric_", "log_normal_", "cauchy_"}
 _RANDOM_MODULES = (nn.Dropout, nn.AlphaDropout, nn.RReLU)
 #: What they return, or whether they can, depends on strides.
-_OF_STRIDES = {"as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter", "view_as_complex"}
+_OF_STRIDES = {
+    "as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter", "view_as_complex", "take_along_dim", "kron", "resize_",
+    "resize_as_", "_unsafe_view", "_reshape_alias",
+}  # fmt: skip
 
 
 def note_formats(graph: fx.Graph) -> None:
@@ -89,17 +94,21 @@ def _is_opaque(node: fx.Node) -> bool:
 
 
 def _goes_by_strides(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op == "call_method" and name == "view":
-        return any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
-    return node.op in ("call_function", "call_method") and name in _OF_STRIDES
+    if _name(node) == "view":  # of another shape, and a method, it is a reshape by now
+        return node.op == "call_function" or any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
+    return _name(node) in _OF_STRIDES
+
+
+def _name(node: fx.Node) -> str | None:
+    """The name of the function, method or operator that a node calls."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", "")).partition(".")[0]
 
 
 def _draws(node: fx.Node) -> bool:
     """Whether it draws random numbers for the elements of a tensor."""
-    if node.op == "call_module":
-        return isinstance(module_of(node), _RANDOM_MODULES)
-    return node.target in (_RANDOM_FUNCTIONS if node.op == "call_function" else _RANDOM_METHODS)
+    return isinstance(module_of(node), _RANDOM_MODULES) if node.op == "call_module" else _name(node) in _RANDOM
 
 
 def _is_eagers(source: fx.Node, shared: bool) -> bool:

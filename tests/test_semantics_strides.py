@@ -37,6 +37,29 @@ STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _drawn(y: Tensor) -> Tensor:
+    return y * torch.empty_like(y).uniform_()
+
+
+#: On images [2, 4, 6, 6]; what they draw is in the order of memory.
+STRIDED |= {
+    "view by keyword": lambda y: y.view(size=(2, -1)),
+    "view_as": lambda y: y.view_as(torch.empty(2, 4, 36)),
+    "an operator's view": lambda y: torch.ops.aten.view(y, [2, -1]),
+    "take_along_dim": lambda y: torch.take_along_dim(y, torch.arange(0, 288, 5), None),
+    "kron": lambda y: torch.kron(y, torch.ones(1, 1, 2, 1)),
+    "resize_": lambda y: y.detach().clone().resize_(4, 72) + y.reshape(4, 72),
+    "resize_as_": lambda y: torch.empty(0).resize_as_(y.detach()).uniform_() + y,
+    "dropout of an expanded tensor": lambda y: F.dropout(y.unsqueeze(1).expand(-1, 3, -1, -1, -1), 0.3),
+    "native_dropout": lambda y: torch.native_dropout(y, 0.3, True)[0],
+    "randint_like": lambda y: y * torch.randint_like(y, 5),
+    "init": lambda y: y * nn.init.normal_(y.detach().clone()),
+    "an operator's dropout": lambda y: torch.ops.aten.dropout(y, 0.3, True),
+    "an operator's normal_": lambda y: y * torch.ops.aten.normal_(torch.empty_like(y)),
+    "uniform_": _drawn,
+}
+
+
 class GoesByStrides(nn.Module):
     def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -54,12 +77,27 @@ def test_operations_that_go_by_strides(name: str) -> None:
     found = []
     rewritten = restructured_copy(model, backend="cpu")
     for m in (model, rewritten):
+        torch.manual_seed(1)
         out = m(x)
         cotangent_loss(out).backward()
         found.append((out.detach(), m.conv1.weight.grad, m.bn.weight.grad))
     assert bnrestructure.explain(rewritten).counts["fused"] == 1
     for actual, expected in zip(*found[::-1], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+@needs_kernels
+def test_an_output_may_be_hooked_edited_and_detached_in_place() -> None:
+    torch.manual_seed(0)
+    model, x = GoesByStrides(lambda y: y), torch.randn(2, 3, 8, 8)
+    fired = []
+    for m in (model, restructured_copy(model, backend="cpu")):
+        out = m(x)
+        out.register_hook(lambda gradient: fired.append(gradient.sum()))
+        out.mul_(2)
+        out.sum().backward()
+        m(x).detach_()
+    assert len(fired) == 2
 
 
 def test_a_custom_function_by_another_name_is_left_to_the_model_and_named() -> None:

@@ -35,8 +35,10 @@ _OF_ANOTHER_DTYPE = {
     "lt", "le", "gt", "ge", "eq", "ne", "less", "less_equal", "greater", "greater_equal", "not_equal", "logical_and", "logical_or",
     "logical_xor", "logical_not",
 }  # fmt: skip
-#: Those that draw, in the order of memory: a fresh result may be laid out otherwise.
-_DRAWS = {"bernoulli"}
+#: Those that draw, in the order of memory, or lay it out anew: a fresh result may be laid out otherwise.
+_OF_MEMORY = {
+    "bernoulli", "normal", "uniform", "random", "exponential", "geometric", "log_normal", "cauchy", "resize", "resize_as", "set",
+}  # fmt: skip
 
 
 def inplace_target(node: fx.Node) -> fx.Node | None:
@@ -106,8 +108,8 @@ def functionalise(graph: fx.Graph) -> None:
 
 def _is_same_out_of_place(node: fx.Node, target: fx.Node) -> bool:
     """Whether the out-of-place form gives what is written in place: the same dtype, and of random numbers the same for the same pixel."""
-    name = str(getattr(node.target, "__name__", node.target)).strip("_")
-    if name in _OF_ANOTHER_DTYPE or name in _DRAWS:
+    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0].strip("_")
+    if name in _OF_ANOTHER_DTYPE or name in _OF_MEMORY:
         return False
     written = getattr(known_tensor(target), "dtype", None)
     read = [getattr(known_tensor(n), "dtype", None) for n in node.all_input_nodes]

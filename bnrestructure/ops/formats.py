@@ -26,11 +26,23 @@ def eager_format(x: object, order: tuple[int, ...]) -> object:
     """``x`` with its dimensions in this order in memory; itself where they are, or where it is no tensor of as many dimensions."""
     if not isinstance(x, Tensor) or x.dim() != len(order) or x.layout is not torch.strided:
         return x
-    permuted = x.permute(order)
-    if permuted.is_contiguous() or order_of(x.shape, x.stride()) == order:  # a slice stays the view that it is
+    if x.permute(order).is_contiguous() or order_of(x.shape, x.stride()) == order:  # a slice stays the view that it is
         return x
+    expanded = [d for d in range(x.dim()) if x.stride(d) == 0 and x.shape[d] > 1]
+    if expanded:
+        read = x[tuple(slice(0, 1) if d in expanded else slice(None) for d in range(x.dim()))]
+        return _copied(read, order).expand(x.shape)
+    return _copied(x, order)
+
+
+def _copied(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """A copy laid out so; no view of another tensor where it can be, for a view can neither be detached nor, once hooked, be written to."""
+    if order == tuple(range(x.dim())):
+        return x.contiguous()
+    if order == (0, 2, 3, 1):
+        return x.contiguous(memory_format=torch.channels_last)
     inverse = sorted(range(len(order)), key=order.__getitem__)
-    return permuted.contiguous().permute(inverse)
+    return x.permute(order).contiguous().permute(inverse)
 
 
 def returned(x: object) -> object:

@@ -20,6 +20,7 @@ from bnrestructure.core.errors import BrokenGraphError, UsageError
 from bnrestructure.graph.inplace import inplace_target
 from bnrestructure.graph.ir import BatchNorm, has_fused, is_fused
 from bnrestructure.graph.provenance import provenance
+from bnrestructure.graph.targets import called_name
 from bnrestructure.kernels import registry
 from bnrestructure.passes import pipeline
 from bnrestructure.passes.prepare import prepare
@@ -172,7 +173,7 @@ def _is_ours(node: fx.Node) -> bool:
 
 
 def _is_view(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = called_name(node)
     return name in (
         "view",
         "reshape",

@@ -13,7 +13,7 @@ from bnrestructure.graph.layers import module_of
 from bnrestructure.graph.provenance import module_path, remember
 from bnrestructure.passes.base import Pass, Rule
 from bnrestructure.passes.restore_formats import note_formats
-from bnrestructure.passes.share_returned import SHARE_RETURNED
+from bnrestructure.passes.share_returned import SHARE_RETURNED, note_handed_through
 from bnrestructure.passes.use_reshape import USE_RESHAPE
 from bnrestructure.patterns.batch_norm import batch_norm
 
@@ -27,6 +27,7 @@ def prepare(gm: fx.GraphModule, path_of: Callable[[fx.Node], str] = module_path)
     module's forward stays as it was until ``gm.recompile()``.
     """
     note_formats(gm.graph)
+    note_handed_through(gm.graph)
     DROP_IDENTITIES.rewrite(gm)
     functionalise(gm.graph)
     USE_RESHAPE.rewrite(gm)

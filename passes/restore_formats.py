@@ -18,6 +18,7 @@ from bnrestructure.graph.boundaries import is_library_leaf
 from bnrestructure.graph.ir import has_fused
 from bnrestructure.graph.layers import module_of
 from bnrestructure.graph.provenance import Format, known_tensor, provenance, remember
+from bnrestructure.graph.targets import called_name, is_custom_call
 from bnrestructure.ops.formats import eager_format, order_of, returned
 from bnrestructure.passes.base import Pass, Rule
 
@@ -32,7 +33,7 @@ _RANDOM = {
     "uniform", "exponential", "normal_functional",
 }  # fmt: skip
 _RANDOM_MODULES = (nn.Dropout, nn.AlphaDropout, nn.RReLU)
-#: What they return, or whether they can, depends on strides.
+#: take_along_dim and kron call view() inside.
 _OF_STRIDES = {
     "as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter", "view_as_complex", "take_along_dim", "kron", "resize_",
     "resize_as_", "_unsafe_view", "_reshape_alias",
@@ -89,26 +90,21 @@ def border(node: fx.Node) -> Border | None:
 def _is_opaque(node: fx.Node) -> bool:
     """Whether somebody's own code gets the tensors: a module's, a custom autograd Function's."""
     module = module_of(node)
-    custom = node.op == "call_function" and (getattr(node.target, "__module__", None) or "").startswith("bnrestructure.capture")
-    return custom or (module is not None and not is_library_leaf(module))
+    return is_custom_call(node) or (module is not None and not is_library_leaf(module))
 
 
 def _goes_by_strides(node: fx.Node) -> bool:
-    if _name(node) == "view":  # of another shape, and a method, it is a reshape by now
+    """Whether what it computes, or whether it can, depends on strides. A view's method that gives another shape is a reshape by now."""
+    if called_name(node) == "view":
         return node.op == "call_function" or any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
-    return _name(node) in _OF_STRIDES
-
-
-def _name(node: fx.Node) -> str | None:
-    """The name of the function, method or operator that a node calls."""
-    if node.op not in ("call_function", "call_method"):
-        return None
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", "")).partition(".")[0]
+    if called_name(node) == "max_pool3d" or isinstance(module_of(node), nn.MaxPool3d):
+        return any(order is not None and len(order) == 4 for order in provenance(node).formats)  # it takes these for volumes
+    return called_name(node) in _OF_STRIDES
 
 
 def _draws(node: fx.Node) -> bool:
     """Whether it draws random numbers for the elements of a tensor."""
-    return isinstance(module_of(node), _RANDOM_MODULES) if node.op == "call_module" else _name(node) in _RANDOM
+    return isinstance(module_of(node), _RANDOM_MODULES) if node.op == "call_module" else called_name(node) in _RANDOM
 
 
 def _is_eagers(source: fx.Node, shared: bool) -> bool:

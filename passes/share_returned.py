@@ -11,13 +11,26 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from bnrestructure.graph.inplace import inplace_target
 from bnrestructure.graph.order import readers_of
-from bnrestructure.graph.provenance import known_tensor, provenance, remember
+from bnrestructure.graph.provenance import guarded_tensor, known_tensor, provenance, remember
+from bnrestructure.graph.targets import is_custom_call
 from bnrestructure.ops.formats import returned
 from bnrestructure.passes.base import Pass, Rule
 from bnrestructure.passes.restore_formats import formats_read
 
-__all__ = ["SHARE_RETURNED"]
+__all__ = ["SHARE_RETURNED", "note_handed_through"]
+
+
+def note_handed_through(graph: fx.Graph) -> None:
+    """What capture tells of a node, for the nodes of a graph of Dynamo's: what is handed through has one example. So has what is written to
+    in place, and the graph must still say so.
+    """
+    for node in graph.nodes:
+        example = guarded_tensor(node)
+        plain = example is not None and inplace_target(node) is None and not is_custom_call(node)
+        if plain and any(example is guarded_tensor(source) for source in node.all_input_nodes):
+            remember(node, hands_through=True)
 
 
 def read_on(node: fx.Node) -> fx.Node | None:
@@ -34,7 +47,7 @@ def read_on(node: fx.Node) -> fx.Node | None:
 def handed_through(node: fx.Node) -> fx.Node | None:
     """A node whose result is returned, and in eager is the very tensor that the node reads."""
     known = provenance(node)
-    through = known.hands_through and known.changed_by is None and len(node.all_input_nodes) == 1
+    through = known.hands_through and known.changed_by is None and node.target is not returned and len(node.all_input_nodes) == 1
     return node if through and any(user.op == "output" for user in node.users) else None
 
 

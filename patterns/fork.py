@@ -34,7 +34,7 @@ def fork(node: fx.Node) -> Fork | None:
 
 
 def fork_at(tensor: fx.Node) -> Fork:
-    """The readers of this tensor, sorted by what a chain can do with them. Who gets what is returned reads the tensor itself."""
+    """The readers of this tensor but the output, sorted by what a chain can do with them: a caller gets the tensor itself."""
     readers = [reader for reader in readers_of(tensor) if reader.op != "output"]
     links = [reader for reader in readers if _can_link(reader, tensor)]
     ends = [reader for reader in readers if reader not in links and _can_end(reader, tensor)]

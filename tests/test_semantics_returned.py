@@ -182,6 +182,10 @@ class Pair(NamedTuple):
     second: Any
 
 
+class Couple(Pair):
+    """A class of a named tuple's."""
+
+
 class Named(dict[str, Any]):
     pass
 
@@ -207,6 +211,7 @@ CONTAINERS: dict[str, Callable[[Tensor], Any]] = {
     "a named tuple in a dict": lambda y: {"pair": Pair(y, y.mean())},
     "a named tuple in a dataclass": lambda y: Record(Pair(y, [y])),
     "a named tuple in a named tuple": lambda y: Pair(y, Pair(y.relu(), None)),
+    "a class of a named tuple's": lambda y: {"couple": Couple(y, y.mean())},
     "a kind of dict": lambda y: Named(a=y, b=[y.mean(), 2]),
     "a kind of OrderedDict, in a list": lambda y: [Ordered(a=y)],
     "a kind of list, with a kind of tuple": lambda y: Several([y, Both((y.relu(), Named(c=y)))]),
@@ -243,13 +248,14 @@ def test_containers_are_of_their_kind(container: str) -> None:
     assert all(site.ran for site in bnrestructure.explain(rewritten).sites)
 
 
-def test_under_dynamo() -> None:
+@pytest.mark.parametrize("name", ["pyramid", "aliases"])
+def test_under_dynamo(name: str) -> None:
     gradients = []
-    model = _built("pyramid")
+    model = _built(name)
     for m in (model, torch.compile(copy.deepcopy(model), backend="bnrestructure")):
-        features = m(_example())
-        features["first"].register_hook(lambda g: g * 2)
-        cotangent_loss(features).backward()
+        returned = m(_example())
+        tree_tensors(returned)[1].register_hook(lambda g: g * 2)
+        cotangent_loss(returned).backward()
         gradients.append([p.grad for p in m.parameters()])
     for actual, expected in zip(*gradients[::-1], strict=True):
         torch.testing.assert_close(actual, expected, rtol=FP64_TOLERANCE, atol=1e-11)

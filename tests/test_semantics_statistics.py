@@ -190,13 +190,15 @@ def test_two_values_per_channel() -> None:
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (1, 3, 2, 2)])
 def test_one_value_per_channel_is_pytorchs_own_error(shape: tuple[int, ...]) -> None:
     model = nn.Sequential(conv_bn(3, 4, 1), nn.MaxPool2d(shape[-1]), conv_bn(4, 5, 1))
-    messages = []
-    for m in (model, restructured_copy(model)):
+    messages, counts = [], []
+    rewritten = restructured_copy(model)
+    for m in (copy.deepcopy(model), restructured_copy(model)):
         with pytest.raises(ValueError, match="more than 1 value per channel") as caught:
             m(torch.randn(shape))
         messages.append(str(caught.value))
+        counts.append([int(count) for name, count in m.named_buffers() if name.endswith("num_batches_tracked")])
     assert messages[0] == messages[1]
-    rewritten = restructured_copy(model)
+    assert counts[0] == counts[1]
     with pytest.raises(ValueError, match="more than 1 value"):
         rewritten(torch.randn(shape))
     x = torch.randn(4, 3, 4, 4)

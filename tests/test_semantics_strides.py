@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnrestructure
+from bnrestructure.ops.formats import eager_format
 
 
 class Flattened(torch.autograd.Function):
@@ -57,6 +59,9 @@ STRIDED |= {
     "an operator's dropout": lambda y: torch.ops.aten.dropout(y, 0.3, True),
     "an operator's normal_": lambda y: y * torch.ops.aten.normal_(torch.empty_like(y)),
     "uniform_": _drawn,
+    "an operator in place": lambda y: torch.ops.aten.mul_.Tensor(y.clone(), y),
+    "a pool of volumes": lambda y: F.max_pool3d(y, (2, 1, 1)),
+    "its layer": nn.MaxPool3d((2, 1, 1)),
 }
 
 
@@ -87,6 +92,30 @@ def test_operations_that_go_by_strides(name: str) -> None:
 
 
 @needs_kernels
+def test_a_custom_function_in_a_graph_of_dynamos() -> None:
+    torch.manual_seed(0)
+    model, x = GoesByStrides(STRIDED["a custom Function"]), torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(copy.deepcopy(model), backend="bnrestructure", options={"backend": "cpu", "rest": "eager"}, fullgraph=True)
+    for m in (model, compiled):
+        m(x).square().sum().backward()
+    torch.testing.assert_close(compiled.conv1.weight.grad, model.conv1.weight.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 0, 2), (0, 2, 3, 4, 1)])
+def test_a_copy_in_eagers_format_is_no_view(order: tuple[int, ...]) -> None:
+    shape = (2, 3, 4, 5, 6)[: len(order)]
+    x = torch.randn(shape[::-1]).permute(*reversed(range(len(order)))).requires_grad_()
+    copied = eager_format(x, order)
+    assert isinstance(copied, Tensor)
+    assert copied.permute(order).is_contiguous()
+    assert not copied._is_view()
+    torch.testing.assert_close(copied, x, rtol=0, atol=0)
+    copied.sum().backward()
+    assert x.grad is not None
+    assert bool((x.grad == 1).all())
+
+
+@needs_kernels
 def test_an_output_may_be_hooked_edited_and_detached_in_place() -> None:
     torch.manual_seed(0)
     model, x = GoesByStrides(lambda y: y), torch.randn(2, 3, 8, 8)
@@ -105,6 +134,20 @@ def test_a_custom_function_by_another_name_is_left_to_the_model_and_named() -> N
     model = GoesByStrides(Flattened.apply).double().train()
     rewritten = assert_same_training(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), steps=2)
     assert "custom autograd Function by another name" in str(bnrestructure.explain(rewritten))
+
+
+class MeasuresWithoutGradients(GoesByStrides):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.bn(self.conv1(x)).relu())
+        with torch.inference_mode():
+            self.operation(y)
+        return y
+
+
+def test_inference_mode_is_not_taken_for_a_custom_function() -> None:
+    rewritten = restructured_copy(MeasuresWithoutGradients(torch.mean).train())
+    rewritten(torch.randn(2, 3, 8, 8))
+    assert "turns gradients or autocast on or off" in str(bnrestructure.explain(rewritten))
 
 
 #: Each hands back the very tensor that it is given.

@@ -17,6 +17,8 @@ from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from bnrestructure.core.memory_format import is_channels_last
+
 __all__ = ["FaithfulFakeMode", "without_log"]
 
 aten = torch.ops.aten
@@ -30,8 +32,8 @@ def _contiguous_first(x: Tensor) -> torch.memory_format:
     """Contiguous where it may be seen so, channels_last where it may be seen so, else what the strides resemble."""
     if x.is_contiguous():
         return torch.contiguous_format
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
+    if is_channels_last(x):
+        return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     return suggest_memory_format(x)
 
 
@@ -47,12 +49,8 @@ _FORMATS: dict[Any, Callable[[Tensor], torch.memory_format]] = {
 _WITH_NUMBERS = {
     aten.mul, aten.add, aten.sub, aten.div, aten.rsub, aten.hardtanh, aten.gt, aten.lt, aten.ge, aten.le, aten.eq, aten.ne,
 }  # fmt: skip
-
-
-#: PyTorch counts copies among the pointwise operations; they keep the strides that they are given.
-_COPIES = {aten.clone, aten._to_copy, aten.copy, aten.lift_fresh_copy, torch.ops.prims.convert_element_type, torch.ops.prims.clone}
-
-
+#: Copies that PyTorch counts among the pointwise operations; they keep the strides that they are given.
+_COPIES = {aten.clone, torch.ops.prims.convert_element_type}
 #: Results with the strides of the first argument, where its elements lie side by side.
 _KEEPS = {aten._prelu_kernel, aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like}
 
@@ -83,6 +81,7 @@ class FaithfulFakeMode(FakeTensorMode):
         return (first, *result[1:]) if isinstance(result, tuple) else first
 
     def _strided_as_a_view(self, x: Tensor, viewed: Tensor) -> Tensor:
+        """``viewed``, a view of x, with the strides that PyTorch's own rule gives it, which runs on the meta device."""
         strides = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta").view(viewed.shape).stride()
         if viewed.stride() == strides:
             return viewed

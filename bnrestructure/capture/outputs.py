@@ -45,7 +45,7 @@ def as_output(result: Any, recorder: Recorder) -> tuple[Any, Rebuild | None]:
 
 def _is_object(value: Any) -> bool:
     """Whether this is a dataclass' object, or a container that pytree does not open: a size, one of a class of the user's own."""
-    if type(value) in pytree.SUPPORTED_NODES or isinstance(value, type) or hasattr(value, "_fields"):
+    if isinstance(value, type) or pytree._get_node_type(value) in pytree.SUPPORTED_NODES:
         return False
     return dataclasses.is_dataclass(value) or isinstance(value, dict | list | tuple)
 
@@ -58,22 +58,18 @@ def _fields(value: Any) -> dict[Any, Any]:
 
 def _remade(like: Any, fields: dict[Any, Any]) -> Any:
     """An object like this one with these parts, made without its class' own ``__init__``."""
-    made: Any
     if isinstance(like, torch.Size):
         return torch.Size(fields.values())
-    if isinstance(like, tuple):
-        made = tuple.__new__(type(like), fields.values())
-        for name, value in getattr(like, "__dict__", {}).items():
-            setattr(made, name, value)
-        return made
-    made = copy.copy(like)
-    for name, value in fields.items():
-        if dataclasses.is_dataclass(like):
+    made: Any = tuple.__new__(type(like), fields.values()) if isinstance(like, tuple) else copy.copy(like)
+    if isinstance(like, tuple) and hasattr(like, "__dict__"):
+        vars(made).update(vars(like))
+    if dataclasses.is_dataclass(like):
+        for name, value in fields.items():
             object.__setattr__(made, name, value)  # the class may be frozen
-        if isinstance(like, dict) and name in like:  # some dataclasses are dicts as well
-            dict.__setitem__(made, name, value)
-        if isinstance(like, list):
-            list.__setitem__(made, name, value)
+    if isinstance(like, dict):  # some dataclasses are dicts as well
+        dict.update(made, {name: value for name, value in fields.items() if name in like})
+    if isinstance(like, list):
+        list.__setitem__(made, slice(None), fields.values())
     return made
 
 

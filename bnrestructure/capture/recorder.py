@@ -30,13 +30,16 @@ from bnrestructure.capture.spelling import (
     REFUSED,
     SAME_SHAPE,
     VALUES,
+    article,
     name_of,
+    shown,
     spelt,
     takes_no_gradient,
 )
 from bnrestructure.core.errors import CaptureError
 from bnrestructure.core.plain import plain
 from bnrestructure.graph.provenance import provenance, remember
+from bnrestructure.graph.targets import is_custom_call
 
 __all__ = ["Recorder", "Trail"]
 
@@ -179,7 +182,7 @@ class Recorder(TorchFunctionMode):
                 remember(node, storages=(provenance(node).storages or frozenset()) | {self._storage(t) for t, _ in given})
             for t, version in given:
                 if t._version != version and not any(t is r for r in tensors_in(result)):
-                    raise CaptureError(f"{_shown(target)} changes a tensor in place that it is given")
+                    raise CaptureError(f"{shown(target)} changes a tensor in place that it is given")
         return result
 
     def _recorded(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
@@ -190,7 +193,7 @@ class Recorder(TorchFunctionMode):
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any], learns: bool = False,
         shape_stays: bool = False,
     ) -> tuple[fx.Node | None, Any]:  # fmt: skip
-        """(the node of a call, None where its result is a constant; the result on fake tensors)."""
+        """(a call's node, or None where its result is a constant; the result on fake tensors)."""
         nodes, values = self._lowered(args, target)
         named, options = self._lowered(kwargs, target)
         given = {id(t): t._version for t in tensors_in((values, options))}
@@ -203,7 +206,7 @@ class Recorder(TorchFunctionMode):
             with self.fake:
                 result = run(*values, **options)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise CaptureError(f"{VALUES} ({_shown(target)})") from error
+            raise CaptureError(f"{VALUES} ({shown(target)})") from error
         finally:
             torch._C._set_grad_enabled(gradients)
         if isinstance(result, _CONSTANTS) and result is not None:
@@ -223,7 +226,7 @@ class Recorder(TorchFunctionMode):
         """
         modes = ambient_modes()
         if modes[1:] != self._modes[1:] or (depends and modes[0] != self._modes[0]):
-            if not self._turned and modes[1:] == self._modes[1:]:
+            if not self._turned and modes[1:] == self._modes[1:] and not torch.is_inference_mode_enabled():
                 raise CaptureError("its forward calls a custom autograd Function by another name than its apply()")
             raise CaptureError("its forward turns gradients or autocast on or off for a part of itself")
 
@@ -240,8 +243,8 @@ class Recorder(TorchFunctionMode):
         remember(node, storages=frozenset(self._storage(t) for t in tensors_in(result)))
         if isinstance(result, Tensor):
             node.meta["tensor_meta"] = _metadata(result)
-            ours = node.op == "call_module" or (getattr(node.target, "__module__", None) or "").startswith("bnrestructure")
-            remember(node, hands_through=not ours and given.get(id(result)) == result._version)
+            called = node.op == "call_module" or is_custom_call(node)
+            remember(node, hands_through=not called and given.get(id(result)) == result._version)
 
         def visit(value: Any, steps: tuple[Any, ...]) -> Any:
             if isinstance(value, Tensor):
@@ -357,7 +360,7 @@ class Recorder(TorchFunctionMode):
         value = plain(value)
         if isinstance(value, _CONSTANTS):
             return value, value
-        raise CaptureError(f"its forward calls {_shown(target)} with {_article(type(value).__name__)}")
+        raise CaptureError(f"its forward calls {shown(target)} with {article(type(value).__name__)}")
 
     def _concrete(self, value: Any) -> Any:
         return self._lowered(value, "a question")[1] if value else value
@@ -390,11 +393,3 @@ class Recorder(TorchFunctionMode):
 
 def _metadata(t: Tensor) -> TensorMetadata:
     return TensorMetadata(t.shape, t.dtype, t.requires_grad, t.stride() if t.layout is torch.strided else (), None, t.is_quantized, {})
-
-
-def _shown(target: Any) -> str:
-    return target if isinstance(target, str) else str(getattr(target, "__qualname__", None) or getattr(target, "__name__", target))
-
-
-def _article(name: str) -> str:
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"

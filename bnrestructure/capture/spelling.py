@@ -16,7 +16,9 @@ __all__ = [
     "REFUSED",
     "SAME_SHAPE",
     "VALUES",
+    "article",
     "name_of",
+    "shown",
     "spelt",
     "takes_no_gradient",
 ]
@@ -101,3 +103,13 @@ def _is_method(func: Any, name: str) -> bool:
         return False
     own = getattr(func, "__objclass__", None) in (torch._C.TensorBase, Tensor)
     return own or func in (vars(Tensor).get(name), vars(Tensor).get(f"__{name}__"))
+
+
+def shown(target: Any) -> str:
+    """A node's target as a reason names it."""
+    return target if isinstance(target, str) else str(getattr(target, "__qualname__", None) or getattr(target, "__name__", target))
+
+
+def article(name: str) -> str:
+    """``an int``, ``a dict``."""
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"

@@ -16,6 +16,7 @@ from bnrestructure.graph.activations import MODULES
 from bnrestructure.graph.boundaries import boundary_reason, is_library_leaf
 from bnrestructure.graph.layers import input_of, module_of
 from bnrestructure.graph.provenance import known_tensor, provenance, remember
+from bnrestructure.graph.targets import called_name, is_custom_call
 
 __all__ = ["functionalise", "inplace_target", "storages_of"]
 
@@ -53,7 +54,7 @@ def inplace_target(node: fx.Node) -> fx.Node | None:
         own = name.endswith("_") and not name.startswith("_") and name not in _METHODS_NOT_IN_PLACE
         return argument if own or name == "__setitem__" else None
     if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
+        name = called_name(node) or ""
         if node.target in _OPERATORS or node.target is operator.setitem:
             return argument
         if _inplace_argument(node) or (name.endswith("_") and not name.startswith("_")):
@@ -108,7 +109,7 @@ def functionalise(graph: fx.Graph) -> None:
 
 def _is_same_out_of_place(node: fx.Node, target: fx.Node) -> bool:
     """Whether the out-of-place form gives what is written in place: the same dtype, and of random numbers the same for the same pixel."""
-    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0].strip("_")
+    name = (called_name(node) or "").strip("_")
     if name in _OF_ANOTHER_DTYPE or name in _OF_MEMORY:
         return False
     written = getattr(known_tensor(target), "dtype", None)
@@ -133,7 +134,7 @@ def _is_known_elsewhere(node: fx.Node) -> bool:
     module = module_of(node)
     if module is not None:
         return boundary_reason(module) is not None or not is_library_leaf(module)
-    return node.op == "call_function" and (getattr(node.target, "__module__", None) or "").startswith("bnrestructure.capture")
+    return is_custom_call(node)
 
 
 def _make_out_of_place(node: fx.Node) -> bool:

@@ -20,8 +20,10 @@ def describe(node: fx.Node) -> str:
         return f"{type(module_of(node)).__name__} {node.target}"
     if node.op == "get_attr":
         return f"the attribute {node.target}"
-    if node.op == "output" or node.target is returned:
-        return "the caller" if node.op == "output" else "the caller and the layers behind it"
+    if node.op == "output":
+        return "the caller"
+    if node.target is returned:
+        return "the caller and the layers behind it"
     maker, _ = maker_of(node)
     if maker is not None and is_fused(maker.node):
         node = maker.node

@@ -36,13 +36,8 @@ def eager_format(x: object, order: tuple[int, ...]) -> object:
 
 
 def _copied(x: Tensor, order: tuple[int, ...]) -> Tensor:
-    """A copy laid out so; no view of another tensor where it can be, for a view can neither be detached nor, once hooked, be written to."""
-    if order == tuple(range(x.dim())):
-        return x.contiguous()
-    if order == (0, 2, 3, 1):
-        return x.contiguous(memory_format=torch.channels_last)
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return x.permute(order).contiguous().permute(inverse)
+    """A copy laid out so, and no view: a caller may detach such a tensor in place, and write to it once it has a hook."""
+    return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def returned(x: object) -> object:

@@ -92,8 +92,7 @@ def finalize(
     eps, momentum = float(eps), None if momentum is None else float(momentum)  # a graph may compute them, even as tensors
     if not isinstance(size, Tensor):
         _check_dimensions(len(size), dimensions)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)  # PyTorch's layer counts before it looks at anything but the number of dimensions
+    momentum = _counted(num_batches_tracked, momentum)  # PyTorch's layer counts before it looks at anything else
     if eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if isinstance(size, Tensor):
@@ -107,9 +106,16 @@ def finalize(
             running_mean = running_var = None
     if isinstance(count, Tensor) or count:
         _check_vectors(mean, weight, bias, running_mean, running_var)
-    if momentum is None:
-        momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
     return FinalizeOutputs(*_Finalize.apply(mean, var, count, weight, bias, running_mean, running_var, momentum, eps, backend))
+
+
+def _counted(num_batches_tracked: Tensor | None, momentum: float | None) -> float:
+    """The share of this batch in the running statistics, once it is counted; without a momentum all batches have equal shares."""
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if momentum is None:
+        return 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
+    return momentum
 
 
 def _check_vectors(
@@ -161,10 +167,7 @@ def batch_norm(
 ) -> Tensor:
     """A batch norm left whole, with the activation that followed it: PyTorch's own operators, for sites that fission cannot help."""
     _check_dimensions(x.dim(), dimensions)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if momentum is None:
-        momentum = 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
+    momentum = _counted(num_batches_tracked, momentum)
     return activate(F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps), act)
 
 

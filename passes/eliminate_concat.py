@@ -7,6 +7,7 @@ them: its gradient is one tensor, added to in place.
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from bnrestructure.graph.ir import ConcatBuffer, OwnGradient, Squeeze, end_of, fused_of
@@ -27,13 +28,24 @@ def grow(match: GrowingConcat) -> None:
     for conv, prefix in zip(match.convs, prefixes, strict=False):
         conv.update(into=prefix, offset=None)
     for concat, length in zip(match.concats, match.lengths, strict=True):
-        concat.replace_all_uses_with(prefixes[length])
+        whole = prefixes[length]
+        if concat in match.returned:  # the caller may change it in place, and others keep the buffer for backward
+            whole = _copied(whole, concat)
+        concat.replace_all_uses_with(whole)
         concat.graph.erase_node(concat)
     _chain_if_fork(match.base)
     for prefix in prefixes:
         readers = fork_at(prefix)
         if not _hands_back_its_own(readers):
             chain_readers(readers, own=True)
+
+
+def _copied(tensor: fx.Node, place: fx.Node) -> fx.Node:
+    """The tensor as a concat of its own, where one is now."""
+    with place.graph.inserting_before(place):
+        made = place.graph.call_function(torch.cat, ([tensor], 1))
+    made.meta = dict(place.meta)
+    return made
 
 
 def _hands_back_its_own(readers: Fork) -> bool:

@@ -12,6 +12,7 @@ from bnrestructure.graph.ir import Conv, Statistics
 from bnrestructure.graph.operations import concat_of
 from bnrestructure.graph.order import readers_of
 from bnrestructure.graph.provenance import provenance
+from bnrestructure.ops.formats import returned
 from bnrestructure.patterns.base import Refusal
 
 __all__ = ["BranchConcat", "ConcatStatistics", "GrowingConcat", "branch_concat", "concat_statistics", "growing_concat"]
@@ -29,7 +30,7 @@ class ConcatStatistics:
 class GrowingConcat:
     """concat-bn-act-conv, over and over: ``concats[i]`` is of ``base`` and the first ``lengths[i]`` of the ``appended`` tensors.
 
-    ``convs`` make the appended tensors, of ``extra_channels`` channels together.
+    ``convs`` make the appended tensors, of ``extra_channels`` channels together. The caller gets those ``returned``.
     """
 
     base: fx.Node
@@ -38,6 +39,7 @@ class GrowingConcat:
     concats: list[fx.Node]
     lengths: list[int]
     extra_channels: int
+    returned: set[fx.Node]
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,15 @@ def _writes_alone(tensor: fx.Node, readers: set[fx.Node]) -> Conv | None:
     return conv if conv is not None and not conv.in_buffer and not conv.gain and tensor.users.keys() <= readers else None
 
 
+def _is_returned(concat: fx.Node) -> bool:
+    return any(reader.op == "output" or reader.target is returned for reader in concat.users)
+
+
 def growing_concat(node: fx.Node) -> GrowingConcat | None:
-    """A family of concats each of which starts with all segments of the one before it, found at the first."""
+    """A family of concats each of which starts with all segments of the one before it, found at the first.
+
+    One that is returned is copied out of the buffer, so there is something to gain where two are not.
+    """
     own = _segments(node)
     if own is None:
         return None
@@ -87,6 +96,9 @@ def growing_concat(node: fx.Node) -> GrowingConcat | None:
     if any(segments != longest[: len(segments)] for _, segments in family) or len(set(longest)) < len(longest):
         return None
     concats = [concat for concat, _ in family]
+    handed_out = {concat for concat in concats if _is_returned(concat)}
+    if len(concats) - len(handed_out) < 2:
+        return None
     convs = [conv for tensor in appended if (conv := _writes_alone(tensor, set(concats))) is not None]
     counts = [count for tensor in appended if (count := channels_of(tensor)) is not None]
     if not appended or not len(convs) == len(counts) == len(appended):
@@ -97,7 +109,8 @@ def growing_concat(node: fx.Node) -> GrowingConcat | None:
     filled = all(writers[len(segments) - 1] < concat for concat, segments in family)
     if not in_order or not filled:
         return None
-    return GrowingConcat(base, appended, convs, concats, [len(segments) - 1 for _, segments in family], sum(counts))
+    lengths = [len(segments) - 1 for _, segments in family]
+    return GrowingConcat(base, appended, convs, concats, lengths, sum(counts), handed_out)
 
 
 def branch_concat(node: fx.Node) -> BranchConcat | Refusal | None:

@@ -66,6 +66,18 @@ class DenseFeatures(nn.Module):
         return stem, features, self.transition(features)
 
 
+class DenseReturned(nn.Module):
+    """A dense block whose last concatenation nobody but the caller reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        self.block = _DenseBlock(3, 8, 2, 4, 0.0, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.stem(x))
+
+
 class Aliases(nn.Module):
     """Returns tensors that are, in eager, the very ones that the rest reads, by calls that do nothing; and slices of them."""
 
@@ -87,6 +99,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "each step, in place": lambda: EachStep(lambda: nn.ReLU(inplace=True)),
     "each step, silu": lambda: EachStep(nn.SiLU),
     "dense features": DenseFeatures,
+    "dense, read by the caller alone": DenseReturned,
     "aliases": Aliases,
 }
 
@@ -123,7 +136,19 @@ def test_a_hook_that_changes_the_gradient_changes_what_flows_on(name: str, backe
         torch.testing.assert_close(actual, expected, rtol=FP64_TOLERANCE, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_caller_may_change_a_dense_blocks_features_in_place(backend: str, channels_last: bool) -> None:
+    gradients = []
+    model = _built("dense, read by the caller alone")
+    for m in (model, restructured_copy(model, backend=backend)):
+        cotangent_loss(m(_example(channels_last)).mul_(0.5).relu_()).backward()
+        gradients.append([p.grad for p in m.parameters()])
+    for actual, expected in zip(*gradients[::-1], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=FP64_TOLERANCE, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "alone" not in name])
 def test_the_gradient_of_the_last_output_by_the_others(name: str) -> None:
     gradients = []
     model = _built(name)

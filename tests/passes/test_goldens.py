@@ -50,6 +50,13 @@ def _growing(m: Any, x: Tensor) -> Tensor:
     return m.wider(m.bn12(torch.cat([x, a, b], 1)))
 
 
+def _growing_and_returned(m: Any, x: Tensor) -> Any:
+    a = m.conv2(m.bn2(m.conv(m.bn(x))))
+    b = m.conv3(m.bn3(m.wide(m.bn8(torch.cat([x, a], 1)))))
+    c = m.wider(m.bn12(torch.cat([x, a, b], 1)))
+    return torch.cat([x, a, b, c], 1)
+
+
 def _forked(m: Any, x: Tensor, *others: Callable[[Tensor], Tensor]) -> Any:
     y = m.conv(x)
     return [m.bn2(m.conv2(y)), m.bn3(m.conv3(y)), *(other(y) for other in others)]
@@ -92,6 +99,7 @@ REWRITES: dict[str, dict[str, Body]] = {
     },
     "eliminate-concat": {
         "a dense block": _growing,
+        "a dense block that is returned": _growing_and_returned,
         "branches": lambda m, x: torch.cat([m.conv(m.bn(x)), m.conv2(m.bn2(x.exp()))], 1),
         "a branch beside a plain convolution": lambda m, x: torch.cat([m.conv(x), m.conv2(m.bn2(x.exp()))], 1),
     },

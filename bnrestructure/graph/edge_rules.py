@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import fx
 
@@ -71,7 +73,8 @@ def one_tensor(view: Finalize, look: Look) -> str | None:
 
 
 def _parts(vector: fx.Node) -> list[fx.Node]:
-    return vector.all_input_nodes if vector.target is torch.cat else [vector]
+    """The parts of a concat of vectors, one that stands in it twice both times."""
+    return list(cast("list[fx.Node]", vector.args[0])) if vector.target is torch.cat else [vector]
 
 
 def _owner(vector: fx.Node, name: str) -> object:

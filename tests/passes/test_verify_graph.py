@@ -394,3 +394,17 @@ def test_a_pool_is_verified_like_a_convolution() -> None:
     pool = MaxPool.every(graph)[0].update(scale=None)
     with pytest.raises(BrokenGraphError, match=f"node {pool.node.name} breaks the rule 'whole edge'"):
         verify(graph, "a pass")
+
+
+class _Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.bn(torch.cat([x, y, torch.cat([x, y], 1)], 1))
+
+
+def test_a_concat_of_the_same_statistics_twice_is_no_single_tensors() -> None:
+    verify(after(_Twice(), *PASSES).graph, "all passes")

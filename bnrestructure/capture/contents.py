@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DEPTH", "Snapshot", "contents", "depth_inside", "goes_on", "is_simple"]
+__all__ = ["DEPTH", "Snapshot", "contents", "depth_inside", "goes_on", "is_plain_object", "is_simple"]
 
 _WRITTEN_IN_PYTHON = 1 << 9  # CPython's Py_TPFLAGS_HEAPTYPE
 _NO_MORE_THAN_ATTRIBUTES = (object, SimpleNamespace)  # of the classes written in C
@@ -55,13 +55,13 @@ def _parts(value: Any) -> dict[Any, Any] | None:
         return {"function": value.__func__, "object": value.__self__}
     if isinstance(value, functools.partial):
         return {"function": value.func, "arguments": value.args, "keywords": value.keywords}
-    if not _is_plain_object(value):
+    if not is_plain_object(value):
         return None
     slots = {name for base in type(value).__mro__ for name in _slots_of(base) if hasattr(value, name)}
     return {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in sorted(slots)}}
 
 
-def _is_plain_object(value: Any) -> bool:
+def is_plain_object(value: Any) -> bool:
     """Whether this is an object whose attributes are its whole state: a configuration, a namespace, a counter."""
     kind = type(value)
     if isinstance(value, _OPAQUE) or f"{kind.__module__}.".startswith(("torch.", "numpy.", "builtins.")):
@@ -155,7 +155,7 @@ class Snapshot:
         elif isinstance(value, set):
             value.clear()
             value.update(before)
-        elif _is_plain_object(value):  # what else there is cannot change
+        elif is_plain_object(value):  # what else there is cannot change
             for name in now.keys() - before.keys():
                 object.__delattr__(value, name)
             for name, item in before.items():

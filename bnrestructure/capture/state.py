@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from bnrestructure.capture.contents import contents, is_simple
 from bnrestructure.capture.program import dict_with
 from bnrestructure.capture.reads import Reads
-from bnrestructure.capture.surroundings import forward_of, variables_of
+from bnrestructure.capture.surroundings import variables_of
 from bnrestructure.graph.boundaries import has_hooks, is_library_leaf
 
 __all__ = ["ModuleState"]
@@ -158,7 +158,7 @@ def _watched(module: nn.Module, reads: Reads) -> set[str]:
 
 class ModuleState:
     """A module tree when captured: training flags, children, hooks, classes, shared parameters, and the attributes that the forward
-    ``reads``; and the numbers and flags that the functions of the tree find around them.
+    ``reads``; and what the functions of the tree find around them (surroundings.py).
 
     ``matches()`` costs about a microsecond a module; it runs before every restructured forward, so that freezing a BN, changing
     a drop rate, adding a hook or replacing a layer is noticed at the next step and leads to another graph. An attribute
@@ -174,8 +174,10 @@ class ModuleState:
             if not isinstance(module, torch.jit.ScriptModule)  # called as it is, with what it is compiled with
         ]
         self._tied = _tied(paths)
-        own = [forward_of(row.module) for row in self._rows if not is_library_leaf(row.module)]
-        self._variables = variables_of([*own, *(found.value for row in self._rows for found in row.of_class)])
+        of_class = (found.value for row in self._rows for found in row.of_class)
+        in_attributes = (row.state[name] for row in self._rows for name, _ in row.deep if not is_library_leaf(row.module))
+        modules = (row.module for row in self._rows if not is_library_leaf(row.module))
+        self._variables = variables_of(modules, [*of_class, *in_attributes])
 
     def matches(self) -> bool:
         """Whether everything is still as it was captured."""

@@ -6,7 +6,7 @@ import functools
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DEPTH", "Snapshot", "contents", "depth_inside", "goes_on", "is_plain_object", "is_simple"]
+__all__ = ["DEPTH", "Snapshot", "contents", "depth_inside", "goes_on", "is_plain_object", "is_simple", "state_of"]
 
 _WRITTEN_IN_PYTHON = 1 << 9  # CPython's Py_TPFLAGS_HEAPTYPE
 _NO_MORE_THAN_ATTRIBUTES = (object, SimpleNamespace)  # of the classes written in C
@@ -36,6 +36,16 @@ def goes_on(value: Any) -> bool:
     if isinstance(value, random.Random) or type(value).__module__.startswith("numpy.random"):
         return True
     return isinstance(value, Iterator) and not isinstance(value, nn.Module)
+
+
+def state_of(generator: Any) -> tuple[Callable[[Any], None], Any] | None:
+    """How to set the state of a generator of random numbers, and the one that it has; None where it has none that can be set."""
+    if isinstance(generator, random.Random):
+        return generator.setstate, generator.getstate()
+    if hasattr(generator, "set_state"):  # NumPy's old ones
+        return generator.set_state, generator.get_state()
+    bits = getattr(generator, "bit_generator", generator)
+    return (functools.partial(setattr, bits, "state"), bits.state) if hasattr(bits, "state") else None
 
 
 def depth_inside(value: Any, depth: int) -> int:

@@ -264,8 +264,9 @@ class Region:
             before = captured(module, forward, arguments)
         except CaptureError as error:
             self._refuse(str(error))
-            again = isinstance(error, AttributeWrittenError) and self._seen[key] == 1  # perhaps the first call alone writes it
-            return _Cached(key, None, ModuleState(module, Reads()), None, again=again)
+            writes = isinstance(error, AttributeWrittenError)
+            again = writes and self._seen[key] == 1  # perhaps the first call alone writes it
+            return _Cached(key, None, ModuleState(module, Reads(), calls=[module] if writes else []), None, again=again)
         gm = before.graph_module
         sites = site_names(gm.graph)
         try:
@@ -278,7 +279,7 @@ class Region:
         RESTORE_FORMATS.rewrite(gm)
         sizes = arguments.sizes if before.by_size else None
         program = Program(gm, before.rebuild, type(module).__name__)
-        return _Cached(key, sizes, ModuleState(module, before.reads), program, before.conditions)
+        return _Cached(key, sizes, ModuleState(module, before.reads, before.opaque), program, before.conditions)
 
     def _refuse(self, reason: str) -> None:
         if reason not in self.ran.refusals:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnrestructure.capture.contents import DEPTH, Snapshot, depth_inside, is_simple
+from bnrestructure.capture.contents import DEPTH, Snapshot, depth_inside, goes_on, is_simple, state_of
+from bnrestructure.capture.surroundings import Variable, surroundings_of
+from bnrestructure.graph.boundaries import is_library_leaf
 
-__all__ = ["Attributes", "ambient_modes"]
+__all__ = ["Around", "Attributes", "ambient_modes", "what_goes_on"]
 
 
 def ambient_modes() -> tuple[Any, ...]:
@@ -17,6 +20,55 @@ def ambient_modes() -> tuple[Any, ...]:
     new tensors; autocast and its dtype."""
     autocast = ((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
     return (torch.is_grad_enabled(), torch.get_default_dtype(), *autocast)
+
+
+def _snapshots(value: Any, seen: set[int], depth: int = DEPTH) -> Iterator[Snapshot]:
+    """Of this value, where it can change, and of what is in it; of nothing twice."""
+    if depth <= 0 or is_simple(value) or isinstance(value, Tensor | nn.Module) or id(value) in seen:
+        return
+    snapshot = Snapshot(value)
+    if snapshot.is_of_anything:
+        seen.add(id(value))
+        yield snapshot
+        for item in (snapshot.parts or {}).values():
+            yield from _snapshots(item, seen, depth_inside(value, depth))
+
+
+def what_goes_on(module: nn.Module) -> Variable | None:
+    """An iterator or a generator of random numbers that this module's forward names."""
+    return next((v for v in surroundings_of([module]).variables if goes_on(v.value)), None)
+
+
+class Around:
+    """What the forwards of a module tree find around them, at one moment."""
+
+    def __init__(self, root: nn.Module) -> None:
+        found = surroundings_of(m for m in root.modules() if not is_library_leaf(m))
+        self._variables = found.variables
+        self._generators = [state for v in found.variables if goes_on(v.value) and (state := state_of(v.value)) is not None]
+        self._caches = [(cached, cached.cache_info().misses) for cached in found.caches]
+        seen: set[int] = set()
+        self._saved = [snapshot for v in found.variables if v.inside is not None for snapshot in _snapshots(v.value, seen)]
+
+    def changed(self) -> str | None:
+        """The name of one that is not as it was."""
+        return next((v.name for v in self._variables if not v.is_as_it_was()), None)
+
+    def restore(self) -> str | None:
+        """Undo what has been written since, and name one that was. Caches forget what they learnt: it is of fake tensors."""
+        written = self.changed()
+        if written is not None:
+            for variable in self._variables:
+                if variable.now() is not variable.value:
+                    variable.put_back()
+            for snapshot in self._saved:
+                snapshot.put_back()
+        for set_state, state in self._generators:
+            set_state(state)
+        for cached, misses in self._caches:
+            if cached.cache_info().misses != misses:
+                cached.cache_clear()
+        return written
 
 
 class Attributes:
@@ -29,18 +81,7 @@ class Attributes:
         for module in root.modules():
             self._own[module] = self._now(module)
             for key, value in self._own[module].items():
-                self._save(value, module, key, seen, DEPTH)
-
-    def _save(self, value: Any, owner: nn.Module, key: str, seen: set[int], depth: int) -> None:
-        if depth <= 0 or is_simple(value) or isinstance(value, Tensor | nn.Module) or id(value) in seen:
-            return
-        snapshot = Snapshot(value)
-        if not snapshot.is_of_anything:
-            return
-        seen.add(id(value))
-        self._saved.append((snapshot, owner, key))
-        for item in (snapshot.parts or {}).values():
-            self._save(item, owner, key, seen, depth_inside(value, depth))
+                self._saved += [(snapshot, module, key) for snapshot in _snapshots(value, seen)]
 
     def changed_on(self, module: nn.Module) -> bool:
         """Whether some attribute of this very module is another object than it was."""

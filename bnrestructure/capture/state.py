@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from bnrestructure.capture.contents import contents, is_simple
 from bnrestructure.capture.program import dict_with
 from bnrestructure.capture.reads import Reads
-from bnrestructure.capture.surroundings import variables_of
+from bnrestructure.capture.surroundings import surroundings_of
 from bnrestructure.graph.boundaries import has_hooks, is_library_leaf
 
 __all__ = ["ModuleState"]
@@ -158,14 +158,14 @@ def _watched(module: nn.Module, reads: Reads) -> set[str]:
 
 class ModuleState:
     """A module tree when captured: training flags, children, hooks, classes, shared parameters, and the attributes that the forward
-    ``reads``; and what the functions of the tree find around them (surroundings.py).
+    ``reads``; and what the functions of the tree find around them (surroundings.py), but for the parts that a graph ``calls``.
 
     ``matches()`` costs about a microsecond a module; it runs before every restructured forward, so that freezing a BN, changing
     a drop rate, adding a hook or replacing a layer is noticed at the next step and leads to another graph. An attribute
     that the forward never read (a step counter, a trainer) may change as it likes.
     """
 
-    def __init__(self, root: nn.Module, reads: Reads) -> None:
+    def __init__(self, root: nn.Module, reads: Reads, calls: Collection[nn.Module] = ()) -> None:
         paths = {module: path for path, module in root.named_modules()}
         elsewhere = {module: f"a {type(module).__name__} that is no submodule" for module in reads.names if module not in paths}
         self._rows = [
@@ -176,8 +176,9 @@ class ModuleState:
         self._tied = _tied(paths)
         of_class = (found.value for row in self._rows for found in row.of_class)
         in_attributes = (row.state[name] for row in self._rows for name, _ in row.deep if not is_library_leaf(row.module))
-        modules = (row.module for row in self._rows if not is_library_leaf(row.module))
-        self._variables = variables_of(modules, [*of_class, *in_attributes])
+        as_they_are = {module for called in calls for module in called.modules()}
+        modules = (row.module for row in self._rows if row.module not in as_they_are and not is_library_leaf(row.module))
+        self._variables = surroundings_of(modules, [*of_class, *in_attributes]).variables
 
     def matches(self) -> bool:
         """Whether everything is still as it was captured."""

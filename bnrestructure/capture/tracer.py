@@ -25,12 +25,13 @@ from torch.utils import checkpoint as checkpoint_module
 
 from bnrestructure.capture.arguments import Arguments
 from bnrestructure.capture.calls import CustomFunction
+from bnrestructure.capture.contents import state_of
 from bnrestructure.capture.fakes import FaithfulFakeMode, without_log
 from bnrestructure.capture.layers import keeps_shape, known_result
 from bnrestructure.capture.outputs import as_output
 from bnrestructure.capture.reads import Reads, not_recording, recording_reads
 from bnrestructure.capture.recorder import Recorder
-from bnrestructure.capture.side_effects import Attributes
+from bnrestructure.capture.side_effects import Around, Attributes, what_goes_on
 from bnrestructure.capture.trial import AsBefore, trial
 from bnrestructure.core.errors import AttributeWrittenError, CaptureError, NotFollowedError, first_line
 from bnrestructure.graph.boundaries import boundary_reason, is_library_leaf
@@ -74,31 +75,49 @@ def capture(module: nn.Module, forward: Callable[..., Any], arguments: Arguments
     torch's own layers and boundary modules stay calls; everything else is followed, but for submodules that cannot be: those stay
     calls too. The module is left as it was. Raises CaptureError naming what in the module's forward could not be followed.
     """
-    opaque: dict[nn.Module, str] = {}
-    watch_random = False
+    opaque = _going_on(module)
+    watch = False
     with _lock:
         while True:
-            session = _Session(module, opaque, watch_random)
+            session = _Session(module, opaque, watch)
             try:
                 return session.run(forward, arguments)
             except CaptureError as error:
-                if str(error) == _RANDOM and not watch_random:
-                    watch_random = True  # once more, looking after each submodule, to learn which one draws
+                if (str(error) == _RANDOM or session.wrote_around) and not watch:
+                    watch = True  # once more, looking after each submodule, to learn which one draws or writes
                 elif session.blamed is not None and session.blamed not in opaque:
                     opaque[session.blamed] = str(error)
                 else:
                     raise
 
 
+def _going_on(root: nn.Module) -> dict[nn.Module, str]:
+    """Submodules whose code names what is something else each time, and why they stay calls.
+
+    Raises CaptureError where it is the root's, and for an iterator, which could not be put back.
+    """
+    variables = {kind: what_goes_on(m) for kind, m in {type(m): m for m in root.modules() if not is_library_leaf(m)}.items()}
+    found: dict[nn.Module, str] = {}
+    for module in root.modules():
+        variable = variables.get(type(module))
+        if variable is not None:
+            found[module] = f"its code names {variable.name!r}, which goes on by itself"
+            if module is root or state_of(variable.value) is None:
+                raise CaptureError(found[module])
+    return found
+
+
 class _Session:
     """One run of the forward."""
 
-    def __init__(self, root: nn.Module, opaque: dict[nn.Module, str], watch_random: bool) -> None:
+    def __init__(self, root: nn.Module, opaque: dict[nn.Module, str], watch: bool) -> None:
         self.root = root
         self.opaque = opaque
-        self.watch_random = watch_random
+        self.watch = watch
         self.paths = {m: name for name, m in reversed(list(root.named_modules(remove_duplicate=False)))}
         self.attributes = Attributes(root)
+        self.around = Around(root)
+        self.wrote_around = False
         self.reads = Reads()
         self.recorder = Recorder(root, FaithfulFakeMode(allow_non_fake_inputs=True))
         self.random_before = _random_state()
@@ -162,13 +181,16 @@ class _Session:
     def _undo(self) -> None:
         """Put back what the forward wrote to attributes and drew of random numbers; raises CaptureError if it did either."""
         pending = sys.exc_info()[1]
-        changed = self.attributes.restore()
+        changed, around = self.attributes.restore(), self.around.restore()
         drawn = not _same_random_state(_random_state(), self.random_before)
         _set_random_state(self.random_before)
         if changed is not None and not isinstance(pending, CaptureError):
             owner, key = changed
             self.blamed = owner if owner is not self.root else None
             raise AttributeWrittenError(f"its forward writes the attribute {key!r}")
+        if around is not None and not isinstance(pending, CaptureError):
+            self.wrote_around = True
+            raise AttributeWrittenError(_writes(around))
         if drawn and pending is None:
             raise CaptureError(_RANDOM)
 
@@ -188,8 +210,10 @@ class _Session:
             return self._layer(m, path, args, kwargs)
         with self._within(path or "", m):
             result = original(m, *args, **kwargs)
-            if self.watch_random and not _same_random_state(_random_state(), self.random_before):
+            if self.watch and not _same_random_state(_random_state(), self.random_before):
                 raise CaptureError(_RANDOM)
+            if self.watch and (name := self.around.changed()) is not None:
+                raise AttributeWrittenError(_writes(name))
         return result
 
     def _layer(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -224,8 +248,13 @@ class _Session:
             if recorder.sizes.uncertain == path:
                 result = recorder.call("call_function", AsBefore(path, result), (result,), {}, lambda values: values, learns=learns)
         if before is not None:
-            _set_random_state(before)  # it draws again when it really runs
+            _set_random_state(before)  # it draws again when it really runs, and writes again
+            self.around.restore()
         return result
+
+
+def _writes(name: str) -> str:
+    return f"its forward writes the variable {name!r}, or what is in it"
 
 
 @contextmanager

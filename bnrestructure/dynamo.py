@@ -24,7 +24,7 @@ from bnrestructure.graph.targets import called_name
 from bnrestructure.kernels import registry
 from bnrestructure.passes import pipeline
 from bnrestructure.passes.prepare import prepare
-from bnrestructure.passes.restore_formats import RESTORE_FORMATS
+from bnrestructure.passes.finish import finish
 from bnrestructure.patterns.base import found_at
 from bnrestructure.patterns.batch_norm import batch_norm
 
@@ -60,7 +60,7 @@ def bnrestructure(
         return _whole(gm, example_inputs, rest, mode)
     if not has_fused(rewritten.graph):
         return _whole(gm, example_inputs, rest, mode)
-    RESTORE_FORMATS.rewrite(rewritten)  # Dynamo has told the code behind this graph what strides to expect
+    finish(rewritten)  # Dynamo has told the code behind this graph what strides to expect
     rewritten.graph.eliminate_dead_code(_is_impure)
     rewritten.recompile()
     return rewritten.forward if rest == "eager" else _with_pieces(rewritten, mode).forward

@@ -29,7 +29,7 @@ def grow(match: GrowingConcat) -> None:
         conv.update(into=prefix, offset=None)
     for concat, length in zip(match.concats, match.lengths, strict=True):
         whole = prefixes[length]
-        if concat in match.returned:  # the caller may change it in place, and others keep the buffer for backward
+        if concat in match.copied:  # who gets it may change it in place, and others keep the buffer for backward
             whole = _copied(whole, concat)
         concat.replace_all_uses_with(whole)
         concat.graph.erase_node(concat)

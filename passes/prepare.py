@@ -10,7 +10,8 @@ from torch import fx, nn
 from bnrestructure.graph.boundaries import boundary_reason
 from bnrestructure.graph.inplace import functionalise
 from bnrestructure.graph.layers import module_of
-from bnrestructure.graph.provenance import module_path, remember
+from bnrestructure.graph.operations import concat_of
+from bnrestructure.graph.provenance import known_tensor, module_path, remember
 from bnrestructure.passes.base import Pass, Rule
 from bnrestructure.passes.restore_formats import note_formats
 from bnrestructure.passes.share_returned import SHARE_RETURNED, note_handed_through
@@ -28,6 +29,7 @@ def prepare(gm: fx.GraphModule, path_of: Callable[[fx.Node], str] = module_path)
     """
     note_formats(gm.graph)
     note_handed_through(gm.graph)
+    note_unlike(gm.graph)
     DROP_IDENTITIES.rewrite(gm)
     functionalise(gm.graph)
     USE_RESHAPE.rewrite(gm)
@@ -38,6 +40,15 @@ def prepare(gm: fx.GraphModule, path_of: Callable[[fx.Node], str] = module_path)
             path = path_of(node)
             calls[path] += 1
             remember(node, site=path if calls[path] == 1 else f"{path}#{calls[path]}")
+
+
+def note_unlike(graph: fx.Graph) -> None:
+    """What is known of the segments of concats: passes will not know it of the nodes that they put in the segments' places."""
+    for node in graph.nodes:
+        whole, segments = known_tensor(node), concat_of(node) or []
+        known = [tensor for tensor in map(known_tensor, segments) if tensor is not None]
+        if whole is not None and any(t.dtype != whole.dtype or len(t.shape) != len(whole.shape) or t.shape[1] == 0 for t in known):
+            remember(node, unlike=True)
 
 
 def identity(node: fx.Node) -> fx.Node | None:

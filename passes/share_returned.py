@@ -13,13 +13,13 @@ from torch import fx
 
 from bnrestructure.graph.inplace import inplace_target
 from bnrestructure.graph.order import readers_of
-from bnrestructure.graph.provenance import guarded_tensor, known_tensor, provenance, remember
+from bnrestructure.graph.provenance import Format, guarded_tensor, known_tensor, provenance, remember
 from bnrestructure.graph.targets import is_custom_call
 from bnrestructure.ops.formats import returned
 from bnrestructure.passes.base import Pass, Rule
 from bnrestructure.passes.restore_formats import formats_read
 
-__all__ = ["SHARE_RETURNED", "note_handed_through"]
+__all__ = ["SHARE_RETURNED", "hand_out", "note_handed_through"]
 
 
 def note_handed_through(graph: fx.Graph) -> None:
@@ -62,11 +62,17 @@ def return_source(node: fx.Node) -> None:
 def share(node: fx.Node) -> None:
     """Let all readers read what is returned."""
     output = readers_of(node)[-1]
-    with node.graph.inserting_after(node):
+    made = hand_out(node, formats_read(output)[node], after=node)
+    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+
+
+def hand_out(node: fx.Node, order: Format | None, *, after: fx.Node) -> fx.Node:
+    """A node for what the caller gets, in this format."""
+    with node.graph.inserting_after(after):
         made = node.graph.call_function(returned, (node,))
     made.meta = dict(node.meta)
-    remember(made, formats=(formats_read(output)[node],))
-    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+    remember(made, formats=(order,))
+    return made
 
 
 SHARE_RETURNED = Pass("share-returned", (Rule(handed_through, return_source), Rule(read_on, share)))

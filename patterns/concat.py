@@ -9,13 +9,18 @@ from torch import fx
 
 from bnrestructure.graph.channels import channels_of
 from bnrestructure.graph.ir import Conv, Statistics
+from bnrestructure.graph.inplace import storages_of
+from bnrestructure.graph.layers import shape_of
 from bnrestructure.graph.operations import concat_of
 from bnrestructure.graph.order import readers_of
-from bnrestructure.graph.provenance import provenance
+from bnrestructure.graph.provenance import known_tensor, provenance
+from bnrestructure.graph.targets import called_name
 from bnrestructure.ops.formats import returned
 from bnrestructure.patterns.base import Refusal
 
 __all__ = ["BranchConcat", "ConcatStatistics", "GrowingConcat", "branch_concat", "concat_statistics", "growing_concat"]
+
+_LAYS_OUT = {"contiguous", "to", "type", "type_as"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class ConcatStatistics:
 class GrowingConcat:
     """concat-bn-act-conv, over and over: ``concats[i]`` is of ``base`` and the first ``lengths[i]`` of the ``appended`` tensors.
 
-    ``convs`` make the appended tensors, of ``extra_channels`` channels together. The caller gets those ``returned``.
+    ``convs`` make the appended tensors, of ``extra_channels`` channels together. Those that get out are to be ``copied``.
     """
 
     base: fx.Node
@@ -39,7 +44,7 @@ class GrowingConcat:
     concats: list[fx.Node]
     lengths: list[int]
     extra_channels: int
-    returned: set[fx.Node]
+    copied: set[fx.Node]
 
 
 @dataclass(frozen=True)
@@ -69,19 +74,31 @@ def _segments(node: fx.Node) -> list[fx.Node] | None:
 
 
 def _writes_alone(tensor: fx.Node, readers: set[fx.Node]) -> Conv | None:
-    """The fused convolution behind ``tensor`` if it could write elsewhere: no one but ``readers`` reads the tensor."""
+    """The fused convolution behind ``tensor`` if it could write elsewhere: no one but ``readers``, concats, reads the tensor."""
     conv = Conv.making(tensor, "y")
-    return conv if conv is not None and not conv.in_buffer and not conv.gain and tensor.users.keys() <= readers else None
+    if conv is None or conv.in_buffer or conv.gain or not tensor.users.keys() <= readers:
+        return None
+    weight, known = shape_of(conv.weight), [known_tensor(reader) for reader in readers]
+    batched = weight is None or all(whole is None or len(whole.shape) == len(weight) for whole in known)
+    return conv if batched else None
 
 
-def _is_returned(concat: fx.Node) -> bool:
-    return any(reader.op == "output" or reader.target is returned for reader in concat.users)
+def _gets_out(concat: fx.Node) -> bool:
+    """Whether code that is not in the graph may get this concat's memory: the caller, or what is called as it is; whole or in part."""
+    return any(_hands_out(reader, concat) for reader in concat.users)
+
+
+def _hands_out(reader: fx.Node, concat: fx.Node) -> bool:
+    if reader.op == "output" or reader.target is returned:
+        return True
+    # Eager copies what it lays out anew. A buffer may be laid out so already.
+    return called_name(reader) in _LAYS_OUT or bool(storages_of(reader) & storages_of(concat))
 
 
 def growing_concat(node: fx.Node) -> GrowingConcat | None:
     """A family of concats each of which starts with all segments of the one before it, found at the first.
 
-    One that is returned is copied out of the buffer, so there is something to gain where two are not.
+    One that others get is copied out of the buffer, so there is something to gain where two are not.
     """
     own = _segments(node)
     if own is None:
@@ -96,8 +113,8 @@ def growing_concat(node: fx.Node) -> GrowingConcat | None:
     if any(segments != longest[: len(segments)] for _, segments in family) or len(set(longest)) < len(longest):
         return None
     concats = [concat for concat, _ in family]
-    handed_out = {concat for concat in concats if _is_returned(concat)}
-    if len(concats) - len(handed_out) < 2:
+    copied = {concat for concat in concats if _gets_out(concat)}
+    if len(concats) - len(copied) < 2:
         return None
     convs = [conv for tensor in appended if (conv := _writes_alone(tensor, set(concats))) is not None]
     counts = [count for tensor in appended if (count := channels_of(tensor)) is not None]
@@ -110,7 +127,7 @@ def growing_concat(node: fx.Node) -> GrowingConcat | None:
     if not in_order or not filled:
         return None
     lengths = [len(segments) - 1 for _, segments in family]
-    return GrowingConcat(base, appended, convs, concats, lengths, sum(counts), handed_out)
+    return GrowingConcat(base, appended, convs, concats, lengths, sum(counts), copied)
 
 
 def branch_concat(node: fx.Node) -> BranchConcat | Refusal | None:

@@ -176,13 +176,15 @@ class Recorder(TorchFunctionMode):
         Raises CaptureError where it changes an argument's memory without handing it back: nothing in the graph would say so.
         """
         with self.unseen():
-            given = [(t, t._version) for t in map(self._fake_of, tensors_in((args, kwargs)))]
+            given = [(t, t._version, self.node_of(t)) for t in map(self._fake_of, tensors_in((args, kwargs)))]
             node, result = self._run(op, target, args, kwargs, run, learns, shape_stays)
             if opaque and node is not None:
-                remember(node, storages=(provenance(node).storages or frozenset()) | {self._storage(t) for t, _ in given})
-            for t, version in given:
-                if t._version != version and not any(t is r for r in tensors_in(result)):
-                    raise CaptureError(f"{shown(target)} changes a tensor in place that it is given")
+                remember(node, storages=(provenance(node).storages or frozenset()) | {self._storage(t) for t, *_ in given})
+            for t, version, source in given:
+                if t._version != version:
+                    if node is None or not any(t is r for r in tensors_in(result)):
+                        raise CaptureError(f"{shown(target)} changes a tensor in place that it is given")
+                    remember(node, overwrites=node.all_input_nodes.index(source))
         return result
 
     def _recorded(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:

@@ -30,7 +30,7 @@ from bnrestructure.graph.boundaries import any_global_hooks
 from bnrestructure.kernels import registry
 from bnrestructure.passes import pipeline
 from bnrestructure.passes.prepare import prepare
-from bnrestructure.passes.restore_formats import RESTORE_FORMATS
+from bnrestructure.passes.finish import finish
 from bnrestructure.patterns.batch_norm import site_names
 
 __all__ = ["Options", "Ran", "Region", "captured", "holding_batch_norms"]
@@ -276,7 +276,7 @@ class Region:
             self._refuse(str(error))
             return _Cached(key, None, ModuleState(module, Reads()), None)
         self.ran.sites, self.ran.graph = sites, copied_graph(gm.graph)
-        RESTORE_FORMATS.rewrite(gm)
+        finish(gm)
         sizes = arguments.sizes if before.by_size else None
         program = Program(gm, before.rebuild, type(module).__name__)
         return _Cached(key, sizes, ModuleState(module, before.reads, before.opaque), program, before.conditions)

@@ -30,9 +30,13 @@ def trial(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str,
     with unset_fake_temporarily(), torch.no_grad(), preserved_generators(of=(*given, *module.parameters())):
         try:
             args, kwargs = pytree.tree_map_only(Tensor, _like, (args, kwargs))
+            taken = [(t, t.clone()) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             result = copy.deepcopy(module).forward(*args, **kwargs)
         except Exception as error:  # whatever user code raises on numbers that mean nothing
             raise CaptureError(f"{VALUES} ({path}: {first_line(error)})") from error
+        changed = not all(torch.equal(tensor, before) for tensor, before in taken)
+    if changed:
+        raise CaptureError(f"{path} changes a tensor in place that it is given")
     if not all(leaf is None or isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
         raise CaptureError(f"{VALUES} ({path}, which returns more than tensors)")
     return result

@@ -44,6 +44,12 @@ _OF_MEMORY = {
 
 def inplace_target(node: fx.Node) -> fx.Node | None:
     """The node whose tensor this node overwrites, or None."""
+    overwrites = provenance(node).overwrites
+    return _spelt_target(node) or (None if overwrites is None else node.all_input_nodes[overwrites])
+
+
+def _spelt_target(node: fx.Node) -> fx.Node | None:
+    """The one that a name or an argument tells of."""
     argument = input_of(node)
     if argument is None:
         return None
@@ -139,6 +145,8 @@ def _is_known_elsewhere(node: fx.Node) -> bool:
 
 def _make_out_of_place(node: fx.Node) -> bool:
     """Turn one in-place node into its out-of-place form; False when it has none."""
+    if _spelt_target(node) is None:
+        return False
     if node.op == "call_module":
         module = module_of(node)
         if module is None or type(module) not in MODULES or boundary_reason(module) is not None:

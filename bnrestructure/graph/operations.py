@@ -39,12 +39,13 @@ def add_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def concat_of(node: fx.Node) -> list[fx.Node] | None:
-    """The segments of a concatenation along channels, else None."""
+    """The segments of a concatenation along channels, else None. Segments of several kinds are promoted, or skipped: no concat of ours."""
     if node.op != "call_function" or node.target not in (torch.cat, torch.concat, torch.concatenate):
         return None
     values = arguments_of(node, ("tensors", "dim"), {"dim": 0})
     segments = values["tensors"]
-    if values["dim"] != 1 or not isinstance(segments, list | tuple) or provenance(node).changed_by is not None:
+    known = provenance(node)
+    if values["dim"] != 1 or not isinstance(segments, list | tuple) or known.changed_by is not None or known.unlike:
         return None
     return list(segments) if segments and all(isinstance(s, fx.Node) for s in segments) else None
 

@@ -43,6 +43,8 @@ class Provenance:
     storages            names of the memory that the node's tensors are in: nodes with one in common may see each other's writes
     formats             of the tensors that the node reads, argument by argument, as eager has them; None of what is no strided tensor
     vector              the node makes per-channel vectors [C], no activation
+    unlike              the segments of this concat are of several dtypes or numbers of dimensions, or one of them is empty
+    overwrites          which of the node's inputs it changes in place, where neither its name nor its arguments say so
     hands_through       in eager the node's result is the very tensor that it reads: ``y.contiguous()`` where y is
     """
 
@@ -55,6 +57,8 @@ class Provenance:
     storages: frozenset[int] | None = None
     formats: tuple[Format | None, ...] = ()
     vector: bool = False
+    unlike: bool = False
+    overwrites: int | None = None
     hands_through: bool = False
 
 

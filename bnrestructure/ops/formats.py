@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,5 +42,20 @@ def _copied(x: Tensor, order: tuple[int, ...]) -> Tensor:
 
 
 def returned(x: object) -> object:
-    """``x``, which the caller gets and the graph reads on: hooks on it and ``torch.autograd.grad()`` see all of its gradient."""
-    return x
+    """``x``, which the caller gets: hooks on it and ``torch.autograd.grad()`` see all of its gradient, and none where there is none.
+
+    A tensor with a place of its own in autograd's graph, not a view: the caller may detach it in place. It shares x's version, so that a
+    node which kept x notices an edit.
+    """
+    return _Returned.apply(x) if isinstance(x, Tensor) and x.requires_grad else x
+
+
+class _Returned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
+        return gradient

@@ -183,6 +183,18 @@ def test_what_no_code_names_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the whole model 1" in str(bnrestructure.explain(rewritten))
 
 
+TANGLE: list[Any] = []
+TANGLE += [TANGLE] * 20
+
+
+def test_a_container_that_is_in_itself() -> None:
+    """The check before each step looks at a bounded number of things."""
+    rewritten = restructured_copy(_model(lambda m, x: m.trunk(x) * (1 if TANGLE else 2)))
+    for _ in range(2):
+        training_step(rewritten, _images())
+    assert "the whole model 1" in str(bnrestructure.explain(rewritten))
+
+
 CALLS: dict[str, Any] = {"n": 0}
 GRIDS: dict[Any, Tensor] = {}
 LOG: list[Any] = []

@@ -21,6 +21,7 @@ _NO_MORE_THAN_ATTRIBUTES = (object, SimpleNamespace)  # of the classes written i
 #: How far it is looked into what is in what: a container costs one, an object three.
 DEPTH = 8
 _LARGEST = 1000  # items of a container, and kilobytes of an array
+_MOST = 5000  # items of containers in containers
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _CONTAINERS = (dict, list, tuple, deque, set, frozenset, MethodType, functools.partial)
 _OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType)
@@ -88,17 +89,23 @@ def _slots_of(kind: type) -> tuple[str, ...]:
     return tuple(name for name in names if hasattr(vars(kind).get(name), "__set__"))
 
 
-def contents(value: Any, depth: int = DEPTH) -> Any:
+def contents(value: Any) -> Any:
     """Something equal for equal contents: of containers and plain objects what is in them, of anything else which object it is."""
+    return _contents(value, DEPTH, [_MOST])
+
+
+def _contents(value: Any, depth: int, left: list[int]) -> Any:
+    """``left`` is how many more things may be looked at."""
     if isinstance(value, _SIMPLE):
         return type(value), value, repr(value) if value == 0 else None  # 1 is no 1.0, and 0.0 no -0.0
     if (memory := _memory_of(value)) is not None:
         return type(value), memory
     inside = _parts(value) if depth > 0 else None
-    if inside is None or len(inside) > _LARGEST:
+    if inside is None or len(inside) > min(_LARGEST, left[0]):
         return _Same(value)
-    left = depth_inside(value, depth)
-    return type(value), [(contents(key, 0), contents(item, left)) for key, item in inside.items()]
+    left[0] -= len(inside)
+    depth = depth_inside(value, depth)
+    return type(value), [(_contents(key, 0, left), _contents(item, depth, left)) for key, item in inside.items()]
 
 
 class _Same:

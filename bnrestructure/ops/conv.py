@@ -15,6 +15,7 @@ from torch import Tensor
 from bnrestructure.core.edges import ConvGeometry, Transform, accumulation_dtype
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import ConvBackward, ConvForward
+from bnrestructure.kernels.operands import readable
 from bnrestructure.ops import library
 from bnrestructure.ops.conv_options import ConvOptions, backward_edge, check_shapes, destination, incoming_gradient
 from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, in_format_of, passed_on
@@ -105,8 +106,8 @@ def conv(
         return ConvOutputs(*unbatched_conv(
             x, transform, weight, bias, geometry, wants_statistics=statistics, chain=chain, gain=gain, backend=backend
         ))  # fmt: skip
-    if gate is not None:
-        gate = gate.to(accumulation_dtype(x.dtype))
+    if gate is not None and gate.dtype != accumulation_dtype(x.dtype):
+        gate = readable(gate).to(accumulation_dtype(x.dtype))
     if torch.compiler.is_compiling() and not (chain or gain or into is not None or channels is not None):
         check_shapes(x, weight, geometry)
         y, ymean, yvar = library.conv(

@@ -23,8 +23,8 @@ from bnrestructure.graph.provenance import provenance
 from bnrestructure.graph.targets import called_name
 from bnrestructure.kernels import registry
 from bnrestructure.passes import pipeline
-from bnrestructure.passes.prepare import prepare
 from bnrestructure.passes.finish import finish
+from bnrestructure.passes.prepare import prepare
 from bnrestructure.patterns.base import found_at
 from bnrestructure.patterns.batch_norm import batch_norm
 

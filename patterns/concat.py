@@ -8,8 +8,8 @@ from itertools import accumulate, pairwise
 from torch import fx
 
 from bnrestructure.graph.channels import channels_of
-from bnrestructure.graph.ir import Conv, Statistics
 from bnrestructure.graph.inplace import storages_of
+from bnrestructure.graph.ir import Conv, Statistics
 from bnrestructure.graph.layers import shape_of
 from bnrestructure.graph.operations import concat_of
 from bnrestructure.graph.order import readers_of

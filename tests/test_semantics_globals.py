@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
-import random
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from equivalence import assert_same_values, restructured_copy, training_step
@@ -193,109 +188,3 @@ def test_a_container_that_is_in_itself() -> None:
     for _ in range(2):
         training_step(rewritten, _images())
     assert "the whole model 1" in str(bnrestructure.explain(rewritten))
-
-
-CALLS: dict[str, Any] = {"n": 0}
-GRIDS: dict[Any, Tensor] = {}
-LOG: list[Any] = []
-DRAWS = random.Random(0)
-NUMBERS = np.random.default_rng(0)
-FROM_ENVIRONMENT: ContextVar[float] = ContextVar("from_environment", default=1.0)
-OF_THREAD = threading.local()
-OF_THREAD.scale = 1.0
-
-
-@functools.lru_cache
-def cached_grid(size: int) -> Tensor:
-    return torch.linspace(0, 1, size, dtype=torch.float64)
-
-
-def kept_grid(size: int) -> Tensor:
-    if size not in GRIDS:
-        GRIDS[size] = torch.linspace(0, 1, size, dtype=torch.float64)
-    return GRIDS[size]
-
-
-def counted() -> int:
-    CALLS["n"] += 1
-    return CALLS["n"]
-
-
-def _scaled_by(factor: Callable[[], Any]) -> type[nn.Module]:
-    """A part without a batch norm of its own."""
-    return type("Part", (nn.Module,), {"forward": lambda m, y: y * factor()})
-
-
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Puts all of this module's counters, caches and generators to their start."""
-
-    def again() -> None:
-        CALLS["n"] = 0
-        LOG.clear()
-        GRIDS.clear()
-        cached_grid.cache_clear()
-        monkeypatch.setattr(HERE, "DRAWS", random.Random(0))
-        monkeypatch.setattr(HERE, "NUMBERS", np.random.default_rng(0))
-
-    return again
-
-
-GOES_ON: dict[str, Callable[[], Any]] = {
-    "a generator of Python's": lambda: DRAWS.random(),
-    "a generator of NumPy's": lambda: NUMBERS.random(),
-    "a counter": lambda: counted(),
-    "a list": lambda: LOG.append(1) or len(LOG),  # type: ignore[func-returns-value]
-}
-
-
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("name", GOES_ON)
-def test_what_goes_on_by_itself_is_not_frozen(name: str, whole: bool, start: Callable[[], None]) -> None:
-    """The model is left as it is; a part of it stays a call, and the model around it is rewritten."""
-    factor = GOES_ON[name]
-    model = _model(lambda m, x: m.trunk(x) * factor()) if whole else _model(lambda m, x: m.part(m.trunk(x)))
-    model.part = _scaled_by(factor)()
-    steps = []
-    rewritten = restructured_copy(model)
-    for m in (model, rewritten):
-        start()
-        steps.append([training_step(m, _images()) for _ in range(4)])
-    for actual, expected in zip(*steps[::-1], strict=True):
-        assert_same_values(actual, expected)
-    assert not torch.equal(steps[0][0]["output/0"], steps[0][1]["output/0"])
-    assert all(site.ran is (not whole) for site in bnrestructure.explain(rewritten).sites)
-
-
-@pytest.mark.parametrize("grid", [cached_grid, kept_grid])
-def test_what_is_kept_from_the_first_call_is_real(grid: Any, start: Callable[[], None]) -> None:
-    start()
-    model = _model(lambda m, x: m.trunk(x) * grid(x.shape[-1]))
-    rewritten = restructured_copy(model)
-    for _ in range(3):
-        actual = training_step(rewritten, _images())
-        kept = grid(8)
-        assert type(kept) is Tensor
-        assert kept[-1] == 1
-    assert_same_values(actual, [training_step(model, _images()) for _ in range(3)][-1])
-    assert all(site.ran for site in bnrestructure.explain(rewritten).sites)
-
-
-@pytest.mark.parametrize("how", ["environment", "context", "thread"])
-def test_settings_of_the_process_of_a_context_of_a_thread(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    bodies: dict[str, Body] = {
-        "environment": lambda m, x: m.trunk(x) * float(os.environ.get("BNR_OF_THE_TEST", "1")),
-        "context": lambda m, x: m.trunk(x) * FROM_ENVIRONMENT.get(),
-        "thread": lambda m, x: m.trunk(x) * OF_THREAD.scale,
-    }
-    model = _model(bodies[how])
-    rewritten = restructured_copy(model)
-    before = training_step(model, _images())
-    assert_same_values(training_step(rewritten, _images()), before)
-    monkeypatch.setenv("BNR_OF_THE_TEST", "3")
-    monkeypatch.setattr(OF_THREAD, "scale", 3.0)
-    token = FROM_ENVIRONMENT.set(3.0)
-    after = training_step(model, _images())
-    assert not torch.equal(after["output/0"], before["output/0"])
-    assert_same_values(training_step(rewritten, _images()), after)
-    FROM_ENVIRONMENT.reset(token)

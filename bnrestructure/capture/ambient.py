@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 __all__ = ["compiled_autograd_is_on", "wants_the_module_itself"]
 
@@ -12,10 +14,12 @@ _MODES = [torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PR
 
 
 def wants_the_module_itself() -> bool:
-    """Whether calls are to be seen in PyTorch's own operations: by torch.export, torch.jit.trace, make_fx or a FakeTensorMode.
+    """Whether calls are to be seen in PyTorch's own operations: by torch.export, torch.jit.trace, make_fx, a mode of the user's.
 
     Fused nodes know reverse-mode derivatives only, and neither torch.func's transforms nor forward-mode AD.
     """
+    if torch._C._len_torch_function_stack() and not all(isinstance(m, DeviceContext) for m in _get_current_function_mode_stack()):
+        return True
     if torch.jit.is_tracing() or torch.compiler.is_exporting() or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     return torch.autograd.forward_ad._current_level >= 0 or any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DEPTH", "Snapshot", "contents", "depth_inside", "goes_on", "is_plain_object", "is_simple", "state_of"]
+__all__ = ["DEPTH", "Snapshot", "contents", "depth_inside", "goes_on", "is_plain_object", "is_simple", "length_of", "memory_of", "state_of"]
 
 _WRITTEN_IN_PYTHON = 1 << 9  # CPython's Py_TPFLAGS_HEAPTYPE
 _NO_MORE_THAN_ATTRIBUTES = (object, SimpleNamespace)  # of the classes written in C
@@ -24,6 +24,7 @@ _LARGEST = 1000  # items of a container, and kilobytes of an array
 _MOST = 5000  # items of containers in containers
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _CONTAINERS = (dict, list, tuple, deque, set, frozenset, MethodType, functools.partial)
+_ITEMS = (dict, list, tuple, deque, set, frozenset)
 _OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType)
 
 
@@ -54,14 +55,25 @@ def depth_inside(value: Any, depth: int) -> int:
     return depth - (1 if isinstance(value, _CONTAINERS) else 3)
 
 
+def length_of(value: Any) -> int | None:
+    """Items of a container, whatever its class says of itself: asking a user's code might do anything. None of anything else."""
+    kind = next((kind for kind in _ITEMS if issubclass(type(value), kind)), None)
+    return None if kind is None else kind.__len__(value)
+
+
 def _parts(value: Any) -> dict[Any, Any] | None:
     """What is in a container by key or position, what a method, a partial and a plain object have by name; None for anything else."""
-    if isinstance(value, dict):
-        return dict(value)
-    if isinstance(value, list | tuple | deque):
-        return dict(enumerate(value))
-    if isinstance(value, set | frozenset):
-        return dict.fromkeys(value)
+    kind = type(value)
+    if issubclass(kind, OrderedDict):
+        return dict(OrderedDict.items(value))
+    if issubclass(kind, dict):
+        return dict(dict.items(value))
+    for base in (list, tuple, deque):
+        if issubclass(kind, base):
+            return dict(enumerate(base.__iter__(value)))
+    for unordered in (set, frozenset):
+        if issubclass(kind, unordered):
+            return dict.fromkeys(unordered.__iter__(value))
     if isinstance(value, MethodType):
         return {"function": value.__func__, "object": value.__self__}
     if isinstance(value, functools.partial):
@@ -75,7 +87,9 @@ def _parts(value: Any) -> dict[Any, Any] | None:
 def is_plain_object(value: Any) -> bool:
     """Whether this is an object whose attributes are its whole state: a configuration, a namespace, a counter."""
     kind = type(value)
-    if isinstance(value, _OPAQUE) or f"{kind.__module__}.".startswith(("torch.", "numpy.", "builtins.")):
+    if issubclass(kind, _OPAQUE) or f"{kind.__module__}.".startswith(("torch.", "numpy.")):
+        return False
+    if kind.__module__ == "builtins" and not kind.__flags__ & _WRITTEN_IN_PYTHON:  # one that exec() made is a user's
         return False
     if any(base not in _NO_MORE_THAN_ATTRIBUTES and not base.__flags__ & _WRITTEN_IN_PYTHON for base in kind.__mro__):
         return False  # a date, say, which has more than its attributes tell
@@ -98,10 +112,11 @@ def _contents(value: Any, depth: int, left: list[int]) -> Any:
     """``left`` is how many more things may be looked at."""
     if isinstance(value, _SIMPLE):
         return type(value), value, repr(value) if value == 0 else None  # 1 is no 1.0, and 0.0 no -0.0
-    if (memory := _memory_of(value)) is not None:
+    if (memory := memory_of(value)) is not None:
         return type(value), memory
-    inside = _parts(value) if depth > 0 else None
-    if inside is None or len(inside) > min(_LARGEST, left[0]):
+    most = min(_LARGEST, left[0])
+    inside = _parts(value) if depth > 0 and (length_of(value) or 0) <= most else None
+    if inside is None or len(inside) > most:
         return _Same(value)
     left[0] -= len(inside)
     depth = depth_inside(value, depth)
@@ -123,14 +138,22 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _memory_of(value: Any) -> Any:
+def memory_of(value: Any) -> Any:
     """What is in an array's memory, or None where this is none or a large one."""
     if isinstance(value, bytearray):
         return bytes(value) if len(value) <= _LARGEST * 1024 else None
     numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.generic):
+        return str(value.dtype), (), value.tobytes()
     if numpy is None or not isinstance(value, numpy.ndarray) or value.dtype.hasobject or value.nbytes > _LARGEST * 1024:
         return None
     return str(value.dtype), value.shape, value.tobytes()
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether this is a number of NumPy's."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.generic)
 
 
 class Snapshot:
@@ -138,8 +161,8 @@ class Snapshot:
 
     def __init__(self, value: Any) -> None:
         self.value = value
-        self._memory = _memory_of(value)
-        self._array = value.copy() if self._memory is not None else None
+        self._memory = memory_of(value)
+        self._array = value.copy() if self._memory is not None and not is_fixed(value) else None
         self.parts = _parts(value) if self._memory is None else None
 
     @property
@@ -150,7 +173,7 @@ class Snapshot:
     def put_back(self) -> bool:
         """Undo what was changed since; whether anything was (which objects are where, by identity)."""
         if self._memory is not None:
-            if _memory_of(self.value) == self._memory:
+            if self._array is None or memory_of(self.value) == self._memory:
                 return False
             self.value[slice(None) if isinstance(self.value, bytearray) else ...] = self._array
             return True
@@ -163,9 +186,10 @@ class Snapshot:
     def _write(self, now: dict[Any, Any], before: dict[Any, Any]) -> None:
         value = self.value
         if isinstance(value, dict):
-            dict.clear(value)
+            kind = OrderedDict if isinstance(value, OrderedDict) else dict
+            kind.clear(value)
             for key, item in before.items():
-                dict.__setitem__(value, key, item)
+                kind.__setitem__(value, key, item)
         elif isinstance(value, list | deque):
             value.clear()
             value.extend(before.values())

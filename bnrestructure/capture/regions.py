@@ -29,8 +29,8 @@ from bnrestructure.core.errors import AttributeWrittenError, BrokenGraphError, C
 from bnrestructure.graph.boundaries import any_global_hooks
 from bnrestructure.kernels import registry
 from bnrestructure.passes import pipeline
-from bnrestructure.passes.prepare import prepare
 from bnrestructure.passes.finish import finish
+from bnrestructure.passes.prepare import prepare
 from bnrestructure.patterns.batch_norm import site_names
 
 __all__ = ["Options", "Ran", "Region", "captured", "holding_batch_norms"]

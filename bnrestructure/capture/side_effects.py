@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnrestructure.capture.contents import DEPTH, Snapshot, depth_inside, goes_on, is_simple, state_of
-from bnrestructure.capture.surroundings import Variable, surroundings_of
+from bnrestructure.capture.contents import DEPTH, Snapshot, depth_inside, is_simple, state_of
+from bnrestructure.capture.surroundings import Missing, Variable, surroundings_of
 from bnrestructure.graph.boundaries import is_library_leaf
 
 __all__ = ["Around", "Attributes", "ambient_modes", "what_goes_on"]
@@ -34,18 +34,18 @@ def _snapshots(value: Any, seen: set[int], depth: int = DEPTH) -> Iterator[Snaps
             yield from _snapshots(item, seen, depth_inside(value, depth))
 
 
-def what_goes_on(module: nn.Module) -> Variable | None:
-    """An iterator or a generator of random numbers that this module's forward names."""
-    return next((v for v in surroundings_of([module]).variables if goes_on(v.value)), None)
+def what_goes_on(modules: Iterable[nn.Module]) -> Any:
+    """An iterator or a generator of random numbers that the forwards of these modules may ask, or None."""
+    return next(iter(surroundings_of(modules, kept=True).going_on), None)
 
 
 class Around:
     """What the forwards of a module tree find around them, at one moment."""
 
     def __init__(self, root: nn.Module) -> None:
-        found = surroundings_of(m for m in root.modules() if not is_library_leaf(m))
-        self._variables = found.variables
-        self._generators = [state for v in found.variables if goes_on(v.value) and (state := state_of(v.value)) is not None]
+        found = surroundings_of([m for m in root.modules() if not is_library_leaf(m)], kept=True)
+        self._variables: list[Variable | Missing] = [*found.variables, *found.missing]
+        self._generators = [state for generator in found.going_on if (state := state_of(generator)) is not None]
         self._caches = [(cached, cached.cache_info().misses) for cached in found.caches]
         seen: set[int] = set()
         self._saved = [snapshot for v in found.variables if v.inside is not None for snapshot in _snapshots(v.value, seen)]
@@ -59,8 +59,7 @@ class Around:
         written = self.changed()
         if written is not None:
             for variable in self._variables:
-                if variable.now() is not variable.value:
-                    variable.put_back()
+                variable.put_back()
             for snapshot in self._saved:
                 snapshot.put_back()
         for set_state, state in self._generators:

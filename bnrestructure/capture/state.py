@@ -14,7 +14,7 @@ from bnrestructure.capture.contents import contents, is_simple
 from bnrestructure.capture.program import dict_with
 from bnrestructure.capture.reads import Reads
 from bnrestructure.capture.surroundings import surroundings_of
-from bnrestructure.graph.boundaries import has_hooks, is_library_leaf
+from bnrestructure.graph.boundaries import REPLACED, has_hooks, is_library_leaf
 
 __all__ = ["ModuleState"]
 
@@ -91,14 +91,19 @@ class _Row(NamedTuple):
     of_class: tuple[_OfClass, ...]
 
     @classmethod
-    def of(cls, path: str, module: nn.Module, watched: set[str], read: set[str]) -> _Row:
-        """The row of this module; ``watched`` are the attributes that count, where it has them, tensors if they are in ``read``."""
+    def of(cls, path: str, module: nn.Module, watched: set[str], read: set[str], taken: set[int]) -> _Row:
+        """The row of this module; ``watched`` are the attributes that count, where it has them, tensors if they are in ``read``.
+
+        What is in an object is compared in one row: ``taken`` are the objects, by identity, that other rows look into.
+        """
         state = module.__dict__
         present = {n: state[n] for n in sorted(watched & state.keys()) if not isinstance(state[n], torch.Tensor | nn.Module)}
         # One name twice: of a single name the getter gives no tuple.
-        names = ["training", "training", *(name for name, value in present.items() if is_simple(value) and name != "training")]
+        plain = (name for name, value in present.items() if (is_simple(value) or id(value) in taken) and name != "training")
+        names = ["training", "training", *plain]
+        taken.update(id(value) for name, value in present.items() if name not in names)
         own = state["_parameters"].keys() | state["_buffers"].keys() | state["_modules"].keys()
-        absent = frozenset((watched | {"forward"}) - state.keys() - own)
+        absent = frozenset((watched | REPLACED) - state.keys() - own)
         getter: itemgetter[Any] = itemgetter(*names)
         return cls(
             path, module, state, type(module), getter, names, getter(state),
@@ -168,8 +173,9 @@ class ModuleState:
     def __init__(self, root: nn.Module, reads: Reads, calls: Collection[nn.Module] = ()) -> None:
         paths = {module: path for path, module in root.named_modules()}
         elsewhere = {module: f"a {type(module).__name__} that is no submodule" for module in reads.names if module not in paths}
+        taken: set[int] = set()
         self._rows = [
-            _Row.of(path, module, _watched(module, reads), reads.outside(module))
+            _Row.of(path, module, _watched(module, reads), reads.outside(module), taken)
             for module, path in (paths | elsewhere).items()
             if not isinstance(module, torch.jit.ScriptModule)  # called as it is, with what it is compiled with
         ]
@@ -178,7 +184,8 @@ class ModuleState:
         in_attributes = (row.state[name] for row in self._rows for name, _ in row.deep if not is_library_leaf(row.module))
         as_they_are = {module for called in calls for module in called.modules()}
         modules = (row.module for row in self._rows if row.module not in as_they_are and not is_library_leaf(row.module))
-        self._variables = surroundings_of(modules, [*of_class, *in_attributes]).variables
+        around = surroundings_of(modules, [*of_class, *in_attributes])
+        self._variables = [*around.variables, *around.missing]
 
     def matches(self) -> bool:
         """Whether everything is still as it was captured."""

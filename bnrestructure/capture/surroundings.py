@@ -1,38 +1,43 @@
 """What a forward's functions find around them: globals, closures, defaults, configuration objects, classes and modules.
 
-Nothing tells what a function reads there while it runs. So its code is asked: a name that it spells, as a variable, an attribute or a
-string, may be read. That is more than it reads; what is missing are names that are put together while it runs.
+Nothing tells what a function reads there while it runs. So its code is asked: what it loads as a global, and the names that it spells as
+attributes, of whatever it may reach. That is more than it reads; what is missing are names that are put together while it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import builtins
+import contextlib
+import dis
 import functools
 import os
 import re
 import sys
 import threading
+from collections import ChainMap, UserDict, UserList
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from bnrestructure.capture.contents import contents, is_plain_object, is_simple
+from bnrestructure.capture.contents import contents, goes_on, is_plain_object, is_simple, length_of, memory_of
 
-__all__ = ["Found", "Variable", "surroundings_of"]
+__all__ = ["Found", "Missing", "Variable", "surroundings_of"]
 
 #: Whose code decides by nothing that a user would change between two steps.
 _LIBRARIES = frozenset({"torch", "numpy", "bnrestructure", *sys.stdlib_module_names})
 _NAMESPACES = (SimpleNamespace, argparse.Namespace)
+_WRAPPERS = (UserDict, UserList, ChainMap, threading.Event)
 _CACHED = type(functools.cache(len))
-_MARK = "_bnr_original"  # of the generated classes (capture/swap.py)
+_INSTALLED = re.compile(r"[/\\\\](site|dist)-packages[/\\\\]")
+_FEW = 200  # items of a container that are looked into for functions and objects
+_WRITTEN_IN_PYTHON = 1 << 9  # CPython's Py_TPFLAGS_HEAPTYPE
+_AT_THE_START = {"__init__", "__new__", "__post_init__", "__init_subclass__"}
 #: The value of a variable that is not there.
 ABSENT = object()
-_CONTAINERS = (dict, list, tuple, set, frozenset)
-_INSTALLED = re.compile(r"[/\\\\](site|dist)-packages[/\\\\]")
-_FEW = 20  # items of a container that are looked into for functions and objects
 #: Where a variable is: globals, the attributes of an object or a module; a class; what each thread has; a closure's cell; a function, for
 #: its defaults; a context's variable, which is by itself.
 Home = dict[str, Any] | type | threading.local | CellType | FunctionType | ContextVar[Any]
@@ -65,13 +70,15 @@ class Variable(NamedTuple):
     def is_as_it_was(self) -> bool:
         """Whether it has that value still, with the same in it."""
         now = self.now()
-        if now is self.value:
-            return self.inside is None or bool(contents(now) == self.inside)
-        return is_simple(now) and is_simple(self.value) and bool(contents(now) == contents(self.value))
+        if self.inside is not None:
+            return bool(contents(now) == self.inside)
+        return now is self.value or (is_simple(now) and is_simple(self.value) and bool(contents(now) == contents(self.value)))
 
     def put_back(self) -> None:
         """Give it the value that it had."""
         home = self.home
+        if self.now() is self.value:
+            return
         if isinstance(home, dict | threading.local):
             values = home if isinstance(home, dict) else vars(home)
             if self.value is ABSENT:
@@ -86,18 +93,49 @@ class Variable(NamedTuple):
             setattr(home, self.name, self.value)
 
 
+class Missing(NamedTuple):
+    """Names that code spells, and that something it may reach does not have."""
+
+    home: dict[str, Any] | type | threading.local
+    names: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        """One that is there by now."""
+        return next(iter(self.names & _values_of(self.home).keys()), "")
+
+    def is_as_it_was(self) -> bool:
+        """Whether they are missing still."""
+        return self.names.isdisjoint(_values_of(self.home))
+
+    def put_back(self) -> None:
+        """Take away those that are there."""
+        for name in self.names & _values_of(self.home).keys():
+            if isinstance(self.home, dict):
+                del self.home[name]
+            else:
+                delattr(self.home, name)
+
+
 class Found(NamedTuple):
-    """The variables that code names, and the caches that it goes through."""
+    """What code names, and what it does not find; the caches that it goes through; iterators, and generators of random numbers."""
 
     variables: list[Variable]
+    missing: list[Missing]
     caches: list[Any]
+    going_on: list[Any]
 
 
-def surroundings_of(modules: Iterable[nn.Module], values: Iterable[Any] = ()) -> Found:
-    """What the forwards of these modules, and the methods that those name, find around them; and what these functions and objects do."""
+def surroundings_of(modules: Iterable[nn.Module], values: Iterable[Any] = (), *, kept: bool = False) -> Found:
+    """What the forwards of these modules, and the methods that those name, find around them; and what these functions and objects do.
+
+    kept    and what the modules' own attributes of the names that are spelt do: functions, objects
+    """
     survey = _Survey()
-    for kind in dict.fromkeys(map(type, modules)):
-        survey.follow_forward(kind)
+    for module in modules:
+        survey.follow_forward(type(module))
+        if kept:
+            survey.instances.append(vars(module))
     survey.look_into(*values)
     return survey.finish()
 
@@ -106,124 +144,171 @@ class _Survey:
     """Functions that may be called, the names that they spell, and what has something of these names."""
 
     def __init__(self) -> None:
+        self.instances: list[dict[str, Any]] = []
         self._found: dict[tuple[int, str], Variable] = {}
-        self._names: set[str] = set()
-        self._holders: list[tuple[Home, Mapping[str, Any]]] = []
-        self._objects: list[tuple[dict[str, Any], set[str]]] = []  # an object's attributes, and those that its classes have
+        self._names: set[str] = {"forward"}
+        self._holders: list[dict[str, Any] | type | threading.local] = []
         self._classes: set[type] = set()
         self._caches: list[Any] = []
+        self._going_on: list[Any] = []
         self._seen: dict[int, Any] = {}  # by identity; kept alive, so that nothing else gets it
         self._left: list[Any] = []
 
     def follow_forward(self, kind: type) -> None:
         """A module of this class runs its forward, and the methods that it names."""
-        own = [base for base in kind.__mro__ if _MARK not in vars(base)]
-        home = next((base for base in own if "forward" in vars(base)), None)
-        if home is not None:
-            self._add("forward", home, vars(home)["forward"])
-        self._hold([base for base in own if base not in nn.Module.__mro__])
+        if kind not in self._classes:
+            self._hold([base for base in kind.__mro__ if base not in nn.Module.__mro__])
+            home = next((base for base in kind.__mro__ if "forward" in vars(base) and _root_of(base) != "bnrestructure"), None)
+            if home is not None:
+                self._add("forward", home, vars(home)["forward"])
 
     def look_into(self, *values: Any) -> None:
         """What these values find around themselves counts, too."""
         for value in values:
-            if not is_simple(value) and id(value) not in self._seen:
+            if id(value) not in self._seen:
                 self._seen[id(value)] = value
                 self._left.append(value)
 
     def finish(self) -> Found:
-        """All variables. A name may be found in what another one led to, and lead to more names."""
+        """All there is. A name may be found in what another one led to, and lead to more names."""
         before: int | None = None
         while self._left or before != len(self._names) + len(self._holders):
             while self._left:
-                self._look_into(self._left.pop())
+                with contextlib.suppress(Exception):  # whatever a user's object does when it is asked what it is
+                    self._look_into(self._left.pop())
             before = len(self._names) + len(self._holders)
-            for home, values in list(self._holders):
+            for home in list(self._holders):
+                values = _values_of(home)
                 for name in [name for name in self._names if name in values]:
                     self._add(name, home, values[name])
-            for attributes, of_class in self._objects:
-                for name in self._names & of_class:
-                    self._add(name, attributes, attributes.get(name, ABSENT))
-        return Found(list(self._found.values()), self._caches)
+            for attributes in self.instances:
+                self.look_into(*[attributes[name] for name in self._names if name in attributes])
+        missing = [Missing(home, frozenset(self._names - _values_of(home).keys())) for home in self._holders]
+        return Found(list(self._found.values()), missing, self._caches, self._going_on)
 
     def _add(self, name: str, home: Home, value: Any) -> None:
-        fixed = isinstance(value, ModuleType) and _root(vars(value)) in _LIBRARIES
+        fixed = isinstance(value, ModuleType) and _root(_attributes_of(value)) in _LIBRARIES
         if not fixed and (id(home), name) not in self._found:
-            inside = contents(value) if _is_compared_whole(value) else None
+            inside = None
+            with contextlib.suppress(Exception):
+                inside = contents(value) if _is_compared_whole(value) else None
             self._found[id(home), name] = Variable(name, home, value, inside)
             self.look_into(value)
 
     def _look_into(self, value: Any) -> None:
-        if isinstance(value, FunctionType):
+        if is_simple(value) or isinstance(value, Tensor | nn.Module):
+            return
+        if goes_on(value):
+            self._going_on.append(value)
+        elif isinstance(value, FunctionType):
             self._read(value)
-        elif isinstance(value, MethodType | staticmethod | classmethod):
+        elif isinstance(value, BuiltinMethodType):
+            if not isinstance(value.__self__, ModuleType | type):
+                self._add(value.__name__, {value.__name__: value.__self__}, value.__self__)
+        elif isinstance(value, ModuleType):
+            if _is_the_users(_attributes_of(value)):
+                self._hold_one(_attributes_of(value))
+        elif isinstance(value, type):
+            self._hold(value.__mro__)
+        elif length_of(value) is not None:
+            if (length_of(value) or 0) <= _FEW:
+                self.look_into(*(dict.values(value) if isinstance(value, dict) else value))
+        elif isinstance(value, ContextVar):
+            self._add(value.name, value, value.get(ABSENT))
+        elif isinstance(value, threading.local):
+            self._hold_one(value)
+        elif isinstance(value, _CACHED):
+            self._caches.append(value)
+            self.look_into(value.__wrapped__)
+        elif not self._look_behind(value) and is_plain_object(value):
+            own = self._hold(type(value).__mro__)
+            attributes = getattr(value, "__dict__", None)
+            if attributes is not None and (own or isinstance(value, _NAMESPACES)):
+                self._hold_one(attributes)
+
+    def _look_behind(self, value: Any) -> bool:
+        """Look into the functions that a method or a descriptor stands for; whether this is one."""
+        if isinstance(value, MethodType | staticmethod | classmethod):
             self.look_into(value.__func__, getattr(value, "__self__", None))
         elif isinstance(value, property):
             self.look_into(value.fget)
         elif isinstance(value, functools.cached_property):
             self.look_into(value.func)
-        elif isinstance(value, functools.partial):
+        elif isinstance(value, functools.partial | functools.partialmethod):
             self.look_into(value.func, *value.args, *value.keywords.values())
-        elif isinstance(value, ModuleType):
-            if _is_the_users(vars(value)):
-                self._holders.append((vars(value), vars(value)))
-        elif isinstance(value, type):
-            if not issubclass(value, nn.Module | Tensor):
-                self._hold(value.__mro__, unspelt=True)
-        elif isinstance(value, _CONTAINERS):
-            if len(value) <= _FEW:
-                self.look_into(*(value.values() if isinstance(value, dict) else value))
-        elif isinstance(value, ContextVar):
-            self._add(value.name, value, value.get(ABSENT))
-        elif isinstance(value, threading.local):
-            self._holders.append((value, vars(value)))
-        elif isinstance(value, _CACHED):
-            self._caches.append(value)
-            self.look_into(value.__wrapped__)
-        elif is_plain_object(value) and (self._hold(type(value).__mro__, unspelt=True) or isinstance(value, _NAMESPACES)):
-            attributes = getattr(value, "__dict__", None)
-            if attributes is not None:
-                self._holders.append((attributes, attributes))
-                self._objects.append((attributes, {name for base in type(value).__mro__ for name in vars(base)}))
+        elif isinstance(value, functools.singledispatchmethod):
+            self.look_into(value.dispatcher, value.func)
+        else:
+            return False
+        return True
 
     def _read(self, function: FunctionType) -> None:
-        """What a function names, the names that it spells, its defaults; of one of an installed package numbers and flags alone."""
+        """What a function names, the names that it spells, its defaults; of one of an installed package numbers and flags alone.
+
+        A library's may stand before a user's: a context manager's, what torch.no_grad() makes of a function.
+        """
         values = function.__globals__
+        cells = list(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         if _root(values) in _LIBRARIES:
+            self.look_into(getattr(function, "__wrapped__", None), *[Variable(name, cell, None, None).now() for name, cell in cells])
             return
         is_the_users = _is_the_users(values)
-        if any("environ" in code.co_names or "getenv" in code.co_names for code in _codes(function.__code__)):
-            self._add("environ", vars(os), os.environ)
         for code in _codes(function.__code__):
-            spelt = _spelt(code)
-            for name in [name for name in spelt if name in values]:
+            named = _spelt(code)
+            for name in [name for name in named.variables if name in values]:
                 if is_the_users or is_simple(values[name]):
                     self._add(name, values, values[name])
                 self.look_into(values[name])
+            for name in named.variables - values.keys():
+                if not hasattr(builtins, name):
+                    self._add(name, values, ABSENT)
+            if "environ" in named.attributes or "getenv" in named.attributes | named.variables:
+                self._add("environ", vars(os), os.environ)
             if is_the_users:
-                self._names |= spelt
-                self.look_into(*filter(None, map(sys.modules.get, {*spelt, *code.co_names})))  # imported inside
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+                self._names |= named.attributes
+                package = str(values.get("__package__"))
+                paths = [*named.imported, *(f"{package}.{name}".rstrip(".") for name in named.imported)]
+                self.look_into(*[module for path in paths if (module := sys.modules.get(path)) is not None])
+        for name, cell in cells:
             self._add(name, cell, Variable(name, cell, None, None).now())
-        for name in ("__defaults__", "__kwdefaults__"):
-            if is_the_users and getattr(function, name):
-                self._add(name, function, getattr(function, name))
+        if is_the_users:
+            self._hold_one(vars(function))
+            for name in ("__defaults__", "__kwdefaults__"):
+                if getattr(function, name):
+                    self._add(name, function, getattr(function, name))
 
-    def _hold(self, classes: Iterable[type], unspelt: bool = False) -> bool:
-        """Look for names in those of these classes that a user wrote, and at what Python calls ``unspelt``; whether there are any."""
-        own = [base for base in classes if _is_the_users(vars(sys.modules.get(base.__module__, sys)))]
+    def _hold(self, classes: Iterable[type]) -> bool:
+        """Look for names in those of these classes that a user wrote, and at what Python calls unspelt; whether there are any."""
+        own = [base for base in classes if _is_the_users_class(base)]
         for base in [base for base in own if base not in self._classes]:
             self._classes.add(base)
-            self._holders.append((base, vars(base)))
-            if unspelt:
-                self.look_into(*(value for name, value in vars(base).items() if name.startswith("__") and isinstance(value, FunctionType)))
+            self._hold_one(base)
+            unspelt = [name for name in vars(base) if name.startswith("__") and name not in _AT_THE_START]
+            self.look_into(*[vars(base)[name] for name in unspelt if isinstance(vars(base)[name], FunctionType)])
         return bool(own)
+
+    def _hold_one(self, home: dict[str, Any] | type | threading.local) -> None:
+        if all(home is not held for held in self._holders):
+            self._holders.append(home)
 
 
 def _is_compared_whole(value: Any) -> bool:
-    """Whether what is in this is compared, named or not: a container, an object without a dict of its own."""
+    """Whether what is in this is compared, named or not: a container, an array, an object without a dict of its own."""
     if is_simple(value):
         return False
-    return isinstance(value, _CONTAINERS) or value is os.environ or (not hasattr(value, "__dict__") and is_plain_object(value))
+    if length_of(value) is not None or memory_of(value) is not None or value is os.environ or isinstance(value, _WRAPPERS):
+        return True
+    return not hasattr(value, "__dict__") and is_plain_object(value)
+
+
+def _values_of(home: dict[str, Any] | type | threading.local) -> Mapping[str, Any]:
+    return home if isinstance(home, dict) else vars(home)
+
+
+def _attributes_of(module: ModuleType) -> dict[str, Any]:
+    """What a module has, of a lazy one what it has so far."""
+    found: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    return found
 
 
 def _root(names: Mapping[str, Any]) -> str:
@@ -231,15 +316,46 @@ def _root(names: Mapping[str, Any]) -> str:
     return str(names.get("__name__", "")).partition(".")[0]
 
 
+def _root_of(kind: type) -> str:
+    """The package that its forward was written in."""
+    return _root(getattr(vars(kind).get("forward"), "__globals__", {}))
+
+
 def _is_the_users(names: Mapping[str, Any]) -> bool:
     """Whether code with these globals is the user's, and of no library or package that was installed."""
     return _root(names) not in _LIBRARIES and not _INSTALLED.search(str(names.get("__file__", "")))
 
 
-def _spelt(code: CodeType) -> set[str]:
-    """The names that a code object spells: variables, attributes, and strings that may be either."""
-    strings = (constant for constant in code.co_consts if isinstance(constant, str) and constant.isidentifier())
-    return {name for name in (*code.co_names, *strings) if not name.startswith("__")}
+def _is_the_users_class(kind: type) -> bool:
+    """Likewise of a class; one without a module was made by code that is in no file."""
+    module = sys.modules.get(str(kind.__module__))
+    if module is None or kind.__module__ == "builtins":
+        return bool(kind.__flags__ & _WRITTEN_IN_PYTHON)
+    return _is_the_users(_attributes_of(module))
+
+
+class _Spelt(NamedTuple):
+    """Names in a piece of code: of globals, of attributes, of modules that it imports."""
+
+    variables: frozenset[str]
+    attributes: frozenset[str]
+    imported: frozenset[str]
+
+
+@functools.lru_cache(maxsize=4096)
+def _spelt(code: CodeType) -> _Spelt:
+    names: dict[str, set[str]] = {}
+    for step in dis.get_instructions(code):
+        if isinstance(step.argval, str):
+            names.setdefault(step.opname, set()).add(step.argval)
+    variables = {name for step in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL") for name in names.get(step, ())}
+    imported = names.get("IMPORT_NAME", set())
+    attributes = {name for step in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "IMPORT_FROM") for name in names.get(step, ())}
+    if variables & {"getattr", "hasattr", "setattr", "delattr"}:
+        flat = [part for constant in code.co_consts for part in (constant if isinstance(constant, tuple) else (constant,))]
+        attributes |= {constant for constant in flat if isinstance(constant, str) and constant.isidentifier()}
+    own = [frozenset(name for name in found if not name.startswith("__")) for found in (variables, attributes)]
+    return _Spelt(*own, frozenset(imported))
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -31,6 +31,9 @@ class Restructured:
 
     _bnr_original: type[nn.Module]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A generated class is no subclass that its author's __init_subclass__ would want to know of."""
+
 
 def is_restructured(module: nn.Module) -> bool:
     """Whether this very module (not its children) is swapped."""

@@ -32,6 +32,7 @@ from bnrestructure.capture.outputs import as_output
 from bnrestructure.capture.reads import Reads, not_recording, recording_reads
 from bnrestructure.capture.recorder import Recorder
 from bnrestructure.capture.side_effects import Around, Attributes, what_goes_on
+from bnrestructure.capture.spelling import article
 from bnrestructure.capture.trial import AsBefore, trial
 from bnrestructure.core.errors import AttributeWrittenError, CaptureError, NotFollowedError, first_line
 from bnrestructure.graph.boundaries import boundary_reason, is_library_leaf
@@ -41,6 +42,8 @@ __all__ = ["Capture", "capture", "is_capturing"]
 _active = threading.local()
 _lock = threading.RLock()
 
+#: What sets the state of PyTorch's generator; fork_rng() goes through it.
+_SEEDING = ("manual_seed", "seed", "set_rng_state", "initial_seed")
 _RANDOM = "its forward draws random numbers outside the graph (a frozen draw would be wrong)"
 
 
@@ -96,13 +99,13 @@ def _going_on(root: nn.Module) -> dict[nn.Module, str]:
 
     Raises CaptureError where it is the root's, and for an iterator, which could not be put back.
     """
-    variables = {kind: what_goes_on(m) for kind, m in {type(m): m for m in root.modules() if not is_library_leaf(m)}.items()}
     found: dict[nn.Module, str] = {}
-    for module in root.modules():
-        variable = variables.get(type(module))
-        if variable is not None:
-            found[module] = f"its code names {variable.name!r}, which goes on by itself"
-            if module is root or state_of(variable.value) is None:
+    modules = [module for module in root.modules() if not is_library_leaf(module)]
+    for module in modules if what_goes_on(modules) is not None else []:
+        source = what_goes_on([module])
+        if source is not None:
+            found[module] = f"its code may ask {article(type(source).__name__)}, which goes on by itself"
+            if module is root or state_of(source) is None:
                 raise CaptureError(found[module])
     return found
 
@@ -294,12 +297,29 @@ def _patched() -> Iterator[None]:
 
     nn.Module.__call__ = call_module  # type: ignore[method-assign]
     torch.autograd.Function.apply = classmethod(call_function)
+    seeding = [(module, name, getattr(module, name)) for module in (torch, torch.random) for name in _SEEDING if hasattr(module, name)]
+    for module, name, function in seeding:
+        setattr(module, name, _not_seeding(function))
     try:
         with _no_checkpoints():
             yield
     finally:
+        for module, name, function in seeding:
+            setattr(module, name, function)
         nn.Module.__call__ = call  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply
+
+
+def _not_seeding(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, but a CaptureError in a forward that is captured: what it draws then is no draw of the graph's."""
+
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        session = _session()
+        if session is not None and not session.recorder.depth:
+            raise CaptureError(_RANDOM)
+        return function(*args, **kwargs)
+
+    return refusing
 
 
 @contextmanager
@@ -346,7 +366,7 @@ def _same_random_state(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 
 
 def _set_random_state(state: tuple[Any, ...]) -> None:
-    torch.set_rng_state(state[0])
+    torch.default_generator.set_state(state[0])
     random.setstate(state[1])
     if state[2] is not None:
         sys.modules["numpy"].random.set_state(state[2])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
-__all__ = ["any_global_hooks", "boundary_reason", "has_hooks", "is_called", "is_library_leaf"]
+__all__ = ["REPLACED", "any_global_hooks", "boundary_reason", "has_hooks", "is_called", "is_library_leaf"]
+
+#: Methods that somebody may put on an instance in the place of its class's: a convolution's forward goes through the second.
+REPLACED = frozenset({"forward", "_conv_forward"})
 
 
 def has_hooks(state: dict[str, object]) -> bool:
@@ -33,8 +37,10 @@ def boundary_reason(module: nn.Module) -> str | None:
     """Why this module must stay a call of its own in a captured graph, or None when its forward() may be traced through."""
     if has_hooks(module.__dict__):
         return "it has hooks"
-    if "forward" in module.__dict__:
+    if not REPLACED.isdisjoint(module.__dict__):
         return "its forward is replaced on the instance"
+    if type(module).__module__.startswith("torch.") and not _is_pytorchs(type(module).forward):
+        return "its class's forward is replaced"
     if parametrize.is_parametrized(module):
         return "it is parametrized"
     if isinstance(module, torch.jit.ScriptModule):
@@ -45,6 +51,11 @@ def boundary_reason(module: nn.Module) -> str | None:
     if fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
         return "FSDP manages its parameters"
     return None
+
+
+def _is_pytorchs(function: Any) -> bool:
+    """Whether PyTorch wrote it, or a generated class (capture/swap.py) has it in its place."""
+    return str(getattr(function, "__globals__", {}).get("__name__", "torch")).partition(".")[0] in ("torch", "bnrestructure")
 
 
 def is_called(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from bnrestructure.capture.contents import contents, is_simple
 from bnrestructure.capture.program import dict_with
 from bnrestructure.capture.reads import Reads
-from bnrestructure.capture.surroundings import surroundings_of
+from bnrestructure.capture.surroundings import Missing, Variable, surroundings_of
 from bnrestructure.graph.boundaries import REPLACED, has_hooks, is_library_leaf
 
 __all__ = ["ModuleState"]
@@ -185,7 +185,7 @@ class ModuleState:
         as_they_are = {module for called in calls for module in called.modules()}
         modules = (row.module for row in self._rows if row.module not in as_they_are and not is_library_leaf(row.module))
         around = surroundings_of(modules, [*of_class, *in_attributes])
-        self._variables = [*around.variables, *around.missing]
+        self._variables: list[Variable | Missing] = [*around.variables, *around.missing]
 
     def matches(self) -> bool:
         """Whether everything is still as it was captured."""

@@ -19,7 +19,7 @@ from collections import ChainMap, UserDict, UserList
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -63,7 +63,7 @@ class Variable(NamedTuple):
         if isinstance(home, ContextVar):
             return home.get(ABSENT)
         try:
-            return home.cell_contents
+            return cast(CellType, home).cell_contents
         except ValueError:  # empty
             return ABSENT
 
@@ -354,8 +354,12 @@ def _spelt(code: CodeType) -> _Spelt:
     if variables & {"getattr", "hasattr", "setattr", "delattr"}:
         flat = [part for constant in code.co_consts for part in (constant if isinstance(constant, tuple) else (constant,))]
         attributes |= {constant for constant in flat if isinstance(constant, str) and constant.isidentifier()}
-    own = [frozenset(name for name in found if not name.startswith("__")) for found in (variables, attributes)]
-    return _Spelt(*own, frozenset(imported))
+    return _Spelt(_open(variables), _open(attributes), frozenset(imported))
+
+
+def _open(names: set[str]) -> frozenset[str]:
+    """Those that Python has no special meaning for."""
+    return frozenset(name for name in names if not name.startswith("__"))
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -112,6 +112,8 @@ def growing_concat(node: fx.Node) -> GrowingConcat | None:
     appended = longest[1:]
     if any(segments != longest[: len(segments)] for _, segments in family) or len(set(longest)) < len(longest):
         return None
+    if any(len(one) == len(other) for (_, one), (_, other) in pairwise(family)):
+        return None  # one concat, made twice: each has a chain of readers of its own
     concats = [concat for concat, _ in family]
     copied = {concat for concat in concats if _gets_out(concat)}
     if len(concats) - len(copied) < 2:

@@ -46,6 +46,11 @@ def _inplace_on_view(m: Any, x: Tensor) -> Tensor:
     return m.bn1(y)
 
 
+def _made_twice(m: Any, x: Tensor) -> Tensor:
+    y = m.conv2(m.bn1(x))
+    return torch.cat([x, y], 1).exp() + torch.cat([x, y], 1).tanh()
+
+
 def _conv_changed_through_a_view(m: Any, x: Tensor) -> Tensor:
     y = m.conv2(m.bn1(x))
     y.flatten(1).mul_(2.0)
@@ -99,6 +104,7 @@ CASES: list[tuple[str, str, Body]] = [
     ("chain-readers", "readers that are not ours", lambda m, x: (lambda y: torch.tanh(y) + torch.sigmoid(y))(m.bn1(m.conv1(x)))),
     ("eliminate-concat", "along rows", lambda m, x: m.bn2(torch.cat([m.conv1(m.bn1(x)), m.conv2(x)], 2))),
     ("eliminate-concat", "nothing of it is written by a convolution", lambda m, x: m.bn1(torch.cat([x.exp(), x.tanh()], 1)[:, :4])),
+    ("eliminate-concat", "one concat made twice", _made_twice),
     ("eliminate-concat", "twice the same", lambda m, x: (lambda y: torch.cat([y, y], 1))(m.conv2(m.bn1(x)))),
     ("eliminate-concat", "read elsewhere", lambda m, x: (lambda y: torch.cat([x, y], 1).sum() + y.exp())(m.conv2(m.bn1(x)))),
     ("fuse-join", "nothing reads the sum but the output", lambda m, x: F.relu(x + m.bn1(m.conv1(x)))),

@@ -20,6 +20,7 @@ from bnrestructure.patterns.base import Refusal
 
 __all__ = ["BranchConcat", "ConcatStatistics", "GrowingConcat", "branch_concat", "concat_statistics", "growing_concat"]
 
+#: Eager copies what these lay out anew. A buffer may be laid out so already.
 _LAYS_OUT = {"contiguous", "to", "type", "type_as"}
 
 
@@ -91,7 +92,6 @@ def _gets_out(concat: fx.Node) -> bool:
 def _hands_out(reader: fx.Node, concat: fx.Node) -> bool:
     if reader.op == "output" or reader.target is returned:
         return True
-    # Eager copies what it lays out anew. A buffer may be laid out so already.
     return called_name(reader) in _LAYS_OUT or bool(storages_of(reader) & storages_of(concat))
 
 

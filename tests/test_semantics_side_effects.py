@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from equivalence import assert_same_training, assert_same_values, restructured_copy, training_step
-from test_semantics_globals import OPTIONS, Body, Change, _images, _model
+from test_semantics_globals import OPTIONS, Body, Change, _images, _model, check_that_a_change_is_seen
 from test_semantics_tracing import _Base
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,7 +33,9 @@ GRIDS: dict[Any, Tensor] = {}
 LOG: list[Any] = []
 DRAWS = random.Random(0)
 NUMBERS = np.random.default_rng(0)
-FROM_ENVIRONMENT: ContextVar[float] = ContextVar("from_environment", default=1.0)
+OF_CONTEXT: ContextVar[float] = ContextVar("of_context")
+OF_CONTEXT.set(1.0)
+NEVER_SET: ContextVar[int] = ContextVar("never_set")
 OF_THREAD = threading.local()
 OF_THREAD.scale = 1.0
 
@@ -114,24 +116,38 @@ def test_what_is_kept_from_the_first_call_is_real(grid: Any, start: Callable[[],
     assert all(site.ran for site in bnrestructure.explain(rewritten).sites)
 
 
-@pytest.mark.parametrize("how", ["environment", "context", "thread"])
-def test_settings_of_the_process_of_a_context_of_a_thread(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    bodies: dict[str, Body] = {
-        "environment": lambda m, x: m.trunk(x) * float(os.environ.get("BNR_OF_THE_TEST", "1")),
-        "context": lambda m, x: m.trunk(x) * FROM_ENVIRONMENT.get(),
-        "thread": lambda m, x: m.trunk(x) * OF_THREAD.scale,
-    }
-    model = _model(bodies[how])
-    rewritten = restructured_copy(model)
-    before = training_step(model, _images())
-    assert_same_values(training_step(rewritten, _images()), before)
-    monkeypatch.setenv("BNR_OF_THE_TEST", "3")
-    monkeypatch.setattr(OF_THREAD, "scale", 3.0)
-    token = FROM_ENVIRONMENT.set(3.0)
-    after = training_step(model, _images())
-    assert not torch.equal(after["output/0"], before["output/0"])
-    assert_same_values(training_step(rewritten, _images()), after)
-    FROM_ENVIRONMENT.reset(token)
+SETTINGS: dict[str, tuple[Body, Change]] = {
+    "the process": (
+        lambda m, x: m.trunk(x) * float(os.environ.get("BNR_OF_THE_TEST", "1")), lambda p: p.setenv("BNR_OF_THE_TEST", "3"),
+    ),
+    "a thread": (lambda m, x: m.trunk(x) * OF_THREAD.scale, lambda p: p.setattr(OF_THREAD, "scale", 3.0)),
+    "a context": (lambda m, x: m.trunk(x) * OF_CONTEXT.get(), lambda p: OF_CONTEXT.set(3.0) and None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("of", SETTINGS)
+def test_settings(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    body, change = SETTINGS[of]
+    copy_context().run(check_that_a_change_is_seen, body, lambda: change(monkeypatch))
+
+
+@pytest.mark.parametrize("of", ["a context", "a closure"])
+def test_nothing_of_a_capture_is_left_in(of: str) -> None:
+    def in_closure(m: Any, x: Tensor) -> Tensor:
+        nonlocal feature
+        feature = m.trunk(x)
+        return feature * 1.0
+
+    def in_context(m: Any, x: Tensor) -> Tensor:
+        NEVER_SET.set(1)
+        return m.trunk(x)
+
+    feature: Tensor
+    plan = bnrestructure.explain(restructured_copy(_model(in_context if of == "a context" else in_closure)))
+    assert any("its forward writes the variable" in note for note in plan.notes)
+    assert NEVER_SET.get(None) is None
+    with pytest.raises(NameError):
+        _ = feature
 
 
 ABSENT_AT_FIRST = SimpleNamespace()
@@ -172,14 +188,7 @@ LATER: dict[str, tuple[Body, Change]] = {
 @pytest.mark.parametrize("name", LATER)
 def test_what_was_not_there_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     body, change = LATER[name]
-    model = _model(body)
-    rewritten = restructured_copy(model)
-    before = training_step(model, _images())
-    assert_same_values(training_step(rewritten, _images()), before)
-    change(monkeypatch)
-    after = training_step(model, _images())
-    assert not torch.equal(after["output/0"], before["output/0"])
-    assert_same_values(training_step(rewritten, _images()), after)
+    check_that_a_change_is_seen(body, lambda: change(monkeypatch))
 
 
 def _stored(m: Any, x: Tensor) -> Tensor:
@@ -265,4 +274,5 @@ def test_layers_that_somebody_changed(how: str, monkeypatch: pytest.MonkeyPatch)
     elif how == "a class's":
         monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda m, x: x * m.weight[:, None, None])
     with Softer() if how == "a mode" else nullcontext():
-        assert_same_training(model, _images())
+        rewritten = assert_same_training(model, _images())
+    assert how != "a mode" or any("a TorchFunctionMode is active" in note for note in bnrestructure.explain(rewritten).notes)

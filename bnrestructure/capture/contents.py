@@ -41,13 +41,15 @@ def goes_on(value: Any) -> bool:
 
 
 def state_of(generator: Any) -> tuple[Callable[[Any], None], Any] | None:
-    """How to set the state of a generator of random numbers, and the one that it has; None where it has none that can be set."""
+    """How to set the state of a generator of random numbers, and the one that it has; None of an iterator."""
     if isinstance(generator, random.Random):
         return generator.setstate, generator.getstate()
+    if not type(generator).__module__.startswith("numpy.random"):
+        return None
     if hasattr(generator, "set_state"):  # NumPy's old ones
         return generator.set_state, generator.get_state()
     bits = getattr(generator, "bit_generator", generator)
-    return (functools.partial(setattr, bits, "state"), bits.state) if hasattr(bits, "state") else None
+    return functools.partial(setattr, bits, "state"), bits.state
 
 
 def depth_inside(value: Any, depth: int) -> int:
@@ -139,21 +141,13 @@ class _Same:
 
 
 def memory_of(value: Any) -> Any:
-    """What is in an array's memory, or None where this is none or a large one."""
+    """What is in the memory of an array or of a number of NumPy's, or None where this is neither, or large."""
     if isinstance(value, bytearray):
         return bytes(value) if len(value) <= _LARGEST * 1024 else None
     numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.generic):
-        return str(value.dtype), (), value.tobytes()
-    if numpy is None or not isinstance(value, numpy.ndarray) or value.dtype.hasobject or value.nbytes > _LARGEST * 1024:
+    if numpy is None or not isinstance(value, numpy.ndarray | numpy.generic) or value.dtype.hasobject or value.nbytes > _LARGEST * 1024:
         return None
     return str(value.dtype), value.shape, value.tobytes()
-
-
-def is_fixed(value: Any) -> bool:
-    """Whether this is a number of NumPy's."""
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.generic)
 
 
 class Snapshot:
@@ -162,7 +156,7 @@ class Snapshot:
     def __init__(self, value: Any) -> None:
         self.value = value
         self._memory = memory_of(value)
-        self._array = value.copy() if self._memory is not None and not is_fixed(value) else None
+        self._array = value.copy() if self._memory is not None else None
         self.parts = _parts(value) if self._memory is None else None
 
     @property
@@ -173,7 +167,7 @@ class Snapshot:
     def put_back(self) -> bool:
         """Undo what was changed since; whether anything was (which objects are where, by identity)."""
         if self._memory is not None:
-            if self._array is None or memory_of(self.value) == self._memory:
+            if memory_of(self.value) == self._memory:
                 return False
             self.value[slice(None) if isinstance(self.value, bytearray) else ...] = self._array
             return True

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from bnrestructure.capture.ambient import compiled_autograd_is_on, wants_the_module_itself
+from bnrestructure.capture.ambient import compiled_autograd_is_on, operations_are_overridden, wants_the_module_itself
 from bnrestructure.capture.arguments import Arguments
 from bnrestructure.capture.guess import guessed_arguments
 from bnrestructure.capture.probation import Probation, own_forwards, wants_own_forwards
@@ -168,6 +168,9 @@ class Region:
             return forward(module, *args, **kwargs)
         if any_global_hooks():
             self._refuse("hooks for every module are installed, and a rewritten forward calls none")
+            return forward(module, *args, **kwargs)
+        if operations_are_overridden():
+            self._refuse("a TorchFunctionMode is active, and no operation of a fused node goes through it")
             return forward(module, *args, **kwargs)
         if getattr(module, "_is_replica", False):
             self._refuse("nn.DataParallel runs replicas of the module, whose tensors are not parameters: DistributedDataParallel's are")

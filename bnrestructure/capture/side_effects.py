@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from bnrestructure.capture.contents import DEPTH, Snapshot, depth_inside, is_sim
 from bnrestructure.capture.surroundings import Missing, Variable, surroundings_of
 from bnrestructure.graph.boundaries import is_library_leaf
 
-__all__ = ["Around", "Attributes", "ambient_modes", "what_goes_on"]
+__all__ = ["Around", "Attributes", "ambient_modes"]
 
 
 def ambient_modes() -> tuple[Any, ...]:
@@ -34,16 +34,12 @@ def _snapshots(value: Any, seen: set[int], depth: int = DEPTH) -> Iterator[Snaps
             yield from _snapshots(item, seen, depth_inside(value, depth))
 
 
-def what_goes_on(modules: Iterable[nn.Module]) -> Any:
-    """An iterator or a generator of random numbers that the forwards of these modules may ask, or None."""
-    return next(iter(surroundings_of(modules, kept=True).going_on), None)
-
-
 class Around:
-    """What the forwards of a module tree find around them, at one moment."""
+    """What the forwards of a module tree find around them, at one moment; ``going_on`` are iterators and generators of random numbers."""
 
     def __init__(self, root: nn.Module) -> None:
         found = surroundings_of([m for m in root.modules() if not is_library_leaf(m)], kept=True)
+        self.going_on = found.going_on
         self._variables: list[Variable | Missing] = [*found.variables, *found.missing]
         self._generators = [state for generator in found.going_on if (state := state_of(generator)) is not None]
         self._caches = [(cached, cached.cache_info().misses) for cached in found.caches]

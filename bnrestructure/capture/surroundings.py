@@ -19,7 +19,7 @@ from collections import ChainMap, UserDict, UserList
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -32,9 +32,10 @@ _LIBRARIES = frozenset({"torch", "numpy", "bnrestructure", *sys.stdlib_module_na
 _NAMESPACES = (SimpleNamespace, argparse.Namespace)
 _WRAPPERS = (UserDict, UserList, ChainMap, threading.Event)
 _CACHED = type(functools.cache(len))
-_INSTALLED = re.compile(r"[/\\\\](site|dist)-packages[/\\\\]")
+_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 _FEW = 200  # items of a container that are looked into for functions and objects
 _WRITTEN_IN_PYTHON = 1 << 9  # CPython's Py_TPFLAGS_HEAPTYPE
+#: What has run before a forward does.
 _AT_THE_START = {"__init__", "__new__", "__post_init__", "__init_subclass__"}
 #: The value of a variable that is not there.
 ABSENT = object()
@@ -58,14 +59,9 @@ class Variable(NamedTuple):
             return home.get(self.name, ABSENT)
         if isinstance(home, type | threading.local):
             return vars(home).get(self.name, ABSENT)
-        if isinstance(home, FunctionType):
-            return getattr(home, self.name)
-        if isinstance(home, ContextVar):
-            return home.get(ABSENT)
-        try:
-            return cast(CellType, home).cell_contents
-        except ValueError:  # empty
-            return ABSENT
+        if isinstance(home, CellType):
+            return _in_cell(home)
+        return home.get(ABSENT) if isinstance(home, ContextVar) else getattr(home, self.name)
 
     def is_as_it_was(self) -> bool:
         """Whether it has that value still, with the same in it."""
@@ -86,10 +82,11 @@ class Variable(NamedTuple):
             else:
                 values[self.name] = self.value
         elif isinstance(home, CellType):
-            home.cell_contents = self.value
-        elif isinstance(home, ContextVar):
-            home.set(self.value)
-        else:
+            if self.value is ABSENT:
+                del home.cell_contents
+            else:
+                home.cell_contents = self.value
+        elif not isinstance(home, ContextVar):  # a capture has a context of its own, which goes with it
             setattr(home, self.name, self.value)
 
 
@@ -190,7 +187,7 @@ class _Survey:
         fixed = isinstance(value, ModuleType) and _root(_attributes_of(value)) in _LIBRARIES
         if not fixed and (id(home), name) not in self._found:
             inside = None
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # likewise
                 inside = contents(value) if _is_compared_whole(value) else None
             self._found[id(home), name] = Variable(name, home, value, inside)
             self.look_into(value)
@@ -250,7 +247,7 @@ class _Survey:
         values = function.__globals__
         cells = list(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         if _root(values) in _LIBRARIES:
-            self.look_into(getattr(function, "__wrapped__", None), *[Variable(name, cell, None, None).now() for name, cell in cells])
+            self.look_into(getattr(function, "__wrapped__", None), *[_in_cell(cell) for _, cell in cells])
             return
         is_the_users = _is_the_users(values)
         for code in _codes(function.__code__):
@@ -270,7 +267,7 @@ class _Survey:
                 paths = [*named.imported, *(f"{package}.{name}".rstrip(".") for name in named.imported)]
                 self.look_into(*[module for path in paths if (module := sys.modules.get(path)) is not None])
         for name, cell in cells:
-            self._add(name, cell, Variable(name, cell, None, None).now())
+            self._add(name, cell, _in_cell(cell))
         if is_the_users:
             self._hold_one(vars(function))
             for name in ("__defaults__", "__kwdefaults__"):
@@ -299,6 +296,13 @@ def _is_compared_whole(value: Any) -> bool:
     if length_of(value) is not None or memory_of(value) is not None or value is os.environ or isinstance(value, _WRAPPERS):
         return True
     return not hasattr(value, "__dict__") and is_plain_object(value)
+
+
+def _in_cell(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return ABSENT
 
 
 def _values_of(home: dict[str, Any] | type | threading.local) -> Mapping[str, Any]:

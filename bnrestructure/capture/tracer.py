@@ -7,6 +7,7 @@ outside of PyTorch, attributes written, activation checkpoints - makes the captu
 
 from __future__ import annotations
 
+import contextvars
 import random
 import sys
 import threading
@@ -31,8 +32,9 @@ from bnrestructure.capture.layers import keeps_shape, known_result
 from bnrestructure.capture.outputs import as_output
 from bnrestructure.capture.reads import Reads, not_recording, recording_reads
 from bnrestructure.capture.recorder import Recorder
-from bnrestructure.capture.side_effects import Around, Attributes, what_goes_on
+from bnrestructure.capture.side_effects import Around, Attributes
 from bnrestructure.capture.spelling import article
+from bnrestructure.capture.surroundings import surroundings_of
 from bnrestructure.capture.trial import AsBefore, trial
 from bnrestructure.core.errors import AttributeWrittenError, CaptureError, NotFollowedError, first_line
 from bnrestructure.graph.boundaries import boundary_reason, is_library_leaf
@@ -78,11 +80,12 @@ def capture(module: nn.Module, forward: Callable[..., Any], arguments: Arguments
     torch's own layers and boundary modules stay calls; everything else is followed, but for submodules that cannot be: those stay
     calls too. The module is left as it was. Raises CaptureError naming what in the module's forward could not be followed.
     """
-    opaque = _going_on(module)
     watch = False
     with _lock:
+        around = Around(module)
+        opaque = _asking(module) if around.going_on else {}
         while True:
-            session = _Session(module, opaque, watch)
+            session = _Session(module, opaque, around, watch)
             try:
                 return session.run(forward, arguments)
             except CaptureError as error:
@@ -94,16 +97,14 @@ def capture(module: nn.Module, forward: Callable[..., Any], arguments: Arguments
                     raise
 
 
-def _going_on(root: nn.Module) -> dict[nn.Module, str]:
-    """Submodules whose code names what is something else each time, and why they stay calls.
+def _asking(root: nn.Module) -> dict[nn.Module, str]:
+    """Submodules whose code may ask what is something else each time, and why they stay calls.
 
     Raises CaptureError where it is the root's, and for an iterator, which could not be put back.
     """
     found: dict[nn.Module, str] = {}
-    modules = [module for module in root.modules() if not is_library_leaf(module)]
-    for module in modules if what_goes_on(modules) is not None else []:
-        source = what_goes_on([module])
-        if source is not None:
+    for module in [module for module in root.modules() if not is_library_leaf(module)]:
+        for source in surroundings_of([module], kept=True).going_on:
             found[module] = f"its code may ask {article(type(source).__name__)}, which goes on by itself"
             if module is root or state_of(source) is None:
                 raise CaptureError(found[module])
@@ -113,13 +114,14 @@ def _going_on(root: nn.Module) -> dict[nn.Module, str]:
 class _Session:
     """One run of the forward."""
 
-    def __init__(self, root: nn.Module, opaque: dict[nn.Module, str], watch: bool) -> None:
+    def __init__(self, root: nn.Module, opaque: dict[nn.Module, str], around: Around, watch: bool) -> None:
         self.root = root
         self.opaque = opaque
         self.watch = watch
         self.paths = {m: name for name, m in reversed(list(root.named_modules(remove_duplicate=False)))}
         self.attributes = Attributes(root)
-        self.around = Around(root)
+        self.around = around
+        self.context = contextvars.copy_context()  # what the forward sets in it goes with it
         self.wrote_around = False
         self.reads = Reads()
         self.recorder = Recorder(root, FaithfulFakeMode(allow_non_fake_inputs=True))
@@ -143,7 +145,7 @@ class _Session:
             with _patched(), recording_reads(self.reads), without_log(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with recorder:
-                    result = forward(self.root, *args, **kwargs)
+                    result = self.context.run(forward, self.root, *args, **kwargs)
             if [id(a) for a in pytree.tree_leaves((args, kwargs))] != [id(g) for g in given]:
                 raise CaptureError("its forward writes to a container that it is given")
             recorder.check_modes()
@@ -184,7 +186,7 @@ class _Session:
     def _undo(self) -> None:
         """Put back what the forward wrote to attributes and drew of random numbers; raises CaptureError if it did either."""
         pending = sys.exc_info()[1]
-        changed, around = self.attributes.restore(), self.around.restore()
+        changed, around = self.attributes.restore(), self.context.run(self.around.restore)
         drawn = not _same_random_state(_random_state(), self.random_before)
         _set_random_state(self.random_before)
         if changed is not None and not isinstance(pending, CaptureError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def restructure(
     passes: str | Sequence[str] | None = None,
     strict: bool = False,
     fuel: int | None = None,
+    graphs: str = "off",
 ) -> nn.Module:
     """Rewrite the model's training step so that each batch norm's halves ride on its neighbours. Returns the same object.
 
@@ -39,10 +41,14 @@ def restructure(
     strict     raise NotFullyFusedError, leaving the model as it was, unless every batch norm is fully fused; in training, too, where a
                part of the model turns out to run as it was
     fuel       stop after this many rewrites in each graph (for bisecting)
+    graphs     auto: a part's forward and backward are recorded as CUDA graphs after a few steps, and repeated where they turn out to do
+               what a step does (docs/gpus.md); :func:`explain` says which are, and why others are not
 
     Raises UsageError, leaving the model as it was, for arguments that cannot be used.
     """
-    options = _options(model, backend, passes, fuel, strict=strict)
+    options = replace(_options(model, backend, passes, fuel, strict=strict), graphs=graphs)
+    if graphs not in ("auto", "off"):
+        raise UsageError(f"graphs is 'auto' or 'off', got {graphs!r}")
     if strict:
         plan = make_plan(model, options)
         loose = [site for site in plan.sites if site.status != "fused"]

@@ -19,7 +19,7 @@ from torch import distributed as dist
 
 from bnrestructure.kernels.proof.prover import Proved, waits_for_proofs
 
-__all__ = ["Probation", "own_forwards", "wants_own_forwards"]
+__all__ = ["Probation", "own_forwards", "saves_by_hooks", "wants_own_forwards"]
 
 #: Steps of a turn; the first one is not timed, as it finds the other program's memory. Turns of each kind.
 _STEPS, _TURNS = 4, 3
@@ -47,7 +47,7 @@ def wants_own_forwards() -> bool:
     return getattr(_state, "own", False)
 
 
-def _saves_by_hooks() -> bool:
+def saves_by_hooks() -> bool:
     """Whether somebody handles what is saved for backward: torch.utils.checkpoint, which calls the module again, or an offloader."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
@@ -69,7 +69,7 @@ def _say(words: str) -> None:
 
 #: Why steps cannot be timed, and when.
 _UNTIMED: dict[str, Callable[[], bool]] = {
-    "its steps cannot be timed in a checkpoint, or with other hooks on saved tensors: backend='cuda' runs them untimed": _saves_by_hooks,
+    "its steps cannot be timed in a checkpoint, or with other hooks on saved tensors: backend='cuda' runs them untimed": saves_by_hooks,
     "several processes would have to agree on its steps' times: backend='cuda' runs them untimed": _of_several,
     "its steps cannot be timed in a CUDA graph: backend='cuda' runs them untimed": _captures,
 }
@@ -97,6 +97,11 @@ class Probation:
         """Whether this call is to run the rewritten program."""
         self._latest = self._choice()
         return self._latest
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is decided, for the rewritten program."""
+        return self._decided is True
 
     def _choice(self) -> bool:
         if waits_for_proofs():

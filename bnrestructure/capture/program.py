@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -12,6 +13,9 @@ from torch.fx.node import map_aggregate
 from bnrestructure.core.plain import plain
 
 __all__ = ["Program", "copied_graph", "dict_with"]
+
+#: Runs a function on the inputs and the own tensors, or does what comes to the same.
+Through = Callable[[Callable[..., Any], Sequence[Tensor], Sequence[Tensor]], Any]
 
 
 class Program:
@@ -25,6 +29,7 @@ class Program:
     def __init__(self, gm: fx.GraphModule, rebuild: Callable[[Sequence[Any]], Any] | None, name: str) -> None:
         graph = copied_graph(gm.graph)
         self._slots = _attributes_to_arguments(graph, gm)
+        self._layers = [str(node.target) for node in graph.nodes if node.op == "call_module"]
         self._rebuild = rebuild
         for node in graph.nodes:
             node.args, node.kwargs = map_aggregate(node.args, plain), map_aggregate(node.kwargs, plain)  # of layers' attributes, too
@@ -36,7 +41,10 @@ class Program:
         self._owner: nn.Module | None = None
         self._dicts: list[tuple[dict[str, Any], str]] = []
 
-    def __call__(self, module: nn.Module, tensors: Sequence[Tensor]) -> Any:
+    def __call__(self, module: nn.Module, tensors: Sequence[Tensor], through: Through | None = None) -> Any:
+        """The program's result. ``through`` is called in place of its function, with that, the inputs, and all tensors of the module's
+        own that it reads: those of PyTorch's layers that it calls, too.
+        """
         owner, dicts = self._owner, self._dicts
         if owner is not module:
             dicts = [_home(module.get_submodule(path), name) for path, name in self._slots]
@@ -46,8 +54,14 @@ class Program:
         except KeyError:  # it is an attribute of another kind now, or none
             self._owner, self._dicts = module, [_home(module.get_submodule(path), name) for path, name in self._slots]
             own = [values[name] for values, name in self._dicts]
-        result = self._function(module, *tensors, *own)
+        result = self._function(module, *tensors, *own) if through is None else self._through(through, module, tensors, own)
         return result if self._rebuild is None else self._rebuild(result)
+
+    def _through(self, through: Through, module: nn.Module, tensors: Sequence[Tensor], own: list[Tensor]) -> Any:
+        layers = [module.get_submodule(path) for path in self._layers]
+        of_layers = [t for layer in layers for t in chain(layer.parameters(), layer.buffers())]
+        count = len(tensors) + len(own)
+        return through(lambda *given: self._function(module, *given[:count]), tensors, own + of_layers)
 
     def digest(self, of: Any) -> str:
         """Names the program, run on what ``of`` says, in files."""

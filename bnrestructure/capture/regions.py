@@ -21,6 +21,7 @@ from bnrestructure.capture.guess import guessed_arguments
 from bnrestructure.capture.probation import Probation, own_forwards, wants_own_forwards
 from bnrestructure.capture.program import Program, copied_graph
 from bnrestructure.capture.reads import Reads
+from bnrestructure.capture.replay import Replays, unrecordable
 from bnrestructure.capture.side_effects import ambient_modes
 from bnrestructure.capture.sizes import still_hold
 from bnrestructure.capture.state import ModuleState
@@ -49,6 +50,7 @@ class Options:
     passes: tuple[str, ...] = pipeline.PASSES
     fuel: int | None = None
     strict: bool = False
+    graphs: str = "off"
 
 
 def holding_batch_norms(root: nn.Module) -> set[nn.Module]:
@@ -112,6 +114,7 @@ class _Cached:
     program: Program | None
     conditions: dict[Any, Any] = field(default_factory=dict)
     again: bool = False  # the next call like this one is captured once more
+    replays: Replays | None = None  # its recordings as graphs of its device, where these are wanted
     probations: dict[Any, Probation] = field(default_factory=dict)  # by the inputs' sizes, on devices whose kernels are proved first
 
     def takes(self, arguments: Arguments) -> bool:
@@ -130,6 +133,7 @@ class Ran:
     sites       the batch norm calls of the latest capture, by name, and ``graph``, what the passes made of it
     refusals    why calls ran the module's own forward
     probation   of the latest call, on a device whose kernels are proved first
+    replays     of the latest call, where device graphs are wanted
     """
 
     captures: int = 0
@@ -138,6 +142,7 @@ class Ran:
     graph: fx.Graph | None = None
     refusals: list[str] = field(default_factory=list)
     probation: Probation | None = None
+    replays: Replays | None = None
 
 
 @dataclass
@@ -196,7 +201,9 @@ class Region:
             with own_forwards():
                 return forward(module, *args, **kwargs)
         self.ran.calls += 1
-        return cached.program(module, arguments.tensors)
+        self.ran.replays = cached.replays
+        settled = probation is None or probation.settled
+        return cached.program(module, arguments.tensors, cached.replays if settled else None)
 
     def _own(self, cached: _Cached, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         again = True  # after an error, too: the call itself is at fault, perhaps, and not what the tracer can follow
@@ -282,7 +289,8 @@ class Region:
         finish(gm)
         sizes = arguments.sizes if before.by_size else None
         program = Program(gm, before.rebuild, type(module).__name__)
-        return _Cached(key, sizes, ModuleState(module, before.reads, before.opaque), program, before.conditions)
+        replays = None if self.options.graphs == "off" else Replays(unrecordable(gm))
+        return _Cached(key, sizes, ModuleState(module, before.reads, before.opaque), program, before.conditions, replays=replays)
 
     def _refuse(self, reason: str) -> None:
         if reason not in self.ran.refusals:

@@ -59,6 +59,8 @@ def make_plan(model: nn.Module, options: Options, inputs: tuple[Any, ...] | None
             plan.notes += [] if refusals else [f"{name or 'the model'}: {probation}"]
             faults = {f"kernels for {kind} are left alone: {fault}": None for kind, fault in probation.kernels.faults().items()}
             plan.notes += [note for note in faults if note not in plan.notes]
+        if region_here is not None and region_here.ran.replays is not None and not refusals:
+            plan.notes.append(f"{name or 'the model'}: {region_here.ran.replays}")
         if module in survey.reasons and not refusals:
             called[survey.reasons[module]].append(name or "the model")
         if region_here is not None and region_here.ran.captures:

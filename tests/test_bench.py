@@ -253,7 +253,7 @@ def test_wrong_numbers_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     right = reference.RUN[ConvBackward]
 
     def without_mask(call: ConvBackward) -> ConvGradients:
-        return right(dataclasses.replace(call, transform=dataclasses.replace(call.transform, act="identity")))
+        return right(dataclasses.replace(call, transform=call.transform._replace(act="identity")))
 
     monkeypatch.setitem(reference.RUN, ConvBackward, without_mask)
     settings = Settings("small", backend="reference")

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 from bnrestructure import ops
+from bnrestructure.core.edges import ConvGeometry, PoolGeometry, Transform
 
-VECTORS = torch.zeros(8), torch.ones(8), torch.zeros(8)
+VECTORS = Transform(torch.zeros(8), torch.ones(8), torch.zeros(8))
+RELU = VECTORS._replace(act="relu")
+POINT = ConvGeometry((1, 1), (0, 0), (1, 1), 1)
 NODES: dict[str, Callable[[Tensor], Tensor]] = {
-    "conv": lambda x: ops.conv(
-        x, None, None, None, torch.ones(4, 8, 3, 3), None, act="relu", stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1
-    ).y,
-    "threaded conv": lambda x: ops.conv(
-        x, None, None, None, torch.ones(4, 8, 1, 1), None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1, chain=True
-    ).passed,
-    "normalise": lambda x: ops.normalise(x, *VECTORS, act="relu")[0],
-    "max_pool": lambda x: ops.max_pool(x, *VECTORS, kernel=(2, 2), stride=(2, 2), padding=(0, 0))[0],
-    "squeeze": lambda x: ops.squeeze(x, *VECTORS, act="relu")[0],
+    "conv": lambda x: ops.conv(x, Transform(act="relu"), torch.ones(4, 8, 3, 3), None, POINT._replace(padding=(1, 1))).y,
+    "chained conv": lambda x: ops.conv(x, Transform(), torch.ones(4, 8, 1, 1), None, POINT, chain=True).passed,
+    "normalise": lambda x: ops.normalise(x, RELU)[0],
+    "max_pool": lambda x: ops.max_pool(x, VECTORS, PoolGeometry((2, 2), (2, 2), (0, 0)))[0],
+    "squeeze": lambda x: ops.squeeze(x, RELU)[0],
     "statistics": lambda x: ops.statistics(x).var,
-    "residual": lambda x: ops.residual(x, *VECTORS, x.flip(0), act="relu").out,
+    "residual": lambda x: ops.residual(x, VECTORS, x.flip(0), act="relu").out,
 }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bnrestructure import ops
+from bnrestructure.core.edges import ConvGeometry, PoolGeometry, Transform
 from bnrestructure.ops import library
 
 
@@ -25,8 +26,8 @@ def test_conv_operator_is_registered_consistently(prologue: bool, statistics: bo
     x, mean, scale, beta, weight = _tensors()
     vectors = (mean, scale, beta, "relu") if prologue else (None, None, None, "identity")
     bias = None if prologue else torch.randn(5, requires_grad=True)
-    geometry = ([stride, stride], [1, 1], [1, 1], 1)
-    arguments = (x, *vectors, None, weight, bias, *geometry, statistics, torch.float32, backend)
+    geometry = ConvGeometry((stride, stride), (1, 1), (1, 1), 1)
+    arguments = (x, *vectors, None, weight, bias, geometry.flat, statistics, torch.float32, backend)
     assert set(torch.library.opcheck(library.conv, arguments).values()) == {"SUCCESS"}
 
 
@@ -34,8 +35,8 @@ def test_conv_operator_is_registered_consistently(prologue: bool, statistics: bo
 def test_a_bias_gradient_has_the_dtype_that_its_fake_promises(backend: str) -> None:
     x, mean, scale, beta, weight = (t.detach() for t in _tensors())
     x, weight, dy = x.bfloat16(), weight.bfloat16(), torch.randn(2, 5, 6, 6).bfloat16()
-    geometry = ([1, 1], [1, 1], [1, 1], 1)
-    arguments = (dy, None, None, None, None, x, mean, scale, beta, "relu", None, weight, *geometry, torch.bfloat16, True, backend)
+    geometry = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
+    arguments = (dy, [], x, [mean, scale, beta], "relu", None, weight, geometry.flat, torch.bfloat16, True, backend)
     assert set(torch.library.opcheck(library.conv_backward, arguments).values()) == {"SUCCESS"}
     *_, dbias = library.conv_backward(*arguments)
     assert dbias.dtype == torch.bfloat16
@@ -53,12 +54,12 @@ def test_nodes_compile_in_one_graph_and_agree_with_eager() -> None:
     second = torch.randn(3, 5, 1, 1, requires_grad=True)
 
     def step(x: torch.Tensor) -> torch.Tensor:
-        shape = {"stride": (1, 1), "dilation": (1, 1), "groups": 1, "backend": "reference"}
-        first = ops.conv(x, None, None, None, weight, None, padding=(1, 1), statistics=True, **shape)
+        first = ops.conv(x, Transform(), weight, None, ConvGeometry((1, 1), (1, 1), (1, 1), 1), statistics=True, backend="reference")
         assert first.mean is not None
         assert first.var is not None
         scale = torch.rsqrt(first.var + 1e-5)
-        return ops.conv(first.y, first.mean, scale, -first.mean, second, None, act="relu", padding=(0, 0), **shape).y
+        transform = Transform(first.mean, scale, -first.mean, "relu")
+        return ops.conv(first.y, transform, second, None, ConvGeometry((1, 1), (0, 0), (1, 1), 1), backend="reference").y
 
     expected = step(x)
     wanted = torch.autograd.grad(expected.square().sum(), [x, weight, second])
@@ -73,8 +74,7 @@ def test_an_average_pool_compiles_in_one_graph_and_agrees_with_eager() -> None:
     x, mean, scale, beta, _ = _tensors()
 
     def step(x: torch.Tensor) -> torch.Tensor:
-        window = {"kernel": (3, 3), "stride": (2, 2), "padding": (1, 1)}
-        return ops.avg_pool(x, mean, scale, beta, act="relu", backend="reference", **window)[0]
+        return ops.avg_pool(x, Transform(mean, scale, beta, "relu"), PoolGeometry((3, 3), (2, 2), (1, 1)), backend="reference")[0]
 
     expected = step(x)
     wanted = torch.autograd.grad(expected.square().sum(), [x, mean, scale, beta])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -100,7 +100,7 @@ class Inputs:
     @property
     def join(self) -> Join:
         """For a node that is joined: x is the branch, r the shortcut as it is."""
-        return Join(self.x, replace(self.transform, act="identity"), self.r, Transform(), self.transform.act)
+        return Join(self.x, self.transform._replace(act="identity"), self.r, Transform(), self.transform.act)
 
     def forward(self, kernels: Any, node: Node, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """(y, mean, var); of a joined node the sum before them."""

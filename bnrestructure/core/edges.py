@@ -57,12 +57,11 @@ def statistics_factors(y: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tens
     return a, b
 
 
-@record
-class Transform:
+class Transform(NamedTuple):
     """The forward edge: ``z = act((x - mean) * scale + beta) * gate``.
 
     ``mean``, ``scale`` and ``beta`` are all [C] or all None (then ``z = act(x) * gate``). ``gate`` is [N, C], a
-    squeeze-and-excitation factor, or None for 1.
+    squeeze-and-excitation factor, or None for 1. A tuple, so that it can stand among the arguments of a graph's node.
     """
 
     mean: Tensor | None = None
@@ -119,6 +118,18 @@ class ConvGeometry(NamedTuple):
     groups: int
 
     @property
+    def flat(self) -> list[int]:
+        """All the numbers in one list, as a registered operator takes them: ``ConvGeometry.of_flat`` reads it."""
+        return [*self.stride, *self.padding, *self.dilation, self.groups]
+
+    @classmethod
+    def of_flat(cls, numbers: Sequence[int]) -> ConvGeometry:
+        """The geometry whose ``flat`` this is."""
+        *vectors, groups = numbers
+        n = len(vectors) // 3
+        return cls(tuple(vectors[:n]), tuple(vectors[n : 2 * n]), tuple(vectors[2 * n :]), groups)
+
+    @property
     def aten_arguments(self) -> tuple[Any, ...]:
         """What ATen's convolutions take after the bias."""
         return list(self.stride), list(self.padding), list(self.dilation), False, [0] * len(self.stride), self.groups
@@ -150,12 +161,12 @@ class ConvGeometry(NamedTuple):
 
 
 class PoolGeometry(NamedTuple):
-    """A max-pooling window, one int per spatial dimension; dilation is 1."""
+    """A pooling window, one int per spatial dimension; dilation is 1."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
-    ceil_mode: bool
+    ceil_mode: bool = False
 
     def output_size(self, spatial: Sequence[int]) -> tuple[int, ...]:
         """Spatial size of the result; in ceil_mode the last window must start inside the input or its left padding."""

@@ -18,8 +18,9 @@ from typing import Any
 from torch import fx
 
 from bnrestructure import ops
+from bnrestructure.core.edges import ConvGeometry, PoolGeometry, Transform
 from bnrestructure.graph.layers import Number
-from bnrestructure.graph.view import Fused, item_of
+from bnrestructure.graph.view import Fused, Group, item_of
 
 __all__ = [
     "FUSED",
@@ -46,6 +47,11 @@ __all__ = [
     "maker_of",
     "output_of",
 ]
+
+_OF_READER = {"transform": Group(Transform)}
+_OF_CONV = _OF_READER | {"geometry": Group(ConvGeometry), "slot": Group(ops.Slot), "shortcut": Group(ops.Shortcut)}
+_OF_POOL = _OF_READER | {"geometry": Group(PoolGeometry)}
+_OF_RESIDUAL = _OF_READER | {"r_transform": Group(Transform, "r_")}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -89,7 +95,7 @@ class Link(OfX):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Conv(Reader, Link, op=ops.conv, outputs=ops.ConvOutputs):
+class Conv(Reader, Link, op=ops.conv, outputs=ops.ConvOutputs, groups=_OF_CONV):
     """A convolution. With a shortcut ``r`` its prologue is a residual, and it passes on the sum."""
 
     weight: fx.Node
@@ -185,12 +191,12 @@ class Finalize(OfLayer, op=ops.finalize, outputs=ops.FinalizeOutputs):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Normalise(Reader, Link, op=ops.normalise, outputs=ops.NormaliseOutputs):
+class Normalise(Reader, Link, op=ops.normalise, outputs=ops.NormaliseOutputs, groups=_OF_READER):
     """Normalisation and activation in a sweep of their own."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class MaxPool(Reader, Link, op=ops.max_pool, outputs=ops.PoolOutputs):
+class MaxPool(Reader, Link, op=ops.max_pool, outputs=ops.PoolOutputs, groups=_OF_POOL):
     """A 2-D max pool."""
 
     kernel: tuple[int, int]
@@ -200,7 +206,7 @@ class MaxPool(Reader, Link, op=ops.max_pool, outputs=ops.PoolOutputs):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class AvgPool(Reader, Link, op=ops.avg_pool, outputs=ops.PoolOutputs):
+class AvgPool(Reader, Link, op=ops.avg_pool, outputs=ops.PoolOutputs, groups=_OF_POOL):
     """A 2-D average pool all of whose windows have one divisor."""
 
     kernel: tuple[int, int]
@@ -209,14 +215,14 @@ class AvgPool(Reader, Link, op=ops.avg_pool, outputs=ops.PoolOutputs):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Squeeze(Reader, op=ops.squeeze, outputs=ops.SqueezeOutputs):
+class Squeeze(Reader, op=ops.squeeze, outputs=ops.SqueezeOutputs, groups=_OF_READER):
     """A global average; with ``excite`` it also hands on x, standing for what is to be gated."""
 
     excite: bool = False
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Residual(Fused, op=ops.residual, outputs=ops.ResidualOutputs):
+class Residual(Fused, op=ops.residual, outputs=ops.ResidualOutputs, groups=_OF_RESIDUAL):
     """``act(normalise(y) + shortcut)``, the shortcut being r, or r normalised."""
 
     y: fx.Node

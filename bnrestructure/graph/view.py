@@ -4,33 +4,49 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import fx
 
-__all__ = ["Fused", "item_of"]
+__all__ = ["Fused", "Group", "item_of"]
+
+
+class Group(NamedTuple):
+    """Fields of a view that the op takes as one argument, a NamedTuple of class ``make``.
+
+    A member is the field called ``prefix`` and its name; it has its default where the view has no such field, or the op takes that as an
+    argument of its own.
+    """
+
+    make: Any
+    prefix: str = ""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Fused:
     """A view of a node that calls one of ``ops``: its fields are the call's arguments as they were when the view was taken.
 
-    A field that the node does not give has the op's default. Other nodes of the graph are :class:`torch.fx.Node`; what is no tensor is a
-    plain value. :meth:`update` writes to the node and returns a new view; views taken before keep the old values.
+    The members of an argument that is a tuple (:class:`Group`) are fields, too. A field that the node does not give has the op's default.
+    Other nodes of the graph are :class:`torch.fx.Node`; what is no tensor is a plain value. :meth:`update` writes to the node and returns
+    a new view; views taken before keep the old values.
     """
 
     node: fx.Node
 
     op: ClassVar[Callable[..., Any]]
     outputs: ClassVar[tuple[str, ...]]
-    _fields: ClassVar[dict[str, Any]]
+    _grouped: ClassVar[dict[str, Group]]
+    _call: ClassVar[_Form]
 
-    def __init_subclass__(cls, op: Callable[..., Any] | None = None, outputs: Any = None) -> None:
+    def __init_subclass__(
+        cls, op: Callable[..., Any] | None = None, outputs: Any = None, groups: dict[str, Group] | None = None
+    ) -> None:
         if op is not None:  # none: a class that several nodes have their fields from
             cls.op = staticmethod(op)
             cls.outputs = () if outputs is None else outputs._fields
+            cls._grouped = groups or {}
 
     @classmethod
     def of(cls, node: object) -> Self | None:
@@ -53,9 +69,7 @@ class Fused:
     @classmethod
     def _read(cls, node: fx.Node) -> Self:
         view = object.__new__(cls)  # views are made by the thousand: their fields are copied from the call in one go
-        values = view.__dict__
-        values.update(node.kwargs)
-        values["node"] = node
+        view.__dict__.update(cls._form().fields_of(node.kwargs), node=node)
         return view
 
     @classmethod
@@ -64,20 +78,20 @@ class Fused:
         place = before or after
         assert place is not None
         graph = place.graph
+        arguments = cls._form().arguments_of(cls._checked(operands))
         with graph.inserting_before(place) if before is not None else graph.inserting_after(place):
-            given = {name: operands.pop(name, default) for name, default in cls._known().items()}
-            given = {name: value for name, value in given.items() if value is not MISSING}
-            node = graph.call_function(cls.op, (), cls._checked(given | operands))
+            node = graph.call_function(cls.op, (), arguments)
         return cls._read(node)
 
     def update(self, **changes: Any) -> Self:
         """Change some fields of the node. Raises TypeError for fields that it has not."""
-        self.node.kwargs = {**self.node.kwargs, **self._checked(changes)}
+        form = self._form()
+        self.node.kwargs = form.arguments_of(form.fields_of(self.node.kwargs) | self._checked(changes))
         return self._read(self.node)
 
     def times_read(self, tensor: fx.Node) -> int:
         """How many of the node's operands are this tensor."""
-        return sum(value is tensor for value in self.node.kwargs.values())
+        return sum(value is tensor for value in self._form().fields_of(self.node.kwargs).values())
 
     def outs(self) -> dict[str, fx.Node]:
         """The outputs that have a node, by name."""
@@ -110,23 +124,68 @@ class Fused:
             self.erase()
 
     @classmethod
-    def _known(cls) -> dict[str, Any]:
-        """The fields in the order of the op's arguments, with what a call must give for them where only the field has a default."""
-        known: dict[str, Any] | None = cls.__dict__.get("_fields")
-        if known is None:
-            arguments = inspect.signature(cls.op).parameters
+    def _form(cls) -> _Form:
+        """How the fields make up a call of the op."""
+        found: _Form | None = cls.__dict__.get("_call")
+        if found is None:
             own = {field.name: field.default for field in fields(cls) if field.name != "node"}
-            known = {name: own[name] if argument.default is argument.empty else MISSING for name, argument in arguments.items()}
-            cls._fields = known
-        return known
+            found = cls._call = _Form(inspect.signature(cls.op).parameters, own, cls._grouped)
+        return found
 
     @classmethod
     def _checked(cls, operands: dict[str, Any]) -> dict[str, Any]:
         """The operands, each of which is a field."""
-        unknown = operands.keys() - cls._known().keys()
+        unknown = operands.keys() - cls._form().defaults.keys()
         if unknown:
             raise TypeError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
         return operands
+
+
+class _Form:
+    """How the fields of a view make up the call of its op, by keyword."""
+
+    def __init__(self, arguments: Mapping[str, inspect.Parameter], fields: dict[str, Any], groups: dict[str, Group]) -> None:
+        self.defaults = fields
+        self._arguments = arguments
+        self._groups = {name: (group.make, self._members(group)) for name, group in groups.items()}
+
+    def _members(self, group: Group) -> list[tuple[str | None, Any]]:
+        """(the field, if there is one, and its default) of each member of a group."""
+        found: list[tuple[str | None, Any]] = []
+        for member in group.make._fields:
+            name = group.prefix + member
+            is_field = name in self.defaults and name not in self._arguments
+            default = self.defaults[name] if is_field else group.make._field_defaults[member]
+            found.append((name if is_field else None, default))
+        return found
+
+    def fields_of(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that a call gives. What is no argument of the op stays as it is, for the verifier to see."""
+        given: dict[str, Any] = {}
+        for name, value in arguments.items():
+            make, members = self._groups.get(name, (None, ()))
+            if make is not None and isinstance(value, make):
+                given.update((field, of) for (field, _), of in zip(members, value, strict=True) if field is not None)
+            else:
+                given[name] = value
+        return given
+
+    def arguments_of(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call with these fields: those that the op has no default for, and those that differ from it."""
+        found = {}
+        for name, argument in self._arguments.items():
+            if name in self._groups:
+                make, members = self._groups[name]
+                values = [default if field is None else given.get(field, default) for field, default in members]
+                if MISSING in values:
+                    raise TypeError(f"{make.__name__} needs {', '.join(make._fields[i] for i, v in enumerate(values) if v is MISSING)}")
+                if argument.default is argument.empty or any(v != d for v, (_, d) in zip(values, members, strict=True)):
+                    found[name] = make(*values)
+            elif name in given:
+                found[name] = given[name]
+            elif argument.default is argument.empty and self.defaults[name] is not MISSING:
+                found[name] = self.defaults[name]
+        return found
 
 
 def item_of(value: object) -> tuple[fx.Node, int] | None:

@@ -30,10 +30,11 @@ def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def fields_of(kind: type) -> tuple[str, ...]:
-    """The fields of a record; none of anything else."""
+    """The fields of a record or of a named tuple; none of anything else."""
     found = _fields.get(kind)
     if found is None:
-        found = _fields[kind] = tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
+        names = [field.name for field in fields(kind)] if is_dataclass(kind) else getattr(kind, "_fields", ())
+        found = _fields[kind] = tuple(names)
     return found
 
 

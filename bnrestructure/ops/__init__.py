@@ -3,6 +3,7 @@
 from bnrestructure.ops.average import avg_pool
 from bnrestructure.ops.concat import UnchangedOutputs, concat_buffer, own_gradient, unchanged
 from bnrestructure.ops.conv import ConvOutputs, conv
+from bnrestructure.ops.conv_options import Shortcut, Slot
 from bnrestructure.ops.residual import ResidualOutputs, residual
 from bnrestructure.ops.statistics import FinalizeOutputs, StatisticsOutputs, batch_norm, finalize, statistics
 from bnrestructure.ops.sweeps import NormaliseOutputs, PoolOutputs, SqueezeOutputs, max_pool, normalise, squeeze
@@ -14,6 +15,8 @@ __all__ = [
     "NormaliseOutputs",
     "PoolOutputs",
     "ResidualOutputs",
+    "Shortcut",
+    "Slot",
     "SqueezeOutputs",
     "StatisticsOutputs",
     "SynchroniseOutputs",

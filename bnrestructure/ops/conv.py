@@ -1,6 +1,6 @@
 """The heart: one convolution node that carries a normalisation in its prologue and statistics in its epilogue.
 
-    y, mean, var = conv(x, [mean, scale, beta, act, gate], weight, bias, ..., statistics=True)
+    y, mean, var, ... = conv(x, Transform(mean, scale, beta, act, gate), weight, bias, geometry, statistics=True)
 
 In the words of the paper: RCF when only an activation rides along, MVF when the statistics do, BNFF with both (section 4).
 """
@@ -17,7 +17,15 @@ from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import ConvBackward, ConvForward
 from bnrestructure.kernels.operands import readable
 from bnrestructure.ops import library
-from bnrestructure.ops.conv_options import ConvOptions, backward_edge, check_shapes, destination, incoming_gradient
+from bnrestructure.ops.conv_options import (
+    ConvOptions,
+    Shortcut,
+    Slot,
+    backward_edge,
+    check_shapes,
+    destination,
+    incoming_gradient,
+)
 from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, in_format_of, passed_on
 from bnrestructure.ops.join import JoinConv, join_is_fusible
 from bnrestructure.ops.residual import residual
@@ -29,7 +37,7 @@ __all__ = ["ConvOutputs", "PlainConv", "conv"]
 class ConvOutputs(NamedTuple):
     """What :func:`conv` returns; members that were not asked for are None.
 
-    y      [N, C_out, *spatial_out]; with ``channels``, the concat buffer that y was written into
+    y      [N, C_out, *spatial_out]; with ``slot``, the concat buffer that y was written into
     mean, var, size     biased batch statistics of y, [C_out], and the size of the tensor that they are of
     passed the input, for its next reader (``chain``); behind a residual join, its sum
     gain   [C_out] of ones whose *gradient* is the factor s of y's backward edge (``gain``)
@@ -45,84 +53,59 @@ class ConvOutputs(NamedTuple):
 
 def conv(
     x: Tensor,
-    mean: Tensor | None,
-    scale: Tensor | None,
-    beta: Tensor | None,
+    transform: Transform,
     weight: Tensor,
     bias: Tensor | None,
+    geometry: ConvGeometry,
     *,
-    act: str = "identity",
-    gate: Tensor | None = None,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
     statistics: bool = False,
     chain: bool = False,
     gain: bool = False,
-    into: Tensor | None = None,
-    offset: int | None = 0,
-    channels: int | None = None,
-    visible: int | None = None,
-    r: Tensor | None = None,
-    r_mean: Tensor | None = None,
-    r_scale: Tensor | None = None,
-    r_beta: Tensor | None = None,
-    x_gain: Tensor | None = None,
-    r_gain: Tensor | None = None,
+    slot: Slot | None = None,
+    shortcut: Shortcut | None = None,
     backend: str = "auto",
 ) -> ConvOutputs:
     """``y = conv(act((x - mean) * scale + beta) * gate, weight) + bias``; the transformed input never reaches memory.
 
-    x [N, C_in, *spatial] raw; mean, scale, beta [C_in] or all None; gate [N, C_in] or None; weight [C_out, C_in / groups, *kernel].
-    x [C_in, *spatial], one image without a batch dimension, runs in its parts (ops/unbatched.py); not into a concat's buffer.
-    ``statistics`` adds y's biased mean and variance. ``chain`` returns x for its next reader, whose gradient this node's dgrad
-    then accumulates into in place. ``into``/``offset``/``channels``/``visible`` write y as channels ``[offset, offset + C_out)`` of a
-    concat buffer: of ``into``, or of a new one of ``channels`` channels, returned as its first ``visible`` channels. ``offset`` None
-    appends: y comes right behind the channels of ``into`` and becomes visible with them.
-
-    With a shortcut ``r`` (x's shape; its own vectors [C_in] or none) the prologue is a residual join,
-    ``z = act((x - mean) * scale + beta + shortcut)``. z is stored: ``chain`` returns it in place of x. ``x_gain`` and ``r_gain``
-    are what ``ops.residual`` calls gain and r_gain.
+    x [N, C_in, *spatial] raw; of the transform mean, scale, beta are [C_in] or all None, gate is [N, C_in] or None; weight
+    [C_out, C_in / groups, *kernel]. x [C_in, *spatial], one image without a batch dimension, runs in its parts (ops/unbatched.py), and
+    not into a slot. ``statistics`` adds y's biased mean and variance. ``chain`` returns x for its next reader, whose gradient this node's
+    dgrad then accumulates into in place. ``slot`` is a place for y in a concat's buffer. With ``shortcut`` the prologue is a residual
+    join, ``z = act((x - mean) * scale + beta + shortcut)``. z is stored: ``chain`` returns it in place of x.
 
     Raises RuntimeError, in the words of PyTorch's convolution, on shapes or dtypes that do not fit.
     """
-    if r is not None and not join_is_fusible((x, mean, scale, beta, r, r_mean, r_scale, r_beta), x, r, weight):
-        assert mean is not None  # a residual join has a batch norm in its branch
-        assert scale is not None
-        assert beta is not None
-        joined = residual(
-            x, mean, scale, beta, r, r_mean, r_scale, r_beta, act=act, gain=x_gain, r_gain=r_gain, backend=backend
-        )  # fmt: skip
-        x, mean, scale, beta, act, r = joined.out, None, None, None, "identity", None
+    if shortcut is not None and not join_is_fusible(x, transform, shortcut, weight):
+        r, r_mean, r_scale, r_beta, x_gain, r_gain = shortcut
+        r_transform = Transform(r_mean, r_scale, r_beta)
+        joined = residual(x, transform, r, r_transform, act=transform.act, gain=x_gain, r_gain=r_gain, backend=backend)
+        x, transform, shortcut = joined.out, Transform(), None
+    mean, scale, beta, act, gate = transform
     autocast = torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
     if not autocast and (x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype)):
         other, found = ("weight", weight.dtype) if x.dtype != weight.dtype or bias is None else ("bias", bias.dtype)
         raise RuntimeError(f"Input type ({x.dtype}) and {other} type ({found}) should be the same")
     dtype = compute_dtype(x)
-    geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    if x.dim() == weight.dim() - 1 and gate is None and into is None and channels is None:
-        transform = Transform(mean, scale, beta, act)
+    if x.dim() == weight.dim() - 1 and gate is None and slot is None:
         return ConvOutputs(*unbatched_conv(
             x, transform, weight, bias, geometry, wants_statistics=statistics, chain=chain, gain=gain, backend=backend
         ))  # fmt: skip
     if gate is not None and gate.dtype != accumulation_dtype(x.dtype):
         gate = readable(gate).to(accumulation_dtype(x.dtype))
-    if torch.compiler.is_compiling() and not (chain or gain or into is not None or channels is not None):
+    if torch.compiler.is_compiling() and not (chain or gain or slot is not None):
         check_shapes(x, weight, geometry)
         y, ymean, yvar = library.conv(
-            x, mean, scale, beta, act, gate, weight, bias, stride, padding, dilation, groups, statistics, dtype, backend
-        )
+            x, mean, scale, beta, act, gate, weight, bias, geometry.flat, statistics, dtype, backend
+        )  # fmt: skip
         if not statistics:
             return ConvOutputs(y, None, None, None, None, None)
         return ConvOutputs(y, ymean, yvar, y.shape, None, None)
+    into, offset, channels, visible = Slot() if slot is None else slot
     options = ConvOptions(act, geometry, statistics, chain, gain, offset, channels, visible, dtype, backend)
-    if r is None:
+    if shortcut is None:
         y, ymean, yvar, passed, ones = PlainConv.apply(x, mean, scale, beta, gate, weight, bias, into, options)
     else:
-        y, ymean, yvar, passed, ones = JoinConv.apply(
-            x, mean, scale, beta, r, r_mean, r_scale, r_beta, x_gain, r_gain, weight, bias, into, options
-        )
+        y, ymean, yvar, passed, ones = JoinConv.apply(x, mean, scale, beta, *shortcut, weight, bias, into, options)
     size = torch.Size((y.shape[0], weight.shape[0], *y.shape[2:])) if statistics else None
     return ConvOutputs(y, ymean, yvar, size, passed, ones)
 

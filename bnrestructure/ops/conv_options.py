@@ -11,7 +11,35 @@ from bnrestructure.core.aliases import channel_slice
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, statistics_factors
 from bnrestructure.core.kept import kept_activation
 
-__all__ = ["ConvOptions", "Written", "backward_edge", "check_shapes", "destination", "incoming_gradient"]
+__all__ = ["ConvOptions", "Shortcut", "Slot", "Written", "backward_edge", "check_shapes", "destination", "incoming_gradient"]
+
+
+class Slot(NamedTuple):
+    """Where in a concat's buffer a node writes its y: as channels ``[offset, offset + C_out)``.
+
+    into      the buffer, or None for a new one of ``channels`` channels
+    offset    None appends: y comes right behind the channels of ``into``, and is returned together with them
+    visible   how many channels of the buffer are returned; None: those of ``into``
+    """
+
+    into: Tensor | None = None
+    offset: int | None = 0
+    channels: int | None = None
+    visible: int | None = None
+
+
+class Shortcut(NamedTuple):
+    """What a residual join adds: r, of x's shape, as it is or normalised by vectors [C_in] of its own.
+
+    ``x_gain`` and ``r_gain`` are what ``ops.residual`` calls gain and r_gain.
+    """
+
+    r: Tensor
+    r_mean: Tensor | None = None
+    r_scale: Tensor | None = None
+    r_beta: Tensor | None = None
+    x_gain: Tensor | None = None
+    r_gain: Tensor | None = None
 
 
 class ConvOptions(NamedTuple):

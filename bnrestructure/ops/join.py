@@ -17,21 +17,23 @@ from bnrestructure.core.edges import Join, Transform, accumulation_dtype
 from bnrestructure.core.kept import kept_activation
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import ConvBackward, ConvForward, JoinBackward, JoinGradients
-from bnrestructure.ops.conv_options import ConvOptions, backward_edge, destination, incoming_gradient
+from bnrestructure.ops.conv_options import ConvOptions, Shortcut, backward_edge, destination, incoming_gradient
 from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative
 from bnrestructure.ops.residual import operand_gradients
 
 __all__ = ["JoinConv", "join_is_fusible"]
 
 
-def join_is_fusible(operands: tuple[Tensor | None, ...], x: Tensor, r: Tensor, weight: Tensor) -> bool:
+def join_is_fusible(x: Tensor, transform: Transform, shortcut: Shortcut, weight: Tensor) -> bool:
     """Whether one node can do it: no broadcasting, no promotion, and the sum is stored in the dtype that the convolution reads.
 
-    Nor where none of the join's ``operands`` takes part in backward: the convolution alone then has no input gradient to compute.
+    Nor where none of the join's operands takes part in backward: the convolution alone then has no input gradient to compute.
     """
+    r = shortcut.r
     same = x.shape == r.shape and x.dtype == r.dtype == compute_dtype(x)
     if not same or x.dim() != weight.dim() or torch.compiler.is_compiling():
         return False
+    operands = (x, *transform[:3], *shortcut[:4])
     return not torch.is_grad_enabled() or any(t is not None and t.requires_grad for t in operands)
 
 

@@ -75,26 +75,22 @@ def conv(
     gate: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Sequence[int],
     statistics: bool,
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, var) of ``ops.conv``."""
-    geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    call = ConvForward(x, Transform(mean, scale, beta, act, gate), weight, bias, geometry, dtype, statistics)
+    """(y, mean, var) of ``ops.conv``; ``geometry`` is ``ConvGeometry.flat``."""
+    transform = Transform(mean, scale, beta, act, gate)
+    call = ConvForward(x, transform, weight, bias, ConvGeometry.of_flat(geometry), dtype, statistics)
     y, ymean, yvar = registry.run(backend, call)
     y, ymean, yvar = _apart(_last(y), _given(ymean, weight), _given(yvar, weight), of=x)
     return y, ymean, yvar
 
 
 @conv.register_fake
-def _(x, mean, scale, beta, act, gate, weight, bias, stride, padding, dilation, groups, statistics, dtype, backend):  # type: ignore[no-untyped-def]
-    geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    size = geometry.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
+def _(x, mean, scale, beta, act, gate, weight, bias, geometry, statistics, dtype, backend):  # type: ignore[no-untyped-def]
+    size = ConvGeometry.of_flat(geometry).output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
     y = _fake(x, (x.shape[0], weight.shape[0], *size), dtype)
     if not statistics:
         return y, weight.new_empty((0,)), weight.new_empty((0,))
@@ -104,32 +100,28 @@ def _(x, mean, scale, beta, act, gate, weight, bias, stride, padding, dilation, 
 @_custom_op("bnrestructure::conv_backward", mutates_args=())
 def conv_backward(
     dy: Tensor,
-    dmean: Tensor | None,
-    dvar: Tensor | None,
-    y: Tensor | None,
-    y_mean: Tensor | None,
+    of_statistics: Sequence[Tensor],
     x: Tensor,
-    mean: Tensor | None,
-    scale: Tensor | None,
-    beta: Tensor | None,
+    vectors: Sequence[Tensor],
     act: str,
     gate: Tensor | None,
     weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Sequence[int],
     dtype: torch.dtype,
     needs_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, SP, SPX, dgate, dweight, dbias) of ``ops.conv``; those that do not apply are empty."""
-    geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    """(dx, SP, SPX, dgate, dweight, dbias) of ``ops.conv``; those that do not apply are empty.
+
+    ``of_statistics`` is (dmean, dvar, y, y's mean), ``vectors`` (mean, scale, beta) of the transform: all of them or none.
+    """
     edge = BackwardEdge()
-    if dmean is not None and dvar is not None and y is not None and y_mean is not None:
+    if of_statistics:
+        dmean, dvar, y, y_mean = of_statistics
         edge = BackwardEdge(None, *statistics_factors(y, y_mean, dmean, dvar), y, y_mean)
-    transform = Transform(mean, scale, beta, act, gate)
-    g = registry.run(backend, ConvBackward(dy, edge, x, transform, weight, geometry, dtype, (True, True, needs_bias)))
+    mean, scale, beta = vectors or (None, None, None)
+    transform, needs = Transform(mean, scale, beta, act, gate), (True, True, needs_bias)
+    g = registry.run(backend, ConvBackward(dy, edge, x, transform, weight, ConvGeometry.of_flat(geometry), dtype, needs))
     assert g.dx is not None
     assert g.weight is not None
     sum_p, sum_px, gate_gradient, bias = (_given(t, weight) for t in (g.sum_p, g.sum_px, g.gate, g.bias))
@@ -138,16 +130,16 @@ def conv_backward(
 
 
 @conv_backward.register_fake
-def _(dy, dmean, dvar, y, y_mean, x, mean, scale, beta, act, gate, weight, stride, padding, dilation, groups, dtype, needs_bias, backend):  # type: ignore[no-untyped-def]
+def _(dy, of_statistics, x, vectors, act, gate, weight, geometry, dtype, needs_bias, backend):  # type: ignore[no-untyped-def]
     none = weight.new_empty((0,))
-    sums = (none, none) if mean is None or gate is not None else (_vector(x, x.shape[1]), _vector(x, x.shape[1]))
+    sums = (none, none) if not vectors or gate is not None else (_vector(x, x.shape[1]), _vector(x, x.shape[1]))
     dgate = weight.new_empty((0,)) if gate is None else torch.empty_like(gate)
     dbias = weight.new_empty((weight.shape[0],), dtype=dtype) if needs_bias else weight.new_empty((0,))
     return _fake(x, x.shape, x.dtype), sums[0].clone(), sums[1].clone(), dgate, torch.empty_like(weight).contiguous(), dbias
 
 
 def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, mean, scale, beta, act, gate, weight, bias, *geometry, statistics, dtype, backend = inputs
+    x, mean, scale, beta, act, gate, weight, bias, geometry, statistics, dtype, backend = inputs
     y, y_mean, _ = output
     ctx.plain = (act, geometry, dtype, backend, bias is not None, statistics)
     ctx.save_for_backward(x, mean, scale, beta, gate, weight, y, y_mean)
@@ -156,12 +148,13 @@ def _conv_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _conv_gradient(ctx: Any, dy: Tensor, dmean: Tensor, dvar: Tensor) -> tuple[Any, ...]:
     act, geometry, dtype, backend, has_bias, statistics = ctx.plain
     x, mean, scale, beta, gate, weight, y, y_mean = ctx.saved_tensors
-    edge = (dmean, dvar, y, y_mean) if statistics else (None, None, None, None)
+    of_statistics = [dmean, dvar, y, y_mean] if statistics else []
+    vectors = [] if mean is None else [mean, scale, beta]
     dx, sum_p, sum_px, dgate, dweight, dbias = conv_backward(
-        dy, *edge, x, mean, scale, beta, act, gate, weight, *geometry, dtype, has_bias, backend
+        dy, of_statistics, x, vectors, act, gate, weight, geometry, dtype, has_bias, backend
     )
-    vectors = (None, None, None) if mean is None or gate is not None else (-scale * sum_p, sum_px, sum_p)
-    return (dx, *vectors, None, None if gate is None else dgate, dweight, dbias if has_bias else None, *[None] * 7)
+    gradients = (None, None, None) if mean is None or gate is not None else (-scale * sum_p, sum_px, sum_p)
+    return (dx, *gradients, None, None if gate is None else dgate, dweight, dbias if has_bias else None, *[None] * 4)
 
 
 conv.register_autograd(_conv_gradient, setup_context=_conv_context)

@@ -31,13 +31,9 @@ class ResidualOutputs(NamedTuple):
 
 def residual(
     y: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    beta: Tensor,
+    transform: Transform,
     r: Tensor,
-    r_mean: Tensor | None = None,
-    r_scale: Tensor | None = None,
-    r_beta: Tensor | None = None,
+    r_transform: Transform = Transform(),  # noqa: B008  # a tuple
     *,
     act: str = "identity",
     gain: Tensor | None = None,
@@ -47,34 +43,34 @@ def residual(
 ) -> ResidualOutputs:
     """``out = act((y - mean) * scale + beta + shortcut)``; the shortcut is r, or r normalised with its own vectors.
 
+    The activation is the sum's: of the transforms the vectors alone are applied.
+
     With ``gain`` (the output of that name of y's producer) the gradient G of the sum itself is handed to y's edge, its factor s =
     scale as the gain's gradient, and *the same tensor* to r: nobody may write to it before y's producer has read it, which the pass that
     sets ``gain`` must have made sure. Without it y's gradient is a tensor of its own, scale * G. ``r_gain`` is the same for a normalised r.
     """
     if y.shape != r.shape:
-        return _broadcast_join(y, (mean, scale, beta), r, (r_mean, r_scale, r_beta), act, statistics, backend)
+        return _broadcast_join(y, transform, r, r_transform, act, statistics, backend)
     if y.dtype != r.dtype:
         dtype = torch.promote_types(y.dtype, r.dtype)
         y, r = readable(y).to(dtype), readable(r).to(dtype)
-    out, omean, ovar = _Residual.apply(
-        y, mean, scale, beta, r, r_mean, r_scale, r_beta, gain, r_gain, act, statistics, backend
-    )
+    out, omean, ovar = _Residual.apply(y, *transform[:3], r, *r_transform[:3], gain, r_gain, act, statistics, backend)
     return ResidualOutputs(out, omean, ovar, out.shape if statistics else None)
 
 
 def _broadcast_join(
     y: Tensor,
-    y_vectors: tuple[Tensor, Tensor, Tensor],
+    transform: Transform,
     r: Tensor,
-    r_vectors: tuple[Tensor | None, Tensor | None, Tensor | None],
+    r_transform: Transform,
     act: str,
     statistics: bool,
     backend: str,
 ) -> ResidualOutputs:
     """The join of two tensors of different shapes, as PyTorch broadcasts them: in separate steps."""
-    y, _ = normalise(y, *y_vectors, backend=backend)
-    if r_vectors[0] is not None:
-        r, _ = normalise(r, *r_vectors, backend=backend)
+    y, _ = normalise(y, Transform(*transform[:3]), backend=backend)
+    if r_transform.mean is not None:
+        r, _ = normalise(r, Transform(*r_transform[:3]), backend=backend)
     else:  # the add hands the caller's own gradient down, and the chain behind r will write to it
         r = own_gradient(r)
     out = activate(y + r, act)

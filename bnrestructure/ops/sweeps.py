@@ -55,16 +55,10 @@ def _gradients(x: Tensor, scale: Tensor | None, found: SweepGradients) -> tuple[
 
 
 def normalise(
-    x: Tensor,
-    mean: Tensor | None,
-    scale: Tensor | None,
-    beta: Tensor | None,
-    *,
-    act: str = "identity",
-    chain: bool = False,
-    backend: str = "auto",
+    x: Tensor, transform: Transform, *, chain: bool = False, backend: str = "auto"
 ) -> NormaliseOutputs:
     """(``act((x - mean) * scale + beta)`` in x's dtype, x passed through when chained): one read and one write of memory."""
+    mean, scale, beta, act, _ = transform
     if torch.compiler.is_compiling() and not chain and mean is not None and scale is not None and beta is not None:
         return NormaliseOutputs(library.normalise(x, mean, scale, beta, act, backend), None)
     return NormaliseOutputs(*_Normalise.apply(x, mean, scale, beta, act, chain, backend))
@@ -89,22 +83,10 @@ class _Normalise(torch.autograd.Function):
 
 
 def max_pool(
-    x: Tensor,
-    mean: Tensor | None,
-    scale: Tensor | None,
-    beta: Tensor | None,
-    *,
-    act: str = "identity",
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    ceil_mode: bool = False,
-    chain: bool = False,
-    backend: str = "auto",
+    x: Tensor, transform: Transform, geometry: PoolGeometry, *, chain: bool = False, backend: str = "auto"
 ) -> PoolOutputs:
     """(max pool of ``act((x - mean) * scale + beta)``, x passed through when chained). 2-D, dilation 1, at most 255 positions."""
-    geometry = PoolGeometry(tuple(kernel), tuple(stride), tuple(padding), ceil_mode)
-    return PoolOutputs(*_MaxPool.apply(x, mean, scale, beta, act, geometry, chain, backend))
+    return PoolOutputs(*_MaxPool.apply(x, *transform[:4], geometry, chain, backend))
 
 
 class _MaxPool(torch.autograd.Function):
@@ -128,21 +110,14 @@ class _MaxPool(torch.autograd.Function):
 
 
 def squeeze(
-    x: Tensor,
-    mean: Tensor | None,
-    scale: Tensor | None,
-    beta: Tensor | None,
-    *,
-    act: str = "identity",
-    excite: bool = False,
-    backend: str = "auto",
+    x: Tensor, transform: Transform, *, excite: bool = False, backend: str = "auto"
 ) -> SqueezeOutputs:
     """(mean over the spatial positions of ``z = act((x - mean) * scale + beta)``, [N, C]; the deferred z when ``excite``).
 
     The second output is x again, standing for z: a reader with a ``gate`` applies the transform itself and sends back the gradient
     *at z*. This node's backward adds the average's share, applies the mask and takes the sums, in one sweep, in place.
     """
-    return SqueezeOutputs(*_Squeeze.apply(x, mean, scale, beta, act, excite, backend))
+    return SqueezeOutputs(*_Squeeze.apply(x, *transform[:4], excite, backend))
 
 
 class _Squeeze(torch.autograd.Function):

@@ -33,8 +33,9 @@ def to_double(value: Any) -> Any:
         return value.double() if value.is_floating_point() else value
     if is_dataclass(value):
         return replace(value, **{field.name: to_double(getattr(value, field.name)) for field in fields(value)})
-    if type(value) is tuple:
-        return tuple(to_double(v) for v in value)
+    if isinstance(value, tuple):
+        members = [to_double(v) for v in value]
+        return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
     return value
 
 

@@ -84,9 +84,10 @@ class Case:
         )
 
 
-def _double(record):
-    fields = {name: getattr(record, name) for name in record.__dataclass_fields__}
-    return replace(record, **{name: v.double() for name, v in fields.items() if isinstance(v, Tensor)})
+def _double(edge):
+    names = edge._fields if isinstance(edge, tuple) else edge.__dataclass_fields__
+    values = {name: getattr(edge, name) for name in names}
+    return type(edge)(**{name: v.double() if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
 def make(
@@ -114,7 +115,7 @@ def make(
     if affine:
         transform = Transform(mean, 0.5 + normal(c).abs(), normal(c), act)
     if gate:
-        transform = replace(transform, gate=torch.sigmoid(normal(shape.batch, c)))
+        transform = transform._replace(gate=torch.sigmoid(normal(shape.batch, c)))
     weight = normal(c, 1, *shape.kernel).to(dtype)
     dy, y = (
         normal(*shape.output).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(2)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import bnrestructure
 from bnrestructure import ops
+from bnrestructure.core.edges import ConvGeometry, PoolGeometry, Transform
 from bnrestructure.core.memory_format import in_channels_last
 
 __all__ = ["Case", "model_case", "node_case"]
@@ -153,11 +154,11 @@ def _conv_node(rng: random.Random) -> _Node:
     statistics, chain = rng.random() < 0.7, rng.random() < 0.3
 
     def run(t: dict[str, Tensor], backend: str) -> tuple[Any, ...]:
-        named = {key: t.get(key) for key in ("mean", "scale", "beta", "weight", "bias")}
-        joins = {key: t[key] for key in ("r", "r_mean", "r_scale", "r_beta", "gate") if key in t}
+        transform = Transform(t.get("mean"), t.get("scale"), t.get("beta"), act, t.get("gate"))
+        shortcut = ops.Shortcut(t["r"], t.get("r_mean"), t.get("r_scale"), t.get("r_beta")) if "r" in t else None
         found = ops.conv(
-            t["x"], *named.values(), act=act, stride=stride, padding=padding, dilation=dilation, groups=groups,
-            statistics=statistics, chain=chain, backend=backend, **joins,
+            t["x"], transform, t["weight"], t.get("bias"), ConvGeometry(stride, padding, dilation, groups),
+            statistics=statistics, chain=chain, shortcut=shortcut, backend=backend,
         )  # fmt: skip
         return found.y, found.mean, found.var, found.passed
 
@@ -176,22 +177,22 @@ def _sweep_node(rng: random.Random) -> _Node:
         tensors["r"] = _activation(shape, rng)
         if rng.random() < 0.5:
             tensors |= _vectors(c, "r_")
-    window = {"kernel": (2, 2), "stride": (rng.choice([1, 2]),) * 2, "padding": (rng.choice([0, 1]),) * 2, "ceil_mode": rng.random() < 0.3}
+    window = PoolGeometry((2, 2), (rng.choice([1, 2]),) * 2, (rng.choice([0, 1]),) * 2, rng.random() < 0.3)
     statistics = rng.random() < 0.5
 
     def run(t: dict[str, Tensor], backend: str) -> tuple[Any, ...]:
         if kind == "statistics":
             found = ops.statistics(t["x"], backend=backend)
             return found.mean, found.var
-        operand = t["x"], t["mean"], t["scale"], t["beta"]
+        x, transform = t["x"], Transform(t["mean"], t["scale"], t["beta"], act)
         if kind == "normalise":
-            return ops.normalise(*operand, act=act, backend=backend)
+            return ops.normalise(x, transform, backend=backend)
         if kind == "squeeze":
-            return ops.squeeze(*operand, act=act, backend=backend)
+            return ops.squeeze(x, transform, backend=backend)
         if kind == "max_pool":
-            return ops.max_pool(*operand, act=act, backend=backend, **window)
-        shortcut = {key: t[key] for key in ("r_mean", "r_scale", "r_beta") if key in t}
-        joined = ops.residual(*operand, t["r"], **shortcut, act=act, statistics=statistics, backend=backend)
+            return ops.max_pool(x, transform, window, backend=backend)
+        r_transform = Transform(t.get("r_mean"), t.get("r_scale"), t.get("r_beta"))
+        joined = ops.residual(x, transform, t["r"], r_transform, act=act, statistics=statistics, backend=backend)
         return joined.out, joined.mean, joined.var
 
     return _Node(kind, tensors, run)

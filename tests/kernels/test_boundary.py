@@ -16,12 +16,13 @@ from torch import nn
 
 import bnrestructure
 from bnrestructure import ops
+from bnrestructure.core.edges import ConvGeometry, Transform
 from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.kernels.cpu import library, memory, structures
 
 pytestmark = needs_kernels
 
-POINT = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+POINT = ConvGeometry((1, 1), (0, 0), (1, 1), 1)
 
 
 def test_random_spoiled_calls() -> None:
@@ -44,16 +45,16 @@ def test_weights_on_another_device_than_the_input() -> None:
 def test_a_product_of_pytorchs_is_not_asked_to_read_what_has_no_memory(name: str) -> None:
     tensors = {"weight": torch.randn(8, 4, 3, 3, 3), "bias": torch.randn(8)}
     tensors[name] = tensors[name].to("meta")
-    options = {"stride": (1, 1, 1), "padding": (1, 1, 1), "dilation": (1, 1, 1), "groups": 1}
+    geometry = ConvGeometry((1, 1, 1), (1, 1, 1), (1, 1, 1), 1)
     with pytest.raises(RuntimeError, match="Tensor on device meta is not on the expected device cpu"):
-        ops.conv(torch.randn(2, 4, 5, 5, 5), None, None, None, **tensors, act="relu", backend="cpu", **options)
+        ops.conv(torch.randn(2, 4, 5, 5, 5), Transform(act="relu"), **tensors, geometry=geometry, backend="cpu")
 
 
 def test_a_gate_of_another_dtype_whose_storage_was_cut_is_an_error() -> None:
     gate = torch.rand(2, 4, dtype=torch.float64)
     gate.untyped_storage().resize_(gate.nbytes - 1)
     with pytest.raises(RuntimeError, match="reaches beyond its storage"):
-        ops.conv(torch.randn(2, 4, 6, 6), None, None, None, torch.randn(5, 4, 1, 1), None, gate=gate, backend="cpu", **POINT)
+        ops.conv(torch.randn(2, 4, 6, 6), Transform(gate=gate), torch.randn(5, 4, 1, 1), None, POINT, backend="cpu")
 
 
 @pytest.mark.parametrize("spoiled", ["x", "weight", "mean"])
@@ -61,13 +62,14 @@ def test_a_storage_that_was_cut_is_an_error(spoiled: str) -> None:
     x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
     tensors = {"x": x, "mean": torch.zeros(4), "scale": torch.ones(4), "beta": torch.zeros(4), "weight": torch.randn(5, 4, 1, 1)}
     tensors[spoiled].untyped_storage().resize_(tensors[spoiled].nbytes - 1)
+    x, *vectors, weight = tensors.values()
     with pytest.raises(RuntimeError, match="reaches beyond its storage"):
-        ops.conv(*tensors.values(), None, backend="cpu", **POINT)
+        ops.conv(x, Transform(*vectors), weight, None, POINT, backend="cpu")
 
 
 def test_a_storage_that_is_cut_before_backward_is_an_error() -> None:
     x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
-    y = ops.conv(x, None, None, None, torch.randn(5, 4, 1, 1), None, act="relu", backend="cpu", **POINT).y
+    y = ops.conv(x, Transform(act="relu"), torch.randn(5, 4, 1, 1), None, POINT, backend="cpu").y
     x.untyped_storage().resize_(16)
     with pytest.raises(RuntimeError, match="reaches beyond its storage"):
         y.sum().backward()

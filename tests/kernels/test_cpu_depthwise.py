@@ -224,7 +224,7 @@ def test_mean_far_from_zero(ratio):
 def test_nan_reaches_its_neighbourhood_and_no_further(act):
     case = make(SHAPES["3x3"], act=act, edge="none")
     case.x[1, 5, 4, 4] = torch.nan
-    case = replace(case, transform=replace(case.transform, mean=torch.zeros(32)))
+    case = replace(case, transform=case.transform._replace(mean=torch.zeros(32)))
     y, mean, _ = case.forward(DEPTHWISE)
     assert torch.equal(y.isnan(), case.forward(REFERENCE)[0].isnan())
     assert int(y.isnan().sum()) == 9

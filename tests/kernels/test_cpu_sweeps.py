@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -291,7 +290,7 @@ def test_threads(isa: str, threads: int, dtype: torch.dtype) -> None:
     calls: list[Call[Any]] = [
         StatisticsForward(x),
         NormaliseBackward(g, x, t),
-        NormaliseBackward(g, x, replace(t, gate=torch.rand(LARGE[:2]))),
+        NormaliseBackward(g, x, t._replace(gate=torch.rand(LARGE[:2]))),
         SqueezeForward(x, t, dtype),
         SqueezeForward(x[:1], t, dtype),
         SqueezeBackward(torch.randn(LARGE[:2]).to(dtype), g, x, t),
@@ -333,7 +332,7 @@ def test_calls_from_several_python_threads_do_not_disturb_each_other() -> None:
 def test_gates_and_factors(isa: str, dtype: torch.dtype, act: str, shape: tuple[int, ...]) -> None:
     x, dz = activation_tensor(shape, dtype, 0.3), activation_tensor(shape, dtype)
     for t in (affine_transform(x, act), Transform(act=act)):
-        gated = replace(t, gate=torch.rand(shape[:2]) + 0.2)
+        gated = t._replace(gate=torch.rand(shape[:2]) + 0.2)
         check(NormaliseForward(x, gated, dtype))
         check(NormaliseBackward(dz, x, gated, factor=1.7))
         check(NormaliseBackward(dz, x, gated, activation_tensor(shape, dtype)))

@@ -108,12 +108,15 @@ class _Wrong:
         return self._changed(self._step.rewrite(gm), gm)
 
     def _changed(self, result, gm):
+        from bnrestructure.graph.ir import fused_of
+
         for node in reversed(gm.graph.nodes):
-            called = node.op == "call_function" and getattr(node.target, "__name__", "") == {node!r}
-            if called and node.kwargs.get({argument!r}) not in (None, "identity"):
-                value = eval({new!r}, dict(node.kwargs))
-                if value != node.kwargs[{argument!r}]:
-                    node.kwargs = {{**node.kwargs, {argument!r}: value}}
+            view = fused_of(node)
+            called = view is not None and node.target.__name__ == {node!r}
+            if called and getattr(view, {argument!r}, None) not in (None, "identity"):
+                value = eval({new!r}, dict(vars(view)))
+                if value != getattr(view, {argument!r}):
+                    view.update(**{{{argument!r}: value}})
                     gm.recompile()
                     break
         return result

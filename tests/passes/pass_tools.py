@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from bnrestructure.capture.regions import captured
+from bnrestructure.graph.ir import fused_of
 from bnrestructure.passes.base import Pass, PassResult
 from bnrestructure.passes.pipeline import PASSES, steps
 
@@ -67,7 +68,9 @@ def _line(node: fx.Node) -> str:
     called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     if node.op == "call_method":
         called = f".{called}"
-    kwargs = {k: v for k, v in node.kwargs.items() if v is not None and v is not False and v not in _DEFAULTS.get(k, ())}
+    view = fused_of(node)
+    given = node.kwargs if view is None else {k: v for k, v in vars(view).items() if k != "node"}
+    kwargs = {k: v for k, v in given.items() if v is not None and v is not False and v not in _DEFAULTS.get(k, ())}
     shown = [_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in kwargs.items()]
     return f"{node.name} = {called}({', '.join(shown)})"
 

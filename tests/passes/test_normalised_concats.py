@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import bnrestructure
 from bnrestructure import ops
+from bnrestructure.core.edges import PoolGeometry, Transform
 from bnrestructure.graph.ir import Normalise
 from bnrestructure.passes.pipeline import PASSES
 
@@ -136,23 +137,25 @@ def test_verify_with_the_kernels_that_users_get(case: str, dtype: torch.dtype) -
 
 def test_an_average_keeps_its_dtype_under_autocast() -> None:
     """Eager's average pool is no autocast operation: it answers in its input's dtype, whatever the convolutions use."""
-    x, vectors = torch.randn(2, 4, 8, 8), (torch.zeros(4), torch.ones(4), torch.zeros(4))
+    x, transform = torch.randn(2, 4, 8, 8), Transform(torch.zeros(4), torch.ones(4), torch.zeros(4), "relu")
     with torch.autocast("cpu", torch.bfloat16):
-        z, _ = ops.avg_pool(x, *vectors, act="relu", kernel=(3, 3), stride=(1, 1), padding=(1, 1))
+        z, _ = ops.avg_pool(x, transform, PoolGeometry((3, 3), (1, 1), (1, 1)))
     assert z.dtype == torch.float32
     torch.testing.assert_close(z, F.avg_pool2d(F.relu(x), 3, 1, 1))
 
 
 def test_an_average_of_bfloat16_is_not_off_by_the_rounding_of_a_ninth() -> None:
     x = torch.full((1, 8, 6, 6), 1.5, dtype=torch.bfloat16)
-    vectors = (torch.zeros(8), torch.ones(8), torch.zeros(8))
-    z, _ = ops.avg_pool(x, *vectors, kernel=(3, 3), stride=(1, 1), padding=(0, 0))
+    z, _ = ops.avg_pool(x, Transform(torch.zeros(8), torch.ones(8), torch.zeros(8)), PoolGeometry((3, 3), (1, 1), (0, 0)))
     assert torch.equal(z, torch.full((1, 8, 4, 4), 1.5, dtype=torch.bfloat16))
 
 
 def test_the_wrong_arguments_of_an_average() -> None:
-    x, vectors = torch.randn(2, 4, 8, 8), (torch.zeros(4), torch.ones(4), torch.zeros(4))
+    x, transform = torch.randn(2, 4, 8, 8), Transform(torch.zeros(4), torch.ones(4), torch.zeros(4))
+    window = PoolGeometry((3, 3), (1, 1), (1, 1))
     with pytest.raises(ValueError, match="silu"):
-        ops.avg_pool(x, *vectors, act="silu", kernel=(3, 3), stride=(1, 1), padding=(1, 1))
+        ops.avg_pool(x, transform._replace(act="silu"), window)
+    with pytest.raises(ValueError, match="ceil_mode"):
+        ops.avg_pool(x, transform, window._replace(ceil_mode=True))
     with pytest.raises(RuntimeError, match="too small"):
-        ops.avg_pool(x, *vectors, kernel=(9, 9), stride=(1, 1), padding=(0, 0))
+        ops.avg_pool(x, transform, PoolGeometry((9, 9), (1, 1), (0, 0)))

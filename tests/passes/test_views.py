@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,33 @@ from pass_tools import after
 from small_models import build
 
 from bnrestructure import graph as graph_package
-from bnrestructure import passes, patterns, plan, report
+from bnrestructure import ops, passes, patterns, plan, report
+from bnrestructure.core.edges import Transform
 from bnrestructure.graph.ir import FUSED, OTHERS, Conv, Normalise, Statistics, fused_of, maker_of
 from bnrestructure.graph.provenance import Provenance, carry, provenance, remember, take_halves
 from bnrestructure.graph.view import Fused
+from bnrestructure.passes.pipeline import PASSES
 
 each_view = pytest.mark.parametrize("view", [*FUSED, *OTHERS])
 
 
 @each_view
 def test_fields_are_the_arguments_of_the_op(view: type[Fused]) -> None:
-    """Under the op's names and with its defaults; outputs are the op's."""
+    """Under the op's names and with its defaults, the members of its tuples among them; outputs are the op's."""
     arguments = inspect.signature(view.op).parameters
+    defaults = {name: argument.default for name, argument in arguments.items() if name not in view._grouped}
+    left_out = set()
+    for name, (make, prefix) in view._grouped.items():
+        assert name in arguments
+        members = {prefix + member: make._field_defaults.get(member, inspect.Parameter.empty) for member in make._fields}
+        left_out |= members.keys()
+        defaults = members | defaults
     own = {field.name: field for field in fields(view) if field.name != "node"}
-    assert own.keys() == arguments.keys()
-    for name, argument in arguments.items():
-        if argument.default is not inspect.Parameter.empty:
-            assert own[name].default == argument.default, name
+    assert own.keys() <= defaults.keys()
+    assert defaults.keys() - own.keys() <= left_out
+    for name, field in own.items():
+        if defaults[name] is not inspect.Parameter.empty:
+            assert field.default in (MISSING, defaults[name]), f"{name} is not what the op takes for it: a view may only ask for more"
     returns: Any = inspect.signature(view.op, eval_str=True).return_annotation
     assert view.outputs == getattr(returns, "_fields", ())
 
@@ -46,6 +56,21 @@ def test_a_view_reads_and_writes_its_node() -> None:
     assert maker_of(conv.out("y"))[1] == "y"
     assert Conv.making(conv.out("mean"), "mean").node is conv.node  # type: ignore[union-attr]
     assert Conv.making(conv.out("mean"), "y") is None
+
+
+def test_members_of_a_tuple_are_fields() -> None:
+    """A tuple of the call is there when one of its members differs from what the op takes for it."""
+    graph = after(build("chain"), "fission").graph
+    normalise = Normalise.every(graph)[0]
+    assert normalise.node.kwargs["transform"] == Transform(normalise.mean, normalise.scale, normalise.beta)
+    conv = after(build("chain"), *PASSES).graph
+    made = next(view for view in Conv.every(conv) if view.mean is not None)
+    assert made.times_read(made.mean) == 1
+    assert "slot" not in made.node.kwargs
+    assert made.update(channels=8).node.kwargs["slot"] == ops.Slot(channels=8)
+    assert "slot" not in made.update(channels=None).node.kwargs
+    with pytest.raises(TypeError, match="ConvGeometry needs stride, padding, dilation, groups"):
+        Conv.create(before=made.node, x=made.x, weight=made.weight)
 
 
 def test_an_output_has_one_node_behind_the_others() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import pytest
@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 from bnrestructure import ops
 from bnrestructure.core.activation import PLAIN_ACTIVATIONS, activate
+from bnrestructure.core.edges import ConvGeometry, PoolGeometry, Transform
 
 ACTIVATIONS = (*PLAIN_ACTIVATIONS, "leaky_relu(0.2)")
 #: Sizes of an image, from none (BatchNorm1d behind a linear layer) to a volume's.
 SPATIAL = ((), (100003,), (103, 107), (101, 103, 107))
-SAME = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "backend": "reference"}
+SAME = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
 
 each_act = pytest.mark.parametrize("act", ACTIVATIONS)
 
@@ -55,7 +56,7 @@ def split_batch_norm(x: Tensor, gamma: Any, beta: Any, running_mean: Any = None,
     scale, shift = ops.finalize(
         found.mean, found.var, found.size, gamma, beta, running_mean, running_var, None, MOMENTUM, EPS, backend="reference"
     )
-    return ops.normalise(x, found.mean, scale, shift, act=act, backend="reference")[0]
+    return ops.normalise(x, Transform(found.mean, scale, shift, act), backend="reference")[0]
 
 
 def test_pytorch_differentiates_the_same_definition() -> None:
@@ -100,7 +101,7 @@ def test_normalise(act: str, threaded: bool) -> None:
             return [applied(x, *vectors, act), *([x] if threaded else [])]
 
         def rewritten(x: Tensor, *vectors: Tensor) -> list[Tensor | None]:
-            return list(ops.normalise(x, *vectors, act=act, chain=threaded, backend="reference"))
+            return list(ops.normalise(x, Transform(*vectors, act), chain=threaded, backend="reference"))
 
         prove(s, original, rewritten, [x, *vectors])
 
@@ -108,23 +109,26 @@ def test_normalise(act: str, threaded: bool) -> None:
 def convolution(act: str, *, threaded: bool = False, dtype: torch.dtype = torch.float32, **geometry: Any) -> None:
     """Prove the convolution node with everything on it: prologue, bias, statistics and thread."""
     s = symbolic()
-    geometry = {**SAME, **geometry}
+    same = SAME._replace(**geometry)
     vector = torch.float64 if dtype is torch.float64 else torch.float32
     with s.running():
         x = s.tensor("x", IMAGES, 18, 103, 107, dtype=dtype)
         vectors = [s.tensor(name, 18, dtype=vector) for name in ("mean", "scale", "beta")]
-        weight = s.tensor("w", 22, 18 // geometry["groups"], 3, 3, dtype=dtype)
+        weight = s.tensor("w", 22, 18 // same.groups, 3, 3, dtype=dtype)
         bias = s.tensor("bias", 22, dtype=dtype)
 
         def original(x: Tensor, *rest: Tensor) -> list[Tensor]:
             *vectors, weight, bias = rest
             z = applied(x, *vectors, act)
-            y = F.conv2d(z, weight.to(z.dtype), bias.to(z.dtype), *[geometry[k] for k in ("stride", "padding", "dilation", "groups")])
+            y = F.conv2d(z, weight.to(z.dtype), bias.to(z.dtype), *same)
             var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
             return [y, mean, var, *([x] if threaded else [])]
 
         def rewritten(x: Tensor, *rest: Tensor) -> list[Tensor | None]:
-            y, mean, var, _, passed, _ = ops.conv(x, *rest, act=act, statistics=True, chain=threaded, **geometry)
+            *vectors, weight, bias = rest
+            y, mean, var, _, passed, _ = ops.conv(
+                x, Transform(*vectors, act), weight, bias, same, statistics=True, chain=threaded, backend="reference"
+            )  # fmt: skip
             return [y, mean, var, passed]
 
         prove(s, original, rewritten, [x, *vectors, weight, bias])
@@ -164,8 +168,10 @@ def test_squeeze_and_excite(act: str) -> None:
             return [y, mean, var, pooled]
 
         def rewritten(x: Tensor, *rest: Tensor) -> list[Tensor | None]:
-            pooled, z = ops.squeeze(x, *rest[:3], act=act, excite=True, backend="reference")
-            found = ops.conv(z, *rest[:3], rest[3], None, act=act, gate=torch.sigmoid(pooled), statistics=True, **SAME)
+            transform = Transform(*rest[:3], act)
+            pooled, z = ops.squeeze(x, transform, excite=True, backend="reference")
+            gated = transform._replace(gate=torch.sigmoid(pooled))
+            found = ops.conv(z, gated, rest[3], None, SAME, statistics=True, backend="reference")
             return [found.y, found.mean, found.var, pooled]
 
         prove(s, original, rewritten, [x, *vectors, weight])
@@ -179,7 +185,7 @@ def test_global_average(act: str) -> None:
         prove(
             s,
             lambda x, *vectors: applied(x, *vectors, act).mean((2, 3)),
-            lambda x, *vectors: ops.squeeze(x, *vectors, act=act, backend="reference")[0],
+            lambda x, *vectors: ops.squeeze(x, Transform(*vectors, act), backend="reference")[0],
             inputs,
         )
 
@@ -188,11 +194,11 @@ def average_pool(act: str) -> None:
     s = symbolic()
     with s.running():
         inputs = [s.tensor("x", IMAGES, 17, 103, 107), *(s.tensor(name, 17) for name in ("mean", "scale", "beta"))]
-        window: dict[str, Any] = {"kernel": (3, 2), "stride": (2, 2), "padding": (1, 0)}
+        window = PoolGeometry((3, 2), (2, 2), (1, 0))
         prove(
             s,
-            lambda x, *vectors: [F.avg_pool2d(applied(x, *vectors, act), *window.values()), x],
-            lambda x, *vectors: list(ops.avg_pool(x, *vectors, act=act, **window, chain=True, backend="reference")),
+            lambda x, *vectors: [F.avg_pool2d(applied(x, *vectors, act), *window[:3]), x],
+            lambda x, *vectors: list(ops.avg_pool(x, Transform(*vectors, act), window, chain=True, backend="reference")),
             inputs,
         )
 
@@ -221,9 +227,7 @@ def test_max_pool(act: str, window: tuple[tuple[int, int], ...]) -> None:
         prove(
             s,
             lambda x, *vectors: [F.max_pool2d(applied(x, *vectors, act), kernel, stride, padding), x],
-            lambda x, *vectors: list(
-                ops.max_pool(x, *vectors, act=act, kernel=kernel, stride=stride, padding=padding, chain=True, backend="reference")
-            ),
+            lambda x, *vectors: list(ops.max_pool(x, Transform(*vectors, act), PoolGeometry(*window), chain=True, backend="reference")),
             inputs,
         )
 
@@ -272,20 +276,23 @@ def join(act: str, shortcut: str, gained: bool, where: str) -> None:
             return [z, y, mean, var]
 
         def rewritten(x: Tensor, r: Tensor, reader: Tensor, *rest: Tensor) -> list[Tensor | None]:
-            plain: Callable[..., Any] = lambda x, w: ops.conv(x, None, None, None, w, None, statistics=True, gain=gained, **SAME)  # noqa: E731
-            one = plain(x, rest[0])
-            named: dict[str, Any] = {"act": act, "statistics": True}
+            plain = functools.partial(ops.conv, bias=None, geometry=SAME, statistics=True, gain=gained, backend="reference")
+            one = plain(x, Transform(), rest[0])
             vectors = _vectors(one, *rest[1:3])
-            other = plain(r, rest[3]) if both else None
+            other = plain(r, Transform(), rest[3]) if both else None
             of_r = _vectors(other, *rest[4:]) if both else (None, None, None)
-            named |= dict(zip(("r_mean", "r_scale", "r_beta"), of_r, strict=True))
             r = other.y if other is not None else r
             gains = one.gain if gained else None, other.gain if gained and other is not None else None
             if where == "sweep":
-                joined = ops.residual(one.y, *vectors, r, **named, gain=gains[0], r_gain=gains[1], backend="reference")
+                joined = ops.residual(
+                    one.y, Transform(*vectors), r, Transform(*of_r), act=act, gain=gains[0], r_gain=gains[1],
+                    statistics=True, backend="reference",
+                )  # fmt: skip
                 return [joined.out, joined.mean, joined.var]
-            options = {**named, "x_gain": gains[0], "r_gain": gains[1], **SAME}
-            y, mean, var, _, passed, _ = ops.conv(one.y, *vectors, reader, None, r=r, chain=True, **options)
+            shortcut = ops.Shortcut(r, *of_r, *gains)
+            y, mean, var, _, passed, _ = ops.conv(
+                one.y, Transform(*vectors, act), reader, None, SAME, shortcut=shortcut, statistics=True, chain=True, backend="reference"
+            )  # fmt: skip
             return [passed, y, mean, var]
 
         prove(s, original, rewritten, [x, r, reader, *rest])

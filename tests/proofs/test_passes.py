@@ -16,6 +16,7 @@ from prove import EPS, IMAGES, MOMENTUM, after_passes, edited, planted, prove_mo
 from small_models import BasicBlock, DenseLayer, build, conv_bn
 from torch import Tensor, fx, nn
 
+from bnrestructure.graph.ir import fused_of
 from bnrestructure.passes.pipeline import LADDER, PASSES
 
 
@@ -176,11 +177,11 @@ WRONG_GRAPHS = [
 def test_a_wrong_graph_has_no_proof(name: str, last: str, node: str, argument: str, wrong: str | int) -> None:
     model = model_of(name)
     gm = after_passes(model, PASSES[: PASSES.index(last) + 1])
-    calls = [n for n in gm.graph.nodes if n.op == "call_function" and getattr(n.target, "__name__", "") == node]
-    call = next(n for n in reversed(calls) if n.kwargs.get(argument) is not None or argument == "offset")
-    value = call.kwargs[wrong[2:]] if isinstance(wrong, str) and wrong.startswith("= ") else wrong
-    assert call.kwargs.get(argument) != value
-    call.kwargs = {**call.kwargs, argument: value}
+    calls = [v for n in gm.graph.nodes if (v := fused_of(n)) is not None and n.target.__name__ == node]
+    call = next(v for v in reversed(calls) if getattr(v, argument, None) is not None or argument == "offset")
+    value = getattr(call, wrong[2:]) if isinstance(wrong, str) and wrong.startswith("= ") else wrong
+    assert getattr(call, argument) != value
+    call.update(**{argument: value})
     gm.recompile()
     with pytest.raises((NotProved, RuntimeError)):
         prove_graph(name, model, gm)

@@ -8,7 +8,6 @@ of its own over exactly its taps: no product is formed only to be thrown away.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import gcd
 from typing import NamedTuple
 
@@ -206,7 +205,7 @@ def dgrad(
     outputs, group_inputs, kh, kw = weight.shape
     shortcut, r_vectors = None, Transform()
     if join is not None:
-        x, transform = join.y, replace(join.ty, act=join.act)
+        x, transform = join.y, join.ty._replace(act=join.act)
         shortcut, r_vectors = pixels(join.r), join.tr
     source = pixels(x)
     dx = destination(x, x.dtype, accumulate)

@@ -6,8 +6,6 @@ takes the statistics of what it stored. The groups of a grouped convolution are 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -147,7 +145,7 @@ def conv_forward(
     r_vectors = Transform()
     if join is not None:
         kept, shortcut, r_vectors = pixels(x), pixels(join.r), join.tr
-        x, transform = join.y, replace(join.ty, act=join.act)
+        x, transform = join.y, join.ty._replace(act=join.act)
     source = pixels(x)
     batch, inputs, h, w = x.shape
     outputs, group_inputs, *kernel = weight.shape

@@ -65,21 +65,23 @@ def _convolution(
     size: int,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    act: str = "relu",
+    act: str | None = "relu",
     stride: int = 1,
     groups: int = 1,
     gated: bool = False,
-    plain: bool = False,
     quick: bool = False,
     implementation: str = "fused",
 ) -> Variant:
-    """Forward with statistics, then backward with an affine edge, accumulating into dx; with a bias' gradient where hybrid."""
+    """Forward with statistics, then backward with an affine edge, accumulating into dx; with a bias' gradient where hybrid.
+
+    Without ``act`` nothing is done to the input.
+    """
 
     def run() -> None:
         geometry = ConvGeometry((stride,) * 2, (kernel // 2,) * 2, (1, 1), groups)
         x = _pixels(c, size, dtype)
         weight = torch.empty(out, c // groups, kernel, kernel, dtype=dtype, device="meta")
-        transform = Transform() if plain else _transform(c, act, gated)
+        transform = Transform() if act is None else _transform(c, act, gated)
         by = "depthwise" if geometry.is_depthwise(weight.shape) else implementation
         y, mean, _ = KERNELS.convolutions.by(by).run(ConvForward(x, transform, weight, None, geometry, dtype, True))
         edge = BackwardEdge(_vector(out), _vector(out), _vector(out), y, mean)
@@ -157,7 +159,7 @@ VARIANTS = (
     _convolution("3x3 bf16", 128, 128, 3, 28),
     _convolution("3x3 growth bf16", 128, 32, 3, 28),
     _convolution("3x3 stride 2 bf16", 128, 128, 3, 56, stride=2, quick=True),
-    _convolution("3x3 plain bf16", 128, 128, 3, 28, plain=True),
+    _convolution("3x3 plain bf16", 128, 128, 3, 28, act=None),
     _convolution("3x3 groups bf16", 128, 128, 3, 56, groups=32),
     _convolution("3x3 gelu bf16", 128, 128, 3, 28, act="gelu"),
     _convolution("3x3 fp32", 128, 128, 3, 28, dtype=torch.float32),
@@ -173,7 +175,7 @@ VARIANTS = (
     _join("1x1 join stride 2 bf16", 256, 512, 1, 56, stride=2),
     _join("3x3 join bf16", 128, 128, 3, 28),
     _join("hybrid 3x3 join bf16", 256, 256, 3, 14, implementation="hybrid"),
-    _convolution("7x7 stem bf16", 3, 64, 7, 224, stride=2, plain=True),
+    _convolution("7x7 stem bf16", 3, 64, 7, 224, stride=2, act=None),
     _convolution("depthwise 3x3 bf16", 144, 144, 3, 56, act="relu6", groups=144, quick=True),
     _convolution("depthwise channels in eights bf16", 72, 72, 3, 56, act="relu6", groups=72, quick=True),
     _convolution("depthwise 3x3 stride 2 bf16", 144, 144, 3, 56, act="silu", stride=2, groups=144),

@@ -10,7 +10,6 @@ Anything else is no 2-D convolution: kernels/hybrid.py runs it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -49,7 +48,7 @@ class Folding(NamedTuple):
         if gate is None or images == x[0]:
             return transform
         each = gate.unsqueeze(1).expand(-1, images // max(x[0], 1), -1)
-        return replace(transform, gate=each.reshape(images, gate.shape[1]))
+        return transform._replace(gate=each.reshape(images, gate.shape[1]))
 
 
 @lru_cache(maxsize=1024)

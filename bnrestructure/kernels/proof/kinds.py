@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from bnrestructure.core.edges import ConvGeometry, PoolGeometry
 from bnrestructure.core.records import record
 from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward
 from bnrestructure.kernels.operands import fields_of
@@ -19,7 +20,7 @@ __all__ = ["Blank", "blanked", "key_of", "mapped", "name_of", "precision", "text
 
 R = TypeVar("R")
 
-_PLAIN = frozenset({int, bool, str, torch.dtype})
+_PLAIN = frozenset({int, bool, str, torch.dtype, ConvGeometry, PoolGeometry})
 _PRODUCTS = frozenset({ConvForward, ConvBackward})
 
 #: Compilers make use of addresses that are multiples of this many bytes.
@@ -97,7 +98,8 @@ def mapped(value: Any, of: type, function: Callable[[str, Any], Any], name: str 
     if isinstance(value, of):
         return function(name, value)
     if names := fields_of(type(value)):
-        return replace(value, **{field: mapped(getattr(value, field), of, function, field) for field in names})
+        members = {field: mapped(getattr(value, field), of, function, field) for field in names}
+        return type(value)(**members) if isinstance(value, tuple) else replace(value, **members)
     if type(value) is tuple:
         return tuple(mapped(member, of, function, f"{name}[{i}]") for i, member in enumerate(value))
     return value

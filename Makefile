@@ -3,7 +3,7 @@
 #
 #   make demo       a minute: what happens to densenet121, that its numbers stay, and what it and resnet50 win here
 #   make test       the test-suite (WORKERS=4: four tests at a time)
-#   make zoo        every torchvision model with a batch norm, and two whole ones interpreted (WORKERS=4: four at a time)
+#   make zoo        every torchvision model with a batch norm, two whole ones interpreted, whole commands (WORKERS=4: four at a time)
 #   make zoo-float32   those of them in float32 that make zoo has in float64 alone
 #   make lint       ruff, codespell, the contract on imports, and mypy on the installed wheel
 #   make mutations  plants faults in passes, nodes and kernels, one at a time, and says which guard notices each (ARGS: some of them)

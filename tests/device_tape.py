@@ -37,6 +37,9 @@ class Tape:
         entries = log.entries if self.spoil is None else self.spoil(log.entries)
         return found, lambda: self._play(entries)
 
+    def is_recording(self) -> bool:
+        return False
+
     def stream(self) -> int:
         return 0
 

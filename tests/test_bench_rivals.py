@@ -160,6 +160,7 @@ def test_thinning_keeps_the_peak() -> None:
 # --- the whole command ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.whole
 def test_rivals_from_the_command_line(factory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """torch.compile does not get the time it needs here, and is left out with a note."""
     figures, picture = tmp_path / "figures.json", tmp_path / "memory.svg"
@@ -181,6 +182,7 @@ def test_rivals_from_the_command_line(factory: str, tmp_path: Path, capsys: pyte
     assert "<svg" in picture.read_text()
 
 
+@pytest.mark.whole
 def test_the_estimate_counts_the_jobs_that_come(factory: str) -> None:
     told: list[dict[str, Any]] = []
     titles: list[str] = []

@@ -56,6 +56,7 @@ def test_sync_batch_norm_is_batch_norm_over_the_joint_batch(kind: str, name: str
         _assert_close(actual, expected)
 
 
+@pytest.mark.whole
 def test_both_in_float32_with_the_kernels_that_users_get(tmp_path: Path) -> None:
     expected, actual = _spawn("eager-float", "residual", tmp_path), _spawn("ddp-float", "residual", tmp_path)
     for e, a in zip(expected, actual, strict=True):

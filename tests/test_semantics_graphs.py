@@ -185,11 +185,38 @@ def test_backward_for_the_second_time_is_an_error(tapes: list[Tape]) -> None:
 def test_an_input_that_needs_a_gradient(tapes: list[Tape]) -> None:
     def step(model: nn.Module, i: int) -> Tensor:
         x = _images(i).requires_grad_()
-        model(x * 2.0).square().mean().backward()
-        assert x.grad is not None
-        return x.grad
+        (gradient,) = torch.autograd.grad(model(x).square().mean(), x)
+        return gradient
 
     _assert_same(_Net(), step)
+    assert tapes[0].played
+
+
+def test_a_result_without_a_gradient_beside_one_with(tapes: list[Tape]) -> None:
+    def step(model: nn.Module, i: int) -> Tensor:
+        out, features = model(_images(i))
+        assert out.requires_grad
+        assert not features.requires_grad
+        out.square().mean().backward()
+        return torch.cat([out.flatten(), features.flatten()])
+
+    _assert_same(_With(lambda m, x: (_Net.forward(m, x), m.first(x).mean((2, 3)).detach())), step)
+    assert tapes[0].played
+
+
+def test_tied_weights_get_their_gradient_once(tapes: list[Tape]) -> None:
+    class Tied(_Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.third = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+            self.third.weight = self.second.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.norm(self.first(x)))
+            return self.head(self.third(self.other(self.second(y))).mean((2, 3)))
+
+    _assert_same(Tied())
+    assert tapes[0].played
 
 
 def _frozen_later(model: nn.Module, i: int) -> Tensor:
@@ -224,6 +251,22 @@ def _evaluated_between(model: nn.Module, i: int) -> Tensor:
     return seen
 
 
+def _autocast_later(model: nn.Module, i: int) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=i % 3 == 2):
+        out: Tensor = model(_images(i))
+    out.float().square().mean().backward()
+    return out
+
+
+def _twice_under_autocast(model: nn.Module, i: int) -> Tensor:
+    """The second call finds the weights that autocast has cast for the first one."""
+    with torch.autocast("cpu", torch.bfloat16):
+        for part in range(2):
+            out: Tensor = model(_images(2 * i + part))
+            out.float().square().mean().backward()
+    return out
+
+
 def _checkpointed(model: nn.Module, i: int) -> Tensor:
     out = checkpoint(model, _images(i), use_reentrant=False)
     out.square().mean().backward()
@@ -236,7 +279,10 @@ def _plain(model: nn.Module, i: int) -> Tensor:
     return out
 
 
-LOOPS = [_frozen_later, _assigned_later, _another_size, _without_gradients_between, _evaluated_between, _checkpointed]
+LOOPS = [
+    _frozen_later, _assigned_later, _another_size, _without_gradients_between, _evaluated_between, _autocast_later, _twice_under_autocast,
+    _checkpointed,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("step", LOOPS)
@@ -273,12 +319,18 @@ def _last_of_backward(entries: list[Entry]) -> int:
     return len(entries) if any(map(_is_counter, entries)) else len(entries) - 1
 
 
-FAULTS = {"result": _last_of_forward, "buffer": _counter, "gradient": _last_of_backward}
+def _draw(entries: list[Entry]) -> int:
+    return next((i for i, entry in enumerate(entries) if "bernoulli" in entry[0]._schema.name), len(entries))
 
 
-@pytest.mark.parametrize("what", FAULTS)
-def test_a_recording_that_does_something_else_is_never_repeated(what: str, tapes: list[Tape]) -> None:
-    tapes.append(Tape(_without(FAULTS[what])))
+FAULTS = [("result", _last_of_forward), ("result", _draw), ("buffer", _counter), ("gradient", _last_of_backward)]
+
+
+@pytest.mark.parametrize(("what", "left_out"), FAULTS)
+def test_a_recording_that_does_something_else_is_never_repeated(
+    what: str, left_out: Callable[[list[Entry]], int], tapes: list[Tape]
+) -> None:
+    tapes.append(Tape(_without(left_out)))
     model = _assert_same(_Net())
     assert _note(model) == f"the model: no device graphs: a repeated step has another {what} than the step itself"
     assert tapes[0].played <= 2, "the step by which it was proved"
@@ -364,4 +416,5 @@ def test_an_input_that_is_changed_in_place(tapes: list[Tape]) -> None:
         out.square().mean().backward()
         return torch.cat([x.flatten(), out.flatten()])
 
-    _assert_same(_With(lambda m, x: _Net.forward(m, x.mul_(0.5))), step)
+    model = _assert_same(_With(lambda m, x: _Net.forward(m, x.mul_(0.5))), step)
+    assert _note(model) == "the model: no device graphs: it changes its input in place"

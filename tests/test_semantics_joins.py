@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnrestructure
-from bnrestructure import ops
+from bnrestructure.graph.ir import Conv
 from bnrestructure.capture.regions import Options
 from bnrestructure.plan.survey import take_survey
 
@@ -122,7 +122,7 @@ NOT_FORMED = ("readers with different activations", "a concat reads the sum", "t
 def joins_in(model: nn.Module) -> int:
     """How many convolutions of the rewritten graph form a join."""
     graphs = [region.after.graph for region in take_survey(model, Options()).regions]
-    return sum(n.target is ops.conv and n.kwargs.get("r") is not None for graph in graphs for n in graph.nodes)
+    return sum(conv.forms_residual for graph in graphs for conv in Conv.every(graph))
 
 
 def images() -> Tensor:

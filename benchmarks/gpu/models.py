@@ -90,7 +90,7 @@ def _tiny() -> nn.Module:
     )  # fmt: skip
 
 
-def restructured(model: nn.Module, device: str) -> nn.Module:
+def restructured(model: nn.Module, device: str, graphs: str = "off") -> nn.Module:
     """Restructured for the GPU; in a dry run, where the tensors are on the CPU, our kernels stand in for the CPU's."""
     if device == "cpu":
         registry._DEVICES["cpu"] = "bnrestructure.kernels.cuda"
@@ -98,7 +98,7 @@ def restructured(model: nn.Module, device: str) -> nn.Module:
         registry.forget_answers()
     elif (kernels := registry.proved("cuda")) is not None:
         kernels.trusted = True  # the parts before this one hold them against fp64
-    return bnrestructure.restructure(model, backend="auto" if device == "cpu" else "cuda")
+    return bnrestructure.restructure(model, backend="auto" if device == "cpu" else "cuda", graphs=graphs)
 
 
 def check_step(name: str, device: str = "cuda", batch: int = 8, size: int = 96) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def _clock(step: Callable[[], Tensor], losses: list[Tensor], on_gpu: bool) -> fl
 
 def _prepared(
     name: str, batch: int, variant: str, device: str, losses: list[Tensor]
-) -> tuple[Callable[[], Tensor], dict[str, float]]:
+) -> tuple[Callable[[], Tensor], dict[str, Any]]:
     """A warmed-up training step, and what is known of its graph. The losses of the steps that it takes go to ``losses``."""
     model = make_model(name, device)
     size, classes = (16, 10) if name == "tiny" else (224, 1000)
@@ -240,7 +240,7 @@ def _prepared(
     target = torch.randint(classes, (batch,), device=device)
     compiled = variant.startswith("compile")
     if variant.startswith("restructured"):
-        restructured(model, device)
+        restructured(model, device, "auto" if "repeated" in variant else "off")
         if "tuned" in variant and device != "cpu":
             with torch.autocast(device, torch.bfloat16):
                 bnrestructure.tune(model, x)
@@ -249,6 +249,8 @@ def _prepared(
     step = _training_step(model, x, target, marks=variant == "compile graphed")
     for _ in range(1 if device == "cpu" else _WARM_UPS):
         losses.append(step().clone())
+    if "repeated" in variant:
+        return step, {"graphs": [note for note in bnrestructure.explain(model).notes if "device graphs" in note]}
     return captured_step(step, model, losses) if variant in _CAPTURED else (step, {})
 
 

@@ -17,10 +17,10 @@ MODELS = ("densenet121", "resnet50", "mobilenet_v2", "efficientnet_b0")
 #: Timed at the large batch alone, after what takes less long to compile.
 LAST_MODEL = "densenet201"
 #: What is timed against each other, eager first. "graphed" is a CUDA graph of the whole step, for "compile" the one that it makes
-#: itself, of the model alone; "captured" is its model in a graph like ours.
+#: itself, of the model alone; "captured" is its model in a graph like ours; "repeated" is ``restructure(model, graphs="auto")``.
 VARIANTS = (
     "eager", "eager graphed", "compile", "compile graphed", "compile captured",
-    "restructured", "restructured graphed", "restructured tuned graphed",
+    "restructured", "restructured repeated", "restructured graphed", "restructured tuned graphed",
 )  # fmt: skip
 #: The parts that time models, with the images of a step.
 BATCHES = {"models": 256, "models of batch 64": 64}
@@ -28,7 +28,7 @@ BATCHES = {"models": 256, "models of batch 64": 64}
 WARMED = {"warm": "models", "warm batch 64": "models of batch 64"}
 #: What each unit of a warming part compiles for. The candidates that tuning measures are kernels of their own.
 _SERVES = {
-    "restructured": ("restructured", "restructured graphed"),
+    "restructured": ("restructured", "restructured repeated", "restructured graphed"),
     "restructured tuned graphed": ("restructured tuned graphed",),
     "compile": ("compile", "compile captured"),
     "compile graphed": ("compile graphed",),

@@ -128,7 +128,8 @@ def _peak(result: dict[str, Any]) -> int | None:
 def _variant(variant: str, result: dict[str, Any]) -> str:
     if not result.get("ok") or not result.get("step"):
         return f"{variant}: {result.get('reason') or result.get('error') or 'failed'}"
-    graphed = "graphed" in variant or "captured" in variant
+    graphed = any(word in variant for word in ("graphed", "captured", "repeated"))
     memory, what = (result["reserved"], "reserved") if graphed else (_peak(result) or 0, "allocated")
     skips = f", its CUDA graphs skipped {result['cudagraph_skips']} times" if graphed and result.get("cudagraph_skips") else ""
-    return f"{variant} {result['step']:.2f} ms {memory / 2**30:.1f} GiB {what}{skips}"
+    notes = "".join(f", {note}" for note in result.get("graphs", ()))
+    return f"{variant} {result['step']:.2f} ms {memory / 2**30:.1f} GiB {what}{skips}{notes}"

@@ -18,6 +18,9 @@ class DeviceGraphs(Protocol):
     def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         """(what ``work`` returns, what repeats it). Recording computes nothing; each repetition writes to the memory of these results."""
 
+    def is_recording(self) -> bool:
+        """Whether somebody records what the calling thread does, a whole training step perhaps."""
+
     def stream(self) -> Any:
         """What orders the work of the calling thread: recordings that share memory must not be repeated on two of these."""
 
@@ -36,6 +39,9 @@ class CudaGraphs:
             found = work()
         self._pool = graph.pool()
         return found, graph.replay
+
+    def is_recording(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
 
     def stream(self) -> Any:
         return torch.cuda.current_stream(self._device).cuda_stream

@@ -13,6 +13,7 @@ from functools import cache
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from bnrestructure.capture.ambient import compiled_autograd_is_on, operations_are_overridden, wants_the_module_itself
@@ -201,7 +202,7 @@ class Region:
             with own_forwards():
                 return forward(module, *args, **kwargs)
         self.ran.calls += 1
-        self.ran.replays = cached.replays
+        self.ran.replays = cached.replays if torch.is_grad_enabled() else self.ran.replays
         settled = probation is None or probation.settled
         return cached.program(module, arguments.tensors, cached.replays if settled else None)
 

@@ -131,14 +131,16 @@ class Replays:
 
     def _recording(self, function: Function, tensors: Sequence[Tensor], own: Sequence[Tensor]) -> _Recording | None:
         """What this call may be a repetition of; None where it runs as it is."""
-        if not torch.is_grad_enabled() or threading.get_ident() != self._thread or saves_by_hooks() or _is_recorded():
+        if not torch.is_grad_enabled() or threading.get_ident() != self._thread or saves_by_hooks():
             return None
         device = next((t.device for t in (*tensors, *own) if t.is_floating_point()), None)
         graphs = None if device is None else graphs_on(device)
         if graphs is None or device is None:
             self.reason = self.reason or f"{'nothing' if device is None else device.type} has none"
             return None
-        key = _signature(tensors, own, device, graphs)
+        if graphs.is_recording():
+            return None
+        key = _signature(tensors, own, graphs)
         found = self._recordings.get(key)
         if found is None:
             if self.reason is not None or not self._is_warm(key):
@@ -168,17 +170,14 @@ class Replays:
         return self.reason is None
 
 
-def _is_recorded() -> bool:
-    """Whether somebody records the whole step already."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def _signature(tensors: Sequence[Tensor], own: Sequence[Tensor], graphs: DeviceGraphs) -> tuple[Any, ...]:
+    """What a recording takes for granted: kernels are recorded with their sizes and the addresses of the program's own tensors.
 
-
-def _signature(tensors: Sequence[Tensor], own: Sequence[Tensor], device: torch.device, graphs: DeviceGraphs) -> tuple[Any, ...]:
-    """What a recording takes for granted: kernels are recorded with their sizes and the addresses of the program's own tensors."""
+    Autocast, and whether gradients are on, decide which program it is (capture/regions.py).
+    """
     return (
         tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors),
         tuple((t.data_ptr(), t.shape, t.dtype, t.device, t.requires_grad) for t in own),
-        torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type),
         torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
         torch.backends.cudnn.enabled, torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark,
         graphs.stream(),

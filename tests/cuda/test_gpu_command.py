@@ -77,6 +77,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert "cannot run here: no CUDA device" in said.stderr.splitlines()[-1]
 
 
+@pytest.mark.whole
 @needs_triton
 def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
     said = script("--dry-run", "--results", str(tmp_path / "gpu.json"))

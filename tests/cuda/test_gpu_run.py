@@ -132,7 +132,7 @@ def test_workers_live_on_where_nothing_is_to_be_done(
     work: Callable[..., int], runs: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(runs, "_CORES", 8)
-    assert work([("steps", ["net"]), ("models", ["net restructured", "net restructured graphed"])]) == 0
+    assert work([("steps", ["net"]), ("models", ["net restructured", "net restructured repeated", "net restructured graphed"])]) == 0
     (tmp_path / "started").unlink()
     assert work([("models", ["net eager"]), ("warm", ["net restructured"]), ("models", ["net compile"])]) == 0
     assert len((tmp_path / "started").read_text().split()) == 1
@@ -252,7 +252,7 @@ def test_warming_is_never_kept_and_not_done_for_what_is_timed(work: Callable[...
     for expected in (True, False):
         (tmp_path / "said").write_text("")
         with (tmp_path / "said").open("w") as said, contextlib.redirect_stderr(said):
-            assert work([*MODELS[:2], ("models", ["net restructured", "net restructured graphed"])]) == 0
+            assert work([*MODELS[:2], ("models", ["net restructured", "net restructured repeated", "net restructured graphed"])]) == 0
         assert warmed() is expected
         assert found(tmp_path, "warm") == {}
 

@@ -178,7 +178,7 @@ def test_a_kind_answers_once_it_is_proved_and_later_processes_know(prove: Callab
 def test_a_fault_is_found_outside_of_the_training_process(
     planted: str, said: str, kept: bool, prove: Callable[..., Proved], tmp_path: Path
 ) -> None:
-    kernels = prove(planted, seconds=25.0 if "hangs" in planted else 120.0)
+    kernels = prove(planted, seconds=12.0 if "hangs" in planted else 120.0)
     call, other = forward(), NormaliseForward(image(), transform(), torch.float32)
     for one in (call, other):
         refused(kernels, one)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnrestructure
-from bnrestructure.graph.ir import Conv
 from bnrestructure.capture.regions import Options
+from bnrestructure.graph.ir import Conv
 from bnrestructure.plan.survey import take_survey
 
 

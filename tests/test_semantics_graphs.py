@@ -383,7 +383,14 @@ def _shared_result(m: Any, x: Tensor) -> Any:
     return y, y.view(-1)
 
 
+def _averaging() -> nn.Module:
+    model = _Net()
+    model.other.momentum = None
+    return model
+
+
 REFUSED = {
+    "a cumulative average": (_averaging, "momentum=None"),
     "a part that is called": (lambda: _With(lambda m, x: _Net.forward(m, m.part(x)), _Counting()), "what that does in Python"),
     "a function of the user's": (lambda: _With(lambda m, x: _Net.forward(m, _Function.apply(x))), "what that does in Python"),
     "two results with gradients": (lambda: _With(lambda m, x: (_Net.forward(m, x), m.first(x).sum())), "several of its results"),

@@ -1,9 +1,9 @@
 """Rewritten programs as graphs of their device: forward and backward recorded once each, then repeated without Python.
 
-A call's life, for one signature (sizes, strides, dtypes, where the parameters are, autocast): a few calls run as they are, by which
-kernels are compiled and cuDNN chooses. Then forward and backward are recorded, and *proved*: the next step runs as it is, its recording
-beside it on the same values, and only where results, buffers and gradients agree are later steps repetitions. Whatever fails leaves the
-program as it was, with a reason in the plan.
+Calls of one signature (sizes, strides, dtypes, where the parameters are) have this life. A few run as they are, by which kernels are
+compiled and cuDNN chooses. Then forward and backward are recorded, and *proved*: one step runs as it is, its recording beside it on the
+same values. Where results, buffers and gradients agree, later steps are repetitions. Whatever fails leaves the program as it was, with
+a reason in the plan.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from bnrestructure.capture.device_graphs import DeviceGraphs, graphs_on
 from bnrestructure.capture.probation import saves_by_hooks
 from bnrestructure.graph.boundaries import boundary_reason, is_library_leaf
-from bnrestructure.graph.ir import Synchronise
+from bnrestructure.graph.ir import BatchNorm, Finalize, Synchronise
 
 __all__ = ["Replays", "unrecordable"]
 
@@ -46,6 +46,9 @@ def unrecordable(gm: fx.GraphModule) -> str | None:
                 return f"it calls {node.target} as it is, and what that does in Python would happen once"
         if Synchronise.of(node) is not None:
             return "it merges statistics across processes"
+        layer_of = Finalize.of(node) or BatchNorm.of(node)
+        if layer_of is not None and layer_of.momentum is None and layer_of.running_mean is not None:
+            return "a batch norm averages over all batches (momentum=None), and Python counts these"
         if node.op == "call_function":
             owner = getattr(node.target, "__self__", None)
             home = getattr(owner if isinstance(owner, type) else node.target, "__module__", None) or "torch"

@@ -12,6 +12,8 @@ from test_semantics_tracing import _Base, _double
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import bnrestructure
+
 
 class Configurable(_Base):
     def __init__(self) -> None:
@@ -206,3 +208,28 @@ def test_a_tensor_that_is_gone_raises_what_eager_raises() -> None:
     del model.scale
     with pytest.raises(AttributeError, match="'Scaled' object has no attribute 'scale'"):
         model(x)
+
+
+class _Debugged(_Base):
+    """Reads values, which no graph can, while a flag is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.debug, self.seen = True, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.debug and float(x.detach().mean()) > 1e9:
+            raise ArithmeticError("it explodes")
+        y: Tensor = self.trunk(x)
+        return y * 2.0
+
+
+def test_a_part_is_looked_at_again_when_what_could_not_be_followed_may_be_gone() -> None:
+    model = _Debugged().double()
+    rewritten = restructured_copy(model)
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    for debug, ran in ((True, False), (True, False), (False, True), (True, True), (False, True)):
+        model.debug = rewritten.debug = debug
+        assert_same_values(training_step(rewritten, x), training_step(model, x))
+        assert all(site.ran for site in bnrestructure.explain(rewritten).sites) is ran
+    assert bnrestructure.explain(rewritten).captures == {"the whole model": 2}

@@ -277,7 +277,10 @@ class Region:
             self._refuse(str(error))
             writes = isinstance(error, AttributeWrittenError)
             again = writes and self._seen[key] == 1  # perhaps the first call alone writes it
-            return _Cached(key, None, ModuleState(module, Reads(), calls=[module] if writes else []), None, again=again)
+            reads = error.reads  # an attribute may have led to what cannot be followed, and be another one later
+            if reads is None or writes or self._seen[key] >= _CAPTURES_TO_WARN_OF:
+                reads = Reads()
+            return _Cached(key, None, ModuleState(module, reads, calls=[module] if writes else []), None, again=again)
         gm = before.graph_module
         sites = site_names(gm.graph)
         try:

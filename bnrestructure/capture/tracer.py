@@ -94,6 +94,7 @@ def capture(module: nn.Module, forward: Callable[..., Any], arguments: Arguments
                 elif session.blamed is not None and session.blamed not in opaque:
                     opaque[session.blamed] = str(error)
                 else:
+                    error.reads = session.reads
                     raise
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "AttributeWrittenError",
     "BNRestructureError",
@@ -24,7 +26,12 @@ class UsageError(BNRestructureError, ValueError):
 
 
 class CaptureError(BNRestructureError):
-    """A module that the tracer cannot follow. Inside ``restructure`` it becomes a reason in the plan."""
+    """A module that the tracer cannot follow. Inside ``restructure`` it becomes a reason in the plan.
+
+    ``reads``: what its forward had read of attributes by then (capture/reads.py), if that is known.
+    """
+
+    reads: Any = None
 
 
 class AttributeWrittenError(CaptureError):

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from bnrestructure.capture.device_graphs import DeviceGraphs, graphs_on
 from bnrestructure.capture.probation import saves_by_hooks
+from bnrestructure.core.generators import preserved_generators
 from bnrestructure.graph.boundaries import boundary_reason, is_library_leaf
 from bnrestructure.graph.ir import BatchNorm, Finalize, Synchronise
 
@@ -277,25 +278,23 @@ class _Repeated(torch.autograd.Function):
 
 
 class _Step:
-    """A step that runs as it is, by which a recording is proved."""
+    """A step that runs as it is, by which a recording is proved: repeated first, for it must leave nothing behind."""
 
     def __init__(self, recording: _Recording, function: Function, given: Sequence[Tensor], inputs: int) -> None:
         self._recording = recording
         read = [t.detach().requires_grad_(t.requires_grad) if i < inputs else t for i, t in enumerate(given)]
         self._needed = [read[i] for i in recording.needed]
         buffers = [t for t in given[inputs:] if not t.requires_grad]
-        before, device = [t.detach().clone() for t in buffers], given[0].device
-        state = _random_state(device)
+        before = [t.detach().clone() for t in buffers]
+        with preserved_generators(given):  # the step is to draw the same numbers
+            _poison(recording.outputs)
+            recording.repeat_forward(given[:inputs])
+        repeated = [t.detach().clone() for t in buffers]
+        for t, value in zip(buffers, before, strict=True):
+            t.data.copy_(value)
         with torch.enable_grad():
             self.outputs: list[Any] = pytree.tree_leaves(function(*read))
-        after, drawn = [t.detach().clone() for t in buffers], _random_state(device)
-        _write(buffers, before)
-        _set_random_state(device, state)
-        _poison(recording.outputs)
-        recording.repeat_forward(given[:inputs])
-        recording.fault = _difference("result", self.outputs, recording.outputs) or _difference("buffer", after, buffers)
-        _write(buffers, after)
-        _set_random_state(device, drawn)
+        recording.fault = _difference("result", self.outputs, recording.outputs) or _difference("buffer", buffers, repeated)
 
     def gradients(self, dout: Tensor) -> list[Tensor | None]:
         """Those of the step; where its recording's are the same, it is proved."""
@@ -308,23 +307,6 @@ class _Step:
             recording.fault = _difference("gradient", found, recording.gradients)
             recording.proved = recording.fault is None
         return found
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.random.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
-
-
-def _set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cpu":
-        torch.random.set_rng_state(state)
-    else:
-        torch.cuda.set_rng_state(state, device)
-
-
-def _write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Without PyTorch's knowing: what a step has kept for its backward pass is the same afterwards."""
-    for t, value in zip(tensors, values, strict=True):
-        t.data.copy_(value)
 
 
 def _poison(results: Sequence[Any]) -> None:

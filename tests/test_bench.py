@@ -276,6 +276,7 @@ def test_nothing_is_timed_when_the_numbers_are_wrong(tmp_path: Path, capsys: pyt
 # --- measuring processes ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.whole
 def test_a_benchmark_from_the_command_line(factory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = tmp_path / "figures.json"
     command = [

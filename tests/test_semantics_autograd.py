@@ -104,7 +104,7 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     return total
 
 
-@pytest.mark.parametrize(("name", "limit"), [("densenet121", 0.35), ("resnet50", 0.80)])
+@pytest.mark.parametrize(("name", "limit"), [pytest.param("densenet121", 0.35, marks=pytest.mark.whole), ("resnet50", 0.80)])
 def test_saved_for_backward(name: str, limit: float) -> None:
     torch.manual_seed(0)
     model, x = torchvision.models.get_model(name, weights=None).train(), torch.randn(2, 3, 160, 160)

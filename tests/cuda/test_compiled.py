@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +24,11 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], env=environment, capture_output=True, text=True)
 
 
+def of_the_table(test: Callable[..., None]) -> Callable[..., None]:
+    """A minute's compilation, once for all of these tests."""
+    return pytest.mark.whole(pytest.mark.xdist_group("compiled kernels")(test))
+
+
 @pytest.fixture(scope="module")
 def table() -> list[dict[str, Any]]:
     """Representative variants for sm_80 and sm_90, one for the other parts (the command without --quick has all)."""
@@ -31,6 +37,7 @@ def table() -> list[dict[str, Any]]:
     return [json.loads(line) for line in found.stdout.splitlines()]
 
 
+@of_the_table
 def test_every_part_and_on_sm_90_every_kernel_is_compiled(table: list[dict[str, Any]]) -> None:
     assert {row["part"] for row in table} == {80, 86, 89, 90, 100, 120}
     kernels = {row["kernel"] for row in table if row["part"] == 90}
@@ -44,11 +51,13 @@ def test_every_part_and_on_sm_90_every_kernel_is_compiled(table: list[dict[str, 
     }  # fmt: skip
 
 
+@of_the_table
 def test_no_kernel_has_a_fault(table: list[dict[str, Any]]) -> None:
     """No spills, shared memory within the part's limit, and products on tensor cores (warp-group ones on sm_90)."""
     assert {row["variant"] + " " + row["kernel"]: row["complaints"] for row in table if row["complaints"]} == {}
 
 
+@of_the_table
 def test_warp_group_instructions_on_sm_90(table: list[dict[str, Any]]) -> None:
     dense = [row for row in table if row["part"] == 90 and row["kernel"].startswith("dense")]
     assert len(dense) >= 9
@@ -67,6 +76,7 @@ STEPS = {
 }
 
 
+@of_the_table
 def test_the_rule_knows_how_long_the_loops_are(table: list[dict[str, Any]]) -> None:
     """The largest specialisation of each, but for a second batch norm in a join."""
     found: dict[str, float] = {}
@@ -82,6 +92,7 @@ def test_the_rule_knows_how_long_the_loops_are(table: list[dict[str, Any]]) -> N
     assert all(0.85 < ratio < 1.2 for ratio in found.values()), found
 
 
+@of_the_table
 @pytest.mark.parametrize("variant", ["1x1 bf16", "1x1 channels in eights bf16", "depthwise channels in eights bf16", "1x1 gate silu bf16"])
 def test_channels_are_accessed_several_at_once(table: list[dict[str, Any]], variant: str) -> None:
     """72 and 24 channels are not multiples of 16, which is all that Triton looks for by itself."""
@@ -90,6 +101,7 @@ def test_channels_are_accessed_several_at_once(table: list[dict[str, Any]], vari
     assert set(narrow.values()) == {0}, narrow
 
 
+@of_the_table
 def test_numbers_are_rounded_two_at_a_time(table: list[dict[str, Any]]) -> None:
     """But for a max pool's, which are compared one by one, and a squeeze's averages."""
     kernels = {row["kernel"] for row in table if row["part"] == 90 and row["single"]}

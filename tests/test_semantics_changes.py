@@ -215,7 +215,7 @@ class _Debugged(_Base):
 
     def __init__(self) -> None:
         super().__init__()
-        self.debug, self.seen = True, 0
+        self.debug = True
 
     def forward(self, x: Tensor) -> Tensor:
         if self.debug and float(x.detach().mean()) > 1e9:

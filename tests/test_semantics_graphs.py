@@ -290,6 +290,13 @@ def test_loops_that_change_something(step: Callable[[nn.Module, int], Tensor], t
     _assert_same(_Net(), step, steps=12)
 
 
+def test_the_plan_tells_of_calls_that_are_not_repeated_beside_those_that_are(tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "_RECORDED", 1)
+    model = _assert_same(_Net(), _another_size, steps=14)
+    said = "its steps are repeated as device graphs (1 recorded); other calls are not: 1 kinds of calls are recorded already"
+    assert said in _note(model)
+
+
 # --- what must not be repeated -----------------------------------------------------------------------------------------
 
 

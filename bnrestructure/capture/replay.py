@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from bnrestructure.capture.device_graphs import DeviceGraphs, graphs_on
 from bnrestructure.capture.probation import saves_by_hooks
+from bnrestructure.core.errors import first_line
 from bnrestructure.core.generators import preserved_generators
 from bnrestructure.graph.boundaries import boundary_reason, is_library_leaf
 from bnrestructure.graph.ir import BatchNorm, Finalize, Synchronise
@@ -122,15 +123,16 @@ class Replays:
         recording = self._recording(function, tensors, own)
         if recording is None:
             return function(*tensors, *own)
-        leaves = list(recording.outputs)
         found = iter(_Repeated.apply(recording, function, len(tensors), *tensors, *own))
-        return pytree.tree_unflatten([next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves], recording.spec)
+        leaves = [next(found) if isinstance(leaf, Tensor) else leaf for leaf in recording.outputs]
+        return pytree.tree_unflatten(leaves, recording.spec)
 
     def __str__(self) -> str:
         """How far it is, in a line."""
         proved = sum(recording.proved for recording in self._recordings.values())
         if proved:
-            return f"its steps are repeated as device graphs ({proved} recorded)"
+            others = "" if self.reason is None else f"; other calls are not: {self.reason}"
+            return f"its steps are repeated as device graphs ({proved} recorded){others}"
         return f"no device graphs: {self.reason}" if self.reason is not None else "its steps are to be recorded as device graphs"
 
     def _recording(self, function: Function, tensors: Sequence[Tensor], own: Sequence[Tensor]) -> _Recording | None:
@@ -152,7 +154,7 @@ class Replays:
             try:
                 made = _recorded(function, tensors, own, device, graphs)
             except Exception as error:  # whatever cannot be recorded runs as it is
-                made = str(error).partition("\n")[0] or type(error).__name__
+                made = first_line(error)
             if isinstance(made, str):
                 self.reason = made
                 return None
@@ -318,16 +320,14 @@ def _poison(results: Sequence[Any]) -> None:
 
 def _difference(what: str, wanted: Sequence[Any], found: Sequence[Any]) -> str | None:
     """Where a repetition is not the step, in words; None where it is."""
-    for a, b in zip(wanted, found, strict=True):
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            if a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b):
-                return f"a repeated step has another {what} than the step itself"
-            continue
-        if not a.is_floating_point():
-            same = torch.equal(a, b)
-        else:
-            limit = _TOLERANCE[a.dtype] * float(a.detach().double().abs().nan_to_num().max()) if a.numel() else 0.0
-            same = torch.allclose(a.detach().double(), b.detach().double(), rtol=0.0, atol=limit, equal_nan=True)
-        if not same:
-            return f"a repeated step has another {what} than the step itself"
-    return None
+    same = all(_agree(a, b) for a, b in zip(wanted, found, strict=True))
+    return None if same else f"a repeated step has another {what} than the step itself"
+
+
+def _agree(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return a is b or (type(a) is type(b) and a == b)
+    if not a.is_floating_point() or not a.numel():
+        return torch.equal(a, b)
+    limit = _TOLERANCE[a.dtype] * float(a.detach().double().abs().nan_to_num().max())
+    return torch.allclose(a.detach().double(), b.detach().double(), rtol=0.0, atol=limit, equal_nan=True)

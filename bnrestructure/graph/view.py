@@ -38,7 +38,7 @@ class Fused:
     op: ClassVar[Callable[..., Any]]
     outputs: ClassVar[tuple[str, ...]]
     _grouped: ClassVar[dict[str, Group]]
-    _call: ClassVar[_Form]
+    _known_form: ClassVar[_Form]
 
     def __init_subclass__(
         cls, op: Callable[..., Any] | None = None, outputs: Any = None, groups: dict[str, Group] | None = None
@@ -126,10 +126,10 @@ class Fused:
     @classmethod
     def _form(cls) -> _Form:
         """How the fields make up a call of the op."""
-        found: _Form | None = cls.__dict__.get("_call")
+        found: _Form | None = cls.__dict__.get("_known_form")
         if found is None:
             own = {field.name: field.default for field in fields(cls) if field.name != "node"}
-            found = cls._call = _Form(inspect.signature(cls.op).parameters, own, cls._grouped)
+            found = cls._known_form = _Form(inspect.signature(cls.op).parameters, own, cls._grouped)
         return found
 
     @classmethod
@@ -144,8 +144,8 @@ class Fused:
 class _Form:
     """How the fields of a view make up the call of its op, by keyword."""
 
-    def __init__(self, arguments: Mapping[str, inspect.Parameter], fields: dict[str, Any], groups: dict[str, Group]) -> None:
-        self.defaults = fields
+    def __init__(self, arguments: Mapping[str, inspect.Parameter], defaults: dict[str, Any], groups: dict[str, Group]) -> None:
+        self.defaults = defaults
         self._arguments = arguments
         self._groups = {name: (group.make, self._members(group)) for name, group in groups.items()}
 
@@ -171,7 +171,10 @@ class _Form:
         return given
 
     def arguments_of(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call with these fields: those that the op has no default for, and those that differ from it."""
+        """The arguments of a call with these fields: those that the op has no default for, and those that differ from it.
+
+        What is no field is an argument as it is, for the verifier to see.
+        """
         found = {}
         for name, argument in self._arguments.items():
             if name in self._groups:
@@ -185,7 +188,7 @@ class _Form:
                 found[name] = given[name]
             elif argument.default is argument.empty and self.defaults[name] is not MISSING:
                 found[name] = self.defaults[name]
-        return found
+        return found | {name: value for name, value in given.items() if name not in self.defaults}
 
 
 def item_of(value: object) -> tuple[fx.Node, int] | None:

@@ -25,7 +25,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def of_the_table(test: Callable[..., None]) -> Callable[..., None]:
-    """A minute's compilation, once for all of these tests."""
+    """They share a minute's compilation: on one worker, where pytest-xdist's groups work (3.8 beside pytest 9.2 ignores them)."""
     return pytest.mark.whole(pytest.mark.xdist_group("compiled kernels")(test))
 
 

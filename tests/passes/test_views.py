@@ -73,6 +73,14 @@ def test_members_of_a_tuple_are_fields() -> None:
         Conv.create(before=made.node, x=made.x, weight=made.weight)
 
 
+def test_what_the_op_does_not_take_stays_for_the_verifier_to_see() -> None:
+    conv = Conv.every(after(build("chain"), "fission", "fuse-statistics").graph)[0]
+    conv.node.kwargs = {**conv.node.kwargs, "slope": 0.1}
+    assert conv.update(act="relu").node.kwargs["slope"] == 0.1
+    conv.node.kwargs = {**conv.node.kwargs, "transform": (None,)}
+    assert conv.update(chain=True).node.kwargs["transform"] == (None,)
+
+
 def test_an_output_has_one_node_behind_the_others() -> None:
     graph = after(build("chain"), "fission", "fuse-statistics").graph
     conv = Conv.every(graph)[0]

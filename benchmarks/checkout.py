@@ -8,23 +8,24 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-__all__ = ["make_importable"]
+__all__ = ["Folders", "make_importable"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class _Folders:
-    """Finds bnrestructure and the two of its packages that stand at the top of the repository (pyproject.toml maps them)."""
+class Folders:
+    """Finds the bnrestructure of one checkout, and the two of its packages that stand at the top (pyproject.toml maps them)."""
 
-    packages = {  # noqa: RUF012 (a finder is not instantiated twice)
-        "bnrestructure": ROOT / "bnrestructure",
-        "bnrestructure.passes": ROOT / "passes",
-        "bnrestructure.patterns": ROOT / "patterns",
-    }
+    def __init__(self, root: Path) -> None:
+        self._packages = {
+            "bnrestructure": root / "bnrestructure",
+            "bnrestructure.passes": root / "passes",
+            "bnrestructure.patterns": root / "patterns",
+        }
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
         """The spec of one of the three, or None."""
-        if (folder := self.packages.get(name)) is None:
+        if (folder := self._packages.get(name)) is None:
             return None
         return importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
 
@@ -32,4 +33,4 @@ class _Folders:
 def make_importable() -> None:
     """Does nothing where the package is installed."""
     if importlib.util.find_spec("bnrestructure") is None:
-        sys.meta_path.append(_Folders())
+        sys.meta_path.append(Folders(ROOT))

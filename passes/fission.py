@@ -1,7 +1,7 @@
 """fission: BN -> statistics, finalize, normalise (the paper's section 3.1).
 
-``z = batch_norm(y)`` -> ``mean, var = statistics(y); scale, beta = finalize(...); z = normalise(y, mean, scale, beta)``. SyncBatchNorm
-gains a step between the first two that merges the statistics of all ranks.
+``z = batch_norm(y)`` -> ``mean, var = statistics(y); mean, scale, beta = finalize(...); z = normalise(y, mean, scale, beta)``.
+SyncBatchNorm gains a step between the first two that merges the statistics of all ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def split(layer: BatchNormLayer) -> None:
         before=node, mean=mean, var=var, size=size, **parameters,
         momentum=layer.momentum, eps=layer.eps, dimensions=layer.dimensions,
     )  # fmt: skip
-    normalise = Normalise.create(before=node, x=layer.input, mean=mean, scale=finalize.out("scale"), beta=finalize.out("beta"))
+    vectors = {name: finalize.out(name) for name in ("mean", "scale", "beta")}
+    normalise = Normalise.create(before=node, x=layer.input, **vectors)
     remember(statistics.node, statistics_of=(site,))
     remember(finalize.node, site=site)
     remember(normalise.node, normalises=(site,))

@@ -29,8 +29,8 @@ def lonely_batch_norm(node: fx.Node) -> LonelyBatchNorm | None:
     if normalise is None or "z" not in normalise.outs():
         return None
     finalize = Finalize.making(normalise.scale, "scale")
-    statistics = Statistics.making(normalise.mean, "mean")
-    if finalize is None or statistics is None or finalize.mean is not normalise.mean:
+    statistics = None if finalize is None else Statistics.making(finalize.mean, "mean")
+    if finalize is None or statistics is None:
         return None
     same_tensor = normalise.x in (statistics.x, statistics.outs().get("passed"))
     readers = {reader for half in (statistics, finalize) for item in half.outs().values() for reader in item.users}

@@ -58,5 +58,11 @@ def every_call(dtype: torch.dtype) -> dict[str, Call[Any]]:
         "max pool": calls.MaxPoolForward(x, t, pool, dtype),
         "max pool backward": calls.MaxPoolBackward(pooled, torch.empty(pooled.shape, dtype=torch.uint8), x, t, pool),
         "finalize": calls.FinalizeForward(vector, vector.clone(), 243, vector.clone(), vector, vector.clone(), vector.clone(), 0.1, 1e-5),
-        "finalize backward": calls.FinalizeBackward(vector, vector, vector),
+        "finalize, counting": calls.FinalizeForward(
+            vector, vector.clone(), 243, None, None, vector.clone(), vector.clone(), 0.1, 1e-5, torch.tensor(4)
+        ),
+        "finalize, averaging": calls.FinalizeForward(
+            vector, vector.clone(), 243, None, None, vector.clone(), vector.clone(), None, 1e-5, torch.tensor(4)
+        ),
+        "finalize backward": calls.FinalizeBackward(vector, vector, vector, vector),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -53,6 +53,11 @@ class Step:
     forward: int = 0
     operations: Counter[str] = field(default_factory=Counter)
     products: list[Product] = field(default_factory=list)
+
+    def receive(self, launch: Launch) -> None:
+        """Keep a launch, with other tensors for its arguments: a gradient that somebody holds would be copied by whoever keeps it."""
+        arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in launch.arguments)
+        self.launches.append(replace(launch, arguments=arguments))
 
 
 class _Watch(TorchDispatchMode):
@@ -136,7 +141,7 @@ def record(model: nn.Module, batch: int, size: int = 224, autocast: bool = True)
             step = Step()
             for parameter in model.parameters():
                 parameter.grad = None
-            with received_by(step.launches.append), _Watch(step):
+            with received_by(step.receive), _Watch(step):
                 switch(autocast)
                 try:
                     y = region.after(x)

@@ -264,7 +264,7 @@ def sweeps(kernels: Any, of: Operands, act: str, dtype: torch.dtype, target: Cal
         "finalize_forward": Sweep(
             lambda: run(FinalizeForward(mean, scale, 100, beta, a, None, None, 0.1, 1e-5)), [mean, scale, beta, a]
         ),
-        "finalize_backward": Sweep(lambda: run(FinalizeBackward(mean, scale, beta)), [mean, scale, beta]),
+        "finalize_backward": Sweep(lambda: run(FinalizeBackward(mean, a, scale, beta)), [mean, a, scale, beta]),
     }
 
 

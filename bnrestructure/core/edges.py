@@ -52,8 +52,9 @@ def values_per_channel(size: torch.Size) -> int:
 def statistics_factors(y: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None) -> tuple[Tensor, Tensor]:
     """The backward edge's a = 2 dvar / M and b = dmean / M, from the gradients (None is zero) of y's statistics. ``mean`` is y's."""
     count = max(values_per_channel(y.shape), 1)  # an empty batch has no pixel that these reach
-    a = torch.zeros_like(mean) if dvar is None else dvar * (2.0 / count)
-    b = torch.zeros_like(mean) if dmean is None else dmean / count
+    dvar = torch.zeros_like(mean) if dvar is None else dvar
+    dmean = torch.zeros_like(mean) if dmean is None else dmean
+    a, b = torch._foreach_div((dvar, dmean), (count / 2.0, float(count)))  # one kernel for both on a GPU
     return a, b
 
 

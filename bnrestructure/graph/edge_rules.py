@@ -49,7 +49,8 @@ def one_batch_norm(view: Reader | Residual, look: Look) -> str | None:
             if not concat:
                 return f"{scale.name} is not the scale of a batch norm"
             continue
-        if beta is not look.outs(finalize).get("beta") or mean is not finalize.mean:
+        outs = look.outs(finalize)
+        if beta is not outs.get("beta") or mean is not outs.get("mean"):
             return f"mean, scale and beta of {scale.name} are of different batch norms"
         site = provenance(finalize.node).site
         applies_itself = not (isinstance(view, Squeeze) and view.excite)

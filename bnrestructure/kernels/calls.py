@@ -83,7 +83,8 @@ class ConvForward(Call[ConvResult]):
     """``y = conv(transform(x), weight) + bias``, and y's statistics; weight [C_out, C_in / groups, *kernel], bias [C_out].
 
     With ``join`` x is dense uninitialised memory in ``dtype`` for that join's sum, which is written first; the transform is the identity
-    then. The reference gives x the strides of its operands' sum.
+    then. The reference gives x the strides of its operands' sum. ``cast`` is the weight in ``dtype``, where somebody has it: kernels may
+    read it in the weight's place.
     """
 
     x: Tensor
@@ -95,6 +96,7 @@ class ConvForward(Call[ConvResult]):
     statistics: bool = False
     out: Tensor | None = None
     join: Join | None = None
+    cast: Tensor | None = None
 
 
 @record
@@ -103,6 +105,7 @@ class ConvBackward(Call[ConvGradients]):
 
     With ``join``, of which x is the sum, dx is G of that join: the gradient at the sum, mask applied, what both operands share.
     ``accumulate`` is the gradient of the sum's other readers then: it is added first, and its memory may be used for G.
+    ``cast`` is the forward call's; the weight's gradient is in the weight's own dtype.
     """
 
     dy: Tensor
@@ -115,6 +118,7 @@ class ConvBackward(Call[ConvGradients]):
     needs: tuple[bool, bool, bool] = (True, True, True)
     accumulate: Tensor | None = None
     join: Join | None = None
+    cast: Tensor | None = None
 
 
 class OutputGradientResult(NamedTuple):
@@ -321,7 +325,8 @@ class FinalizeResult(NamedTuple):
 class FinalizeForward(Call[FinalizeResult]):
     """rstd, scale and beta; the running statistics, [C], are updated in place, with the unbiased variance.
 
-    ``count`` is the number of values of each channel, ``momentum`` this step's factor (1 / num_batches_tracked for a cumulative average).
+    ``count`` is the number of values of each channel. ``batches``, a layer's num_batches_tracked, is counted up by one, in place.
+    ``momentum`` is this batch's share in the running statistics, None for all batches alike: 1 / batches.
     """
 
     mean: Tensor
@@ -331,25 +336,32 @@ class FinalizeForward(Call[FinalizeResult]):
     bias: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None
-    momentum: float | Tensor
+    momentum: float | None
     eps: float
+    batches: Tensor | None = None
 
     operand = property(attrgetter("mean"))
 
 
 class FinalizeGradients(NamedTuple):
-    """``var = -1/2 weight rstd^3 dscale`` and ``weight = rstd * dscale``, each [C]."""
+    """``mean = -scale dbeta``, ``var = -1/2 scale rstd^2 dscale`` and ``weight = rstd dscale``, each [C]."""
 
+    mean: Tensor
     var: Tensor
     weight: Tensor
 
 
 @record
 class FinalizeBackward(Call[FinalizeGradients]):
-    """The gradients of var and weight from that of scale."""
+    """The gradients of mean, var and weight from those of scale and beta.
+
+    Mean and beta are read together, in ``(x - mean) * scale + beta``, so that mean's gradient follows from beta's. It takes the very
+    scale that the readers multiply by: the two shares of the input's gradient cancel.
+    """
 
     dscale: Tensor
+    dbeta: Tensor
     rstd: Tensor
-    weight: Tensor | None
+    scale: Tensor
 
     operand = property(attrgetter("rstd"))

@@ -49,7 +49,7 @@ class Hybrid:
         dtype = call.dtype
         z = self._transformed(call)
         bias = None if call.bias is None else readable(call.bias, z).to(dtype)
-        y = in_channels_last(torch.convolution(z, _weight(call.weight, z), bias, *call.geometry.aten_arguments))
+        y = in_channels_last(torch.convolution(z, _weight(call, z), bias, *call.geometry.aten_arguments))
         if call.out is not None:
             y = call.out.copy_(y)
         mean, var = self._sweeps.run(StatisticsForward(y)) if call.statistics else (None, None)
@@ -69,7 +69,7 @@ class Hybrid:
         d, db = in_channels_last(readable(d, x).to(dtype)), None if db is None else db.to(dtype)
         if not (need_x or need_weight):
             return ConvGradients(bias=db)
-        used, dw = _weight(weight, d), None
+        used, dw = _weight(call, d), None
         if need_weight:  # before the input's gradient, so that it and z are not in memory at the same time
             z = self._transformed(call)
             dw = _weight_gradient(convolution_backward(d, z, used, geometry, need_input=False, need_weight=True)[1], weight, factor)
@@ -95,8 +95,9 @@ class Hybrid:
         return in_channels_last(self._sweeps.run(NormaliseForward(call.x, call.transform, call.dtype)))
 
 
-def _weight(weight: Tensor, beside: Tensor) -> Tensor:
+def _weight(call: ConvForward | ConvBackward, beside: Tensor) -> Tensor:
     """In the dtype of what it is convolved with, and channels_last, so that the result is channels_last, too."""
+    weight = call.weight if call.cast is None else call.cast
     if not weight.is_floating_point():
         raise UnsupportedCallError(f"a weight of {weight.dtype}")
     return in_channels_last(readable(weight, beside).to(beside.dtype))

@@ -26,7 +26,7 @@ from bnrestructure.ops.conv_options import (
     destination,
     incoming_gradient,
 )
-from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, in_format_of, passed_on
+from bnrestructure.ops.dispatch import cast_weight, compute_dtype, guard_second_derivative, in_format_of, passed_on
 from bnrestructure.ops.join import JoinConv, join_is_fusible
 from bnrestructure.ops.residual import residual
 from bnrestructure.ops.unbatched import unbatched_conv
@@ -40,7 +40,7 @@ class ConvOutputs(NamedTuple):
     y      [N, C_out, *spatial_out]; with ``slot``, the concat buffer that y was written into
     mean, var, size     biased batch statistics of y, [C_out], and the size of the tensor that they are of
     passed the input, for its next reader (``chain``); behind a residual join, its sum
-    gain   [C_out] of ones whose *gradient* is the factor s of y's backward edge (``gain``)
+    gain   [C_out] whose values mean nothing: its *gradient* is the factor s of y's backward edge (``gain``)
     """
 
     y: Tensor
@@ -103,11 +103,11 @@ def conv(
     into, offset, channels, visible = Slot() if slot is None else slot
     options = ConvOptions(act, geometry, statistics, chain, gain, offset, channels, visible, dtype, backend)
     if shortcut is None:
-        y, ymean, yvar, passed, ones = PlainConv.apply(x, mean, scale, beta, gate, weight, bias, into, options)
+        y, ymean, yvar, passed, edge_gain = PlainConv.apply(x, mean, scale, beta, gate, weight, bias, into, options)
     else:
-        y, ymean, yvar, passed, ones = JoinConv.apply(x, mean, scale, beta, *shortcut, weight, bias, into, options)
+        y, ymean, yvar, passed, edge_gain = JoinConv.apply(x, mean, scale, beta, *shortcut, weight, bias, into, options)
     size = torch.Size((y.shape[0], weight.shape[0], *y.shape[2:])) if statistics else None
-    return ConvOutputs(y, ymean, yvar, size, passed, ones)
+    return ConvOutputs(y, ymean, yvar, size, passed, edge_gain)
 
 
 class PlainConv(torch.autograd.Function):
@@ -128,20 +128,21 @@ class PlainConv(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         transform = Transform(mean, scale, beta, options.act, gate)
         buffer, out, written = destination(x, weight, into, options)
-        call = ConvForward(x, transform, weight, bias, options.geometry, options.dtype, options.statistics, out)
+        cast = cast_weight(weight, options.dtype, options.geometry)
+        call = ConvForward(x, transform, weight, bias, options.geometry, options.dtype, options.statistics, out, None, cast)
         y, ymean, yvar = registry.run(options.backend, call)
         ctx.options, ctx.has_bias, ctx.written = options, bias is not None, written
-        ctx.save_for_backward(x, mean, scale, beta, gate, weight, y if options.statistics else None, ymean)
+        ctx.save_for_backward(x, mean, scale, beta, gate, weight, cast, y if options.statistics else None, ymean)
         ctx.set_materialize_grads(False)
         result = y if buffer is None else buffer
         passed = passed_on(ctx, x) if options.chain else None
-        ones = torch.ones(weight.shape[0], dtype=accumulation_dtype(y.dtype), device=y.device) if options.gain else None
-        return result, ymean, yvar, passed, ones
+        gain = torch.empty(weight.shape[0], dtype=accumulation_dtype(y.dtype), device=y.device) if options.gain else None
+        return result, ymean, yvar, passed, gain
 
     @staticmethod
     def backward(ctx: Any, dresult: Any, dmean: Any, dvar: Any, dpassed: Any, dgain: Any) -> Any:
         options: ConvOptions = ctx.options
-        x, mean, scale, beta, gate, weight, y, ymean = ctx.saved_tensors
+        x, mean, scale, beta, gate, weight, cast, y, ymean = ctx.saved_tensors
         needs = ctx.needs_input_grad
         needs_x = True in needs[:5]
         if dresult is None and dmean is None and dvar is None:
@@ -155,11 +156,12 @@ class PlainConv(torch.autograd.Function):
         own = None if dpassed is None or dpassed.dtype != x.dtype else dpassed
         transform = Transform(mean, scale, beta, options.act, gate)
         wanted = needs_x, needs[5], ctx.has_bias and needs[6]
-        call = ConvBackward(dy, edge, x, transform, weight, options.geometry, options.dtype, wanted, own)
+        call = ConvBackward(dy, edge, x, transform, weight, options.geometry, options.dtype, wanted, own, None, cast)
         gradients = registry.run(options.backend, call)
         dx = in_format_of(x, gradients.dx) if needs_x else dpassed
         dmu = dscale = dbeta = None
         if gradients.sum_p is not None and mean is not None:
-            dmu, dscale, dbeta = -scale * gradients.sum_p, gradients.sum_px, gradients.sum_p
+            dscale, dbeta = gradients.sum_px, gradients.sum_p
+            dmu = -scale * dbeta if needs[1] else None
         dbias = gradients.bias
         return guard_second_derivative((dx, dmu, dscale, dbeta, gradients.gate, gradients.weight, dbias, dinto, None))

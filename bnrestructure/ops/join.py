@@ -18,7 +18,7 @@ from bnrestructure.core.kept import kept_activation
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import ConvBackward, ConvForward, JoinBackward, JoinGradients
 from bnrestructure.ops.conv_options import ConvOptions, Shortcut, backward_edge, destination, incoming_gradient
-from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative
+from bnrestructure.ops.dispatch import cast_weight, compute_dtype, guard_second_derivative
 from bnrestructure.ops.residual import operand_gradients
 
 __all__ = ["JoinConv", "join_is_fusible"]
@@ -38,7 +38,7 @@ def join_is_fusible(x: Tensor, transform: Transform, shortcut: Shortcut, weight:
 
 
 class JoinConv(torch.autograd.Function):
-    """``z = act(tx(x) + tr(r))``, then the convolution of z: (y, mean, var, z if chained, ones if ``gain``)."""
+    """``z = act(tx(x) + tr(r))``, then the convolution of z: (y, mean, var, z if chained, its gain if ``gain``)."""
 
     @staticmethod
     def forward(
@@ -61,22 +61,24 @@ class JoinConv(torch.autograd.Function):
         buffer, out, written = destination(x, weight, into, options)
         join = Join(x, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), options.act)
         z = kept_activation(x.shape, options.dtype, x.device)
-        call = ConvForward(z, Transform(), weight, bias, options.geometry, options.dtype, options.statistics, out, join)
+        cast = cast_weight(weight, options.dtype, options.geometry)
+        call = ConvForward(z, Transform(), weight, bias, options.geometry, options.dtype, options.statistics, out, join, cast)
         y, ymean, yvar = registry.run(options.backend, call)
         ctx.options, ctx.has_bias, ctx.written = options, bias is not None, written
         ctx.has_gain, ctx.has_r_gain = x_gain is not None, r_gain is not None
         kept = y if options.statistics else None
-        ctx.save_for_backward(x, mean, scale, beta, r, r_mean, r_scale, r_beta, z, weight, kept, ymean)
+        ctx.save_for_backward(x, mean, scale, beta, r, r_mean, r_scale, r_beta, z, weight, cast, kept, ymean)
         ctx.set_materialize_grads(False)
-        ones = torch.ones(weight.shape[0], dtype=accumulation_dtype(y.dtype), device=y.device) if options.gain else None
+        gain = torch.empty(weight.shape[0], dtype=accumulation_dtype(y.dtype), device=y.device) if options.gain else None
         if options.chain and True not in ctx.needs_input_grad[:8]:
             ctx.mark_non_differentiable(z)  # as eager's sum of such operands: the weight's gradient is no reason for one at z
-        return y if buffer is None else buffer, ymean, yvar, z if options.chain else None, ones
+        return y if buffer is None else buffer, ymean, yvar, z if options.chain else None, gain
 
     @staticmethod
     def backward(ctx: Any, dresult: Any, dmean: Any, dvar: Any, dz: Any, dgain: Any) -> Any:
         options: ConvOptions = ctx.options
-        x, mean, scale, beta, r, r_mean, r_scale, r_beta, z, weight, y, ymean = ctx.saved_tensors
+        x, mean, scale, beta, r, r_mean, r_scale, r_beta, z, weight, cast, y, ymean = ctx.saved_tensors
+        needs = ctx.needs_input_grad
         join = Join(x, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), options.act)
         dy, dinto = dresult, None
         if dresult is not None and ctx.written is not None:
@@ -87,14 +89,14 @@ class JoinConv(torch.autograd.Function):
                 return guard_second_derivative((None,) * 14)
             gradients = registry.run(options.backend, JoinBackward(dz, None, join, z))
         else:
-            needs = True, ctx.needs_input_grad[10], ctx.has_bias and ctx.needs_input_grad[11]
+            wanted = True, needs[10], ctx.has_bias and needs[11]
             dy = torch.zeros_like(y) if dy is None else dy
             edge = backward_edge(dgain, dmean, dvar, y, ymean)
-            call = ConvBackward(dy, edge, z, Transform(), weight, options.geometry, options.dtype, needs, dz, join)
+            call = ConvBackward(dy, edge, z, Transform(), weight, options.geometry, options.dtype, wanted, dz, join, cast)
             found = registry.run(options.backend, call)
             assert found.dx is not None
             assert found.sum_p is not None
             gradients = JoinGradients(found.dx, found.sum_p, found.sum_px, found.sum_pr)
             dweight, dbias = found.weight, found.bias
-        operands = (x, scale, ctx.has_gain), (r, r_scale, ctx.has_r_gain)
+        operands = (x, scale, needs[1], ctx.has_gain), (r, r_scale, needs[5], ctx.has_r_gain)
         return guard_second_derivative((*operand_gradients(*operands, gradients), dweight, dbias, dinto, None))

@@ -124,27 +124,29 @@ class _Residual(torch.autograd.Function):
         if found.g.data_ptr() == dout.data_ptr():
             # A join without an activation: the chains behind r will write to g, and dout may be the caller's.
             found = found._replace(g=found.g.clone())
-        operands = (y, scale, ctx.has_gain), (r, r_scale, ctx.has_r_gain)
+        needs = ctx.needs_input_grad
+        operands = (y, scale, needs[1], ctx.has_gain), (r, r_scale, needs[5], ctx.has_r_gain)
         return guard_second_derivative((*operand_gradients(*operands, found), None, None, None))
 
 
 def operand_gradients(
-    left: tuple[Tensor, Tensor, bool],
-    right: tuple[Tensor, Tensor | None, bool],
+    left: tuple[Tensor, Tensor, bool, bool],
+    right: tuple[Tensor, Tensor | None, bool, bool],
     found: JoinGradients,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of y, its mean, scale and beta, the same four of r, gain and r_gain, from those at the sum.
 
-    An operand is (its tensor, its scale, whether its producer applies the scale).
+    An operand is (its tensor, its scale, whether its mean needs a gradient, whether its producer applies the scale).
     """
-    (y, scale, has_gain), (r, r_scale, has_r_gain) = left, right
+    (y, scale, needs_mean, has_gain), (r, r_scale, needs_r_mean, has_r_gain) = left, right
     g, sum_g, sum_gy, sum_gr = found
     dy, dgain = (g, scale) if has_gain else (_scaled(g, scale), None)
-    of_y = (in_format_of(y, dy), -scale * sum_g, sum_gy, sum_g)
+    of_y = (in_format_of(y, dy), -scale * sum_g if needs_mean else None, sum_gy, sum_g)
     if r_scale is None:
         return *of_y, in_format_of(r, g), None, None, None, dgain, None
     dr, dr_gain = (g, r_scale) if has_r_gain else (_scaled(g, r_scale), None)
-    return *of_y, in_format_of(r, dr), -r_scale * sum_g, sum_gr, sum_g, dgain, dr_gain
+    of_r = (in_format_of(r, dr), -r_scale * sum_g if needs_r_mean else None, sum_gr, sum_g)
+    return *of_y, *of_r, dgain, dr_gain
 
 
 def _scaled(g: Tensor, scale: Tensor) -> Tensor:

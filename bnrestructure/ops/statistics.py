@@ -12,6 +12,7 @@ from bnrestructure.core.activation import activate
 from bnrestructure.core.edges import statistics_factors, values_per_channel
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import FinalizeBackward, FinalizeForward, StatisticsBackward, StatisticsForward
+from bnrestructure.kernels.momentum import counted
 from bnrestructure.ops import library
 from bnrestructure.ops.dispatch import guard_second_derivative, in_format_of, passed_on
 
@@ -58,8 +59,12 @@ class _Statistics(torch.autograd.Function):
 
 
 class FinalizeOutputs(NamedTuple):
-    """What normalisation multiplies by and adds, each [C] in the accumulation dtype."""
+    """The vectors of an edge, each [C] in the accumulation dtype.
 
+    ``mean`` is the one given, and takes no gradient of its own: its readers read beta, too, and what is due follows from beta's.
+    """
+
+    mean: Tensor
     scale: Tensor
     beta: Tensor
 
@@ -79,7 +84,8 @@ def finalize(
     dimensions: tuple[int, ...] = (),
     backend: str = "auto",
 ) -> FinalizeOutputs:
-    """The per-channel step between the halves of a batch norm: (scale, beta), each [C]; running statistics updated in place.
+    """The per-channel step between the halves of a batch norm: (mean, scale, beta), each [C], which are read together, in
+    ``(x - mean) * scale + beta``. Running statistics and counter are updated in place.
 
     ``size`` is the size of the tensor that mean and var are of, or, for statistics merged across ranks, the number of values per
     channel as a tensor. ``momentum`` None is the cumulative average over ``num_batches_tracked``. The running variance takes the
@@ -92,30 +98,30 @@ def finalize(
     eps, momentum = float(eps), None if momentum is None else float(momentum)  # a graph may compute them, even as tensors
     if not isinstance(size, Tensor):
         _check_dimensions(len(size), dimensions)
-    momentum = _counted(num_batches_tracked, momentum)  # PyTorch's layer counts before it looks at anything else
+    if num_batches_tracked is not None and num_batches_tracked.device != mean.device:  # eager counts anywhere
+        momentum, num_batches_tracked = counted(num_batches_tracked, momentum), None
+    count = size if isinstance(size, Tensor) else values_per_channel(size)
+    try:
+        _check_values(mean, size, count, eps)
+        if isinstance(count, int) and count == 0:  # PyTorch's layer leaves the running statistics as they are, and looks at no dtype
+            running_mean = running_var = None
+        else:
+            _check_vectors(mean, weight, bias, running_mean, running_var)
+    except (ValueError, RuntimeError):
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)  # PyTorch's layer counts before it looks at anything else
+        raise
+    running = running_mean, running_var, num_batches_tracked
+    return FinalizeOutputs(*_Finalize.apply(mean, var, count, weight, bias, *running, momentum, eps, backend))
+
+
+def _check_values(mean: Tensor, size: torch.Size | Tensor, count: int | Tensor, eps: float) -> None:
+    """Raise PyTorch's errors about eps and about a channel of one value."""
     if eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    if isinstance(size, Tensor):
-        count: int | Tensor = size
-    else:
-        count = values_per_channel(size)
-        if count == 1:
-            shown = torch.Size((size[0], mean.shape[0], *size[2:]))
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shown}")
-        if count == 0:  # PyTorch's layer leaves the running statistics as they are, and looks at no dtype
-            running_mean = running_var = None
-    if isinstance(count, Tensor) or count:
-        _check_vectors(mean, weight, bias, running_mean, running_var)
-    return FinalizeOutputs(*_Finalize.apply(mean, var, count, weight, bias, running_mean, running_var, momentum, eps, backend))
-
-
-def _counted(num_batches_tracked: Tensor | None, momentum: float | None) -> float:
-    """The share of this batch in the running statistics, once it is counted; without a momentum all batches have equal shares."""
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if momentum is None:
-        return 0.0 if num_batches_tracked is None else 1.0 / float(num_batches_tracked)
-    return momentum
+    if not isinstance(size, Tensor) and count == 1:
+        shown = torch.Size((size[0], mean.shape[0], *size[2:]))
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shown}")
 
 
 def _check_vectors(
@@ -167,7 +173,7 @@ def batch_norm(
 ) -> Tensor:
     """A batch norm left whole, with the activation that followed it: PyTorch's own operators, for sites that fission cannot help."""
     _check_dimensions(x.dim(), dimensions)
-    momentum = _counted(num_batches_tracked, momentum)
+    momentum = counted(num_batches_tracked, momentum)
     return activate(F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps), act)
 
 
@@ -182,24 +188,29 @@ class _Finalize(torch.autograd.Function):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        momentum: float,
+        batches: Tensor | None,
+        momentum: float | None,
         eps: float,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        call = FinalizeForward(mean, var, count, weight, bias, running_mean, running_var, momentum, eps)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        call = FinalizeForward(mean, var, count, weight, bias, running_mean, running_var, momentum, eps, batches)
         rstd, scale, beta = registry.run(backend, call)
         ctx.backend = backend
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(rstd, weight)
+        ctx.save_for_backward(rstd, scale, weight)
         ctx.set_materialize_grads(False)
-        return scale, beta
+        constant = mean.detach()
+        ctx.mark_non_differentiable(constant)
+        return constant, scale, beta
 
     @staticmethod
-    def backward(ctx: Any, dscale: Any, dbeta: Any) -> Any:
-        rstd, weight = ctx.saved_tensors
-        dvar = dweight = None
-        if dscale is not None:
-            dvar, dweight = registry.run(ctx.backend, FinalizeBackward(dscale, rstd, weight))
-            dweight = None if weight is None else dweight.to(weight.dtype)
+    def backward(ctx: Any, _: Any, dscale: Any, dbeta: Any) -> Any:
+        rstd, scale, weight = ctx.saved_tensors
+        if dscale is None and dbeta is None:
+            return guard_second_derivative((None,) * 11)
+        of_scale = torch.zeros_like(rstd) if dscale is None else dscale
+        of_beta = torch.zeros_like(rstd) if dbeta is None else dbeta
+        dmean, dvar, of_weight = registry.run(ctx.backend, FinalizeBackward(of_scale, of_beta, rstd, scale))
+        dweight = None if dscale is None or weight is None else of_weight.to(weight.dtype)
         dbias = None if dbeta is None or ctx.bias_dtype is None else dbeta.to(ctx.bias_dtype)
-        return guard_second_derivative((None, dvar, None, dweight, dbias, None, None, None, None, None))
+        return guard_second_derivative((dmean, dvar, None, dweight, dbias, *[None] * 6))

@@ -46,12 +46,12 @@ class SqueezeOutputs(NamedTuple):
     deferred: Tensor | None
 
 
-def _gradients(x: Tensor, scale: Tensor | None, found: SweepGradients) -> tuple[Any, ...]:
-    """Gradients of (x, mean, scale, beta) from a sweep's."""
+def _gradients(ctx: Any, x: Tensor, scale: Tensor | None, found: SweepGradients) -> tuple[Any, ...]:
+    """Gradients of (x, mean, scale, beta), a function's first inputs, from a sweep's."""
     dx, sum_p, sum_px, _ = found
     if scale is None or sum_p is None:
         return in_format_of(x, dx), None, None, None
-    return in_format_of(x, dx), -scale * sum_p, sum_px, sum_p
+    return in_format_of(x, dx), -scale * sum_p if ctx.needs_input_grad[1] else None, sum_px, sum_p
 
 
 def normalise(
@@ -79,7 +79,7 @@ class _Normalise(torch.autograd.Function):
         if dz is None:
             return guard_second_derivative((dpassed, *[None] * 6))
         found = registry.run(ctx.backend, NormaliseBackward(dz, x, Transform(mean, scale, beta, ctx.act), dpassed))
-        return guard_second_derivative((*_gradients(x, scale, found), None, None, None))
+        return guard_second_derivative((*_gradients(ctx, x, scale, found), None, None, None))
 
 
 def max_pool(
@@ -106,7 +106,7 @@ class _MaxPool(torch.autograd.Function):
         if dy is None:
             return guard_second_derivative((dpassed, *[None] * 7))
         call = MaxPoolBackward(dy, index, x, Transform(mean, scale, beta, ctx.act), ctx.geometry, dpassed)
-        return guard_second_derivative((*_gradients(x, scale, registry.run(ctx.backend, call)), None, None, None, None))
+        return guard_second_derivative((*_gradients(ctx, x, scale, registry.run(ctx.backend, call)), None, None, None, None))
 
 
 def squeeze(
@@ -140,4 +140,4 @@ class _Squeeze(torch.autograd.Function):
             found = registry.run(ctx.backend, NormaliseBackward(dz, x, transform))
         else:
             found = registry.run(ctx.backend, SqueezeBackward(dpooled, dz, x, transform, dz))
-        return guard_second_derivative((*_gradients(x, scale, found), None, None, None))
+        return guard_second_derivative((*_gradients(ctx, x, scale, found), None, None, None))

@@ -46,19 +46,29 @@ def test_forward(
 def test_running_statistics_are_updated_in_place_and_alone(module: Kernels) -> None:
     mean, var = statistics(9)
     running_mean = torch.zeros(9)
-    module.run(FinalizeForward(mean, var, 50, None, None, running_mean, None, torch.tensor(1.0), 1e-5))
+    module.run(FinalizeForward(mean, var, 50, None, None, running_mean, None, 1.0, 1e-5))
     assert torch.equal(running_mean, mean)
     assert running_mean._version == 0  # autograd does not count this write, as it does not count PyTorch's own batch norm's
 
 
+@pytest.mark.parametrize("module", [KERNELS, REFERENCE], ids=["cpu", "reference"])
+def test_the_batch_is_counted_and_without_a_momentum_all_have_equal_shares(module: Kernels) -> None:
+    mean, var = statistics(9)
+    running_mean, batches = torch.ones(9), torch.tensor(3)
+    module.run(FinalizeForward(mean, var, 50, None, None, running_mean, None, None, 1e-5, batches))
+    assert batches == 4
+    torch.testing.assert_close(running_mean, 0.75 + mean / 4)
+    module.run(FinalizeForward(mean, var, 50, None, None, running_mean, None, 0.0, 1e-5, batches))
+    assert batches == 5
+    torch.testing.assert_close(running_mean, 0.75 + mean / 4)
+
+
 @pytest.mark.parametrize("channels", [1, 7, 1000])
-@pytest.mark.parametrize("dtype", [None, *DTYPES])
-def test_backward(channels: int, dtype: torch.dtype | None) -> None:
-    dscale, rstd = torch.randn(channels), torch.rand(channels) * 30
-    weight = None if dtype is None else torch.randn(channels).to(dtype)
-    result = KERNELS.run(FinalizeBackward(dscale, rstd, weight))
-    truth = REFERENCE.run(FinalizeBackward(*map(to_double, (dscale, rstd, weight))))
-    assert_as_good("gradients", result, REFERENCE.run(FinalizeBackward(dscale, rstd, weight)), truth)
+def test_backward(channels: int) -> None:
+    vectors = torch.randn(channels), torch.randn(channels), torch.rand(channels) * 30, torch.randn(channels)
+    call = FinalizeBackward(*vectors)
+    truth = REFERENCE.run(FinalizeBackward(*map(to_double, vectors)))
+    assert_as_good("gradients", KERNELS.run(call), REFERENCE.run(call), truth)
 
 
 def test_strided_vectors() -> None:
@@ -78,5 +88,5 @@ def test_supports_gives_reasons() -> None:
     assert KERNELS.supports(FinalizeForward(mean, var, 8, half, None, None, None, 0.1, 1e-5))
     assert KERNELS.supports(FinalizeForward(mean, var, 8, None, None, strided, None, 0.1, 1e-5))
     assert KERNELS.supports(FinalizeForward(mean.double(), var.double(), 8, None, None, None, None, 0.1, 1e-5))
-    assert KERNELS.supports(FinalizeBackward(mean, var, half))
-    assert KERNELS.supports(FinalizeBackward(mean, var, None)) is None
+    assert KERNELS.supports(FinalizeBackward(mean, mean, var.double(), mean))
+    assert KERNELS.supports(FinalizeBackward(mean, mean, var, mean)) is None

@@ -8,11 +8,12 @@ __all__ = ["FAULTS"]
 
 #: The formulas, in core, ops and the reference kernels.
 FORMULAS = (
-    Fault("statistics_factors", "2.0 / count", "2.0 / (count - 1)", "proofs:test_nodes.py"),
-    Fault("statistics_factors", "dmean / count", "-dmean / count", "proofs:test_nodes.py"),
+    Fault("statistics_factors", "count / 2.0", "(count - 1) / 2.0", "proofs:test_nodes.py"),
+    Fault("statistics_factors", "float(count)", "-float(count)", "proofs:test_nodes.py"),
     Fault("reference:finalize_forward", "torch.rsqrt(var + call.eps)", "torch.rsqrt(var) + call.eps", "proofs:test_nodes.py"),
     Fault("reference:finalize_forward", "(call.count / (call.count - 1))", "((call.count - 1) / call.count)", "proofs:test_nodes.py"),
     Fault("reference:finalize_backward", "* -0.5", "* 0.5", "proofs:test_nodes.py"),
+    Fault("reference:finalize_backward", "-scale * call.dbeta", "-rstd * call.dbeta", "proofs:test_nodes.py"),
     Fault("elementwise:input_gradient", "channel_sum(p * centred)", "channel_sum(g * centred)", "proofs:test_nodes.py"),
     Fault("elementwise:output_gradient", "per_channel(edge.a, p) * centred", "per_channel(edge.a, p) * edge.y", "proofs:test_nodes.py"),
     Fault("reference:conv_backward", "restored(dw, factor, weight.dtype)", "dw.to(weight.dtype)", "proofs:test_nodes.py"),
@@ -34,8 +35,8 @@ FORMULAS = (
 
 #: What nodes do with memory and with each other's gradients.
 NODES = (
-    Fault("PlainConv.backward", "wanted, own)", "wanted, None)", "proofs:test_nodes.py"),
-    Fault("JoinConv.backward", "needs, dz, join", "needs, None, join", "proofs:test_nodes.py"),
+    Fault("PlainConv.backward", "wanted, own,", "wanted, None,", "proofs:test_nodes.py"),
+    Fault("JoinConv.backward", "wanted, dz, join", "wanted, None, join", "proofs:test_nodes.py"),
     Fault("incoming_gradient", "narrow(1, written.offset, written.channels)", "narrow(1, 0, written.channels)", "proofs:test_passes.py"),
     Fault("_ConcatBuffer.backward", ".to(ctx.dtype, copy=True)", ".to(ctx.dtype)", "proofs:test_passes.py"),
     Fault("_Residual.backward", "g=found.g.clone()", "g=found.g", "proofs:test_passes.py"),
@@ -86,6 +87,7 @@ COMPILED = (
         "activation.h", "(state <= zero()) | (state >= set1(6.0f))", "(state < zero()) | (state >= set1(6.0f))",
         "tests/kernels/test_cpu_sweeps.py",
     ),
+    Fault("finalize.cpp", "-scale * a->dbeta[c]", "scale * a->dbeta[c]", "tests/kernels/test_cpu_finalize.py"),
     Fault("finalize.cpp", "a->var[c] * a->unbias * a->momentum", "a->var[c] * a->momentum", "tests/kernels/test_cpu_finalize.py"),
     Fault("winograd_transforms.cpp", "transposed ? 8 - i : i", "i", "proofs:test_kernel_geometry.py"),
     Fault("winograd_transforms.cpp", "d[2 * step] = c - b", "d[2 * step] = b - c", "proofs:test_kernel_geometry.py"),
@@ -111,6 +113,7 @@ CUDA = (
         "proofs:test_triton_formulas.py",
     ),
     Fault("cuda/edges:output_gradient", "tl.fma(y - mean, a, d + b)", "tl.fma(y, a, d + b)", "proofs:test_triton_formulas.py"),
+    Fault("_finalize_kernel", "tl.load(batches_ptr) + 1", "tl.load(batches_ptr)", "proofs:test_triton_formulas.py"),
     Fault("first_read", "(dilation * (kernel - 1) - padding) // stride", "(kernel - 1 - padding) // stride", "proofs:test_cuda_ranges.py"),
     Fault("Pixels.wide", "self.rows + 2**12", "self.rows", "proofs:test_cuda_ranges.py"),
 )  # fmt: skip

@@ -178,8 +178,7 @@ def _no_scale(graph: fx.Graph) -> fx.Node:
 
 
 def _swapped(graph: fx.Graph) -> fx.Node:
-    finalize, normalise = Finalize.every(graph)[0], Normalise.every(graph)[0]
-    normalise.update(mean=finalize.var)
+    finalize = Finalize.every(graph)[0]
     return finalize.update(mean=finalize.var, var=finalize.mean).node
 
 

@@ -132,6 +132,14 @@ def _cat(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) -> Seque
     return [tuple(joined)]
 
 
+def _foreach_div(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) -> Sequence[Any]:
+    """Each tensor by the number at its place."""
+    for value in values[0]:
+        failed(value)
+    pairs = zip(values[0], args[1], strict=True)
+    return [tuple((n, expanded(e / s.number(number))) for n, e in value) for value, number in pairs]
+
+
 def _stack(s: Symbolic, args: Any, kwargs: Any, values: Any, result: Any) -> Sequence[Any]:
     """Rows that each have the same to say of their own image (or rank)."""
     if any(value != values[0][0] for value in values[0]) or len(args[0]) != s.images or (args[1:] and args[1] != 0):
@@ -224,6 +232,7 @@ MEANINGS: dict[str, Meaning] = {
     "sub": _pointwise(lambda s, a, b, alpha=1: a - s.number(alpha) * b),
     "rsub": _pointwise(lambda s, a, b, alpha=1: b - s.number(alpha) * a),
     "mul": _pointwise(lambda s, a, b: expanded(a * b)),
+    "_foreach_div": _foreach_div,
     "div": _pointwise(_divide),
     "neg": _pointwise(lambda s, a: -a),
     "square": _pointwise(lambda s, a: expanded(a * a)),

@@ -53,10 +53,10 @@ def test_fission(spatial: tuple[int, ...], affine: bool) -> None:
 def split_batch_norm(x: Tensor, gamma: Any, beta: Any, running_mean: Any = None, running_var: Any = None, act: str = "identity") -> Tensor:
     """What fission makes of a batch norm."""
     found = ops.statistics(x, backend="reference")
-    scale, shift = ops.finalize(
+    vectors = ops.finalize(
         found.mean, found.var, found.size, gamma, beta, running_mean, running_var, None, MOMENTUM, EPS, backend="reference"
     )
-    return ops.normalise(x, Transform(found.mean, scale, shift, act), backend="reference")[0]
+    return ops.normalise(x, Transform(*vectors, act), backend="reference")[0]
 
 
 def test_pytorch_differentiates_the_same_definition() -> None:
@@ -238,7 +238,7 @@ def _normed(y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 def _vectors(found: Any, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """mean, scale and beta of a node's output."""
-    return found.mean, *ops.finalize(found.mean, found.var, found.size, gamma, beta, None, None, None, 0.0, EPS, backend="reference")
+    return ops.finalize(found.mean, found.var, found.size, gamma, beta, None, None, None, 0.0, EPS, backend="reference")
 
 
 @pytest.mark.parametrize("act", ["relu", "identity", "silu"])
@@ -296,6 +296,21 @@ def join(act: str, shortcut: str, gained: bool, where: str) -> None:
             return [passed, y, mean, var]
 
         prove(s, original, rewritten, [x, r, reader, *rest])
+
+
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_residual_join_of_any_vectors(act: str) -> None:
+    """With vectors that are no batch norm's: the means have gradients of their own."""
+    s = symbolic(defined=False)
+    with s.running():
+        images = [s.tensor(name, IMAGES, 17, 103, 107) for name in ("y", "r")]
+        vectors = [s.tensor(name, 17) for name in ("mean", "scale", "beta", "r_mean", "r_scale", "r_beta")]
+        prove(
+            s,
+            lambda y, r, *v: activate(applied(y, *v[:3], "identity") + applied(r, *v[3:], "identity"), act),
+            lambda y, r, *v: ops.residual(y, Transform(*v[:3]), r, Transform(*v[3:]), act=act, backend="reference").out,
+            [*images, *vectors],
+        )
 
 
 def test_the_number_of_images_is_of_no_account() -> None:

@@ -193,7 +193,7 @@ ERRORS = [
     ("incoming_gradient", "written.offset, written.channels", "0, written.channels", "dense", "eliminate-concat"),
     ("destination", "into.shape[1], into.shape[1] + out_channels", "into.shape[1], into.shape[1]", "dense", "eliminate-concat"),
     ("_ConcatBuffer.backward", "gradient.narrow(1, ctx.offset,", "gradient.narrow(1, 0,", "mixed", "eliminate-concat"),
-    ("PlainConv.backward", "wanted, own)", "wanted, None)", "preact", "chain-readers"),
+    ("PlainConv.backward", "wanted, own,", "wanted, None,", "preact", "chain-readers"),
     ("_ConcatBuffer.backward", ", copy=True", "", "handed", "eliminate-concat"),
     ("_Residual.backward", "g=found.g.clone()", "g=found.g", "handed", "chain-readers"),
 ]

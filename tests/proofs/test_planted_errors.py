@@ -30,14 +30,15 @@ AVERAGE = partial(nodes.average_pool, "relu")
 GLOBAL = partial(nodes.test_global_average, "relu")
 MAXIMUM = partial(nodes.test_max_pool, "relu", ((3, 3), (2, 2), (1, 1)))
 JOIN = partial(nodes.join, "relu", "normalised", False, "sweep")
+JOIN_OF_ANY_VECTORS = partial(nodes.test_residual_join_of_any_vectors, "relu")
 SHARED_JOIN = partial(nodes.join, "relu", "normalised", True, "sweep")
 JOIN_IN_CONVOLUTION = partial(nodes.join, "relu", "normalised", True, "convolution")
 
 #: (the function, what stands in it, what is put in its place, a proof that must fail).
 ERRORS: list[tuple[str, str, str, Proof]] = [
-    ("statistics_factors", "2.0 / count", "1.0 / count", STATISTICS),
-    ("statistics_factors", "dmean / count", "dmean", STATISTICS),
-    ("statistics_factors", "dvar * ", "-dvar * ", CONVOLUTION),
+    ("statistics_factors", "count / 2.0", "count", STATISTICS),
+    ("statistics_factors", "float(count)", "1.0", STATISTICS),
+    ("statistics_factors", "(dvar, dmean), (", "(-dvar, dmean), (", CONVOLUTION),
     ("values_per_channel", "size.numel() // size[1]", "size.numel()", STATISTICS),
     ("statistics_forward", "correction=0", "correction=1", FISSION),
     ("statistics_forward", "if d != 1", "if d > 1", FISSION),
@@ -48,10 +49,12 @@ ERRORS: list[tuple[str, str, str, Proof]] = [
     ("finalize_forward", "call.count / (call.count - 1)", "1.0", FISSION),
     ("finalize_forward", "call.weight.to(rstd.dtype) * rstd", "call.weight.to(rstd.dtype)", FISSION),
     ("_move", "(1 - momentum)", "momentum", FISSION),
-    ("finalize_backward", "rstd.pow(3) * -0.5", "rstd.pow(3) * 0.5", FISSION),
-    ("finalize_backward", "rstd.pow(3)", "rstd.pow(2)", FISSION),
-    ("finalize_backward", "dscale * gamma", "dscale", FISSION),
+    ("finalize_backward", "rstd.pow(2) * -0.5", "rstd.pow(2) * 0.5", FISSION),
+    ("finalize_backward", "rstd.pow(2)", "rstd.pow(3)", FISSION),
+    ("finalize_backward", "dscale * scale", "dscale", FISSION),
     ("finalize_backward", ", dscale * rstd", ", dscale", FISSION),
+    ("finalize_backward", "-scale * call.dbeta", "-rstd * call.dbeta", FISSION),
+    ("finalize_backward", "-scale * call.dbeta", "scale * call.dbeta", FISSION),
     ("affine", "(u - per_channel(t.mean, x))", "u", NORMALISE),
     ("affine", "+ per_channel(t.beta, x)", "- per_channel(t.beta, x)", NORMALISE),
     ("apply_transform", "z = z * t.gate", "z = z + t.gate", EXCITE),
@@ -73,7 +76,7 @@ ERRORS: list[tuple[str, str, str, Proof]] = [
     ("reference:conv_backward", "g = restored(g, factor, exact.dtype)", "pass", NARROW_CONVOLUTION),
     ("reference:conv_backward", "restored(dw, factor, weight.dtype)", "dw", NARROW_CONVOLUTION),
     ("restored", "/ factor", "* factor", NARROW_CONVOLUTION),
-    ("PlainConv.backward", "-scale * gradients.sum_p", "gradients.sum_p", CONVOLUTION),
+    ("PlainConv.backward", "-scale * dbeta", "dbeta", CONVOLUTION),
     ("PlainConv.backward", "backward_edge(dgain,", "backward_edge(None,", SHARED_JOIN),
     ("backward_edge", "a=a, b=b", "a=b, b=a", CONVOLUTION),
     ("reference:join_forward", "+ affine(join.r, join.tr)", "+ join.r", JOIN),
@@ -81,13 +84,14 @@ ERRORS: list[tuple[str, str, str, Proof]] = [
     ("reference:join_backward", "+ per_channel(b, z)", "", JOIN),
     ("reference:join_backward", "affine(y, ty) + affine(r, tr), join.act)", "affine(y, ty), join.act)", JOIN),
     ("reference:join_backward", "(r.to(acc) - per_channel(tr.mean, r))", "(r.to(acc) - per_channel(ty.mean, r))", JOIN),
-    ("operand_gradients", "-scale * sum_g", "scale * sum_g", JOIN),
-    ("operand_gradients", "-r_scale * sum_g, sum_gr", "-r_scale * sum_g, sum_gy", JOIN),
+    ("operand_gradients", "-scale * sum_g", "scale * sum_g", JOIN_OF_ANY_VECTORS),
+    ("operand_gradients", "-r_scale * sum_g", "-scale * sum_g", JOIN_OF_ANY_VECTORS),
+    ("operand_gradients", "sum_gr, sum_g)", "sum_gy, sum_g)", JOIN),
     ("operand_gradients", "(_scaled(g, scale), None)", "(g, None)", JOIN),
     ("operand_gradients", "dgain = (g, scale)", "dgain = (_scaled(g, scale), scale)", SHARED_JOIN),
     ("operand_gradients", "dr_gain = (g, r_scale)", "dr_gain = (g, scale)", SHARED_JOIN),
     ("_behind_join", "call.join, call.x", "replace(call.join, act='identity'), call.x", JOIN_IN_CONVOLUTION),
-    ("JoinConv.backward", "needs, dz, join", "needs, None, join", JOIN_IN_CONVOLUTION),
+    ("JoinConv.backward", "wanted, dz, join", "wanted, None, join", JOIN_IN_CONVOLUTION),
     ("squeeze_forward", ".mean(2)", ".sum(2)", GLOBAL),
     ("squeeze_backward", "/ positions", "", GLOBAL),
     ("squeeze_backward", "g = g + dz.to(acc)", "pass", EXCITE),

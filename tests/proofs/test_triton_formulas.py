@@ -100,17 +100,21 @@ def test_statistics_backward(accumulate: bool) -> None:
 
 
 @pytest.mark.parametrize("counted", [False, True], ids=["number", "tensor"])
-def test_finalize(counted: bool) -> None:
+@pytest.mark.parametrize("cumulative", [False, True], ids=["momentum", "cumulative"])
+def test_finalize(counted: bool, cumulative: bool) -> None:
     vectors = mean, var, gamma, beta, old_mean, old_var = [
         unknowns(n, CHANNELS) for n in ("mean", "var", "gamma", "beta", "rm", "rv")
     ]
     m, eps, count = sp.symbols("m eps M", positive=True)
     memories = [Memory(list(v)) for v in vectors]
-    out = Memory(3 * CHANNELS)
+    out, batches = Memory(3 * CHANNELS), Memory([sp.Symbol("batches", positive=True)])
     launch(
-        statistics._finalize_kernel, (1,), *memories[:2], Memory([count]) if counted else None, *memories[2:], out, CHANNELS,
-        count / (count - 1), m, eps, BLOCK=4,
+        statistics._finalize_kernel, (1,), *memories[:2], Memory([count]) if counted else None, *memories[2:], batches, out, CHANNELS,
+        count / (count - 1), m, eps, CUMULATIVE=cumulative, BLOCK=4,
     )  # fmt: skip
+    b = sp.Symbol("batches", positive=True)
+    assert_equal(batches.array(-1), [b if cumulative else b + 1])
+    m = 1 / b if cumulative else m
     root = np.array([1 / sp.sqrt(v + eps) for v in var], dtype=object)
     assert_equal(out.array(-1), np.concatenate([root, gamma * root, beta]))
     assert_equal(memories[4].array(-1), (1 - m) * old_mean + m * mean)
@@ -118,10 +122,10 @@ def test_finalize(counted: bool) -> None:
 
 
 def test_finalize_backward() -> None:
-    dscale, root, gamma = (unknowns(name, CHANNELS) for name in ("dscale", "root", "gamma"))
-    out = Memory(2 * CHANNELS)
-    launch(statistics._finalize_backward_kernel, (1,), *(Memory(list(v)) for v in (dscale, root, gamma)), out, CHANNELS, BLOCK=4)
-    assert_equal(out.array(-1), np.concatenate([-dscale * gamma * root**3 / 2, dscale * root]))
+    dscale, dbeta, root, scale = given = [unknowns(name, CHANNELS) for name in ("dscale", "dbeta", "root", "scale")]
+    out = Memory(3 * CHANNELS)
+    launch(statistics._finalize_backward_kernel, (1,), *(Memory(list(v)) for v in given), out, CHANNELS, BLOCK=4)
+    assert_equal(out.array(-1), np.concatenate([-dbeta * scale, -dscale * scale * root**2 / 2, dscale * root]))
 
 
 def _unknown_activation() -> dict[str, Callable[..., Any]]:

@@ -15,6 +15,7 @@ from bnrestructure.kernels.cpu.elements import ELEMENT_CODES
 from bnrestructure.kernels.cpu.library import declare
 from bnrestructure.kernels.cpu.memory import Keep
 from bnrestructure.kernels.cpu.structures import FinalizeArguments
+from bnrestructure.kernels.momentum import counted
 
 __all__ = ["RUN", "unsupported"]
 
@@ -31,7 +32,7 @@ def finalize_forward(call: FinalizeForward) -> FinalizeResult:
     a.mean, a.var = memory.vectors(keep, channels, mean, call.var)
     count = float(call.count)
     a.unbias = count / (count - 1) if count > 1 else math.inf
-    a.momentum, a.eps = float(call.momentum), call.eps
+    a.momentum, a.eps = counted(call.batches, call.momentum), call.eps
     a.weight, a.weight_element = memory.parameter(call.weight, channels, keep)
     a.bias, a.bias_element = memory.parameter(call.bias, channels, keep)
     a.running_mean, a.running_mean_element = memory.parameter(call.running_mean, channels, None)
@@ -49,12 +50,12 @@ def finalize_backward(call: FinalizeBackward) -> FinalizeGradients:
         raise UnsupportedCallError(f"batch statistics must be fp32 vectors, not {rstd.dtype}")
     a = FinalizeArguments()
     a.channels = channels = rstd.shape[0]
-    a.dscale, a.rstd = memory.vectors(keep, channels, call.dscale, rstd)
-    a.weight, a.weight_element = memory.parameter(call.weight, channels, keep)
+    a.dscale, a.dbeta, a.rstd, a.scale = memory.vectors(keep, channels, call.dscale, call.dbeta, rstd, call.scale)
+    dmean, a.dmean = memory.fresh_vector(channels)
     dvar, a.dvar = memory.fresh_vector(channels)
     dweight, a.dweight = memory.fresh_vector(channels)
     _backward.call(ctypes.byref(a))
-    return FinalizeGradients(dvar, dweight)
+    return FinalizeGradients(dmean, dvar, dweight)
 
 
 #: What answers each call.
@@ -66,15 +67,14 @@ def unsupported(call: FinalizeForward | FinalizeBackward) -> str | None:
     of = call.operand
     if of.dtype is not torch.float32 or of.dim() != 1:
         return f"batch statistics must be fp32 vectors, not {of.dtype}"
-    parameters = [call.weight]
-    if isinstance(call, FinalizeForward):
-        running = call.running_mean, call.running_var
-        parameters += [call.bias, *running]
-        if call.var.dtype is not torch.float32:
-            return "a mean and a variance of different dtypes"
-        if any(r is not None and not r.is_contiguous() for r in running):
-            return "running statistics must be contiguous to be updated in place"
-    for parameter in parameters:
+    if isinstance(call, FinalizeBackward):
+        return None
+    running = call.running_mean, call.running_var
+    if call.var.dtype is not torch.float32:
+        return "a mean and a variance of different dtypes"
+    if any(r is not None and not r.is_contiguous() for r in running):
+        return "running statistics must be contiguous to be updated in place"
+    for parameter in (call.weight, call.bias, *running):
         if parameter is not None and parameter.dtype not in ELEMENT_CODES:
             return f"a batch norm's {parameter.dtype} parameters are neither fp32 nor bf16"
     return None

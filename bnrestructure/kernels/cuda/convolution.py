@@ -26,7 +26,7 @@ class Dense:
     def forward(self, call: ConvForward, site: Any = None) -> ConvResult:
         """The result; with a join its sum is formed in the prologue."""
         found = dense_forward.conv_forward(
-            call.x, call.transform, call.weight, call.bias, call.geometry,
+            call.x, call.transform, call.weight if call.cast is None else call.cast, call.bias, call.geometry,
             dtype=call.dtype, statistics=call.statistics, out=call.out, join=call.join,
         )  # fmt: skip
         return ConvResult(*found)
@@ -60,11 +60,11 @@ class Depthwise:
 def _gradients(call: ConvBackward, dgrad: Any, wgrad: Any, options: dict[str, Any]) -> ConvGradients:
     need_x, need_weight, need_bias = call.needs
     gradient = edge_pixels(call.dy, call.edge)
-    of = call.x, call.transform, call.weight, call.geometry
     dw = db = None
     if need_weight or need_bias:
-        dw, db = wgrad(gradient, *of, dtype=call.dtype, needs_bias=need_bias)
+        dw, db = wgrad(gradient, call.x, call.transform, call.weight, call.geometry, dtype=call.dtype, needs_bias=need_bias)
     if not need_x:
         return ConvGradients(weight=dw if need_weight else None, bias=db)
-    found = dgrad(gradient, *of, dtype=call.dtype, accumulate=call.accumulate, **options)
+    weight = call.weight if call.cast is None else call.cast
+    found = dgrad(gradient, call.x, call.transform, weight, call.geometry, dtype=call.dtype, accumulate=call.accumulate, **options)
     return ConvGradients(found.dx, found.sum_p, found.sum_px, found.gate, dw if need_weight else None, db, found.sum_pr)

@@ -122,6 +122,8 @@ def _convolution(call: ConvForward | ConvBackward) -> str | None:
     for what, found in (("compute dtype", call.dtype), ("the weight", weight.dtype)):
         if found not in ELEMENT_TYPES:
             return f"the CUDA kernels are for fp32, bf16 and fp16, {what} is {found}"
+    if call.cast is not None and (call.cast.shape != weight.shape or call.cast.dtype != call.dtype):
+        return f"a cast weight {list(call.cast.shape)} of {call.cast.dtype} for one {list(weight.shape)} in {call.dtype}"
     if weight.numel() == 0:
         return "the weight is empty"
     if geometry.groups > 65535 and weight.shape[1] != 1:
@@ -180,13 +182,11 @@ def _finalize_forward(call: FinalizeForward) -> str | None:
     running = call.running_mean, call.running_var
     if any(r is not None and not r.is_contiguous() for r in running):
         return "running statistics must be contiguous to be updated in place"
-    if isinstance(call.momentum, Tensor):
-        return "the momentum is a tensor"
     return _finalize(call.mean, (call.weight, call.bias, *running)) or _fits(call.mean, call.var)
 
 
 def _finalize_backward(call: FinalizeBackward) -> str | None:
-    return _finalize(call.rstd, (call.weight,)) or _fits(call.rstd, call.dscale)
+    return _finalize(call.rstd, ()) or _fits(call.rstd, call.dscale, call.dbeta, call.scale)
 
 
 def _finalize(of: Tensor, parameters: tuple[Tensor | None, ...]) -> str | None:

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bnrestructure.kernels.calls import FinalizeBackward, FinalizeForward
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.launch import launch
-from bnrestructure.kernels.cuda.layout import destination, pixels, vector, vectors
+from bnrestructure.kernels.cuda.layout import destination, pixels, vectors
 from bnrestructure.kernels.cuda.merge import merge_statistics, partial_statistics, store_partial_statistics
 from bnrestructure.kernels.cuda.precision import dithered, in_units, offset, rounded
 from bnrestructure.kernels.cuda.problem import unit_of
@@ -94,8 +95,8 @@ def statistics_backward(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, accumulat
 
 @triton.jit
 def _finalize_kernel(
-    mean_ptr, var_ptr, count_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, out_ptr,
-    channels, correction, momentum, eps, BLOCK: tl.constexpr,
+    mean_ptr, var_ptr, count_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr, out_ptr,
+    channels, correction, momentum, eps, CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = channel < channels
@@ -114,6 +115,10 @@ def _finalize_kernel(
     if count_ptr is not None:
         count = tl.load(count_ptr).to(tl.float32)
         correction = count / (count - 1.0)
+    if CUMULATIVE:  # the counter was counted up before: no program may write what another one reads
+        momentum = 1.0 / tl.load(batches_ptr).to(tl.float32)
+    elif batches_ptr is not None and tl.program_id(0) == 0:
+        tl.store(batches_ptr, tl.load(batches_ptr) + 1)
     if running_mean_ptr is not None:
         old = tl.load(running_mean_ptr + channel, mask=valid, other=0.0).to(tl.float32)
         new = old * (1.0 - momentum) + mean * momentum
@@ -124,23 +129,18 @@ def _finalize_kernel(
         tl.store(running_var_ptr + channel, rounded(new, running_var_ptr.dtype.element_ty), mask=valid)
 
 
-def finalize_forward(
-    mean: Tensor,
-    var: Tensor,
-    count: int | Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(rstd, scale, beta), each [C] fp32; updates the running statistics in place.
+def finalize_forward(call: FinalizeForward) -> tuple[Tensor, Tensor, Tensor]:
+    """(rstd, scale, beta), each [C] fp32; updates the running statistics and the counter in place.
 
-    A ``count`` that is a tensor is read on the device: the host does not wait for it.
+    A ``count`` that is a tensor is read on the device, and so is the counter: the host does not wait for them.
     """
+    mean, count, batches, momentum = call.mean, call.count, call.batches, call.momentum
     channels = mean.shape[0]
     out = torch.empty(3, channels, dtype=torch.float32, device=mean.device)
+    cumulative = momentum is None and batches is not None
+    if batches is not None and (cumulative or batches.dtype is not torch.int64):
+        batches.add_(1)
+        batches = batches if cumulative else None
     on_device, correction = None, math.inf  # a single value per channel has no unbiased variance
     if isinstance(count, Tensor):
         on_device = count.to(mean.device)
@@ -148,36 +148,36 @@ def finalize_forward(
         correction = count / (count - 1)
     launch(
         _finalize_kernel, (triton.cdiv(channels, _BLOCK),),
-        *vectors(mean, var), on_device, _contiguous(weight), _contiguous(bias),
-        running_mean, running_var, out, channels, correction, float(momentum), float(eps), BLOCK=_BLOCK, warps=4,
+        *vectors(mean, call.var), on_device, _contiguous(call.weight), _contiguous(call.bias),
+        call.running_mean, call.running_var, batches, out, channels, correction, float(momentum or 0), float(call.eps),
+        CUMULATIVE=cumulative, BLOCK=_BLOCK, warps=4,
     )  # fmt: skip
     rstd, scale, beta = out.unbind()
     return rstd, scale, beta
 
 
 @triton.jit
-def _finalize_backward_kernel(dscale_ptr, rstd_ptr, weight_ptr, out_ptr, channels, BLOCK: tl.constexpr):
+def _finalize_backward_kernel(dscale_ptr, dbeta_ptr, rstd_ptr, scale_ptr, out_ptr, channels, BLOCK: tl.constexpr):
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = channel < channels
     dscale = tl.load(dscale_ptr + channel, mask=valid, other=0.0)
     rstd = tl.load(rstd_ptr + channel, mask=valid, other=0.0)
-    dvar = dscale * rstd * rstd * rstd * -0.5
-    if weight_ptr is not None:
-        dvar *= tl.load(weight_ptr + channel, mask=valid, other=0.0).to(tl.float32)
-    tl.store(out_ptr + channel, dvar, mask=valid)
-    tl.store(out_ptr + channels + channel, dscale * rstd, mask=valid)
+    scale = tl.load(scale_ptr + channel, mask=valid, other=0.0)
+    tl.store(out_ptr + channel, -scale * tl.load(dbeta_ptr + channel, mask=valid, other=0.0), mask=valid)
+    tl.store(out_ptr + channels + channel, dscale * scale * rstd * rstd * -0.5, mask=valid)
+    tl.store(out_ptr + 2 * channels + channel, dscale * rstd, mask=valid)
 
 
-def finalize_backward(dscale: Tensor, rstd: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(dvar, dweight), each [C] fp32, from the gradient of scale."""
-    channels = rstd.shape[0]
-    out = torch.empty(2, channels, dtype=torch.float32, device=rstd.device)
+def finalize_backward(call: FinalizeBackward) -> tuple[Tensor, Tensor, Tensor]:
+    """(dmean, dvar, dweight), each [C] fp32, from the gradients of scale and beta."""
+    channels = call.rstd.shape[0]
+    out = torch.empty(3, channels, dtype=torch.float32, device=call.rstd.device)
     launch(
         _finalize_backward_kernel, (triton.cdiv(channels, _BLOCK),),
-        vector(dscale), vector(rstd), _contiguous(weight), out, channels, BLOCK=_BLOCK, warps=4,
+        *vectors(call.dscale, call.dbeta, call.rstd, call.scale), out, channels, BLOCK=_BLOCK, warps=4,
     )  # fmt: skip
-    dvar, dweight = out.unbind()
-    return dvar, dweight
+    dmean, dvar, dweight = out.unbind()
+    return dmean, dvar, dweight
 
 
 def _contiguous(parameter: Tensor | None) -> Tensor | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from bnrestructure.kernels import calls
 from bnrestructure.kernels.cuda.max_pool import max_pool_backward, max_pool_forward
 from bnrestructure.kernels.cuda.output_gradient import output_gradient_sweep
@@ -60,13 +58,11 @@ def _max_pool_backward(c: calls.MaxPoolBackward) -> calls.SweepGradients:
 
 
 def _finalize_forward(c: calls.FinalizeForward) -> calls.FinalizeResult:
-    running = c.running_mean, c.running_var
-    assert not isinstance(c.momentum, Tensor)  # limits.py refuses that
-    return calls.FinalizeResult(*finalize_forward(c.mean, c.var, c.count, c.weight, c.bias, *running, c.momentum, c.eps))
+    return calls.FinalizeResult(*finalize_forward(c))
 
 
 def _finalize_backward(c: calls.FinalizeBackward) -> calls.FinalizeGradients:
-    return calls.FinalizeGradients(*finalize_backward(c.dscale, c.rstd, c.weight))
+    return calls.FinalizeGradients(*finalize_backward(c))
 
 
 RUN: dict[type[calls.Call[Any]], Callable[[Any], Any]] = {

@@ -142,8 +142,8 @@ def _sweeps() -> None:
     window = PoolGeometry((3, 3), (2, 2), (1, 1), False)
     y, index = run(MaxPoolForward(x, _transform(256, "relu"), window, x.dtype))
     run(MaxPoolBackward(y, index, x, _transform(256, "relu"), window))
-    _, scale, _ = run(FinalizeForward(mean, var, 1000, a, b, c, d, 0.1, 1e-5))
-    run(FinalizeBackward(scale, var, a))
+    rstd, scale, _ = run(FinalizeForward(mean, var, 1000, a, b, c, d, 0.1, 1e-5, torch.zeros((), dtype=torch.int64, device="meta")))
+    run(FinalizeBackward(a, b, rstd, scale))
 
 
 VARIANTS = (

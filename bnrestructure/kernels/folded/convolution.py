@@ -44,6 +44,7 @@ def images_of(folding: Folding, call: ConvForward | ConvBackward, view: View) ->
         "x": view(folding.read(x), fold),
         "transform": folding.transform(call.transform, x.shape),
         "weight": folding.weight(call.weight),
+        "cast": None if call.cast is None else folding.weight(call.cast),
         "geometry": folding.geometry,
         "join": None if join is None else replace(join, y=view(join.y, fold), r=view(join.r, fold)),
     }

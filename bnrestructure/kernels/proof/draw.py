@@ -100,8 +100,10 @@ class Drawn:
 
 
 def _consistent(call: Any) -> Any:
-    """The call with what it takes from an earlier one: a join's sum behind that join, the places of a pool's maxima."""
+    """The call with what follows from other parts of it: a cast weight, a join's sum behind that join, the places of a pool's maxima."""
     with torch.no_grad():
+        if isinstance(call, ConvForward | ConvBackward) and call.cast is not None:
+            call.cast.copy_(call.weight)
         if isinstance(call, ConvBackward) and call.join is not None:
             call.x.copy_(REFERENCE.run(JoinForward(call.join, call.x.dtype)).z)
         elif isinstance(call, ConvForward) and call.join is not None:
@@ -115,7 +117,7 @@ def _consistent(call: Any) -> Any:
 
 def _written(call: Any) -> frozenset[str]:
     """The fields that the call may write to."""
-    found = {"out", "accumulate", "running_mean", "running_var"}
+    found = {"out", "accumulate", "running_mean", "running_var", "batches"}
     if isinstance(call, ConvForward) and call.join is not None:
         found.add("x")
     if getattr(call, "accumulate", None) is not None and getattr(call, "dz", None) is call.accumulate:

@@ -19,6 +19,7 @@ from bnrestructure.kernels.calls import (
     StatisticsForward,
     StatisticsResult,
 )
+from bnrestructure.kernels.momentum import counted
 from bnrestructure.kernels.rounding import dithered
 
 __all__ = ["RUN", "statistics_forward"]
@@ -46,7 +47,7 @@ def statistics_backward(call: StatisticsBackward) -> Tensor:
 
 def finalize_forward(call: FinalizeForward) -> FinalizeResult:
     """``rstd = 1 / sqrt(var + eps)``, ``scale = weight * rstd`` and beta, each [C]; the running statistics move in place."""
-    mean, var, momentum = call.mean, call.var, call.momentum
+    mean, var, momentum = call.mean, call.var, counted(call.batches, call.momentum)
     rstd = torch.rsqrt(var + call.eps)
     scale = rstd.clone() if call.weight is None else call.weight.to(rstd.dtype) * rstd
     beta = torch.zeros_like(rstd) if call.bias is None else call.bias.to(rstd.dtype).clone()
@@ -57,7 +58,7 @@ def finalize_forward(call: FinalizeForward) -> FinalizeResult:
     return FinalizeResult(rstd, scale, beta)
 
 
-def _move(running: Tensor, value: Tensor, momentum: float | Tensor) -> None:
+def _move(running: Tensor, value: Tensor, momentum: float) -> None:
     """``running = (1 - momentum) * running + momentum * value``, in place.
 
     Through ``.data``, which leaves the version counter alone, as PyTorch's own batch norm does: it saves the running statistics for its
@@ -67,10 +68,9 @@ def _move(running: Tensor, value: Tensor, momentum: float | Tensor) -> None:
 
 
 def finalize_backward(call: FinalizeBackward) -> FinalizeGradients:
-    """The gradients at var and at weight, each [C], from that at scale."""
-    dscale, rstd = call.dscale, call.rstd
-    gamma = 1.0 if call.weight is None else call.weight.to(rstd.dtype)
-    return FinalizeGradients(dscale * gamma * rstd.pow(3) * -0.5, dscale * rstd)
+    """The gradients at mean, var and weight, each [C], from those at scale and beta."""
+    dscale, rstd, scale = call.dscale, call.rstd, call.scale
+    return FinalizeGradients(-scale * call.dbeta, dscale * scale * rstd.pow(2) * -0.5, dscale * rstd)
 
 
 #: What answers each call.

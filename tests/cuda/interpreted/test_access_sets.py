@@ -78,14 +78,14 @@ def _sweeps() -> Results:
     out, mean, var = run(JoinForward(join, x.dtype, True))
     window = PoolGeometry((3, 3), (2, 2), (1, 1), False)
     y, index = run(MaxPoolForward(x, vectors, window, x.dtype))
-    running = torch.zeros(c), torch.ones(c)
+    running, batches = (torch.zeros(c), torch.ones(c)), torch.tensor(3)
     return [
-        z, pooled, out, mean, var, y, index, *running,
+        z, pooled, out, mean, var, y, index, *running, batches,
         *run(StatisticsForward(x)), run(StatisticsBackward(x, mean, a, b, x.clone(memory_format=torch.preserve_format))),
         *run(NormaliseBackward(r, x, vectors)), *run(SqueezeBackward(pooled, r.clone(memory_format=torch.preserve_format), x, vectors)),
         *run(JoinBackward(r, (a, b, mean), join, out)),
         *run(MaxPoolBackward(y, index, x, vectors, window)),
-        *run(FinalizeForward(mean, var, 70, a, b, *running, 0.1, 1e-5)), *run(FinalizeBackward(a, b, mean)),
+        *run(FinalizeForward(mean, var, 70, a, b, *running, 0.1, 1e-5, batches)), *run(FinalizeBackward(a, b, b, mean)),
         *run(OutputGradient(r, BackwardEdge(a, a, b, x, mean), x.dtype, bias=True)),
     ]  # fmt: skip
 

@@ -205,7 +205,21 @@ def test_finalize(affine: bool, dtype: torch.dtype) -> None:
         expected = REFERENCE.run(FinalizeForward(mean, var, count, *parameters, *theirs, 0.1, 1e-5))
         torch.testing.assert_close(value, expected)
         torch.testing.assert_close(ours, theirs)
-    check(FinalizeBackward(torch.randn(c), value[0], parameters[0]))
+    check(FinalizeBackward(torch.randn(c), torch.randn(c), *value[:2]))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_finalize_counts_the_batch(momentum: float | None, dtype: torch.dtype) -> None:
+    c = 600  # three programs
+    mean, var = torch.randn(c), torch.rand(c) + 0.1
+    ours = torch.randn(c), torch.rand(c), torch.tensor(6, dtype=dtype)
+    theirs = tuple(r.clone() for r in ours)
+    for running_mean, running_var, batches in (ours, theirs):
+        kernels = KERNELS if batches is ours[2] else REFERENCE
+        kernels.run(FinalizeForward(mean, var, 8, None, None, running_mean, running_var, momentum, 1e-5, batches))
+        assert batches == 7
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_finalize_without_running_statistics() -> None:

@@ -113,8 +113,8 @@ struct FinalizeArguments {
     void *running_mean, *running_var;
     int64_t running_mean_element, running_var_element;
     float *rstd, *scale, *beta;     // [C]
-    const float* dscale;            // [C]
-    float *dvar, *dweight;          // [C]
+    const float *dscale, *dbeta;    // [C]
+    float *dmean, *dvar, *dweight;  // [C]
 };
 
 }  // namespace bnr

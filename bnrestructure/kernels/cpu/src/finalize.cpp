@@ -41,11 +41,12 @@ BNR_EXPORT void bnr_finalize_forward(const FinalizeArguments* a) {
     }
 }
 
-// dscale and rstd to dvar and dweight.
+// dscale, dbeta, rstd and scale to dmean, dvar and dweight.
 BNR_EXPORT void bnr_finalize_backward(const FinalizeArguments* a) {
     for (int64_t c = 0; c < a->channels; c++) {
-        const double r = a->rstd[c], gamma = a->weight ? read(a->weight, a->weight_element, c) : 1.0;
-        a->dvar[c] = float(-0.5 * a->dscale[c] * gamma * r * r * r);
+        const double r = a->rstd[c], scale = a->scale[c];
+        a->dmean[c] = float(-scale * a->dbeta[c]);
+        a->dvar[c] = float(-0.5 * a->dscale[c] * scale * r * r);
         a->dweight[c] = float(a->dscale[c] * r);
     }
 }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bnrestructure import VerificationReport, verify
 from bnrestructure.kernels import reference
 from bnrestructure.kernels.calls import FinalizeForward
-from bnrestructure.verification.judge import FLOAT64_LIMIT, judge_double
+from bnrestructure.verification.judge import FLOAT64_LIMIT, judge_double, judge_training
 from bnrestructure.verification.rounding import RandomRounding
 from bnrestructure.verification.trial import Trial
 
@@ -77,3 +77,37 @@ def test_random_rounding_moves_every_new_value_a_little() -> None:
     assert not torch.equal(doubled, other)
     assert torch.equal(view.flatten(), before)
     assert torch.equal(added, narrow + 1)
+
+
+def judged(eager: list[float], ours: list[float]) -> list[bool]:
+    """Whether each of a step's gradients passes."""
+    keys = [(2, "gradient", f"w{i}") for i in range(len(eager))]
+    trial = Trial(eager=dict(zip(keys, eager, strict=True)), ours=dict(zip(keys, ours, strict=True)))
+    return [c.ok for c in judge_training([trial], torch.float32, factor=2.0)]
+
+
+def test_where_the_originals_own_numbers_mean_nothing_nothing_follows_from_ours() -> None:
+    assert judged([16.0, 3.0, 1.5, 0.1], [33.0, 90.0, 9.0, 5.0]) == [True] * 4
+    assert judged([16.0, 3.0, 1.5, 0.1], [33.0, 90.0, math.inf, 5.0]) == [True, True, False, True]
+
+
+def test_one_tensor_of_rounding_alone_leaves_the_others_their_limits() -> None:
+    """The gradient of a bias before a batch norm: the limit follows from its own distance, and is finite."""
+    assert judged([5.0, 0.1, 0.1, 0.1], [11.0, 0.1, 0.1, 0.1]) == [False, True, True, True]
+    assert judged([0.9, 0.9, 0.9, 0.9], [2.0, 0.9, 0.9, 0.9]) == [False, True, True, True]
+
+
+class Chaos(nn.Module):
+    """Of its input's digits those that float32 does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(1e9 * x)
+
+
+def test_the_report_says_of_what_nothing_follows() -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), Chaos(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)
+    report = verify(nn.Sequential(*layers), torch.randn(4, 3, 9, 7), steps=1)
+    (note,) = (note for note in report.notes if "decides nothing" in note)
+    assert note.startswith("ill-conditioned: float32 decides nothing about ")
+    assert {c.ok for c in report.comparisons if c.stage == "float32"} == {True}, report

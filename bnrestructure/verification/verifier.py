@@ -118,6 +118,7 @@ def verify(
             judged = judge_training(trials, setting.dtype, factor)
             report.notes.append(f"{len(trials)} trials were made in the training dtype, for the first exceeded a limit")
         report.comparisons = [*double, *judged]
+        report.notes += _meaningless(judged)
         for stage, step, message in (t.raised for t in trials if t.raised is not None):
             report.comparisons.append(Comparison(stage, step, "error", message, math.inf, 0.0))
         if trial.trained is not None:
@@ -216,6 +217,18 @@ def _ill_conditioned(double: list[Comparison]) -> str:
         f"ill-conditioned: control {worst.eager_error:.1e} (so far the original moves in float64 when its results are rounded at random: "
         f"step {worst.step}, {worst.kind} {worst.name}); {len(of)} of {len(double)} limits follow from that"
     )
+
+
+def _meaningless(judged: list[Comparison]) -> list[str]:
+    """The note that the training dtype decides nothing about some tensors, or none."""
+    without = [c for c in judged if math.isinf(c.limit)]
+    if not without:
+        return []
+    worst = max(without, key=lambda c: c.eager_error or 0.0)
+    return [
+        f"ill-conditioned: {worst.stage} decides nothing about {len(without)} of {len(judged)} tensors, for most of their kind are further "
+        f"off in the original itself than they are large ({worst.eager_error:.1e}: step {worst.step}, {worst.kind} {worst.name})"
+    ]
 
 
 def _compare_eval(report: VerificationReport, original: nn.Module, trained: nn.Module, inputs: tuple[Any, ...]) -> None:

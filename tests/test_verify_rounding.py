@@ -106,7 +106,7 @@ class Chaos(nn.Module):
 
 def test_the_report_says_of_what_nothing_follows() -> None:
     torch.manual_seed(0)
-    layers = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), Chaos(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Chaos(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)
     report = verify(nn.Sequential(*layers), torch.randn(4, 3, 9, 7), steps=1)
     (note,) = (note for note in report.notes if "decides nothing" in note)
     assert note.startswith("ill-conditioned: float32 decides nothing about ")

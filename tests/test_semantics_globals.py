@@ -112,7 +112,7 @@ CASES: dict[str, tuple[Body, Change]] = {
     "of parsed arguments": (lambda m, x: m.trunk(x) * ARGUMENTS.scale, lambda p: p.setattr(ARGUMENTS, "scale", 3.0)),
     "of a dataclass": (lambda m, x: m.trunk(x) * SETTINGS.scale, lambda p: p.setattr(SETTINGS, "scale", 3.0)),
     "of an object with slots": (lambda m, x: m.trunk(x) * SLOTTED.scale, lambda p: p.setattr(SLOTTED, "scale", 3.0)),
-    "that hides its class's": (lambda m, x: m.trunk(x) * DEFAULTS.scale, lambda p: p.setattr(DEFAULTS, "scale", 3.0)),
+    "that hides its class's": (lambda m, x: m.trunk(x) * DEFAULTS.scale, lambda p: p.setitem(vars(DEFAULTS), "scale", 3.0)),
     "of an object that is called": (lambda m, x: DEFAULTS(m.trunk(x)), lambda p: p.setattr(Defaults, "scale", 3.0)),
     "behind a property": (lambda m, x: m.trunk(x) * DEFAULTS.doubled, lambda p: p.setitem(OPTIONS, "scale", 3.0)),
     "of a module": (lambda m, x: m.trunk(x) * MODULE.scale, lambda p: p.setattr(MODULE, "scale", 3.0)),

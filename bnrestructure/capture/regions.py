@@ -22,6 +22,7 @@ from bnrestructure.capture.guess import guessed_arguments
 from bnrestructure.capture.probation import Probation, own_forwards, wants_own_forwards
 from bnrestructure.capture.program import Program, copied_graph
 from bnrestructure.capture.reads import Reads
+from bnrestructure.capture.recaptures import Recaptures
 from bnrestructure.capture.replay import Replays, unrecordable
 from bnrestructure.capture.side_effects import ambient_modes
 from bnrestructure.capture.sizes import still_hold
@@ -154,6 +155,7 @@ class Region:
     ran: Ran = field(default_factory=Ran)
     _programs: list[_Cached] = field(default_factory=list)
     _seen: Counter[Any] = field(default_factory=Counter)
+    _recaptures: Recaptures = field(default_factory=Recaptures)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property
@@ -192,6 +194,8 @@ class Region:
         if arguments.without_data:
             return forward(module, *args, **kwargs)
         cached = self._fitting(module, forward, arguments)
+        if cached is None:
+            return forward(module, *args, **kwargs)
         if cached.program is None:
             return self._own(cached, module, forward, args, kwargs)
         probation = self._probation(cached, module, arguments)
@@ -237,11 +241,11 @@ class Region:
         self.ran.probation = found
         return found
 
-    def _fitting(self, module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> _Cached:
-        """The program for this call, made if there is none."""
+    def _fitting(self, module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> _Cached | None:
+        """The program for this call, made if there is none; None where each call would need one of its own."""
         key = (arguments.key, ambient_modes())
         with self._lock:
-            changed: str | None = None
+            changed = attribute = None
             for i, cached in enumerate(self._programs):
                 if cached.key != key:
                     continue
@@ -250,9 +254,15 @@ class Region:
                 elif cached.state.matches():
                     if i:
                         self._programs.insert(0, self._programs.pop(i))
+                    self._recaptures.used(key)
                     return cached
-                else:
-                    changed = changed or cached.state.difference()
+                elif attribute is None:
+                    attribute = cached.state.difference()
+                    changed = changed or attribute
+            if attribute is not None and not self._recaptures.worth_another(key):
+                self.ran.calls = 0
+                self._refuse(f"{attribute} is another one in each call, and each would need a capture of its own")
+                return None
             self._count(key, module, changed)
             made = self._make(module, forward, arguments, key)
             self._programs.insert(0, made)

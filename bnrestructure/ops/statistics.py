@@ -98,7 +98,8 @@ def finalize(
     eps, momentum = float(eps), None if momentum is None else float(momentum)  # a graph may compute them, even as tensors
     if not isinstance(size, Tensor):
         _check_dimensions(len(size), dimensions)
-    if num_batches_tracked is not None and num_batches_tracked.device != mean.device:  # eager counts anywhere
+    # Eager counts on any device, and raises where the counter needs a gradient.
+    if num_batches_tracked is not None and (num_batches_tracked.device != mean.device or num_batches_tracked.requires_grad):
         momentum, num_batches_tracked = counted(num_batches_tracked, momentum), None
     count = size if isinstance(size, Tensor) else values_per_channel(size)
     try:

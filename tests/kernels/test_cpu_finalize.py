@@ -10,6 +10,7 @@ from cpu_checks import assert_as_good, to_double
 from needs import needs_kernels
 from torch import Tensor
 
+from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.kernels.calls import FinalizeBackward, FinalizeForward, Kernels
 from bnrestructure.kernels.cpu import KERNELS
 from bnrestructure.kernels.reference import REFERENCE
@@ -69,6 +70,16 @@ def test_backward(channels: int) -> None:
     call = FinalizeBackward(*vectors)
     truth = REFERENCE.run(FinalizeBackward(*map(to_double, vectors)))
     assert_as_good("gradients", KERNELS.run(call), REFERENCE.run(call), truth)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_call_that_is_refused_has_counted_nothing(momentum: float | None) -> None:
+    mean, var = statistics(4)
+    for running in (torch.zeros(8)[::2], torch.zeros(4, dtype=torch.float16)):
+        batches = torch.tensor(3)
+        with pytest.raises(UnsupportedCallError):
+            KERNELS.run(FinalizeForward(mean, var, 8, None, None, running, None, momentum, 1e-5, batches))
+        assert batches == 3
 
 
 def test_strided_vectors() -> None:

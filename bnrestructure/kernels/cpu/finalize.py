@@ -32,7 +32,7 @@ def finalize_forward(call: FinalizeForward) -> FinalizeResult:
     a.mean, a.var = memory.vectors(keep, channels, mean, call.var)
     count = float(call.count)
     a.unbias = count / (count - 1) if count > 1 else math.inf
-    a.momentum, a.eps = counted(call.batches, call.momentum), call.eps
+    a.eps = call.eps
     a.weight, a.weight_element = memory.parameter(call.weight, channels, keep)
     a.bias, a.bias_element = memory.parameter(call.bias, channels, keep)
     a.running_mean, a.running_mean_element = memory.parameter(call.running_mean, channels, None)
@@ -40,6 +40,7 @@ def finalize_forward(call: FinalizeForward) -> FinalizeResult:
     rstd, a.rstd = memory.fresh_vector(channels)
     scale, a.scale = memory.fresh_vector(channels)
     beta, a.beta = memory.fresh_vector(channels)
+    a.momentum = counted(call.batches, call.momentum)  # last: where the call is refused above, another kernel counts
     _forward.call(ctypes.byref(a))
     return FinalizeResult(rstd, scale, beta)
 

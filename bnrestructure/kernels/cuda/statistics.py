@@ -138,7 +138,7 @@ def finalize_forward(call: FinalizeForward) -> tuple[Tensor, Tensor, Tensor]:
     channels = mean.shape[0]
     out = torch.empty(3, channels, dtype=torch.float32, device=mean.device)
     cumulative = momentum is None and batches is not None
-    if batches is not None and (cumulative or batches.dtype is not torch.int64):
+    if batches is not None and (cumulative or batches.dtype is not torch.int64 or batches.numel() != 1):
         batches.add_(1)
         batches = batches if cumulative else None
     on_device, correction = None, math.inf  # a single value per channel has no unbiased variance

@@ -50,7 +50,7 @@ def unrecordable(gm: fx.GraphModule) -> str | None:
             return "it merges statistics across processes"
         layer_of = Finalize.of(node) or BatchNorm.of(node)
         if layer_of is not None and layer_of.momentum is None and layer_of.running_mean is not None:
-            return "a batch norm averages over all batches (momentum=None), and Python counts these"
+            return "a batch norm averages over all batches (momentum=None), whose number Python may read"
         if node.op == "call_function":
             owner = getattr(node.target, "__self__", None)
             home = getattr(owner if isinstance(owner, type) else node.target, "__module__", None) or "torch"

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from bnrestructure.graph.invariant import Invariant, Look
-from bnrestructure.graph.ir import Conv, Finalize, Reader, Residual, Squeeze, Unchanged, maker_of, output_of
+from bnrestructure.graph.ir import Conv, Finalize, Reader, Residual, Squeeze, output_of
 from bnrestructure.graph.provenance import provenance
 
 __all__ = ["EDGE_RULES"]
@@ -39,19 +39,21 @@ def whole_edge(view: Reader | Residual, look: Look) -> str | None:
 
 
 def one_batch_norm(view: Reader | Residual, look: Look) -> str | None:
-    """The vectors of an edge are those of one batch norm, and the node remembers it; or of several whose tensors are concatenated."""
+    """The vectors of an edge are those of one batch norm, and the node remembers it; or of several whose tensors are concatenated.
+
+    The mean, too, is finalize's: statistics' own would have its gradient twice, from the reader and from finalize.
+    """
     for mean, scale, beta in _edges(view):
         if mean is None or scale is None or beta is None:
             continue
+        owners = [_owner(part, "scale") for part in _parts(scale)]
+        if None in owners:
+            return f"{scale.name} is not the scale of a batch norm"
+        if any([_owner(part, name) for part in _parts(vector)] != owners for name, vector in (("mean", mean), ("beta", beta))):
+            return f"mean, scale and beta of {scale.name} are of different batch norms"
         finalize = Finalize.making(scale, "scale")
         if finalize is None:
-            concat = all(provenance(vector).vector or isinstance(maker_of(vector)[0], Unchanged) for vector in (mean, scale, beta))
-            if not concat:
-                return f"{scale.name} is not the scale of a batch norm"
             continue
-        outs = look.outs(finalize)
-        if beta is not outs.get("beta") or mean is not outs.get("mean"):
-            return f"mean, scale and beta of {scale.name} are of different batch norms"
         site = provenance(finalize.node).site
         applies_itself = not (isinstance(view, Squeeze) and view.excite)
         if applies_itself and site not in provenance(view.node).normalises:

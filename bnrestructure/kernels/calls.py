@@ -355,8 +355,8 @@ class FinalizeGradients(NamedTuple):
 class FinalizeBackward(Call[FinalizeGradients]):
     """The gradients of mean, var and weight from those of scale and beta.
 
-    Mean and beta are read together, in ``(x - mean) * scale + beta``, so that mean's gradient follows from beta's. It takes the very
-    scale that the readers multiply by: the two shares of the input's gradient cancel.
+    Mean and beta are read together, in ``(x - mean) * scale + beta``, so that mean's gradient follows from beta's. ``scale`` is the one
+    that the readers have multiplied by: over a batch their gradients and mean's sum to zero, but for another rounding of it.
     """
 
     dscale: Tensor

@@ -26,7 +26,7 @@ from bnrestructure.kernels.calls import (
     OutputGradient,
     StatisticsForward,
 )
-from bnrestructure.kernels.operands import readable, require_fit
+from bnrestructure.kernels.operands import readable, require_fit, weight_of
 from bnrestructure.kernels.rounding import gradient_factor
 
 __all__ = ["Hybrid"]
@@ -97,7 +97,7 @@ class Hybrid:
 
 def _weight(call: ConvForward | ConvBackward, beside: Tensor) -> Tensor:
     """In the dtype of what it is convolved with, and channels_last, so that the result is channels_last, too."""
-    weight = call.weight if call.cast is None else call.cast
+    weight = weight_of(call)
     if not weight.is_floating_point():
         raise UnsupportedCallError(f"a weight of {weight.dtype}")
     return in_channels_last(readable(weight, beside).to(beside.dtype))

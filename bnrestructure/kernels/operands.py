@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bnrestructure.core.edges import Transform
 from bnrestructure.core.errors import UnsupportedCallError
-from bnrestructure.kernels.calls import Call
+from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward
 
-__all__ = ["fields_of", "reach_of", "readable", "require_fit", "require_memory", "require_memory_of_all", "tensors_of"]
+__all__ = ["fields_of", "reach_of", "readable", "require_fit", "require_memory", "require_memory_of_all", "tensors_of", "weight_of"]
 
 #: What :func:`fields_of` has found.
 _fields: dict[type, tuple[str, ...]] = {}
@@ -71,6 +71,11 @@ def require_fit(x: Tensor, *transforms: Transform) -> None:
                 raise UnsupportedCallError(f"a per-channel vector {list(vector.shape)} of {vector.dtype} for {x.shape[1]} channels")
         if t.gate is not None and t.gate.shape != x.shape[:2]:
             raise UnsupportedCallError(f"a gate {list(t.gate.shape)} for {list(x.shape)}")
+
+
+def weight_of(call: ConvForward | ConvBackward) -> Tensor:
+    """The weight to multiply by: cast already, where somebody has it so."""
+    return call.weight if call.cast is None else call.cast
 
 
 def readable(x: Tensor, beside: Tensor | None = None) -> Tensor:

@@ -198,7 +198,7 @@ class _Finalize(torch.autograd.Function):
         rstd, scale, beta = registry.run(backend, call)
         ctx.backend = backend
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(rstd, scale, weight)
+        ctx.save_for_backward(rstd, scale, weight)  # the weight: as in eager, it is an error to overwrite it before backward
         ctx.set_materialize_grads(False)
         constant = mean.detach()
         ctx.mark_non_differentiable(constant)

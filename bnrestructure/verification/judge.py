@@ -10,14 +10,14 @@ import torch
 from bnrestructure.verification.report import Comparison
 from bnrestructure.verification.trial import Key, Trial, name_of
 
-__all__ = ["FLOAT64_LIMIT", "FLOOR", "MEANINGLESS", "judge_double", "judge_training"]
+__all__ = ["FLOAT64_LIMIT", "FLOOR", "judge_double", "judge_training"]
 
 #: Relative distance allowed in float64.
 FLOAT64_LIMIT = 1e-9
 #: Added to the limit in the training dtype, in units of that dtype's machine epsilon.
 FLOOR = 4.0
-#: Where most tensors of a kind are further off than this in the original's own training dtype, zeros would be nearer: nothing follows.
-MEANINGLESS = 1.0
+#: The distance from which on zeros would be nearer to the truth.
+_MEANINGLESS = 1.0
 
 
 def judge_double(trial: Trial, rounded: list[Trial], factor: float) -> list[Comparison]:
@@ -37,7 +37,7 @@ def judge_double(trial: Trial, rounded: list[Trial], factor: float) -> list[Comp
 def judge_training(trials: list[Trial], dtype: torch.dtype, factor: float) -> list[Comparison]:
     """The training dtype's stage: our distance (the median of several trials) against eager's (the largest of them).
 
-    A step and kind of which eager's own numbers are meaningless has no limit but that distances are finite.
+    Where eager's own numbers are meaningless nothing follows from ours: any finite distance is within the limit.
     """
     means = _quadratic_means([trial.eager for trial in trials])
     floor = FLOOR * torch.finfo(dtype).eps
@@ -55,12 +55,14 @@ def judge_training(trials: list[Trial], dtype: torch.dtype, factor: float) -> li
 
 
 def _meaningless(own: dict[Key, float]) -> set[tuple[int, str]]:
-    """The steps and kinds of which the median tensor is off by more than its own size. One tensor alone that is says nothing: the gradient
-    of a bias before a batch norm is nothing but rounding."""
+    """The steps and kinds of which most tensors are off by more than their own size.
+
+    The median decides, and no single tensor: the gradient of a bias before a batch norm is nothing but rounding in every model.
+    """
     groups: dict[tuple[int, str], list[float]] = {}
     for (step, kind, _), error in own.items():
         groups.setdefault((step, kind), []).append(error)
-    return {group for group, errors in groups.items() if statistics.median(errors) > MEANINGLESS}
+    return {group for group, errors in groups.items() if statistics.median(errors) > _MEANINGLESS}
 
 
 def _quadratic_means(trials: list[dict[Key, float]]) -> dict[tuple[int, str], float]:

@@ -118,7 +118,7 @@ def verify(
             judged = judge_training(trials, setting.dtype, factor)
             report.notes.append(f"{len(trials)} trials were made in the training dtype, for the first exceeded a limit")
         report.comparisons = [*double, *judged]
-        report.notes += _meaningless(judged)
+        report.notes += _undecided(judged)
         for stage, step, message in (t.raised for t in trials if t.raised is not None):
             report.comparisons.append(Comparison(stage, step, "error", message, math.inf, 0.0))
         if trial.trained is not None:
@@ -219,7 +219,7 @@ def _ill_conditioned(double: list[Comparison]) -> str:
     )
 
 
-def _meaningless(judged: list[Comparison]) -> list[str]:
+def _undecided(judged: list[Comparison]) -> list[str]:
     """The note that the training dtype decides nothing about some tensors, or none."""
     without = [c for c in judged if math.isinf(c.limit)]
     if not without:

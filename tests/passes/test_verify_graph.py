@@ -167,6 +167,21 @@ def _another_beta(graph: fx.Graph) -> fx.Node:
     return second.update(beta=first.beta).node
 
 
+def _mean_of_statistics(graph: fx.Graph) -> fx.Node:
+    finalize, normalise = Finalize.every(graph)[0], Normalise.every(graph)[0]
+    return normalise.update(mean=finalize.mean).node
+
+
+def _mean_of_statistics_in_a_concat(graph: fx.Graph) -> fx.Node:
+    reader = next(r for kind in (Normalise, Conv) for r in kind.every(graph) if r.mean is not None and r.mean.target is torch.cat)
+    assert reader.mean is not None
+    first, *others = reader.mean.all_input_nodes
+    made = Finalize.making(first, "mean")
+    assert made is not None
+    reader.mean.args = ([made.mean, *others],)
+    return reader.node
+
+
 def _another_site(graph: fx.Graph) -> fx.Node:
     first, second = Normalise.every(graph)[:2]
     return second.update(mean=first.mean, scale=first.scale, beta=first.beta).node
@@ -313,6 +328,8 @@ CASES = [
     Case("whole edge", "chain", "fission", _updated(Normalise, beta=None), "some of mean, scale and beta"),
     Case("whole edge", "chain", "fuse-normalise", _updated(Conv, 1, scale=None), "and not all"),
     Case("one batch norm", "chain", "fission", _another_beta, "of different batch norms"),
+    Case("one batch norm", "chain", "fission", _mean_of_statistics, "of different batch norms"),
+    Case("one batch norm", "inception", "fuse-normalise", _mean_of_statistics_in_a_concat, "of different batch norms"),
     Case("one batch norm", "chain", "fission", _another_site, "does not remember it"),
     Case("one batch norm", "chain", "fission", _no_scale, "is not the scale"),
     Case("one tensor", "chain", "fission", _swapped, "is no node's"),

@@ -10,6 +10,7 @@ from bnrestructure.kernels.choice import Node
 from bnrestructure.kernels.cuda import dense_dgrad, dense_forward, dense_wgrad, depthwise_dgrad, depthwise_forward, depthwise_wgrad
 from bnrestructure.kernels.cuda.edges import edge_pixels
 from bnrestructure.kernels.cuda.rule import forms_sum
+from bnrestructure.kernels.operands import weight_of
 
 __all__ = ["Dense", "Depthwise"]
 
@@ -26,7 +27,7 @@ class Dense:
     def forward(self, call: ConvForward, site: Any = None) -> ConvResult:
         """The result; with a join its sum is formed in the prologue."""
         found = dense_forward.conv_forward(
-            call.x, call.transform, call.weight if call.cast is None else call.cast, call.bias, call.geometry,
+            call.x, call.transform, weight_of(call), call.bias, call.geometry,
             dtype=call.dtype, statistics=call.statistics, out=call.out, join=call.join,
         )  # fmt: skip
         return ConvResult(*found)
@@ -65,6 +66,6 @@ def _gradients(call: ConvBackward, dgrad: Any, wgrad: Any, options: dict[str, An
         dw, db = wgrad(gradient, call.x, call.transform, call.weight, call.geometry, dtype=call.dtype, needs_bias=need_bias)
     if not need_x:
         return ConvGradients(weight=dw if need_weight else None, bias=db)
-    weight = call.weight if call.cast is None else call.cast
-    found = dgrad(gradient, call.x, call.transform, weight, call.geometry, dtype=call.dtype, accumulate=call.accumulate, **options)
+    of = call.x, call.transform, weight_of(call), call.geometry
+    found = dgrad(gradient, *of, dtype=call.dtype, accumulate=call.accumulate, **options)
     return ConvGradients(found.dx, found.sum_p, found.sum_px, found.gate, dw if need_weight else None, db, found.sum_pr)

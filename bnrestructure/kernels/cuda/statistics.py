@@ -137,6 +137,7 @@ def finalize_forward(call: FinalizeForward) -> tuple[Tensor, Tensor, Tensor]:
     mean, count, batches, momentum = call.mean, call.count, call.batches, call.momentum
     channels = mean.shape[0]
     out = torch.empty(3, channels, dtype=torch.float32, device=mean.device)
+    statistics, parameters = vectors(mean, call.var), (_contiguous(call.weight), _contiguous(call.bias))
     cumulative = momentum is None and batches is not None
     if batches is not None and (cumulative or batches.dtype is not torch.int64 or batches.numel() != 1):
         batches.add_(1)
@@ -148,7 +149,7 @@ def finalize_forward(call: FinalizeForward) -> tuple[Tensor, Tensor, Tensor]:
         correction = count / (count - 1)
     launch(
         _finalize_kernel, (triton.cdiv(channels, _BLOCK),),
-        *vectors(mean, call.var), on_device, _contiguous(call.weight), _contiguous(call.bias),
+        *statistics, on_device, *parameters,
         call.running_mean, call.running_var, batches, out, channels, correction, float(momentum or 0), float(call.eps),
         CUMULATIVE=cumulative, BLOCK=_BLOCK, warps=4,
     )  # fmt: skip

@@ -1,15 +1,16 @@
 """Two checkouts of this repository in one process, their training steps in turns: ``python benchmarks/between_checkouts.py OLD NEW``.
 
 Each checkout needs its kernels built (python bnrestructure/kernels/cpu/build.py there). Prints, for each model and dtype, the medians of
-both and the median of old / new paired by round, with its quartiles: above 1 the new one is faster. With --explain NAME the time of
-restructure(), of explain() and of the first step. glibc's allocator is as the environment says. A checkout against itself says how much of
-a ratio is noise.
+both and the median of old / new paired by round, with its 95 % interval (by the binomial of the rounds' order, no distribution supposed):
+above 1 the new one is faster. With --explain NAME the time of restructure(), of explain() and of the first step. glibc's allocator is as
+the environment says. A checkout against itself says how much of a ratio is noise that more rounds do not take away.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import statistics
 import sys
 import time
@@ -76,9 +77,21 @@ def step(model: nn.Module, x: Tensor, dtype: str) -> float:
     return time.perf_counter() - began
 
 
-def compare(versions: dict[str, Version], case: tuple[str, int, int, int, int], dtype: str) -> str:
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """The narrowest pair of order statistics, equally far from both ends, that holds the median in 95 of 100 samples or more."""
+    n, ordered = len(values), sorted(values)
+    outside = 0.0
+    for rank in range(n // 2):
+        outside += 2 * math.comb(n, rank) / 2**n
+        if outside > 0.05:
+            return ordered[max(rank - 1, 0)], ordered[-max(rank, 1)]
+    return ordered[0], ordered[-1]
+
+
+def compare(versions: dict[str, Version], case: tuple[str, int, int, int, int], dtype: str, times_rounds: int = 1) -> str:
     """A line for one model and dtype."""
     name, batch, size, rounds, warm = case
+    rounds *= times_rounds
     x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     models = {}
     for which, version in versions.items():
@@ -89,9 +102,9 @@ def compare(versions: dict[str, Version], case: tuple[str, int, int, int, int], 
     times = in_turns(versions, lambda which, _: step(models[which], x, dtype), rounds, warm)
     old, new = times.values()
     ratios = [a / b for a, b in zip(old, new, strict=True)]
-    q1, middle, q3 = statistics.quantiles(ratios, n=4)
+    low, high = median_interval(ratios)
     both = f"{statistics.median(old) * 1e3:.1f} -> {statistics.median(new) * 1e3:.1f} ms"
-    return f"{name} {size}x{size} batch {batch} {dtype}: {both}, old / new {middle:.3f} [{q1:.3f}, {q3:.3f}], {rounds} rounds"
+    return f"{name} {size}x{size} batch {batch} {dtype}: {both}, old / new {statistics.median(ratios):.3f} [{low:.3f}, {high:.3f}], {rounds} rounds"
 
 
 def explained(versions: dict[str, Version], name: str, rounds: int = 5) -> str:
@@ -116,13 +129,14 @@ def main() -> None:
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument("--models", nargs="*", default=[case[0] for case in CASES], choices=[case[0] for case in CASES])
+    parser.add_argument("--times-rounds", type=int, default=1, metavar="N", help="N times as many rounds")
     parser.add_argument("--explain", metavar="NAME", help="a torchvision model")
     options = parser.parse_args()
     versions = {"old": Version(options.old.resolve()), "new": Version(options.new.resolve())}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.old} -> {options.new}")
     for case in CASES:
         for dtype in ("fp32", "bf16") if case[0] in options.models else ():
-            print(compare(versions, case, dtype), flush=True)
+            print(compare(versions, case, dtype, options.times_rounds), flush=True)
     if options.explain:
         print(explained(versions, options.explain), flush=True)
 

@@ -104,7 +104,8 @@ def compare(versions: dict[str, Version], case: tuple[str, int, int, int, int], 
     ratios = [a / b for a, b in zip(old, new, strict=True)]
     low, high = median_interval(ratios)
     both = f"{statistics.median(old) * 1e3:.1f} -> {statistics.median(new) * 1e3:.1f} ms"
-    return f"{name} {size}x{size} batch {batch} {dtype}: {both}, old / new {statistics.median(ratios):.3f} [{low:.3f}, {high:.3f}], {rounds} rounds"
+    ratio = f"old / new {statistics.median(ratios):.3f} [{low:.3f}, {high:.3f}], {rounds} rounds"
+    return f"{name} {size}x{size} batch {batch} {dtype}: {both}, {ratio}"
 
 
 def explained(versions: dict[str, Version], name: str, rounds: int = 5) -> str:

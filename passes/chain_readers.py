@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import fx
 
 from bnrestructure.graph.ir import ConcatBuffer, Conv, Link, OwnGradient, Residual, end_of, fused_of
+from bnrestructure.graph.memory_rules import maker_for_one
 from bnrestructure.graph.order import depends_on
 from bnrestructure.graph.provenance import locate
 from bnrestructure.passes.base import Pass, Rule
@@ -47,15 +48,22 @@ def _keep_gradient_private(match: Fork) -> None:
     The links write into the gradient; y's producer reads it. It has read it before if it depends on the links.
     """
     last = Residual.of(match.last)
-    producer = None if last is None else Conv.making(last.gain, "gain")
-    if last is None or producer is None:
+    if last is None:
+        return
+    gained = Conv.making(last.gain, "gain")
+    producer = maker_for_one(last.y) if last.mean is None else None if gained is None else gained.node
+    if producer is None:
         return
     conv = Conv.making(match.tensor, "y")
     written_below = ConcatBuffer.of(match.tensor) is not None or (conv is not None and conv.in_buffer)
-    if written_below or not all(depends_on(producer.node, link) for link in match.links):
+    if not written_below and all(depends_on(producer, link) for link in match.links):
+        return
+    if gained is None:
+        last.update(y=_own(last.y))
+    else:
         last.update(gain=None)
-        producer.update(gain=False)
-        producer.node.graph.erase_node(producer.out("gain"))
+        gained.update(gain=False)
+        gained.node.graph.erase_node(gained.out("gain"))
 
 
 CHAIN_READERS = Pass("chain-readers", (Rule(fork, chain_readers),))

@@ -3,7 +3,7 @@
 ``conv(act(normalise(y)))`` -> ``conv(y, mean, scale, beta, act)``: the normalised tensor never reaches memory.
 
 First each normalise takes the activation behind it, and a concat of normalised tensors becomes the normalise of a concat. Then every
-reader that can apply the normalise itself does: convolutions, pools, global averages, gated convolutions behind squeeze-excite. On a
+reader that can apply the normalise itself does: convolutions, pools, global averages, what is behind a squeeze-excite's gate. On a
 graph without fission it is the paper's RCF: bare activations move into the convolutions that read them.
 """
 
@@ -53,7 +53,7 @@ def into_pool(found: Found[Normalise, Pooling]) -> None:
     match pooling:
         case GlobalAverage():
             fused: Fused = Squeeze.create(before=pooling.node, **normalise.edge)
-            result = _spread(fused.out("pooled"), pooling.node) if pooling.keepdim else fused.out("pooled")
+            result = _pooled(fused, pooling)
         case MaxPooling(kernel=kernel, stride=stride, padding=padding, ceil_mode=ceil):
             edge = normalise.edge
             fused = MaxPool.create(before=pooling.node, **edge, kernel=kernel, stride=stride, padding=padding, ceil_mode=ceil)
@@ -67,23 +67,30 @@ def into_pool(found: Found[Normalise, Pooling]) -> None:
 
 
 def excite(match: Excitation) -> None:
-    """Let the convolution normalise and gate what it reads; the squeeze hands it what is to be gated."""
-    normalise, average = match.normalise, match.average.node
+    """Let the convolution normalise and gate what it reads, or a sweep do both; the squeeze hands it what is to be gated."""
+    normalise, average, product = match.normalise, match.average.node, match.product
     squeeze = Squeeze.create(before=average, **normalise.edge, excite=True)
     carry(squeeze.node, average)
-    _replace(average, _spread(squeeze.out("pooled"), average))
-    with average.graph.inserting_before(match.conv.node):
-        gate = average.graph.call_method("flatten", (match.gate, 1))
-    conv = to_fused(match.conv)
-    conv.update(**normalise.edge | {"x": squeeze.out("deferred")}, gate=gate)
-    erase_dead(match.product)
-    _take_over(conv.node, normalise)
+    _replace(average, _pooled(squeeze, match.average))
+    edge = normalise.edge | {"x": squeeze.out("deferred"), "gate": match.gate}
+    if match.conv is None:
+        reader: Fused = Normalise.create(before=product, **edge)
+        carry(reader.node, product)
+        product.replace_all_uses_with(reader.out("z"))
+    else:
+        reader = to_fused(match.conv)
+        reader.update(**edge)
+    erase_dead(*(node for node in (match.expanded, product) if node is not None))
+    _take_over(reader.node, normalise)
 
 
-def _spread(pooled: fx.Node, before: fx.Node) -> fx.Node:
-    """[N, C] -> [N, C, 1, 1]."""
-    with before.graph.inserting_before(before):
-        return before.graph.call_method("unflatten", (pooled, 1, (-1, 1, 1)))
+def _pooled(squeeze: Fused, average: GlobalAverage) -> fx.Node:
+    """A squeeze's average in the shape of this one: [N, C], or [N, C, 1, 1]."""
+    pooled, graph = squeeze.out("pooled"), average.node.graph
+    if not average.keepdim:
+        return pooled
+    with graph.inserting_before(average.node):
+        return graph.call_method("unflatten", (pooled, 1, (-1, 1, 1)))
 
 
 def _replace(old: fx.Node, new: fx.Node) -> None:

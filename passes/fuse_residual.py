@@ -1,6 +1,7 @@
 """fuse-residual: normalise + add (+ the shortcut's normalise) + activation -> one sweep (ICF across residuals).
 
-``act(normalise(y) + shortcut)`` -> one residual node; the statistics of its sum ride along where a batch norm follows.
+``act(normalise(y) + shortcut)`` -> one residual node; the statistics of its sum ride along where a batch norm follows. So do those of
+``act(y + shortcut)``, where neither has a batch norm.
 
 Where nothing but the residual reads a convolution's y, the residual hands its gradient back unscaled and the convolution applies the
 scale: both operands then share one gradient tensor.
@@ -15,17 +16,18 @@ from bnrestructure.graph.provenance import carry
 from bnrestructure.passes.base import Pass, Rule, erase_dead
 from bnrestructure.passes.fuse_statistics import ride_on_residual
 from bnrestructure.patterns.pairs import RESIDUAL_STATISTICS
-from bnrestructure.patterns.residual import ResidualMatch, residual
+from bnrestructure.patterns.residual import ResidualMatch, plain_sum, residual
 
 __all__ = ["FUSE_RESIDUAL"]
 
 
 def into_residual(match: ResidualMatch) -> None:
-    """Put one residual in the place of the normalise, the add and the activation."""
+    """Put one residual in the place of the normalises, the add and the activation."""
     main, other = match.normalise, match.other
     shortcut = {"r": match.shortcut} if other is None else _prefixed(other.edge)
     last = match.activation or match.add
-    made = Residual.create(before=last, y=main.x, mean=main.mean, scale=main.scale, beta=main.beta, **shortcut, act=match.act)
+    vectors = {} if main is None else {name: main.edge[name] for name in ("mean", "scale", "beta")}
+    made = Residual.create(before=last, y=match.y, **vectors, **shortcut, act=match.act)
     normalises = [normalise for normalise in (main, other) if normalise is not None]
     out = made.out("out")
     carry(made.node, match.add, *(normalise.node for normalise in normalises))
@@ -36,7 +38,8 @@ def into_residual(match: ResidualMatch) -> None:
     erase_dead(*dict.fromkeys((match.add, last)))
     for normalise in normalises:
         normalise.erase_if_unread()
-    _share_gradient(made, made.y, "gain")
+    if main is not None:
+        _share_gradient(made, made.y, "gain")
     if other is not None:
         _share_gradient(made, made.r, "r_gain")
 
@@ -54,4 +57,7 @@ def _share_gradient(made: Residual, operand: fx.Node, gain: str) -> None:
         made.update(**{gain: conv.out("gain")})
 
 
-FUSE_RESIDUAL = Pass("fuse-residual", (Rule(residual, into_residual), Rule(RESIDUAL_STATISTICS, ride_on_residual, at=Statistics)))
+FUSE_RESIDUAL = Pass(
+    "fuse-residual",
+    (Rule(residual, into_residual), Rule(plain_sum, into_residual), Rule(RESIDUAL_STATISTICS, ride_on_residual, at=Statistics)),
+)

@@ -9,8 +9,8 @@ from torch import fx, nn
 
 from bnrestructure.graph.boundaries import boundary_reason
 from bnrestructure.graph.inplace import functionalise
-from bnrestructure.graph.layers import module_of
-from bnrestructure.graph.operations import concat_of
+from bnrestructure.graph.layers import ConvLayer, conv_of, module_of
+from bnrestructure.graph.operations import concat_of, zero_added_to
 from bnrestructure.graph.provenance import known_tensor, module_path, remember
 from bnrestructure.passes.base import Pass, Rule
 from bnrestructure.passes.restore_formats import note_formats
@@ -22,7 +22,8 @@ __all__ = ["prepare"]
 
 
 def prepare(gm: fx.GraphModule, path_of: Callable[[fx.Node], str] = module_path) -> None:
-    """Make a captured graph ready for patterns: no nn.Identity, no operation in place that can be avoided, no view that must be one.
+    """Make a captured graph ready for patterns: no nn.Identity, no sum that begins with 0, no operation in place that can be avoided, no
+    view that must be one.
 
     Each batch norm call becomes a site with a name of its own: ``path_of`` it, with #2, #3 ... for further calls of a shared module. The
     module's forward stays as it was until ``gm.recompile()``.
@@ -32,6 +33,7 @@ def prepare(gm: fx.GraphModule, path_of: Callable[[fx.Node], str] = module_path)
     note_unlike(gm.graph)
     DROP_IDENTITIES.rewrite(gm)
     functionalise(gm.graph)
+    DROP_ZEROS.rewrite(gm)
     USE_RESHAPE.rewrite(gm)
     SHARE_RETURNED.rewrite(gm)
     calls: Counter[str] = Counter()
@@ -57,6 +59,14 @@ def identity(node: fx.Node) -> fx.Node | None:
     return node if type(module) is nn.Identity and boundary_reason(module) is None and len(node.all_input_nodes) == 1 else None
 
 
+def zero_sum(node: fx.Node) -> fx.Node | None:
+    """The number 0 added to a batch norm's or a convolution's result that nothing else reads: nobody can tell the sum from it."""
+    x = zero_added_to(node)
+    if x is None or len(x.users) != 1:
+        return None
+    return node if batch_norm(x) is not None or isinstance(conv_of(x), ConvLayer) else None
+
+
 def drop(node: fx.Node) -> None:
     """Let its readers read its input."""
     (source,) = node.all_input_nodes
@@ -65,3 +75,4 @@ def drop(node: fx.Node) -> None:
 
 
 DROP_IDENTITIES = Pass("drop-identities", (Rule(identity, drop),))
+DROP_ZEROS = Pass("drop-zeros", (Rule(zero_sum, drop),))

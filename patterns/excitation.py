@@ -17,61 +17,58 @@ from bnrestructure.patterns.pairs import bare_conv, is_average_of
 
 __all__ = ["Excitation", "excitation"]
 
-#: Methods that leave a tensor's shape alone when everything else they take is a number.
-_POINTWISE_METHODS = {"sigmoid", "relu", "tanh", "clamp", "mul", "add", "sub", "div"}
-_LONGEST_GATE = 12
-
 
 @dataclass(frozen=True)
 class Excitation:
-    """normalise -> {global average -> ... -> gate, product with the gate} -> a convolution."""
+    """normalise -> {global average -> ... -> gate, product with the gate}, and the convolution that reads the product if one does alone.
+
+    ``expanded`` is the gate expanded to the shape of what it multiplies, where the product is spelt so.
+    """
 
     normalise: Normalise
     average: GlobalAverage
     product: fx.Node
     gate: fx.Node
-    conv: Conv | ConvLayer
+    expanded: fx.Node | None
+    conv: Conv | ConvLayer | None
 
 
 def excitation(node: fx.Node) -> Excitation | None:
     """The squeeze-excite behind a normalise node."""
     normalise = Normalise.of(node)
-    z = None if normalise is None else normalise.outs().get("z")
-    if normalise is None or z is None or len(z.users) != 2:
+    z = None if normalise is None or normalise.gate is not None else normalise.outs().get("z")
+    if normalise is None or z is None:
         return None
     readers = readers_of(z)
     averages = [pooling for reader in readers if isinstance(pooling := pooling_of(reader), GlobalAverage)]
-    average = next((a for a in averages if a.input is z and a.keepdim and is_average_of(normalise, a)), None)
-    product = next((reader for reader in readers if _product_with(reader, z) is not None), None)
-    if average is None or product is None or len(product.users) != 1:
+    average = next((a for a in averages if a.input is z and is_average_of(normalise, a)), None)
+    product = next((reader for reader in readers if _factor_of(reader, z) is not None), None)
+    factor = None if product is None else _factor_of(product, z)
+    if average is None or product is None or factor is None or not average.node < product:
         return None
-    gate = _product_with(product, z)
-    conv = bare_conv(next(iter(product.users)))
-    if gate is None or conv is None or conv.input is not product or not _derives_from(gate, average.node):
+    gate = _expanded_like(factor, z)
+    expanded = None if gate is None else factor
+    if set(readers) != {average.node, product} | ({expanded} if expanded is not None else set()):
         return None
-    return Excitation(normalise, average, product, gate, conv)
+    conv = bare_conv(next(iter(product.users))) if len(product.users) == 1 else None
+    conv = conv if conv is not None and conv.input is product else None
+    return Excitation(normalise, average, product, factor if gate is None else gate, expanded, conv)
 
 
-def _product_with(node: fx.Node, z: fx.Node) -> fx.Node | None:
+def _factor_of(node: fx.Node, z: fx.Node) -> fx.Node | None:
     """The other factor when ``node`` multiplies z by a tensor."""
     is_product = node.target in (operator.mul, torch.mul) or (node.op == "call_method" and node.target == "mul")
-    if not is_product or len(node.args) != 2 or provenance(node).changed_by is not None:
+    if not is_product or len(node.args) != 2 or node.kwargs or provenance(node).changed_by is not None:
         return None
     a, b = node.args
     other = b if a is z else a if b is z else None
     return other if isinstance(other, fx.Node) and other is not z else None
 
 
-def _derives_from(gate: fx.Node, average: fx.Node) -> bool:
-    """Whether the gate has the shape [N, C, 1, 1] for certain: a chain of pointwise operations and convolutions on the average."""
-    current = gate
-    for _ in range(_LONGEST_GATE):
-        if current is average:
-            return True
-        inputs = [n for n in current.all_input_nodes if n.op != "get_attr"]
-        pointwise = current.op == "call_method" and current.target in _POINTWISE_METHODS
-        known = pointwise or current.op in ("call_module", "call_function")
-        if len(inputs) != 1 or not known:
-            return False
-        current = inputs[0]
-    return False
+def _expanded_like(factor: fx.Node, z: fx.Node) -> fx.Node | None:
+    """What ``factor`` expands to z's shape, for the product with z alone."""
+    is_expanded = factor.op == "call_method" and factor.target == "expand_as" and len(factor.args) == 2
+    if not is_expanded or factor.args[1] is not z or len(factor.users) != 1 or provenance(factor).changed_by is not None:
+        return None
+    gate = factor.args[0]
+    return gate if isinstance(gate, fx.Node) and gate is not z else None

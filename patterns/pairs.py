@@ -54,13 +54,14 @@ def single_residual(tensor: fx.Node) -> Residual | None:
 
 
 def normalise_making(tensor: fx.Node) -> Normalise | None:
-    """The normalise whose result a tensor is."""
-    return Normalise.making(tensor, "z")
+    """The normalise whose result a tensor is; none whose result is gated."""
+    normalise = Normalise.making(tensor, "z")
+    return normalise if normalise is not None and normalise.gate is None else None
 
 
 def plain_normalise(tensor: fx.Node) -> Normalise | None:
     """The normalise whose result a tensor is, if it has no activation yet."""
-    normalise = Normalise.making(tensor, "z")
+    normalise = normalise_making(tensor)
     return normalise if normalise is not None and normalise.act == "identity" else None
 
 

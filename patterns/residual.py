@@ -1,4 +1,4 @@
-"""conv-bn-add(-act): residuals with an identity shortcut or with a shortcut that has a batch norm of its own."""
+"""conv-bn-add(-act): residuals with an identity shortcut or with a shortcut that has a batch norm of its own; sums without any."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from dataclasses import dataclass
 from torch import fx
 
 from bnrestructure.graph.activations import activation_of
-from bnrestructure.graph.ir import Conv, Normalise
+from bnrestructure.graph.ir import Conv, Normalise, Statistics
+from bnrestructure.graph.memory_rules import maker_for_one
 from bnrestructure.graph.operations import add_of
 from bnrestructure.graph.order import readers_of
 from bnrestructure.patterns.pairs import plain_normalise
 
-__all__ = ["ResidualMatch", "residual"]
+__all__ = ["ResidualMatch", "plain_sum", "residual"]
 
 
 @dataclass(frozen=True)
 class ResidualMatch:
-    """``act(normalise(y) + shortcut)``; ``other`` is the shortcut's normalise if it has one.
+    """``act(y + shortcut)``; ``normalise`` and ``other`` are the normalise that make y and the shortcut, if there are any.
 
     The activation is a node of its own, or what all readers, ``activating`` convolutions, apply in their prologues.
     """
 
     add: fx.Node
-    normalise: Normalise
+    y: fx.Node
+    normalise: Normalise | None
     shortcut: fx.Node
     other: Normalise | None
     activation: fx.Node | None
@@ -42,12 +44,37 @@ def residual(node: fx.Node) -> ResidualMatch | None:
     normalise, z = max(branches, key=lambda branch: branch[0].node)  # an older operand is the shortcut
     other = next((n for n, _ in branches if n.node is not normalise.node), None)
     shortcut = next(operand for operand in operands if operand is not z)
-    readers = readers_of(node)
+    return ResidualMatch(node, normalise.x, normalise, shortcut, other, *_activated(node))
+
+
+def plain_sum(node: fx.Node) -> ResidualMatch | None:
+    """An add without a batch norm before it, and with a ReLU or statistics behind: before a pre-activation, behind a squeeze-excite.
+
+    Backward then needs nothing but the sum, which is in memory anyway. One operand is somebody's who makes it for the add alone: both
+    have one gradient.
+    """
+    operands = add_of(node)
+    if operands is None or any(_normalise_for_add(operand) is not None for operand in operands):
+        return None
+    y = max((operand for operand in operands if maker_for_one(operand) is not None), default=None)
+    if y is None:
+        return None
+    activation, activating, act = _activated(node)
+    followed = any(Statistics.of(reader) is not None for reader in node.users)
+    if act != "relu" and (act != "identity" or not followed):
+        return None
+    shortcut = next(operand for operand in operands if operand is not y)
+    return ResidualMatch(node, y, None, shortcut, None, activation, activating, act)
+
+
+def _activated(add: fx.Node) -> tuple[fx.Node | None, list[Conv], str]:
+    """The activation of a sum: (its node, the convolutions that apply it in their prologues, its name)."""
+    readers = readers_of(add)
     activation = activation_of(readers[0]) if len(readers) == 1 else None
     if activation is not None:
-        return ResidualMatch(node, normalise, shortcut, other, activation.node, [], activation.name)
-    act, activating = _common_activation(node, readers)
-    return ResidualMatch(node, normalise, shortcut, other, None, activating, act)
+        return activation.node, [], activation.name
+    act, activating = _common_activation(add, readers)
+    return None, activating, act
 
 
 def _common_activation(add: fx.Node, readers: list[fx.Node]) -> tuple[str, list[Conv]]:

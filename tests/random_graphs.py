@@ -283,10 +283,24 @@ class Writer:
         fc2 = self.layer(f"nn.Conv2d(2, {x.channels if self.chance(0.85) else 1}, 1)")
         gate = self.rng.choice(("torch.sigmoid", "F.hardsigmoid"))
         self.lines.append(f"{average} = {gate}({fc2}(F.relu({fc1}({average}))))")
-        product = self.rng.choice(("{0} * {1}", "{1} * {0}")).format(average, x.name)
+        product = self.rng.choice(("{0} * {1}", "{1} * {0}", "{1} * {0}.expand_as({1})")).format(average, x.name)
         made = self.assign(product, x.channels, x.size, x)
-        if self.chance(0.7):
+        if self.chance(0.5):
             self.norm(self.conv(made))
+        elif self.chance(0.6):
+            y = self.pick(made.channels, made.size)
+            self.assign(f"F.relu({made.name} + {y.name})", made.channels, made.size, made, y)
+
+    def plain_sum(self) -> None:
+        """A pre-activation block: a convolution's result is added as it is, and what follows is a batch norm, a ReLU or both."""
+        x = self.pick()
+        y = self.conv(self.conv_norm_act(x), x.channels, 3)
+        zero = self.rng.choice(("", "0 + ", "0.0 + "))
+        made = self.assign(f"{zero}{self.rng.choice((f'{y.name} + {x.name}', f'{x.name} + {y.name}'))}", x.channels, x.size, x, y)
+        for _ in range(self.rng.choice((0, 1, 2))):
+            self.preact(made)
+        if self.chance(0.4):
+            self.assign(f"F.relu({made.name})", made.channels, made.size, made)
 
     def other(self) -> None:
         x = self.pick()
@@ -324,8 +338,8 @@ class Writer:
         self.conv_norm_act(self.vars[0], stride=self.rng.choice((1, 1, 2)))
         for _ in range(self.rng.randint(3, 8)):
             statement = self.rng.choices(
-                ("conv", "preact", "join", "concat", "dense", "aggregation", "se", "other", "down", "python"),
-                (4, 2, 4, 3, 1, 1, 1, 3, 1, 4),
+                ("conv", "preact", "join", "concat", "dense", "aggregation", "se", "sum", "other", "down", "python"),
+                (4, 2, 4, 3, 1, 1, 2, 2, 3, 1, 4),
             )[0]
             if statement == "conv":
                 self.conv_norm_act(self.pick())
@@ -341,6 +355,8 @@ class Writer:
                 self.aggregation()
             elif statement == "se":
                 self.squeeze_excite()
+            elif statement == "sum":
+                self.plain_sum()
             elif statement == "python":
                 self.rng.choice(STATEMENTS)(self)
             elif statement == "down":

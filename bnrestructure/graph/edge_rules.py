@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from bnrestructure.graph.invariant import Invariant, Look
-from bnrestructure.graph.ir import Conv, Finalize, Reader, Residual, Squeeze, output_of
+from bnrestructure.graph.ir import Conv, Finalize, Normalise, Reader, Residual, Squeeze, output_of
 from bnrestructure.graph.provenance import provenance
 
 __all__ = ["EDGE_RULES"]
@@ -25,14 +25,14 @@ def _edges(view: Reader | Residual) -> list[Vectors]:
 
 
 def whole_edge(view: Reader | Residual, look: Look) -> str | None:
-    """The vectors of an edge are all there or none; a shortcut has none without a tensor; a residual always has the branch's."""
+    """The vectors of an edge are all there or none; a shortcut has none without a tensor, and none where the branch has none."""
     first, *rest = _edges(view)
     for mean, scale, beta in (first, *rest):
         if not (mean is None) == (scale is None) == (beta is None):
             return "an edge has some of mean, scale and beta, and not all"
     adds = isinstance(view, Residual) or (isinstance(view, Conv) and view.forms_residual)
-    if adds and first[0] is None:
-        return "a residual has no batch norm in its branch"
+    if adds and first[0] is None and rest[0][0] is not None:
+        return "a residual has a batch norm in its shortcut, and none in its branch"
     if isinstance(view, Conv) and not adds and rest[0][0] is not None:
         return "there are vectors of a shortcut that is not there"
     return None
@@ -88,8 +88,8 @@ def _owner(vector: fx.Node, name: str) -> object:
     return output[0] if output is not None and output[1] == name else None
 
 
-def gate(view: Conv, look: Look) -> str | None:
-    """A gated convolution reads what a squeeze defers, through the very edge of the squeeze: its gradient is that at the gate."""
+def gate(view: Conv | Normalise, look: Look) -> str | None:
+    """A node with a gate reads what a squeeze defers, through the very edge of the squeeze: its gradient is that at the gate."""
     squeeze = Squeeze.making(view.x, "deferred")
     if view.gate is None:
         return None if squeeze is None else "it reads a deferred tensor without a gate"
@@ -100,14 +100,14 @@ def gate(view: Conv, look: Look) -> str | None:
 
 
 def deferred(view: Squeeze, look: Look) -> str | None:
-    """What a squeeze defers goes to one gated convolution, as its input, and to nothing else."""
+    """What a squeeze defers goes to one node with a gate, as its input, and to nothing else."""
     tensor = look.outs(view).get("deferred")
     readers = [] if tensor is None else list(tensor.users)
     if tensor is None or not readers:
         return "it defers a tensor that nobody reads" if view.excite else None
-    conv = Conv.of(readers[0])
-    fits = len(readers) == 1 and conv is not None and conv.x is tensor and conv.times_read(tensor) == 1
-    return None if fits else f"{readers[0].name} reads a deferred tensor, and is no convolution with a gate"
+    reader = Conv.of(readers[0]) or Normalise.of(readers[0])
+    fits = len(readers) == 1 and reader is not None and reader.x is tensor and reader.times_read(tensor) == 1
+    return None if fits else f"{readers[0].name} reads a deferred tensor, and is no convolution or normalise with a gate"
 
 
 def gain(view: Conv, look: Look) -> str | None:
@@ -151,7 +151,7 @@ EDGE_RULES = (
     Invariant("whole edge", (Reader, Residual), whole_edge),
     Invariant("one batch norm", (Reader, Residual), one_batch_norm),
     Invariant("one tensor", (Finalize,), one_tensor),
-    Invariant("gate", (Conv,), gate),
+    Invariant("gate", (Conv, Normalise), gate),
     Invariant("deferred", (Squeeze,), deferred),
     Invariant("gain", (Conv,), gain),
     Invariant("gain given", (Residual, Conv), gain_given),

@@ -192,7 +192,9 @@ class Finalize(OfLayer, op=ops.finalize, outputs=ops.FinalizeOutputs):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Normalise(Reader, Link, op=ops.normalise, outputs=ops.NormaliseOutputs, groups=_OF_READER):
-    """Normalisation and activation in a sweep of their own."""
+    """Normalisation and activation in a sweep of their own; with a gate, of what a squeeze defers, times that."""
+
+    gate: fx.Node | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -223,12 +225,12 @@ class Squeeze(Reader, op=ops.squeeze, outputs=ops.SqueezeOutputs, groups=_OF_REA
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Residual(Fused, op=ops.residual, outputs=ops.ResidualOutputs, groups=_OF_RESIDUAL):
-    """``act(normalise(y) + shortcut)``, the shortcut being r, or r normalised."""
+    """``act(normalise(y) + shortcut)``, the shortcut being r, or r normalised; ``act(y + r)`` without vectors."""
 
     y: fx.Node
-    mean: fx.Node
-    scale: fx.Node
-    beta: fx.Node
+    mean: fx.Node | None = None
+    scale: fx.Node | None = None
+    beta: fx.Node | None = None
     r: fx.Node
     r_mean: fx.Node | None = None
     r_scale: fx.Node | None = None

@@ -6,8 +6,10 @@ is computed from it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 
 from bnrestructure.graph.channels import channels_of
@@ -17,17 +19,18 @@ from bnrestructure.graph.ir import (
     ConcatBuffer,
     Conv,
     Link,
+    Normalise,
     OwnGradient,
     Reader,
     Residual,
     Statistics,
     maker_of,
 )
-from bnrestructure.graph.layers import shape_of
+from bnrestructure.graph.layers import ConvLayer, conv_of, shape_of
 from bnrestructure.graph.order import depends_on, readers_of
 from bnrestructure.graph.view import Fused
 
-__all__ = ["MEMORY_RULES"]
+__all__ = ["MEMORY_RULES", "maker_for_one"]
 
 #: Nodes whose gradient of their input is in memory that they allocate.
 _HAND_BACK_THEIR_OWN = (Reader, Statistics, Residual, ConcatBuffer, OwnGradient, BatchNorm)
@@ -68,17 +71,37 @@ def _foreign_reader(tensor: fx.Node, look: Look) -> fx.Node | None:
 
 
 def shared_gradient(view: Residual | Conv, look: Look) -> str | None:
-    """A residual shares one gradient between the producer of y and the shortcut. Links behind the shortcut add to it after the producer has
-    read it: its backward comes first if it is computed from them.
+    """A residual shares one gradient between the producer of y and the shortcut: with a gain, and where it adds y as it is. Links behind
+    the shortcut add to it after the producer has read it: its backward comes first if it is computed from them.
     """
-    gain = view.gain if isinstance(view, Residual) else view.x_gain
-    producer = Conv.making(gain, "gain")
-    if producer is None or view.r is None or view.r_mean is not None:
+    y, gain = (view.y, view.gain) if isinstance(view, Residual) else (view.x, view.x_gain)
+    if view.r is None or view.r_mean is not None:
+        return None
+    gained = Conv.making(gain, "gain")
+    producer = None if gained is None else gained.node
+    if view.mean is None:
+        if OwnGradient.of(y) is not None:
+            return None
+        producer = maker_for_one(y)
+        if producer is None:
+            return f"whoever makes {y.name} may hand on the gradient that it shares with the shortcut"
+    if producer is None:
         return None
     for link in _links_behind(view.r):
-        if not depends_on(producer.node, link):
-            return f"{link.name} adds to a gradient that is shared with {producer.node.name}, which may not have read it yet"
+        if not depends_on(producer, link):
+            return f"{link.name} adds to a gradient that is shared with {producer.name}, which may not have read it yet"
     return None
+
+
+def maker_for_one(tensor: fx.Node) -> fx.Node | None:
+    """The node that makes a tensor for one reader, and reads the gradient of it in its own backward alone; not what hands gradients on."""
+    if len(tensor.users) != 1:
+        return None
+    conv = Conv.making(tensor, "y")
+    maker = conv if conv is not None and not conv.in_buffer else Normalise.making(tensor, "z") or Residual.making(tensor, "out")
+    if maker is not None:
+        return maker.node
+    return tensor if isinstance(conv_of(tensor), ConvLayer) or tensor.target in (operator.mul, torch.mul) else None
 
 
 def _links_behind(tensor: fx.Node) -> Iterator[fx.Node]:

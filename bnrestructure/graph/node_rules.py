@@ -128,7 +128,7 @@ def remembers(view: Fused, look: Look) -> str | None:
     takes = isinstance(view, Statistics) or (isinstance(view, Conv | Residual) and view.statistics)
     if takes != bool(known.statistics_of):
         return "it takes statistics of no site" if takes else "it remembers statistics that it does not take"
-    applies = isinstance(view, Normalise | Residual) or (isinstance(view, Reader) and view.mean is not None)
+    applies = isinstance(view, Normalise) or (isinstance(view, Reader | Residual) and view.mean is not None)
     stands_for_z = isinstance(view, Squeeze) and view.excite  # the convolution behind the gate applies it
     if applies != bool(known.normalises) and not stands_for_z:
         return "it normalises for no site" if applies else "it remembers a normalisation that it does not apply"

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bnrestructure.graph.boundaries import boundary_reason
 from bnrestructure.graph.layers import arguments_of, input_of, module_of, per_dimension
-from bnrestructure.graph.provenance import provenance
+from bnrestructure.graph.provenance import known_tensor, provenance
 
 __all__ = [
     "AveragePooling",
@@ -22,6 +22,7 @@ __all__ = [
     "add_of",
     "concat_of",
     "pooling_of",
+    "zero_added_to",
 ]
 
 
@@ -36,6 +37,19 @@ def add_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b:
         return None
     return (a, b) if all(provenance(n).changed_by is None for n in (node, a, b)) else None
+
+
+def zero_added_to(node: fx.Node) -> fx.Node | None:
+    """The tensor to which this node adds the number 0, as Python's ``sum`` begins: the result has the same values. Else None."""
+    if node.op != "call_function" or node.target not in (operator.add, torch.add) or len(node.args) != 2 or node.kwargs:
+        return None
+    numbers = [a for a in node.args if isinstance(a, int | float)]
+    if numbers != [0] or len(node.all_input_nodes) != 1:
+        return None
+    (x,) = node.all_input_nodes
+    known = known_tensor(node), known_tensor(x)
+    same = all(t is not None and t.dtype.is_floating_point for t in known) and known[0].dtype == known[1].dtype
+    return x if same and all(provenance(n).changed_by is None for n in (node, x)) else None
 
 
 def concat_of(node: fx.Node) -> list[fx.Node] | None:

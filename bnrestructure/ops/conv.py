@@ -15,7 +15,6 @@ from torch import Tensor
 from bnrestructure.core.edges import ConvGeometry, Transform, accumulation_dtype
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import ConvBackward, ConvForward
-from bnrestructure.kernels.operands import readable
 from bnrestructure.ops import library
 from bnrestructure.ops.conv_options import (
     ConvOptions,
@@ -27,6 +26,7 @@ from bnrestructure.ops.conv_options import (
     incoming_gradient,
 )
 from bnrestructure.ops.dispatch import cast_weight, compute_dtype, guard_second_derivative, in_format_of, passed_on
+from bnrestructure.ops.gate import with_gate
 from bnrestructure.ops.join import JoinConv, join_is_fusible
 from bnrestructure.ops.residual import residual
 from bnrestructure.ops.unbatched import unbatched_conv
@@ -67,11 +67,12 @@ def conv(
 ) -> ConvOutputs:
     """``y = conv(act((x - mean) * scale + beta) * gate, weight) + bias``; the transformed input never reaches memory.
 
-    x [N, C_in, *spatial] raw; of the transform mean, scale, beta are [C_in] or all None, gate is [N, C_in] or None; weight
-    [C_out, C_in / groups, *kernel]. x [C_in, *spatial], one image without a batch dimension, runs in its parts (ops/unbatched.py), and
-    not into a slot. ``statistics`` adds y's biased mean and variance. ``chain`` returns x for its next reader, whose gradient this node's
-    dgrad then accumulates into in place. ``slot`` is a place for y in a concat's buffer. With ``shortcut`` the prologue is a residual
-    join, ``z = act((x - mean) * scale + beta + shortcut)``. z is stored: ``chain`` returns it in place of x.
+    x [N, C_in, *spatial] raw; of the transform mean, scale, beta are [C_in] or all None, gate is None or a factor on z (ops/gate.py), for
+    which x is what a squeeze deferred; weight [C_out, C_in / groups, *kernel]. x [C_in, *spatial], one image without a batch dimension,
+    runs in its parts (ops/unbatched.py), and not into a slot. ``statistics`` adds y's biased mean and variance. ``chain`` returns x for its
+    next reader, whose gradient this node's dgrad then accumulates into in place. ``slot`` is a place for y in a concat's buffer. With
+    ``shortcut`` the prologue is a residual join, ``z = act((x - mean) * scale + beta + shortcut)``. z is stored: ``chain`` returns it in
+    place of x.
 
     Raises RuntimeError, in the words of PyTorch's convolution, on shapes or dtypes that do not fit.
     """
@@ -80,8 +81,10 @@ def conv(
         r_transform = Transform(r_mean, r_scale, r_beta)
         joined = residual(x, transform, r, r_transform, act=transform.act, gain=x_gain, r_gain=r_gain, backend=backend)
         x, transform, shortcut = joined.out, Transform(), None
-    mean, scale, beta, act, gate = transform
     autocast = torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+    if transform.gate is not None:
+        x, transform = with_gate(x, transform, backend, casts=autocast)
+    mean, scale, beta, act, gate = transform
     if not autocast and (x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype)):
         other, found = ("weight", weight.dtype) if x.dtype != weight.dtype or bias is None else ("bias", bias.dtype)
         raise RuntimeError(f"Input type ({x.dtype}) and {other} type ({found}) should be the same")
@@ -90,8 +93,6 @@ def conv(
         return ConvOutputs(*unbatched_conv(
             x, transform, weight, bias, geometry, wants_statistics=statistics, chain=chain, gain=gain, backend=backend
         ))  # fmt: skip
-    if gate is not None and gate.dtype != accumulation_dtype(x.dtype):
-        gate = readable(gate).to(accumulation_dtype(x.dtype))
     if torch.compiler.is_compiling() and not (chain or gain or slot is not None):
         check_shapes(x, weight, geometry)
         y, ymean, yvar = library.conv(

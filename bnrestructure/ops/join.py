@@ -19,7 +19,7 @@ from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import ConvBackward, ConvForward, JoinBackward, JoinGradients
 from bnrestructure.ops.conv_options import ConvOptions, Shortcut, backward_edge, destination, incoming_gradient
 from bnrestructure.ops.dispatch import cast_weight, compute_dtype, guard_second_derivative
-from bnrestructure.ops.residual import operand_gradients
+from bnrestructure.ops.residual import is_told_by_sum, operand_gradients
 
 __all__ = ["JoinConv", "join_is_fusible"]
 
@@ -44,9 +44,9 @@ class JoinConv(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        mean: Tensor,
-        scale: Tensor,
-        beta: Tensor,
+        mean: Tensor | None,
+        scale: Tensor | None,
+        beta: Tensor | None,
         r: Tensor,
         r_mean: Tensor | None,
         r_scale: Tensor | None,
@@ -67,7 +67,9 @@ class JoinConv(torch.autograd.Function):
         ctx.options, ctx.has_bias, ctx.written = options, bias is not None, written
         ctx.has_gain, ctx.has_r_gain = x_gain is not None, r_gain is not None
         kept = y if options.statistics else None
-        ctx.save_for_backward(x, mean, scale, beta, r, r_mean, r_scale, r_beta, z, weight, cast, kept, ymean)
+        ctx.by_sum = is_told_by_sum(join)
+        kept_x, kept_r = (None, None) if ctx.by_sum else (x, r)
+        ctx.save_for_backward(kept_x, mean, scale, beta, kept_r, r_mean, r_scale, r_beta, z, weight, cast, kept, ymean)
         ctx.set_materialize_grads(False)
         gain = torch.empty(weight.shape[0], dtype=accumulation_dtype(y.dtype), device=y.device) if options.gain else None
         if options.chain and True not in ctx.needs_input_grad[:8]:
@@ -78,6 +80,8 @@ class JoinConv(torch.autograd.Function):
     def backward(ctx: Any, dresult: Any, dmean: Any, dvar: Any, dz: Any, dgain: Any) -> Any:
         options: ConvOptions = ctx.options
         x, mean, scale, beta, r, r_mean, r_scale, r_beta, z, weight, cast, y, ymean = ctx.saved_tensors
+        if ctx.by_sum:
+            x = r = z
         needs = ctx.needs_input_grad
         join = Join(x, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), options.act)
         dy, dinto = dresult, None

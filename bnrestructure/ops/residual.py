@@ -1,4 +1,7 @@
-"""The residual join: normalise + add (+ the shortcut's normalise) + activation in one sweep, statistics where a BN follows."""
+"""The residual join: normalise + add (+ the shortcut's normalise) + activation in one sweep, statistics where a BN follows.
+
+Of a sum without a batch norm in either operand, with a ReLU or nothing behind it, backward needs the result alone: no operand is kept.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from bnrestructure.ops.dispatch import guard_second_derivative, in_format_of
 from bnrestructure.ops.statistics import statistics as compute_statistics
 from bnrestructure.ops.sweeps import normalise
 
-__all__ = ["ResidualOutputs", "operand_gradients", "residual"]
+__all__ = ["ResidualOutputs", "is_told_by_sum", "operand_gradients", "residual"]
 
 
 class ResidualOutputs(NamedTuple):
@@ -43,7 +46,8 @@ def residual(
 ) -> ResidualOutputs:
     """``out = act((y - mean) * scale + beta + shortcut)``; the shortcut is r, or r normalised with its own vectors.
 
-    The activation is the sum's: of the transforms the vectors alone are applied.
+    The activation is the sum's: of the transforms the vectors alone are applied. y without vectors is added as it is; y and r then get
+    *the same tensor* for a gradient, under the conditions below.
 
     With ``gain`` (the output of that name of y's producer) the gradient G of the sum itself is handed to y's edge, its factor s =
     scale as the gain's gradient, and *the same tensor* to r: nobody may write to it before y's producer has read it, which the pass that
@@ -68,7 +72,8 @@ def _broadcast_join(
     backend: str,
 ) -> ResidualOutputs:
     """The join of two tensors of different shapes, as PyTorch broadcasts them: in separate steps."""
-    y, _ = normalise(y, Transform(*transform[:3]), backend=backend)
+    if transform.mean is not None:
+        y, _ = normalise(y, Transform(*transform[:3]), backend=backend)
     if r_transform.mean is not None:
         r, _ = normalise(r, Transform(*r_transform[:3]), backend=backend)
     else:  # the add hands the caller's own gradient down, and the chain behind r will write to it
@@ -85,9 +90,9 @@ class _Residual(torch.autograd.Function):
     def forward(
         ctx: Any,
         y: Tensor,
-        mean: Tensor,
-        scale: Tensor,
-        beta: Tensor,
+        mean: Tensor | None,
+        scale: Tensor | None,
+        beta: Tensor | None,
         r: Tensor,
         r_mean: Tensor | None,
         r_scale: Tensor | None,
@@ -105,7 +110,9 @@ class _Residual(torch.autograd.Function):
         # Backward reads out for its statistics alone (and under an activation eager would have saved it, too): without them the caller
         # may overwrite it, as after eager's add.
         kept = out if statistics or act != "identity" else None
-        ctx.save_for_backward(y, mean, scale, beta, r, r_mean, r_scale, r_beta, kept, omean)
+        ctx.by_sum = is_told_by_sum(join)
+        kept_y, kept_r = (None, None) if ctx.by_sum else (y, r)
+        ctx.save_for_backward(kept_y, mean, scale, beta, kept_r, r_mean, r_scale, r_beta, kept, omean)
         ctx.set_materialize_grads(False)
         return out, omean, ovar
 
@@ -118,7 +125,11 @@ class _Residual(torch.autograd.Function):
         if dout is None:
             if statistics is None:
                 return (None,) * 13
-            dout = torch.zeros_like(y)
+            dout = torch.zeros_like(out)
+        if ctx.by_sum:
+            if out is None:  # a sum, and nothing more: the chains behind r will write to its gradient
+                return guard_second_derivative((dout, None, None, None, dout.clone(), *[None] * 8))
+            y = r = out
         join = Join(y, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), ctx.act)
         found = registry.run(ctx.backend, JoinBackward(dout, statistics, join, out))
         if found.g.data_ptr() == dout.data_ptr():
@@ -129,8 +140,13 @@ class _Residual(torch.autograd.Function):
         return guard_second_derivative((*operand_gradients(*operands, found), None, None, None))
 
 
+def is_told_by_sum(join: Join) -> bool:
+    """Whether backward needs no operand, for the join's result tells all: a ReLU's mask is the same at ``out + out`` as at ``y + r``."""
+    return join.ty.mean is None and join.tr.mean is None and join.act in ("identity", "relu")
+
+
 def operand_gradients(
-    left: tuple[Tensor, Tensor, bool, bool],
+    left: tuple[Tensor, Tensor | None, bool, bool],
     right: tuple[Tensor, Tensor | None, bool, bool],
     found: JoinGradients,
 ) -> tuple[Tensor | None, ...]:
@@ -140,6 +156,8 @@ def operand_gradients(
     """
     (y, scale, needs_mean, has_gain), (r, r_scale, needs_r_mean, has_r_gain) = left, right
     g, sum_g, sum_gy, sum_gr = found
+    if scale is None:
+        return in_format_of(y, g), None, None, None, in_format_of(r, g), *[None] * 5
     dy, dgain = (g, scale) if has_gain else (_scaled(g, scale), None)
     of_y = (in_format_of(y, dy), -scale * sum_g if needs_mean else None, sum_gy, sum_g)
     if r_scale is None:

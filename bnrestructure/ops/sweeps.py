@@ -21,6 +21,7 @@ from bnrestructure.kernels.calls import (
 )
 from bnrestructure.ops import library
 from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, in_format_of, passed_on
+from bnrestructure.ops.gate import with_gate
 
 __all__ = ["NormaliseOutputs", "PoolOutputs", "SqueezeOutputs", "max_pool", "normalise", "squeeze"]
 
@@ -57,29 +58,37 @@ def _gradients(ctx: Any, x: Tensor, scale: Tensor | None, found: SweepGradients)
 def normalise(
     x: Tensor, transform: Transform, *, chain: bool = False, backend: str = "auto"
 ) -> NormaliseOutputs:
-    """(``act((x - mean) * scale + beta)`` in x's dtype, x passed through when chained): one read and one write of memory."""
-    mean, scale, beta, act, _ = transform
-    if torch.compiler.is_compiling() and not chain and mean is not None and scale is not None and beta is not None:
+    """(``act((x - mean) * scale + beta) * gate`` in x's dtype, x passed through when chained): one read and one write of memory.
+
+    With a gate x is what :func:`squeeze` deferred, and gets the gradient at what the gate multiplies; the gate may have any shape that
+    PyTorch's product takes.
+    """
+    if transform.gate is not None:
+        x, transform = with_gate(x, transform, backend)
+        if transform.gate is None:
+            return NormaliseOutputs(x, None)
+    mean, scale, beta, act, gate = transform
+    if torch.compiler.is_compiling() and not chain and gate is None and mean is not None and scale is not None and beta is not None:
         return NormaliseOutputs(library.normalise(x, mean, scale, beta, act, backend), None)
-    return NormaliseOutputs(*_Normalise.apply(x, mean, scale, beta, act, chain, backend))
+    return NormaliseOutputs(*_Normalise.apply(x, mean, scale, beta, gate, act, chain, backend))
 
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, act: str, chain: bool, backend: str) -> Any:
+    def forward(ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, gate: Any, act: str, chain: bool, backend: str) -> Any:
         ctx.act, ctx.backend = act, backend
-        ctx.save_for_backward(x, mean, scale, beta)
+        ctx.save_for_backward(x, mean, scale, beta, gate)
         ctx.set_materialize_grads(False)
-        z = registry.run(backend, NormaliseForward(x, Transform(mean, scale, beta, act), x.dtype))
+        z = registry.run(backend, NormaliseForward(x, Transform(mean, scale, beta, act, gate), x.dtype))
         return z, passed_on(ctx, x) if chain else None
 
     @staticmethod
     def backward(ctx: Any, dz: Any, dpassed: Any) -> Any:
-        x, mean, scale, beta = ctx.saved_tensors
+        x, mean, scale, beta, gate = ctx.saved_tensors
         if dz is None:
-            return guard_second_derivative((dpassed, *[None] * 6))
-        found = registry.run(ctx.backend, NormaliseBackward(dz, x, Transform(mean, scale, beta, ctx.act), dpassed))
-        return guard_second_derivative((*_gradients(ctx, x, scale, found), None, None, None))
+            return guard_second_derivative((dpassed, *[None] * 7))
+        found = registry.run(ctx.backend, NormaliseBackward(dz, x, Transform(mean, scale, beta, ctx.act, gate), dpassed))
+        return guard_second_derivative((*_gradients(ctx, x, scale, found), found.gate, None, None, None))
 
 
 def max_pool(

@@ -78,7 +78,8 @@ def _site(name: str, statistics: list[fx.Node], normalises: list[fx.Node], refus
     for normalise in alone:
         z = normalise.outs().get("z")
         wanted = sorted({describe(reader) for reader in readers_of(z)}) if z is not None else []
-        reasons.append(f"its normalised tensor is kept in memory for {', '.join(wanted) or 'nobody'}")
+        what = "normalised" if normalise.gate is None else "normalised and gated"
+        reasons.append(f"its {what} tensor is kept in memory for {', '.join(wanted) or 'nobody'}")
     rides_statistics, rides_normalise = not own_sweeps, not alone and bool(readers)
     before = _BEFORE_BATCH_NORM + (0 if act == "identity" else _BEFORE_ACTIVATION)
     after = _AFTER_STATISTICS[where] + _AFTER_NORMALISE["sweep" if alone else "prologue"]

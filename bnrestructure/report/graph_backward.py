@@ -44,7 +44,7 @@ def backward_of(node: fx.Node, normalises: list[str], statistics: list[str], gro
             return _conv(view, read, made)
         case Residual():
             edge = f"dY = P + a*(y - mean) + b of {made}" if made else None
-            return _words(edge, _operands(view.act, view.gain), f"SP, SPY of {read}")  # one sweep
+            return _words(edge, _operands(view), f"SP, SPY of {read}" if read else None)  # one sweep
         case Statistics():
             return _words(None, f"a*(y - mean) + b of {made}", _adds(view))
         case ConcatBuffer():
@@ -65,13 +65,13 @@ def _conv(conv: Conv, read: str, made: str) -> Words:
         edge = "dY = s*P"
     if conv.forms_residual:  # the gradient of the residual is completed, masked and summed where it arises
         added = "the other readers' gradient added, " if conv.chain else ""
-        return _words(edge, "wgrad, dgrad", f"{added}{_operands(conv.act, conv.x_gain)}, SP, SPY of {read}")
+        return _words(edge, "wgrad, dgrad", f"{added}{_operands(conv)}{f', SP, SPY of {read}' if read else ''}")
     work = "wgrad, dgrad if the input needs one" if conv.x.op == "placeholder" else "wgrad, dgrad"
     return _words(edge, work, _mask_and_sums(conv, read))
 
 
 def _mask_and_sums(view: Fused, read: str) -> str | None:
-    if isinstance(view, Conv) and view.gate is not None:
+    if isinstance(view, Conv | Normalise) and view.gate is not None:
         return "gate's gradient"
     act = view.act if isinstance(view, Reader) else "identity"
     parts = [f"{act}' mask" if act != "identity" else None, f"SP, SPY of {read}" if read else None, _adds(view)]
@@ -82,7 +82,8 @@ def _adds(view: Fused) -> str | None:
     return "added in place to the other readers' gradient" if isinstance(view, Link) and view.chain else None
 
 
-def _operands(act: str, gain: fx.Node | None) -> str:
-    """What the operands of a residual get: one gradient G where the convolution of y applies its own s."""
-    mask = "" if act == "identity" else f"{act}' mask, "
-    return f"{mask}one G for both operands" if gain is not None else f"{mask}s*G and G"
+def _operands(view: Residual | Conv) -> str:
+    """What the operands of a residual get: one gradient G where y is added as it is, or its convolution applies its own s."""
+    gain = view.gain if isinstance(view, Residual) else view.x_gain
+    mask = "" if view.act == "identity" else f"{view.act}' mask, "
+    return f"{mask}one G for both operands" if view.mean is None or gain is not None else f"{mask}s*G and G"

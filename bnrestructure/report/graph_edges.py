@@ -10,6 +10,7 @@ from bnrestructure.graph.ir import (
     Conv,
     Finalize,
     Link,
+    Normalise,
     OwnGradient,
     Reader,
     Residual,
@@ -40,6 +41,8 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
             read = [view.x, view.r, view.gate, view.into if view.appends else None]
         case Residual():
             read = [view.y, view.r]
+        case Normalise():
+            read = [view.x, view.gate]
         case Reader() | Statistics() | ConcatBuffer():
             read = [view.x]
         case _:

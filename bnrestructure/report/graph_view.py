@@ -195,5 +195,5 @@ def _prologue(view: Fused, sites: str) -> str | None:
         parts.append("shortcut")
     if isinstance(view, Reader) and view.act != "identity":
         parts.append(view.act)
-    gated = isinstance(view, Conv) and view.gate is not None
+    gated = isinstance(view, Conv | Normalise) and view.gate is not None
     return f"{' + '.join(parts)}{' * gate' if gated else ''}".strip() or None

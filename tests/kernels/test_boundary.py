@@ -51,7 +51,7 @@ def test_a_product_of_pytorchs_is_not_asked_to_read_what_has_no_memory(name: str
 
 
 def test_a_gate_of_another_dtype_whose_storage_was_cut_is_an_error() -> None:
-    gate = torch.rand(2, 4, dtype=torch.float64)
+    gate = torch.rand(2, 4, 1, 1, dtype=torch.float64)
     gate.untyped_storage().resize_(gate.nbytes - 1)
     with pytest.raises(RuntimeError, match="reaches beyond its storage"):
         ops.conv(torch.randn(2, 4, 6, 6), Transform(gate=gate), torch.randn(5, 4, 1, 1), None, POINT, backend="cpu")

@@ -44,6 +44,11 @@ def _gated(m: Any, x: Tensor) -> Tensor:
     return m.conv2(z * m.conv(F.adaptive_avg_pool2d(z, 1)).sigmoid())
 
 
+def _gated_alone(m: Any, x: Tensor) -> Tensor:
+    z = m.bn(x)
+    return z * m.conv(z.mean((2, 3), keepdim=True)).sigmoid().expand_as(z)
+
+
 def _growing(m: Any, x: Tensor) -> Tensor:
     a = m.conv2(m.bn2(m.conv(m.bn(x))))
     b = m.conv3(m.bn3(m.wide(m.bn8(torch.cat([x, a], 1)))))
@@ -79,6 +84,7 @@ REWRITES: dict[str, dict[str, Body]] = {
         "an activation": lambda m, x: F.relu(m.bn(x)),
         "a concat": lambda m, x: m.wide(torch.cat([m.bn(x), m.bn2(x.exp())], 1)),
         "squeeze-excite": _gated,
+        "squeeze-excite that no convolution reads": _gated_alone,
         "a convolution": lambda m, x: m.conv(m.bn(x)),
         "a bare activation": lambda m, x: m.conv(F.relu(x)),
         "a max pool": lambda m, x: F.max_pool2d(m.bn(x), 2),
@@ -90,6 +96,8 @@ REWRITES: dict[str, dict[str, Body]] = {
         "a shortcut with a batch norm": lambda m, x: m.bn(m.conv(x)) + m.bn2(m.conv2(x)),
         "an activation in the readers": lambda m, x: m.conv2(F.relu(m.bn(m.conv(x)) + x)),
         "statistics of the sum": lambda m, x: m.bn2(m.bn(m.conv(x)) + x),
+        "statistics of a sum without a batch norm": lambda m, x: m.bn2(m.conv(m.bn(x)) + x),
+        "a ReLU behind a sum without a batch norm": lambda m, x: F.relu(m.conv(m.bn(x)) + x),
     },
     "chain-readers": {
         "two convolutions": _forked,

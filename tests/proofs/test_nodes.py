@@ -170,11 +170,38 @@ def test_squeeze_and_excite(act: str) -> None:
         def rewritten(x: Tensor, *rest: Tensor) -> list[Tensor | None]:
             transform = Transform(*rest[:3], act)
             pooled, z = ops.squeeze(x, transform, excite=True, backend="reference")
-            gated = transform._replace(gate=torch.sigmoid(pooled))
+            gated = transform._replace(gate=torch.sigmoid(pooled).view(*pooled.shape, 1, 1))
             found = ops.conv(z, gated, rest[3], None, SAME, statistics=True, backend="reference")
             return [found.y, found.mean, found.var, pooled]
 
         prove(s, original, rewritten, [x, *vectors, weight])
+
+
+@pytest.mark.parametrize("gate", ["a channel's", "a pixel's"])
+@pytest.mark.parametrize("act", ["silu", "identity"])
+def test_excitation_in_a_sweep(act: str, gate: str) -> None:
+    """The gated tensor in memory: where no convolution reads it alone, and where the gate is of a shape that no kernel knows."""
+    s = symbolic()
+    with s.running():
+        inputs = [s.tensor(name, IMAGES, 17, 103, 107) for name in ("x", "factor")]
+        inputs += [s.tensor(name, 17) for name in ("mean", "scale", "beta")]
+
+        def spread(pooled: Tensor, factor: Tensor) -> Tensor:
+            by_channel = torch.sigmoid(pooled).view(*pooled.shape, 1, 1)
+            return by_channel if gate == "a channel's" else by_channel * factor
+
+        def original(x: Tensor, factor: Tensor, *vectors: Tensor) -> list[Tensor]:
+            z = applied(x, *vectors, act)
+            pooled = z.mean((2, 3))
+            return [z * spread(pooled, factor), pooled, factor + 0 * z]
+
+        def rewritten(x: Tensor, factor: Tensor, *vectors: Tensor) -> list[Tensor | None]:
+            transform = Transform(*vectors, act)
+            pooled, z = ops.squeeze(x, transform, excite=True, backend="reference")
+            gated = transform._replace(gate=spread(pooled, factor))
+            return [ops.normalise(z, gated, backend="reference").z, pooled, factor + 0 * x]
+
+        prove(s, original, rewritten, inputs)
 
 
 @each_act
@@ -296,6 +323,23 @@ def join(act: str, shortcut: str, gained: bool, where: str) -> None:
             return [passed, y, mean, var]
 
         prove(s, original, rewritten, [x, r, reader, *rest])
+
+
+@pytest.mark.parametrize("act", ["identity", "relu", "silu"])
+def test_sum_without_a_batch_norm(act: str) -> None:
+    """Both operands as they are, and the statistics of the sum; of the identity and of relu backward keeps the sum alone."""
+    s = symbolic(defined=False)
+    with s.running():
+
+        def original(y: Tensor, r: Tensor) -> list[Tensor]:
+            z = activate(y + r, act)
+            var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+            return [z, mean, var]
+
+        def rewritten(y: Tensor, r: Tensor) -> list[Tensor | None]:
+            return list(ops.residual(y, Transform(), r, act=act, statistics=True, backend="reference")[:3])
+
+        prove(s, original, rewritten, [s.tensor(name, IMAGES, 17, 103, 107) for name in ("y", "r")])
 
 
 @pytest.mark.parametrize("act", ["relu", "silu"])

@@ -29,6 +29,9 @@ EXCITE = partial(nodes.test_squeeze_and_excite, "silu")
 AVERAGE = partial(nodes.average_pool, "relu")
 GLOBAL = partial(nodes.test_global_average, "relu")
 MAXIMUM = partial(nodes.test_max_pool, "relu", ((3, 3), (2, 2), (1, 1)))
+EXCITED_SWEEP = partial(nodes.test_excitation_in_a_sweep, "silu", "a pixel's")
+GATED_SWEEP = partial(nodes.test_excitation_in_a_sweep, "silu", "a channel's")
+PLAIN_SUM = partial(nodes.test_sum_without_a_batch_norm, "relu")
 JOIN = partial(nodes.join, "relu", "normalised", False, "sweep")
 JOIN_OF_ANY_VECTORS = partial(nodes.test_residual_join_of_any_vectors, "relu")
 SHARED_JOIN = partial(nodes.join, "relu", "normalised", True, "sweep")
@@ -92,6 +95,13 @@ ERRORS: list[tuple[str, str, str, Proof]] = [
     ("operand_gradients", "dr_gain = (g, r_scale)", "dr_gain = (g, scale)", SHARED_JOIN),
     ("_behind_join", "call.join, call.x", "replace(call.join, act='identity'), call.x", JOIN_IN_CONVOLUTION),
     ("JoinConv.backward", "wanted, dz, join", "wanted, None, join", JOIN_IN_CONVOLUTION),
+    ("with_gate", ") * gate", ") + gate", EXCITED_SWEEP),
+    ("_StandsForZ.forward", "beta, act)", "beta)", EXCITED_SWEEP),
+    ("_StandsForZ.backward", "return dz", "return 2 * dz", EXCITED_SWEEP),
+    ("_Normalise.backward", "found), found.gate", "found), None", GATED_SWEEP),
+    ("operand_gradients", "in_format_of(r, g), *[None] * 5", "None, *[None] * 5", PLAIN_SUM),
+    ("_Residual.backward", "y = r = out", "y = r = -out", PLAIN_SUM),
+    ("is_told_by_sum", '("identity", "relu")', '("identity", "relu", "silu")', partial(nodes.test_sum_without_a_batch_norm, "silu")),
     ("squeeze_forward", ".mean(2)", ".sum(2)", GLOBAL),
     ("squeeze_backward", "/ positions", "", GLOBAL),
     ("squeeze_backward", "g = g + dz.to(acc)", "pass", EXCITE),

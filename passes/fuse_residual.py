@@ -1,7 +1,8 @@
 """fuse-residual: normalise + add (+ the shortcut's normalise) + activation -> one sweep (ICF across residuals).
 
 ``act(normalise(y) + shortcut)`` -> one residual node; the statistics of its sum ride along where a batch norm follows. So do those of
-``act(y + shortcut)``, where neither has a batch norm.
+``act(y + shortcut)``, where neither has a batch norm. A branch that is activated before it is added, ``act(normalise(x)) + shortcut``, is
+one sweep, too.
 
 Where nothing but the residual reads a convolution's y, the residual hands its gradient back unscaled and the convolution applies the
 scale: both operands then share one gradient tensor.
@@ -11,12 +12,12 @@ from __future__ import annotations
 
 from torch import fx
 
-from bnrestructure.graph.ir import Conv, Residual, Statistics
+from bnrestructure.graph.ir import Conv, Normalise, Residual, Statistics
 from bnrestructure.graph.provenance import carry
 from bnrestructure.passes.base import Pass, Rule, erase_dead
 from bnrestructure.passes.fuse_statistics import ride_on_residual
 from bnrestructure.patterns.pairs import RESIDUAL_STATISTICS
-from bnrestructure.patterns.residual import ResidualMatch, plain_sum, residual
+from bnrestructure.patterns.residual import ActivatedBranch, ResidualMatch, activated_branch, plain_sum, residual
 
 __all__ = ["FUSE_RESIDUAL"]
 
@@ -44,6 +45,16 @@ def into_residual(match: ResidualMatch) -> None:
         _share_gradient(made, made.r, "r_gain")
 
 
+def into_normalise(match: ActivatedBranch) -> None:
+    """Let the sweep that makes the branch add the shortcut."""
+    normalise = match.normalise
+    made = Normalise.create(before=match.add, **normalise.edge, gate=normalise.gate, r=match.shortcut)
+    carry(made.node, match.add, normalise.node)
+    match.add.replace_all_uses_with(made.out("z"))
+    match.add.graph.erase_node(match.add)
+    normalise.erase_if_unread()
+
+
 def _prefixed(edge: dict[str, object]) -> dict[str, object]:
     return {"r": edge["x"]} | {f"r_{name}": edge[name] for name in ("mean", "scale", "beta")}
 
@@ -59,5 +70,10 @@ def _share_gradient(made: Residual, operand: fx.Node, gain: str) -> None:
 
 FUSE_RESIDUAL = Pass(
     "fuse-residual",
-    (Rule(residual, into_residual), Rule(plain_sum, into_residual), Rule(RESIDUAL_STATISTICS, ride_on_residual, at=Statistics)),
+    (
+        Rule(residual, into_residual),
+        Rule(plain_sum, into_residual),
+        Rule(activated_branch, into_normalise),
+        Rule(RESIDUAL_STATISTICS, ride_on_residual, at=Statistics),
+    ),
 )

@@ -36,7 +36,7 @@ class Excitation:
 def excitation(node: fx.Node) -> Excitation | None:
     """The squeeze-excite behind a normalise node."""
     normalise = Normalise.of(node)
-    z = None if normalise is None or normalise.gate is not None else normalise.outs().get("z")
+    z = normalise.outs().get("z") if normalise is not None and normalise.is_plain else None
     if normalise is None or z is None:
         return None
     readers = readers_of(z)

@@ -26,7 +26,7 @@ class LonelyBatchNorm:
 def lonely_batch_norm(node: fx.Node) -> LonelyBatchNorm | None:
     """A batch norm that fission split for nothing, found at its normalise."""
     normalise = Normalise.of(node)
-    if normalise is None or "z" not in normalise.outs():
+    if normalise is None or not normalise.is_plain or "z" not in normalise.outs():
         return None
     finalize = Finalize.making(normalise.scale, "scale")
     statistics = None if finalize is None else Statistics.making(finalize.mean, "mean")

@@ -54,9 +54,9 @@ def single_residual(tensor: fx.Node) -> Residual | None:
 
 
 def normalise_making(tensor: fx.Node) -> Normalise | None:
-    """The normalise whose result a tensor is; none whose result is gated."""
+    """The normalise whose result a tensor is; none whose result is more than that."""
     normalise = Normalise.making(tensor, "z")
-    return normalise if normalise is not None and normalise.gate is None else None
+    return normalise if normalise is not None and normalise.is_plain else None
 
 
 def plain_normalise(tensor: fx.Node) -> Normalise | None:

@@ -1,4 +1,6 @@
-"""conv-bn-add(-act): residuals with an identity shortcut or with a shortcut that has a batch norm of its own; sums without any."""
+"""conv-bn-add(-act): residuals with an identity shortcut or with a shortcut that has a batch norm of its own; sums without any; sums of
+a branch that is activated, or gated, before it is added.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from bnrestructure.graph.operations import add_of
 from bnrestructure.graph.order import readers_of
 from bnrestructure.patterns.pairs import plain_normalise
 
-__all__ = ["ResidualMatch", "plain_sum", "residual"]
+__all__ = ["ActivatedBranch", "ResidualMatch", "activated_branch", "plain_sum", "residual"]
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,31 @@ def plain_sum(node: fx.Node) -> ResidualMatch | None:
     if y is None:
         return None
     activation, activating, act = _activated(node)
-    followed = any(Statistics.of(reader) is not None for reader in node.users)
+    followed = any(Statistics.of(reader) is not None for reader in node.users) and Normalise.making(y, "z") is None
     if act != "relu" and (act != "identity" or not followed):
         return None
     shortcut = next(operand for operand in operands if operand is not y)
     return ResidualMatch(node, y, None, shortcut, None, activation, activating, act)
+
+
+@dataclass(frozen=True)
+class ActivatedBranch:
+    """``act(normalise(x)) * gate + shortcut``, nothing else reading the branch."""
+
+    add: fx.Node
+    normalise: Normalise
+    shortcut: fx.Node
+
+
+def activated_branch(node: fx.Node) -> ActivatedBranch | None:
+    """An add of a normalised tensor behind its activation or gate: Darknet's and YOLO's bottlenecks. Of two the later one is the branch."""
+    operands = add_of(node)
+    made = [(Normalise.making(operand, "z"), operand) for operand in operands or ()]
+    branches = [(n, z) for n, z in made if n is not None and n.r is None and len(z.users) == 1]
+    if operands is None or not branches:
+        return None
+    normalise, z = max(branches, key=lambda branch: branch[0].node)
+    return ActivatedBranch(node, normalise, next(operand for operand in operands if operand is not z))
 
 
 def _activated(add: fx.Node) -> tuple[fx.Node | None, list[Conv], str]:

@@ -291,6 +291,15 @@ class Writer:
             y = self.pick(made.channels, made.size)
             self.assign(f"F.relu({made.name} + {y.name})", made.channels, made.size, made, y)
 
+    def bottleneck(self) -> None:
+        """Darknet's: the branch is activated before it is added."""
+        x = self.pick()
+        act = self.rng.choice(("F.silu", "F.relu", "F.hardswish", "F.leaky_relu"))
+        normed = self.norm(self.conv(self.conv_norm_act(x), x.channels, 3))[0]
+        if normed.size == x.size:
+            order = self.rng.choice(("{0} + {1}", "{1} + {0}")).format(x.name, f"{act}({normed.name})")
+            self.assign(order, x.channels, x.size, x, normed)
+
     def plain_sum(self) -> None:
         """A pre-activation block: a convolution's result is added as it is, and what follows is a batch norm, a ReLU or both."""
         x = self.pick()
@@ -338,8 +347,8 @@ class Writer:
         self.conv_norm_act(self.vars[0], stride=self.rng.choice((1, 1, 2)))
         for _ in range(self.rng.randint(3, 8)):
             statement = self.rng.choices(
-                ("conv", "preact", "join", "concat", "dense", "aggregation", "se", "sum", "other", "down", "python"),
-                (4, 2, 4, 3, 1, 1, 2, 2, 3, 1, 4),
+                ("conv", "preact", "join", "concat", "dense", "aggregation", "se", "sum", "bottleneck", "other", "down", "python"),
+                (4, 2, 4, 3, 1, 1, 2, 2, 1, 3, 1, 4),
             )[0]
             if statement == "conv":
                 self.conv_norm_act(self.pick())
@@ -355,6 +364,8 @@ class Writer:
                 self.aggregation()
             elif statement == "se":
                 self.squeeze_excite()
+            elif statement == "bottleneck":
+                self.bottleneck()
             elif statement == "sum":
                 self.plain_sum()
             elif statement == "python":

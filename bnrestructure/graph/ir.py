@@ -192,9 +192,15 @@ class Finalize(OfLayer, op=ops.finalize, outputs=ops.FinalizeOutputs):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Normalise(Reader, Link, op=ops.normalise, outputs=ops.NormaliseOutputs, groups=_OF_READER):
-    """Normalisation and activation in a sweep of their own; with a gate, of what a squeeze defers, times that."""
+    """Normalisation and activation in a sweep of their own; with a gate, of what a squeeze defers, times that; with r, plus that."""
 
     gate: fx.Node | None = None
+    r: fx.Node | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the result is a normalised tensor, and nothing more."""
+        return self.gate is None and self.r is None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -65,9 +66,16 @@ def _foreign_reader(tensor: fx.Node, look: Look) -> fx.Node | None:
             if isinstance(view, Conv | ConcatBuffer) and view.into is read:
                 buffer = _buffer(view, look)
                 tensors += [] if buffer is None else [buffer]
-            elif not (isinstance(view, _HAND_BACK_THEIR_OWN) and (view.input is read or getattr(view, "r", None) is read)):
+            elif not (isinstance(view, _HAND_BACK_THEIR_OWN) and _has_own_gradient(view, read)):
                 return reader
     return None
+
+
+def _has_own_gradient(view: Any, read: fx.Node) -> bool:
+    """Whether such a node's gradient of this operand is its own: not that of what a normalise adds, which is its result's."""
+    if isinstance(view, Normalise) and view.r is read:
+        return False
+    return view.input is read or getattr(view, "r", None) is read
 
 
 def shared_gradient(view: Residual | Conv, look: Look) -> str | None:
@@ -97,10 +105,13 @@ def maker_for_one(tensor: fx.Node) -> fx.Node | None:
     """The node that makes a tensor for one reader, and reads the gradient of it in its own backward alone; not what hands gradients on."""
     if len(tensor.users) != 1:
         return None
-    conv = Conv.making(tensor, "y")
-    maker = conv if conv is not None and not conv.in_buffer else Normalise.making(tensor, "z") or Residual.making(tensor, "out")
-    if maker is not None:
-        return maker.node
+    conv, normalise, residual = Conv.making(tensor, "y"), Normalise.making(tensor, "z"), Residual.making(tensor, "out")
+    if conv is not None:
+        return None if conv.in_buffer else conv.node
+    if normalise is not None:
+        return normalise.node if normalise.r is None else None
+    if residual is not None:
+        return residual.node
     return tensor if isinstance(conv_of(tensor), ConvLayer) or tensor.target in (operator.mul, torch.mul) else None
 
 

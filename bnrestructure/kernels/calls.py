@@ -214,12 +214,13 @@ class SweepGradients(NamedTuple):
 
 @record
 class NormaliseForward(Call[Tensor]):
-    """``z = act((x - mean) * scale + beta) * gate`` in ``dtype``."""
+    """``z = act((x - mean) * scale + beta) * gate + r`` in ``dtype``; r, of x's shape, is in ``dtype``, too."""
 
     x: Tensor
     transform: Transform
     dtype: torch.dtype
     out: Tensor | None = None
+    r: Tensor | None = None
 
 
 @record

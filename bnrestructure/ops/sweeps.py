@@ -56,39 +56,43 @@ def _gradients(ctx: Any, x: Tensor, scale: Tensor | None, found: SweepGradients)
 
 
 def normalise(
-    x: Tensor, transform: Transform, *, chain: bool = False, backend: str = "auto"
+    x: Tensor, transform: Transform, r: Tensor | None = None, *, chain: bool = False, backend: str = "auto"
 ) -> NormaliseOutputs:
-    """(``act((x - mean) * scale + beta) * gate`` in x's dtype, x passed through when chained): one read and one write of memory.
+    """(``act((x - mean) * scale + beta) * gate + r`` in x's dtype, x passed through when chained), in one sweep over memory.
 
-    With a gate x is what :func:`squeeze` deferred, and gets the gradient at what the gate multiplies; the gate may have any shape that
-    PyTorch's product takes.
+    With a gate x is what :func:`squeeze` deferred, and gets the gradient at what the gate multiplies; the gate and r may have any shape
+    that PyTorch's product and sum take. r gets the gradient of the result, the very tensor, as from PyTorch's sum.
     """
     if transform.gate is not None:
         x, transform = with_gate(x, transform, backend)
         if transform.gate is None:
-            return NormaliseOutputs(x, None)
+            return NormaliseOutputs(x if r is None else x + r, None)
     mean, scale, beta, act, gate = transform
     if torch.compiler.is_compiling() and not chain and gate is None and mean is not None and scale is not None and beta is not None:
-        return NormaliseOutputs(library.normalise(x, mean, scale, beta, act, backend), None)
-    return NormaliseOutputs(*_Normalise.apply(x, mean, scale, beta, gate, act, chain, backend))
+        z, passed = library.normalise(x, mean, scale, beta, act, backend), None
+        return NormaliseOutputs(z if r is None else z + r, passed)
+    fits = r is not None and r.shape == x.shape and r.dtype is x.dtype
+    z, passed = _Normalise.apply(x, mean, scale, beta, gate, r if fits else None, act, chain, backend)
+    return NormaliseOutputs(z if r is None or fits else z + r, passed)
 
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, gate: Any, act: str, chain: bool, backend: str) -> Any:
+    def forward(ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, gate: Any, r: Any, act: str, chain: bool, backend: str) -> Any:
         ctx.act, ctx.backend = act, backend
         ctx.save_for_backward(x, mean, scale, beta, gate)
         ctx.set_materialize_grads(False)
-        z = registry.run(backend, NormaliseForward(x, Transform(mean, scale, beta, act, gate), x.dtype))
+        z = registry.run(backend, NormaliseForward(x, Transform(mean, scale, beta, act, gate), x.dtype, r=r))
         return z, passed_on(ctx, x) if chain else None
 
     @staticmethod
     def backward(ctx: Any, dz: Any, dpassed: Any) -> Any:
         x, mean, scale, beta, gate = ctx.saved_tensors
         if dz is None:
-            return guard_second_derivative((dpassed, *[None] * 7))
+            return guard_second_derivative((dpassed, *[None] * 8))
         found = registry.run(ctx.backend, NormaliseBackward(dz, x, Transform(mean, scale, beta, ctx.act, gate), dpassed))
-        return guard_second_derivative((*_gradients(ctx, x, scale, found), found.gate, None, None, None))
+        dr = dz if ctx.needs_input_grad[5] else None
+        return guard_second_derivative((*_gradients(ctx, x, scale, found), found.gate, dr, None, None, None))
 
 
 def max_pool(

@@ -74,7 +74,7 @@ def _site(name: str, statistics: list[fx.Node], normalises: list[fx.Node], refus
     where = "sweep" if own_sweeps else "shared" if shared else "epilogue"
     readers = [view for node in normalises if (view := fused_of(node)) is not None]
     act = getattr(readers[0], "act", "identity") if readers else "identity"
-    alone = [view for view in readers if isinstance(view, Normalise)]
+    alone = [view for view in readers if isinstance(view, Normalise) and view.r is None]
     for normalise in alone:
         z = normalise.outs().get("z")
         wanted = sorted({describe(reader) for reader in readers_of(z)}) if z is not None else []
@@ -108,13 +108,19 @@ def _pattern(statistics: list[fx.Node], shared: bool, act: str, readers: list[Fu
     else:
         start = "add" if any(Residual.of(node) is not None for node in statistics) else "any"
     ends = list(dict.fromkeys(_reader_word(reader) for reader in readers))
-    added = any(end.split("-")[0] == "add" for end in ends)  # the activation is then the residual's
+    added = any(_is_residual(reader) for reader in readers)  # the activation is then the residual's
     middle = [] if act == "identity" or added else [act.split("(")[0]]
     return "-".join([start, "bn", *middle, "|".join(ends) or "other"])
 
 
+def _is_residual(reader: Fused) -> bool:
+    return isinstance(reader, Residual) or (isinstance(reader, Conv) and reader.forms_residual)
+
+
 def _reader_word(reader: Fused) -> str:
-    if isinstance(reader, Residual) or (isinstance(reader, Conv) and reader.forms_residual):
+    if isinstance(reader, Normalise) and reader.r is not None:
+        return "add"
+    if isinstance(reader, Residual | Conv) and _is_residual(reader):
         return "add" if reader.act == "identity" else f"add-{reader.act.split('(')[0]}"
     if isinstance(reader, Conv):
         word = "depthwise" if is_depthwise(shape_of(reader.weight), reader.groups) else "conv"

@@ -42,7 +42,7 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
         case Residual():
             read = [view.y, view.r]
         case Normalise():
-            read = [view.x, view.gate]
+            read = [view.x, view.gate, view.r]
         case Reader() | Statistics() | ConcatBuffer():
             read = [view.x]
         case _:

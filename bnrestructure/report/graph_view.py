@@ -174,7 +174,7 @@ class _Builder:
         entry = self._new(node, *fused_words(view))
         entry.prologue_sites = normalised_sites(node)
         entry.epilogue_sites = list(provenance(node).statistics_of)
-        if isinstance(view, Conv | Residual) and view.r is not None:
+        if isinstance(view, Conv | Residual | Normalise) and view.r is not None:
             entry.shortcut = source_of(view.r).name
         entry.prologue = _prologue(view, shortened(entry.prologue_sites, entry.group))
         if entry.epilogue_sites:
@@ -196,4 +196,5 @@ def _prologue(view: Fused, sites: str) -> str | None:
     if isinstance(view, Reader) and view.act != "identity":
         parts.append(view.act)
     gated = isinstance(view, Conv | Normalise) and view.gate is not None
-    return f"{' + '.join(parts)}{' * gate' if gated else ''}".strip() or None
+    added = " + shortcut" if isinstance(view, Normalise) and view.r is not None else ""
+    return f"{' + '.join(parts)}{' * gate' if gated else ''}{added}".strip() or None

@@ -32,7 +32,7 @@ def fused_words(view: Fused) -> tuple[str, str]:
         case Statistics():
             return "sweep", "statistics"
         case Normalise():
-            return "sweep", "normalise"
+            return "sweep", "normalise" if view.r is None else "normalise and add"
         case ConcatBuffer():
             return "buffer", _buffer_words(view)
     return "other", "gradient in memory of its own"

@@ -124,6 +124,7 @@ def test_sweeps(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None
     check(StatisticsBackward(x, mean, a, b, values(shape, dtype, layout)))
     check(OutputGradient(dz, BackwardEdge(a, b, mean, x, mean), dtype, 0.7, True))
     check(NormaliseForward(x, t, dtype=dtype))
+    check(NormaliseForward(x, t, dtype=dtype, r=values(shape, dtype, layout)))
     check(NormaliseForward(dz, t, dtype=dtype, out=x))
     check(NormaliseBackward(dz, x, t))
     check(NormaliseBackward(dz, x, t, accumulate=values(shape, dtype, layout)))

@@ -340,6 +340,23 @@ def test_gates_and_factors(isa: str, dtype: torch.dtype, act: str, shape: tuple[
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ["identity", "relu", "silu"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sums_with_an_activated_tensor(isa: str, dtype: torch.dtype, act: str, shape: tuple[int, ...]) -> None:
+    """What is added, in any layout, is added to what would have been stored without it, before that is rounded."""
+    x, r = activation_tensor(shape, dtype, 0.3), activation_tensor(shape, dtype)
+    plain = affine_transform(x, act)
+    for t in (plain, Transform(act=act), plain._replace(gate=torch.rand(shape[:2]) + 0.2)):
+        exact = KERNELS.run(NormaliseForward(x.float(), t, torch.float32)).double()
+        for added in (r, in_layout(r, "contiguous"), x):
+            value = KERNELS.run(NormaliseForward(x, t, dtype, r=added))
+            limit = torch.finfo(dtype).eps * torch.maximum(exact.abs(), added.double().abs()) * 2
+            assert ((value.double() - (exact + added.double())).abs() <= limit).all()
+            if act != "silu":  # where the sum is small, its error is the sigmoid's
+                check(NormaliseForward(x, t, dtype, r=added))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_join_that_is_added_to(isa: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     y, r, dz, z = (activation_tensor(shape, dtype, 0.3) for _ in range(4))

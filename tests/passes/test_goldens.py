@@ -97,6 +97,7 @@ REWRITES: dict[str, dict[str, Body]] = {
         "an activation in the readers": lambda m, x: m.conv2(F.relu(m.bn(m.conv(x)) + x)),
         "statistics of the sum": lambda m, x: m.bn2(m.bn(m.conv(x)) + x),
         "statistics of a sum without a batch norm": lambda m, x: m.bn2(m.conv(m.bn(x)) + x),
+        "a branch that is activated before it is added": lambda m, x: F.silu(m.bn(m.conv(x))) + x,
         "a ReLU behind a sum without a batch norm": lambda m, x: F.relu(m.conv(m.bn(x)) + x),
     },
     "chain-readers": {

@@ -61,6 +61,12 @@ def _shortcut_with_another_reader(m: Any, x: Tensor) -> Any:
     return m.layer(1, y), m.layer(2, x) + y
 
 
+def _activated_branch(m: Any, x: Tensor) -> Any:
+    """Darknet's bottleneck, with two readers of its input before it."""
+    y = m.conv[0](x)
+    return m.layer(2, y), y + torch.relu(m.layer(1, y))
+
+
 def _graph(model: str | Callable[[Any, Tensor], Any], upto: str) -> fx.Graph:
     """The graph of a small model, or of a body, after the passes up to this one."""
     net = build(model) if isinstance(model, str) else _Net(model)
@@ -277,6 +283,27 @@ def _shared_again(graph: fx.Graph) -> fx.Node:
     return residual.update(gain=producer.update(gain=True).out("gain")).node
 
 
+def _sum_of_a_view(graph: fx.Graph) -> fx.Node:
+    residual = next(residual for residual in Residual.every(graph) if residual.mean is None)
+    with graph.inserting_before(residual.node):
+        view = graph.call_method("view_as", (residual.y, residual.r))
+    return residual.update(y=view).node
+
+
+def _shortcut_alone(graph: fx.Graph) -> fx.Node:
+    residual = next(residual for residual in Residual.every(graph) if residual.mean is None)
+    finalize = Finalize.every(graph)[0]
+    return residual.update(**{f"r_{name}": finalize.out(name) for name in ("mean", "scale", "beta")}).node
+
+
+def _link_at_a_shared_gradient(graph: fx.Graph) -> fx.Node:
+    """The other reader of what an activated branch adds becomes a link whose gradient is the sum's."""
+    (adding,) = [normalise for normalise in Normalise.every(graph) if normalise.r is not None]
+    own = OwnGradient.of(adding.r)
+    assert own is not None, "the pass has seen that the gradient is the result's"
+    return next(conv for conv in Conv.every(graph) if conv.outs().get("passed") is adding.update(r=own.x).r).node
+
+
 def _two_writers(graph: fx.Graph) -> fx.Node:
     (buffer,) = ConcatBuffer.every(graph)
     first = next(conv for conv in Conv.every(graph) if conv.appends)
@@ -345,6 +372,9 @@ CASES = [
     Case("chain", "inception", "chain-readers", _second_link, "are both links at"),
     Case("own gradient", _read_thrice, "chain-readers", _without_own_gradient, "may have handed it to others"),
     Case("shared gradient", _shortcut_with_another_reader, "chain-readers", _shared_again, "may not have read it yet"),
+    Case("shared gradient", "preact", "fuse-residual", _sum_of_a_view, "may hand on the gradient"),
+    Case("own gradient", _activated_branch, "chain-readers", _link_at_a_shared_gradient, "may have handed it to others"),
+    Case("whole edge", "preact", "fuse-residual", _shortcut_alone, "in its shortcut, and none in its branch"),
     Case("one writer", "dense", "eliminate-concat", _two_writers, "both write behind it"),
     Case("extent", "dense", "eliminate-concat", _updated(ConcatBuffer, extra=1), "of a buffer of"),
     Case("extent", "inception", "eliminate-concat", _moved, "writes over channels of"),

@@ -325,6 +325,25 @@ def join(act: str, shortcut: str, gained: bool, where: str) -> None:
         prove(s, original, rewritten, [x, r, reader, *rest])
 
 
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_sum_of_an_activated_branch(act: str, threaded: bool) -> None:
+    """``act((x - mean) * scale + beta) + r`` in one sweep; ``threaded``: x has another reader, whose gradient is added to."""
+    s = symbolic()
+    with s.running():
+        inputs = [s.tensor(name, IMAGES, 17, 103, 107) for name in ("x", "r")]
+        inputs += [s.tensor(name, 17) for name in ("mean", "scale", "beta")]
+
+        def original(x: Tensor, r: Tensor, *vectors: Tensor) -> list[Tensor]:
+            return [applied(x, *vectors, act) + r, *([x] if threaded else [])]
+
+        def rewritten(x: Tensor, r: Tensor, *vectors: Tensor) -> list[Tensor | None]:
+            z, passed = ops.normalise(x, Transform(*vectors, act), r, chain=threaded, backend="reference")
+            return [z, *([passed] if threaded else [])]
+
+        prove(s, original, rewritten, inputs)
+
+
 @pytest.mark.parametrize("act", ["identity", "relu", "silu"])
 def test_sum_without_a_batch_norm(act: str) -> None:
     """Both operands as they are, and the statistics of the sum; of the identity and of relu backward keeps the sum alone."""

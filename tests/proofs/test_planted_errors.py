@@ -31,6 +31,7 @@ GLOBAL = partial(nodes.test_global_average, "relu")
 MAXIMUM = partial(nodes.test_max_pool, "relu", ((3, 3), (2, 2), (1, 1)))
 EXCITED_SWEEP = partial(nodes.test_excitation_in_a_sweep, "silu", "a pixel's")
 GATED_SWEEP = partial(nodes.test_excitation_in_a_sweep, "silu", "a channel's")
+ACTIVATED_BRANCH = partial(nodes.test_sum_of_an_activated_branch, "silu", False)
 PLAIN_SUM = partial(nodes.test_sum_without_a_batch_norm, "relu")
 JOIN = partial(nodes.join, "relu", "normalised", False, "sweep")
 JOIN_OF_ANY_VECTORS = partial(nodes.test_residual_join_of_any_vectors, "relu")
@@ -99,6 +100,9 @@ ERRORS: list[tuple[str, str, str, Proof]] = [
     ("_StandsForZ.forward", "beta, act)", "beta)", EXCITED_SWEEP),
     ("_StandsForZ.backward", "return dz", "return 2 * dz", EXCITED_SWEEP),
     ("_Normalise.backward", "found), found.gate", "found), None", GATED_SWEEP),
+    ("_Normalise.backward", "dr = dz if", "dr = 2 * dz if", ACTIVATED_BRANCH),
+    ("_Normalise.backward", "gate), dpassed)", "gate), None)", partial(nodes.test_sum_of_an_activated_branch, "silu", True)),
+    ("normalise_forward", "+ call.r.to(exact)", "- call.r.to(exact)", ACTIVATED_BRANCH),
     ("operand_gradients", "in_format_of(r, g), *[None] * 5", "None, *[None] * 5", PLAIN_SUM),
     ("_Residual.backward", "y = r = out", "y = r = -out", PLAIN_SUM),
     ("is_told_by_sum", '("identity", "relu")', '("identity", "relu", "silu")', partial(nodes.test_sum_without_a_batch_norm, "silu")),

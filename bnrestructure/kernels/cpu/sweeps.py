@@ -134,6 +134,8 @@ def statistics_backward(call: StatisticsBackward) -> Tensor:
 def normalise_forward(call: NormaliseForward) -> Tensor:
     x, out, keep = call.x, call.out, Keep()
     a = _of_x(x, call.transform, call.dtype, keep, gated=True)
+    if call.r is not None:
+        a.r, a.r_pitch = memory.pixels(call.r, x.shape, call.dtype, keep)
     if out is not None and out.dtype is call.dtype and pitch_of(out):
         z = out
         a.z, a.z_pitch = memory.written(out, x.shape, call.dtype)

@@ -152,12 +152,12 @@ def _join_backward(call: JoinBackward) -> str | None:
 def _normalise_forward(call: NormaliseForward) -> str | None:
     dtype = call.dtype if call.out is None else call.out.dtype
     wrong = None if dtype in ELEMENT_TYPES else f"the result would be {dtype}"
-    return _activation_tensor("the input", call.x) or wrong or _of_x(call) or _fits(call.x, call.out)
+    added = None if call.r is None else _activation_tensor("what is added", call.r)
+    return _activation_tensor("the input", call.x) or wrong or added or _of_x(call) or _fits(call.x, call.out, call.r)
 
 
 def _normalise_backward(call: NormaliseBackward) -> str | None:
-    gate = None if call.transform.gate is None else "a gate is applied by convolutions only"
-    reason = _activation_tensor("the gradient", call.dz) or _activation_tensor("the input", call.x) or gate or _of_x(call)
+    reason = _activation_tensor("the gradient", call.dz) or _activation_tensor("the input", call.x) or _of_x(call)
     return reason or _fits(call.x, call.dz, call.accumulate)
 
 

@@ -24,7 +24,7 @@ def _statistics_backward(c: calls.StatisticsBackward) -> Any:
 
 
 def _normalise_forward(c: calls.NormaliseForward) -> Any:
-    return normalise_forward(c.x, c.transform, dtype=c.dtype, out=c.out)
+    return normalise_forward(c.x, c.transform, dtype=c.dtype, out=c.out, r=c.r)
 
 
 def _normalise_backward(c: calls.NormaliseBackward) -> calls.SweepGradients:

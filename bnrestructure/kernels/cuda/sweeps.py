@@ -10,7 +10,14 @@ from torch import Tensor
 from bnrestructure.core.edges import Transform
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.activation import activate, activation_constants, pre_activation
-from bnrestructure.kernels.cuda.edges import store_input_gradient
+from bnrestructure.kernels.cuda.edges import (
+    input_gradient,
+    load_raw,
+    load_vector,
+    store_gradient,
+    store_input_gradient,
+    store_sums,
+)
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import Pixels, destination, pixels, vectors
 from bnrestructure.kernels.cuda.merge import partial_sums
@@ -25,10 +32,11 @@ Sums = tuple[Tensor, Tensor | None, Tensor | None]
 
 @triton.jit(do_not_specialize=("rows", "positions"))
 def _normalise_kernel(
-    x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, z_ptr, x_pitch, z_pitch, rows, channels, positions,
+    x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, r_ptr, z_ptr, x_pitch, r_pitch, z_pitch, rows, channels, positions,
     ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     x_pitch, z_pitch, channels = in_units(x_pitch, UNIT), in_units(z_pitch, UNIT), in_units(channels, UNIT)
+    r_pitch = in_units(r_pitch, UNIT)
     tile, columns = tile_and_channels(channels, BC)
     row = (tile * BR + tl.arange(0, BR))[:, None]
     channel = columns[None, :]
@@ -38,21 +46,26 @@ def _normalise_kernel(
     z = activate(pre_activation(x, mean_ptr, scale_ptr, beta_ptr, channel, valid), ACT, SLOPE)
     if gate_ptr is not None:
         z *= tl.load(gate_ptr + row // positions * channels + channel, mask=inside, other=0.0)
+    if r_ptr is not None:
+        z += tl.load(r_ptr + offset(row, r_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
     tl.store(z_ptr + offset(row, z_pitch, WIDE) + channel, rounded(z, z_ptr.dtype.element_ty), mask=inside)
 
 
-def normalise_forward(x: Tensor, transform: Transform, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """``z = act((x - mean) * scale + beta) * gate`` in ``dtype``; written to ``out`` (any strides) when given."""
-    source = pixels(x)
+def normalise_forward(
+    x: Tensor, transform: Transform, *, dtype: torch.dtype, out: Tensor | None = None, r: Tensor | None = None
+) -> Tensor:
+    """``z = act((x - mean) * scale + beta) * gate + r`` in ``dtype``; written to ``out`` (any strides) when given."""
+    source, added = pixels(x), None if r is None else pixels(r)
     z = destination(x, dtype if out is None else out.dtype, out)
     _, channels, h, w = x.shape
     tile = tiles.sweep(channels)
+    pitches = (source.pitch, 0 if added is None else added.pitch, z.pitch)
     launch(
         _normalise_kernel, (triton.cdiv(source.rows, tile.rows) * triton.cdiv(channels, tile.channels),),
-        source.tensor, *vectors(transform.mean, transform.scale, transform.beta, transform.gate), z.tensor,
-        source.pitch, z.pitch, source.rows, channels, h * w,
-        **activation_constants(transform.act), WIDE=source.wide or z.wide,
-        UNIT=unit_of(source.pitch, z.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
+        source.tensor, *vectors(transform.mean, transform.scale, transform.beta, transform.gate),
+        None if added is None else added.tensor, z.tensor, *pitches, source.rows, channels, h * w,
+        **activation_constants(transform.act), WIDE=source.wide or z.wide or (added is not None and added.wide),
+        UNIT=unit_of(*pitches, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
     return z.tensor if out is None or z.tensor is out else out.copy_(z.tensor)
 
@@ -111,12 +124,62 @@ def _backward(
 
 def normalise_backward(
     dz: Tensor, x: Tensor, transform: Transform, *, accumulate: Tensor | None = None, factor: float = 1.0
-) -> Sums:
-    """(dx, SP, SPX) from the gradient at z, ``factor * dz``; dx is added in place to ``accumulate`` when given."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, SP, SPX, the gate's gradient) from the gradient at z, ``factor * dz``; dx is added in place to ``accumulate`` when given.
+
+    With a gate dx is the gradient at what the gate multiplies, and there are no sums.
+    """
     dx = destination(x, x.dtype, accumulate)
     in_place = accumulate is not None and dx.tensor is accumulate
-    found, sum_p, sum_px = _backward(dz, None, x, transform, dx, in_place, factor)
-    return found if accumulate is None or in_place else accumulate.add_(found), sum_p, sum_px
+    sum_p = sum_px = gate = None
+    if transform.gate is None:
+        found, sum_p, sum_px = _backward(dz, None, x, transform, dx, in_place, factor)
+    else:
+        found, gate = _gated_backward(dz, x, transform, dx, in_place, factor)
+    return found if accumulate is None or in_place else accumulate.add_(found), sum_p, sum_px, gate
+
+
+@triton.jit(do_not_specialize=("positions", "image_tiles", "row_tiles"))
+def _gated_backward_kernel(
+    x_ptr, dz_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, dx_ptr, partial_ptr,
+    dz_pitch, x_pitch, dx_pitch, positions, image_tiles, row_tiles, channels,
+    ACT: tl.constexpr, SLOPE: tl.constexpr, FACTOR: tl.constexpr, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr,
+    UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    dz_pitch, x_pitch = in_units(dz_pitch, UNIT), in_units(x_pitch, UNIT)
+    dx_pitch, channels = in_units(dx_pitch, UNIT), in_units(channels, UNIT)
+    tile, channel = tile_and_channels(channels, BC)  # of one image's pixels
+    image = tile // image_tiles
+    pixel = (tile % image_tiles) * BR + tl.arange(0, BR)
+    row_valid = pixel < positions
+    row = image * positions + pixel
+    valid = channel < channels
+    g = load_raw(dz_ptr, dz_pitch, row, channel, row_valid, valid, WIDE).to(tl.float32) * FACTOR
+    x = load_raw(x_ptr, x_pitch, row, channel, row_valid, valid, WIDE).to(tl.float32)
+    mean = load_vector(mean_ptr, channel, valid)
+    scale = load_vector(scale_ptr, channel, valid)
+    beta = load_vector(beta_ptr, channel, valid)
+    g, first, second = input_gradient(g, x, mean, scale, beta, gate_ptr, channel, row_valid, valid, image, channels, ACT, SLOPE)
+    store_sums(first, second, mean_ptr, gate_ptr, None, partial_ptr, channel, valid, tile, row_tiles, channels)
+    store_gradient(g, dx_ptr, dx_pitch, row, channel, row_valid, valid, ACCUMULATE, WIDE)
+
+
+def _gated_backward(dz: Tensor, x: Tensor, transform: Transform, dx: Pixels, add: bool, factor: float) -> tuple[Tensor, Tensor]:
+    """Writes ``dx``, or adds to it: the gradient at the gate's input; returns it, and the gate's gradient [N, C]."""
+    source, gradient = pixels(x), pixels(dz)
+    images, channels, h, w = x.shape
+    pitches = (gradient.pitch, source.pitch, dx.pitch)
+    tile = tiles.sweep(channels)
+    image_tiles = triton.cdiv(h * w, tile.rows)
+    partial = partial_sums(1, images * image_tiles, channels, x.device)
+    launch(
+        _gated_backward_kernel, (images * image_tiles * triton.cdiv(channels, tile.channels),),
+        source.tensor, gradient.tensor, *vectors(transform.mean, transform.scale, transform.beta, transform.gate), dx.tensor, partial,
+        *pitches, h * w, image_tiles, images * image_tiles, channels,
+        **activation_constants(transform.act), FACTOR=factor, ACCUMULATE=add, WIDE=source.wide or dx.wide or gradient.wide,
+        UNIT=unit_of(*pitches, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
+    )  # fmt: skip
+    return dx.tensor, partial.view(images, image_tiles, channels).sum(1)
 
 
 @triton.jit(do_not_specialize=("positions",))

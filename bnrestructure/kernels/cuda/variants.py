@@ -133,6 +133,10 @@ def _sweeps() -> None:
     z = run(NormaliseForward(x, _transform(256, "relu"), x.dtype))
     run(NormaliseBackward(z, x, _transform(256, "relu")))
     run(NormaliseBackward(z, x, _transform(256, "silu"), torch.empty_like(x)))
+    gated = _transform(256, "identity")._replace(gate=torch.empty(x.shape[:2], device="meta"))
+    run(NormaliseForward(x, gated, x.dtype))
+    run(NormaliseForward(x, _transform(256, "silu"), x.dtype, r=z))
+    run(NormaliseBackward(z, x, gated))
     for shortcut in (Transform(), own):
         join = Join(x, own, z, shortcut, "relu")
         out, *_ = run(JoinForward(join, x.dtype, True))

@@ -53,7 +53,7 @@ class _Sweep(NamedTuple):
 _SWEEPS: dict[type[Call[Any]], _Sweep] = {
     StatisticsForward: _Sweep(("x",), gives=False),
     StatisticsBackward: _Sweep(("x",), "accumulate"),
-    NormaliseForward: _Sweep(("x",), "out"),
+    NormaliseForward: _Sweep(("x", "r"), "out"),
     NormaliseBackward: _Sweep(("x", "dz"), "accumulate"),
     JoinForward: _Sweep(("join",), "out"),
     JoinBackward: _Sweep(("join", "dz", "z"), "accumulate"),

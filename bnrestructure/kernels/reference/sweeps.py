@@ -35,8 +35,12 @@ __all__ = ["RUN", "join_backward", "join_forward"]
 
 
 def normalise_forward(call: NormaliseForward) -> Tensor:
-    """``z = act((x - mean) * scale + beta) * gate``."""
-    z = apply_transform(call.x, call.transform, call.dtype)
+    """``z = act((x - mean) * scale + beta) * gate + r``."""
+    if call.r is None:
+        z = apply_transform(call.x, call.transform, call.dtype)
+    else:
+        exact = accumulation_dtype(call.x.dtype)
+        z = (apply_transform(call.x, call.transform, exact) + call.r.to(exact)).to(call.dtype)
     return z if call.out is None else call.out.copy_(z)
 
 

@@ -70,6 +70,7 @@ def _sweeps() -> Results:
     x, r = (torch.randn(2, c, 5, 7).contiguous(memory_format=torch.channels_last) for _ in range(2))
     vectors = Transform(torch.randn(c), torch.rand(c), torch.randn(c), "relu")
     plain = Transform(vectors.mean, vectors.scale, vectors.beta)
+    gated = vectors._replace(gate=torch.rand(2, c))
     a, b = torch.randn(c), torch.randn(c)
     run: Any = KERNELS.run
     join = Join(x, plain, r, plain, "relu")
@@ -82,7 +83,8 @@ def _sweeps() -> Results:
     return [
         z, pooled, out, mean, var, y, index, *running, batches,
         *run(StatisticsForward(x)), run(StatisticsBackward(x, mean, a, b, x.clone(memory_format=torch.preserve_format))),
-        *run(NormaliseBackward(r, x, vectors)), *run(SqueezeBackward(pooled, r.clone(memory_format=torch.preserve_format), x, vectors)),
+        *run(NormaliseBackward(r, x, vectors)), *run(NormaliseBackward(r, x, gated)), run(NormaliseForward(x, gated, x.dtype, r=r)),
+        *run(SqueezeBackward(pooled, r.clone(memory_format=torch.preserve_format), x, vectors)),
         *run(JoinBackward(r, (a, b, mean), join, out)),
         *run(MaxPoolBackward(y, index, x, vectors, window)),
         *run(FinalizeForward(mean, var, 70, a, b, *running, 0.1, 1e-5, batches)), *run(FinalizeBackward(a, b, b, mean)),

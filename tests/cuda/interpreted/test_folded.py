@@ -63,6 +63,7 @@ def test_sweeps(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     t = transform_of(x, "silu")
     check(StatisticsForward(x))
     check(NormaliseForward(x, t, dtype=dtype))
+    check(NormaliseForward(x, t, dtype=dtype, r=values(shape, dtype)))
     check(NormaliseBackward(dz, x, t, accumulate=values(shape, dtype)))
     if len(shape) > 2:
         check(SqueezeForward(x, t, dtype=dtype))

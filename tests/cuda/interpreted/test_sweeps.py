@@ -95,6 +95,28 @@ def test_normalise_gate_and_plain_activation() -> None:
     check(NormaliseBackward(torch.randn(x.shape), x, Transform(act="relu")))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 5, 11, 13)], ids=str)
+def test_normalise_with_a_gate_and_a_sum(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Images of more and of fewer pixels than a tile; what is added in another layout; the gradient at what the gate multiplies."""
+    x, r = activation_tensor(shape, dtype), activation_tensor(shape, dtype, "contiguous")
+    t = transform_for(x, "silu")
+    gated = t._replace(gate=torch.rand(shape[:2]) + 0.2)
+    check(NormaliseForward(x, gated, dtype))
+    check(NormaliseForward(x, gated, dtype, r=r))
+    check(NormaliseForward(x, t, dtype, r=x))
+    check(NormaliseForward(x, Transform(act="relu"), dtype, r=r))
+    dz = torch.randn(shape).to(dtype)
+    check(NormaliseBackward(dz, x, gated, factor=0.7))
+    check(NormaliseBackward(dz, x, Transform(act="hardswish", gate=gated.gate)))
+    own = activation_tensor(shape, dtype)
+    value, truth = (
+        kernels.run(NormaliseBackward(as_(dz), as_(x), to(gated), as_(own)))
+        for kernels, as_, to in ((KERNELS, torch.clone, lambda v: v), (REFERENCE, torch.Tensor.double, to_double))
+    )
+    torch.testing.assert_close(value.dx.double(), truth.dx, rtol=torch.finfo(dtype).eps * 2, atol=torch.finfo(dtype).eps * 8)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_normalise_into(layout: str) -> None:
     """``out`` is written to and returned, whatever its strides."""

@@ -77,11 +77,11 @@ struct SweepArguments {
     int64_t threads;
     int64_t activation;
     double slope;
-    const void* x;                  // what is transformed: z = act((x - mean) * scale + beta) * gate
+    const void* x;                  // what is transformed: z = act((x - mean) * scale + beta) * gate + r
     int64_t x_pitch;
     const float *mean, *scale, *beta;     // [C], all or none
     const float* gate;              // [N, C]
-    const void* r;                  // a join's other operand: z = act(tx(x) + tr(r))
+    const void* r;                  // or null; a join's other operand: z = act(tx(x) + tr(r))
     int64_t r_pitch;
     const float *r_mean, *r_scale, *r_beta;
     void* z;                        // written forward; read backward where statistics were taken of it

@@ -8,14 +8,22 @@ namespace {
 // Rows that lie in one image, where there is a gate.
 template <Act A, class T>
 BNR_FLATTEN void normalise(const SweepArguments& a, Range rows, const Affine& transform, Activation act, const float* gate) {
-    const Pixels<const T> x(a.x, a.x_pitch);
+    const Pixels<const T> x(a.x, a.x_pitch), added(a.r, a.r_pitch);
     const Pixels<T> z(a.z, a.z_pitch);
     for_each_block(rows, a.channels, [&](int64_t r, int64_t c, auto lanes, int n) {
         const auto t = transform.at(c, lanes);
         const vf factor = gate ? load(gate + c, lanes) : set1(1.0f);
-        for (int i = 0; i < n; i++) {
-            request(x, r + i, c), request(z, r + i, c);
-            store(z.at(r + i, c), activate<A>(t(load(x.at(r + i, c), lanes)), act) * factor, lanes);
+        const auto made = [&](int i) { return activate<A>(t(load(x.at(r + i, c), lanes)), act); };
+        if (added) {
+            for (int i = 0; i < n; i++) {
+                request(x, r + i, c), request(added, r + i, c), request(z, r + i, c);
+                store(z.at(r + i, c), fma(made(i), factor, load(added.at(r + i, c), lanes)), lanes);
+            }
+        } else {
+            for (int i = 0; i < n; i++) {
+                request(x, r + i, c), request(z, r + i, c);
+                store(z.at(r + i, c), made(i) * factor, lanes);
+            }
         }
     });
 }
@@ -70,7 +78,7 @@ void gate_gradient(const SweepArguments& a) {
 using namespace bnr;
 using namespace bnr::sweep;
 
-// x, its vectors, the activation and the gate to z.
+// x, its vectors, the activation, the gate and r to z.
 BNR_EXPORT void bnr_normalise_forward(const SweepArguments* a) {
     Scratch scratch;
     const int64_t threads = useful_threads(*a);

@@ -51,7 +51,9 @@ def _keep_gradient_private(match: Fork) -> None:
     if last is None:
         return
     gained = Conv.making(last.gain, "gain")
-    producer = maker_for_one(last.y) if last.mean is None else None if gained is None else gained.node
+    producer = None if gained is None else gained.node
+    if last.mean is None:
+        producer = maker_for_one(last.y)
     if producer is None:
         return
     conv = Conv.making(match.tensor, "y")

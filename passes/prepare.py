@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 from torch import fx, nn
 
+from bnrestructure.graph.activations import activation_of
 from bnrestructure.graph.boundaries import boundary_reason
 from bnrestructure.graph.inplace import functionalise
-from bnrestructure.graph.layers import ConvLayer, conv_of, module_of
+from bnrestructure.graph.layers import BatchNormLayer, ConvLayer, conv_of, module_of
 from bnrestructure.graph.operations import concat_of, zero_added_to
 from bnrestructure.graph.provenance import known_tensor, module_path, remember
 from bnrestructure.passes.base import Pass, Rule
@@ -34,6 +35,7 @@ def prepare(gm: fx.GraphModule, path_of: Callable[[fx.Node], str] = module_path)
     DROP_IDENTITIES.rewrite(gm)
     functionalise(gm.graph)
     DROP_ZEROS.rewrite(gm)
+    READ_SIZES_BEFORE.rewrite(gm)
     USE_RESHAPE.rewrite(gm)
     SHARE_RETURNED.rewrite(gm)
     calls: Counter[str] = Counter()
@@ -67,6 +69,27 @@ def zero_sum(node: fx.Node) -> fx.Node | None:
     return node if batch_norm(x) is not None or isinstance(conv_of(x), ConvLayer) else None
 
 
+def size_of_normalised(node: fx.Node) -> fx.Node | None:
+    """A size that is read of a batch norm's result, or of its activation's: no tensor has to be in memory for its size alone."""
+    tensor = node.args[0] if node.op == "call_method" and node.target in ("size", "dim", "numel") else None
+    return node if isinstance(tensor, fx.Node) and _of_its_size(tensor) is not None else None
+
+
+def read_before(node: fx.Node) -> None:
+    """Read the size of the batch norm's input."""
+    tensor = node.args[0]
+    source = _of_its_size(tensor) if isinstance(tensor, fx.Node) else None
+    assert source is not None
+    node.args = (source, *node.args[1:])
+
+
+def _of_its_size(tensor: fx.Node) -> fx.Node | None:
+    """The input of the batch norm that makes this tensor, with or without an activation."""
+    activation = activation_of(tensor)
+    layer = batch_norm(tensor if activation is None else activation.input)
+    return layer.input if isinstance(layer, BatchNormLayer) else None
+
+
 def drop(node: fx.Node) -> None:
     """Let its readers read its input."""
     (source,) = node.all_input_nodes
@@ -76,3 +99,4 @@ def drop(node: fx.Node) -> None:
 
 DROP_IDENTITIES = Pass("drop-identities", (Rule(identity, drop),))
 DROP_ZEROS = Pass("drop-zeros", (Rule(zero_sum, drop),))
+READ_SIZES_BEFORE = Pass("read-sizes-before", (Rule(size_of_normalised, read_before),))

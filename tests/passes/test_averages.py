@@ -73,3 +73,43 @@ def test_head(spelling: str) -> None:
     model = _Head(DROPPING[spelling]).double()
     assert _squeezes(model) == 1
     assert_same_training(model, torch.randn(4, 3, 9, 7, dtype=torch.float64))
+
+
+class _Sized(nn.Module):
+    """What is between reads nothing but the size of the normalised tensor."""
+
+    def __init__(self, size: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv1, self.bn, self.conv2 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(self.conv1(x), None, None, self.bn.weight, self.bn.bias, training=True)
+        return self.conv2(self.size(x))
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        lambda z: z / z.size(0),
+        lambda z: F.relu(z) * 2.0 ** -z.dim(),
+        lambda z: (lambda a: a.view(a.shape[0], a.shape[1], -1).view(a.shape))(F.relu(z)),
+        lambda z: z.new_ones(z.shape) * F.silu(z) / z.numel(),
+    ],
+    ids=["size", "dim", "shape", "numel"],
+)
+def test_sizes_are_right_wherever_they_are_read(size: Callable[[Tensor], Tensor]) -> None:
+    model = _Sized(size).double()
+    assert_same_training(model, torch.randn(4, 3, 9, 7, dtype=torch.float64))
+    assert_same_training(model, torch.randn(3, 3, 6, 8, dtype=torch.float64))
+
+
+def test_no_tensor_is_in_memory_for_its_size_alone() -> None:
+    class Net(_Sized):
+        def forward(self, x: Tensor) -> Tensor:
+            z = F.relu(F.batch_norm(self.conv1(x), None, None, self.bn.weight, self.bn.bias, training=True))
+            return self.conv2(z) / (z.shape[2] * z.shape[3])
+
+    model = Net(lambda z: z).double()
+    assert not Normalise.every(after(model, *PASSES).graph)
+    assert_same_training(model, torch.randn(4, 3, 9, 7, dtype=torch.float64))

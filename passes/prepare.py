@@ -69,25 +69,22 @@ def zero_sum(node: fx.Node) -> fx.Node | None:
     return node if batch_norm(x) is not None or isinstance(conv_of(x), ConvLayer) else None
 
 
-def size_of_normalised(node: fx.Node) -> fx.Node | None:
-    """A size that is read of a batch norm's result, or of its activation's: no tensor has to be in memory for its size alone."""
+def size_of_normalised(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(a size that is read of a batch norm's result, or of its activation's, the batch norm's input, which has the same size): no tensor
+    has to be in memory for its size alone.
+    """
     tensor = node.args[0] if node.op == "call_method" and node.target in ("size", "dim", "numel") else None
-    return node if isinstance(tensor, fx.Node) and _of_its_size(tensor) is not None else None
-
-
-def read_before(node: fx.Node) -> None:
-    """Read the size of the batch norm's input."""
-    tensor = node.args[0]
-    source = _of_its_size(tensor) if isinstance(tensor, fx.Node) else None
-    assert source is not None
-    node.args = (source, *node.args[1:])
-
-
-def _of_its_size(tensor: fx.Node) -> fx.Node | None:
-    """The input of the batch norm that makes this tensor, with or without an activation."""
+    if not isinstance(tensor, fx.Node):
+        return None
     activation = activation_of(tensor)
     layer = batch_norm(tensor if activation is None else activation.input)
-    return layer.input if isinstance(layer, BatchNormLayer) else None
+    return (node, layer.input) if isinstance(layer, BatchNormLayer) else None
+
+
+def read_before(match: tuple[fx.Node, fx.Node]) -> None:
+    """Read the size of the batch norm's input."""
+    size, source = match
+    size.args = (source, *size.args[1:])
 
 
 def drop(node: fx.Node) -> None:

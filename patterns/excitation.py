@@ -42,10 +42,10 @@ def excitation(node: fx.Node) -> Excitation | None:
     readers = readers_of(z)
     averages = [pooling for reader in readers if isinstance(pooling := pooling_of(reader), GlobalAverage)]
     average = next((a for a in averages if a.input is z and is_average_of(normalise, a)), None)
-    product = next((reader for reader in readers if _factor_of(reader, z) is not None), None)
-    factor = None if product is None else _factor_of(product, z)
-    if average is None or product is None or factor is None or not average.node < product:
+    products = [(reader, factor) for reader in readers if (factor := _factor_of(reader, z)) is not None]
+    if average is None or not products or not average.node < products[0][0]:
         return None
+    product, factor = products[0]
     gate = _expanded_like(factor, z)
     expanded = None if gate is None else factor
     if set(readers) != {average.node, product} | ({expanded} if expanded is not None else set()):

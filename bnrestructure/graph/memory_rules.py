@@ -105,14 +105,12 @@ def maker_for_one(tensor: fx.Node) -> fx.Node | None:
     """The node that makes a tensor for one reader, and reads the gradient of it in its own backward alone; not what hands gradients on."""
     if len(tensor.users) != 1:
         return None
-    conv, normalise, residual = Conv.making(tensor, "y"), Normalise.making(tensor, "z"), Residual.making(tensor, "out")
-    if conv is not None:
-        return None if conv.in_buffer else conv.node
-    if normalise is not None:
-        return normalise.node if normalise.r is None else None
-    if residual is not None:
-        return residual.node
-    return tensor if isinstance(conv_of(tensor), ConvLayer) or tensor.target in (operator.mul, torch.mul) else None
+    match maker_of(tensor):
+        case (Conv(in_buffer=False) | Normalise(r=None) | Residual()) as maker, "y" | "z" | "out":
+            return maker.node
+        case None, _:
+            return tensor if isinstance(conv_of(tensor), ConvLayer) or tensor.target in (operator.mul, torch.mul) else None
+    return None
 
 
 def _links_behind(tensor: fx.Node) -> Iterator[fx.Node]:

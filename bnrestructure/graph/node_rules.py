@@ -129,7 +129,7 @@ def remembers(view: Fused, look: Look) -> str | None:
     if takes != bool(known.statistics_of):
         return "it takes statistics of no site" if takes else "it remembers statistics that it does not take"
     applies = isinstance(view, Normalise) or (isinstance(view, Reader | Residual) and view.mean is not None)
-    stands_for_z = isinstance(view, Squeeze) and view.excite  # the convolution behind the gate applies it
+    stands_for_z = isinstance(view, Squeeze) and view.excite  # the node with the gate applies it
     if applies != bool(known.normalises) and not stands_for_z:
         return "it normalises for no site" if applies else "it remembers a normalisation that it does not apply"
     return None

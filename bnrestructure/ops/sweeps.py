@@ -27,7 +27,10 @@ __all__ = ["NormaliseOutputs", "PoolOutputs", "SqueezeOutputs", "max_pool", "nor
 
 
 class NormaliseOutputs(NamedTuple):
-    """z, the normalised and activated x, in x's shape and dtype; passed is x for its next reader when chained."""
+    """z, the normalised and activated x, gated and added to where that is asked for; passed is x for its next reader when chained.
+
+    z has x's shape and dtype, or those of PyTorch's product and sum where the gate or what is added has others.
+    """
 
     z: Tensor
     passed: Tensor | None
@@ -41,7 +44,7 @@ class PoolOutputs(NamedTuple):
 
 
 class SqueezeOutputs(NamedTuple):
-    """pooled [N, C], the mean of z over the spatial positions; deferred is x standing for z, for a convolution with a gate."""
+    """pooled [N, C], the mean of z over the spatial positions; deferred is x standing for z, for a reader with a gate."""
 
     pooled: Tensor
     deferred: Tensor | None

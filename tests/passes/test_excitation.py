@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from pass_tools import after
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import bnrestructure
 from bnrestructure.graph.ir import Normalise, Squeeze
 from bnrestructure.passes.pipeline import PASSES
 
@@ -77,10 +79,6 @@ def test_the_normalised_tensor_is_not_kept(spelling: str, reader: str) -> None:
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_on_the_cpu_kernels(spelling: str, dtype: torch.dtype) -> None:
     """Where kernels answer: the product is one sweep's, and right to the dtype's precision."""
-    import copy
-
-    import bnrestructure
-
     model = _Block(SPELLINGS[spelling], READERS["a residual"], channels=24).to(dtype).train()
     x = torch.randn(4, 24, 17, 13, dtype=dtype)
     exact, rewritten = copy.deepcopy(model).double(), bnrestructure.restructure(copy.deepcopy(model), backend="cpu")
@@ -118,10 +116,6 @@ def test_gates_of_any_shape(gate: str, reader: str) -> None:
 
 def test_a_wider_gate_widens_the_product() -> None:
     """As eager's product of float32 and float64: what reads it is of that dtype, too."""
-    import copy
-
-    import bnrestructure
-
     model = _Block(lambda m, z: z * m.pool(z).double().sigmoid(), READERS["the caller"]).train()
     x = torch.randn(4, 8, 9, 7)
     plain = model(x)

@@ -129,7 +129,7 @@ def parameter(v: Tensor | None, channels: int, keep: Keep | None) -> tuple[int, 
 def join(j: Join, shape: tuple[int, ...], dtype: torch.dtype, keep: Keep) -> JoinArguments:
     """A residual join whose sum has this shape and dtype."""
     if j.ty.gate is not None or j.tr.gate is not None:
-        raise UnsupportedCallError("a gate is applied by convolutions only")
+        raise UnsupportedCallError("a gate is applied by convolutions and by the normalise alone")
     a = JoinArguments()
     a.y, a.y_pitch = pixels(j.y, shape, dtype, keep)
     a.r, a.r_pitch = pixels(j.r, shape, dtype, keep)

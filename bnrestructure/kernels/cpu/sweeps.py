@@ -307,7 +307,7 @@ RUN: dict[type[Call[Any]], Any] = {
     OutputGradient: output_gradient,
 }
 
-_GATE = "a gate is applied by convolutions only"
+_GATE = "a gate is applied by convolutions and by the normalise alone"
 
 
 def unsupported(call: Call[Any]) -> str | None:

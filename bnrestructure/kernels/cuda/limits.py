@@ -202,7 +202,7 @@ def _finalize(of: Tensor, parameters: tuple[Tensor | None, ...]) -> str | None:
 
 def _squeeze_forward(call: SqueezeForward) -> str | None:
     wrong = None if call.dtype in ELEMENT_TYPES else f"the result would be {call.dtype}"
-    gate = None if call.transform.gate is None else "a gate is applied by convolutions only"
+    gate = None if call.transform.gate is None else "a gate is applied by convolutions and by the normalise alone"
     return _activation_tensor("the input", call.x) or wrong or gate or _of_x(call)
 
 

@@ -7,6 +7,8 @@ fused nodes hang on the chain where they stand, behind an own gradient.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from bnrestructure.graph.ir import ConcatBuffer, Conv, Link, OwnGradient, Residual, end_of, fused_of
@@ -21,7 +23,7 @@ __all__ = ["CHAIN_READERS", "chain_readers"]
 
 def chain_readers(match: Fork, *, own: bool = False) -> None:
     """Make a chain of a tensor's readers. ``own``: its gradient must arrive in memory that its producer may write to."""
-    _keep_gradient_private(match)
+    match = _with_private_gradient(match)
     chain = [*match.links, *([] if match.last is None else [match.last])]
     readers = sorted([*chain, *match.others])
     current, accumulated = match.tensor, own
@@ -42,30 +44,32 @@ def _own(tensor: fx.Node) -> fx.Node:
     return made.node
 
 
-def _keep_gradient_private(match: Fork) -> None:
-    """A residual that shares its gradient with the producer of y must not, unless every link's backward comes after that producer's.
+def _with_private_gradient(match: Fork) -> Fork:
+    """The fork, in which no link adds to a gradient that somebody else has yet to read.
 
-    The links write into the gradient; y's producer reads it. It has read it before if it depends on the links.
+    A residual at the end hands the producer of y the very gradient that the links write to. The producer has read it before if it is
+    computed from all of them. Otherwise a residual with a gain hands out two; one that adds y as it is ends no chain, but hangs on it like
+    a reader that is no fused node.
     """
     last = Residual.of(match.last)
     if last is None:
-        return
+        return match
     gained = Conv.making(last.gain, "gain")
     producer = None if gained is None else gained.node
     if last.mean is None:
         producer = maker_for_one(last.y)
     if producer is None:
-        return
+        return match
     conv = Conv.making(match.tensor, "y")
     written_below = ConcatBuffer.of(match.tensor) is not None or (conv is not None and conv.in_buffer)
     if not written_below and all(depends_on(producer, link) for link in match.links):
-        return
+        return match
     if gained is None:
-        last.update(y=_own(last.y))
-    else:
-        last.update(gain=None)
-        gained.update(gain=False)
-        gained.node.graph.erase_node(gained.out("gain"))
+        return replace(match, last=None, others=[*match.others, last.node])
+    last.update(gain=None)
+    gained.update(gain=False)
+    gained.node.graph.erase_node(gained.out("gain"))
+    return match
 
 
 CHAIN_READERS = Pass("chain-readers", (Rule(fork, chain_readers),))

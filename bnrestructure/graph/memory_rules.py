@@ -88,8 +88,6 @@ def shared_gradient(view: Residual | Conv, look: Look) -> str | None:
     gained = Conv.making(gain, "gain")
     producer = None if gained is None else gained.node
     if view.mean is None:
-        if OwnGradient.of(y) is not None:
-            return None
         producer = maker_for_one(y)
         if producer is None:
             return f"whoever makes {y.name} may hand on the gradient that it shares with the shortcut"

@@ -70,7 +70,7 @@ PATTERNS = (
     Fault("boundary_reason", "if parametrize.is_parametrized(module):", "if False:", "tests/passes/test_must_not_fire.py"),
     Fault("has_hooks", "", "return False", "tests/test_semantics_changes.py"),
     Fault("_grown", "for part in parts[1:]:", "for part in reversed(parts[1:]):", "proofs:test_passes.py"),
-    Fault("_keep_gradient_private", "", "return None", "tests/test_semantics_joins.py"),
+    Fault("_with_private_gradient", "", "return match", "tests/test_semantics_joins.py"),
     Fault("with_gate", "if by_channel and (", "if (", "tests/passes/test_excitation.py"),
     Fault("_expanded_like", "len(factor.users) != 1 or ", "", "tests/passes/test_excitation.py"),
     Fault("maker_for_one", "if len(tensor.users) != 1:", "if False:", "tests/passes/test_plain_sums.py"),

@@ -78,17 +78,32 @@ def test_others_are_left(body: str) -> None:
     assert_same_training(model, torch.randn(4, 3, 9, 7, dtype=torch.float64))
 
 
-def test_a_gradient_that_links_write_to_is_copied_for_the_other_operand() -> None:
-    """The producer of y is no part of the links' past: its backward may come after theirs, which write to the gradient."""
+def _made_late(m: _Net, x: Tensor, y: Tensor) -> Tensor:
+    read = m.bn3(m.conv2(y))
+    return torch.stack([m.bn2(m.conv3(x.detach().tanh()) + y), read])
 
-    def body(m: _Net, x: Tensor, y: Tensor) -> Tensor:
-        read = m.bn3(m.conv2(y))
-        return torch.stack([m.bn2(m.conv3(x.detach().tanh()) + y), read])
 
+def _made_early(m: _Net, x: Tensor, y: Tensor) -> Tensor:
+    """The branch is computed before the links, so that autograd comes to it after them."""
+    branch = m.conv3(x.tanh())
+    read = m.bn3(m.conv2(y))
+    return torch.stack([m.bn2(branch + y), read])
+
+
+def _activated(m: _Net, x: Tensor, y: Tensor) -> Tensor:
+    z = F.relu(m.bn2(y))
+    shortcut = m.conv2(z)
+    read = m.bn3(m.conv3(shortcut))
+    return torch.stack([F.relu(shortcut + z), read])
+
+
+@pytest.mark.parametrize("body", [_made_late, _made_early, _activated])
+def test_links_write_to_no_gradient_that_the_other_operand_has_yet_to_read(body: Callable[[_Net, Tensor, Tensor], Tensor]) -> None:
+    """The producer of y is no part of the links' past: its backward may come after theirs, which write to the shortcut's gradient."""
     model = _Net(body).double()
     graph = after(model, *PASSES).graph
     (plain,) = [residual for residual in Residual.every(graph) if residual.mean is None]
-    assert OwnGradient.of(plain.y) is not None
+    assert OwnGradient.of(plain.r) is not None
     assert_same_training(model, torch.randn(4, 3, 9, 7, dtype=torch.float64))
 
 

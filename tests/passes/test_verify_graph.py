@@ -61,6 +61,12 @@ def _shortcut_with_another_reader(m: Any, x: Tensor) -> Any:
     return m.layer(1, y), m.layer(2, x) + y
 
 
+def _plain_shortcut_with_another_reader(m: Any, x: Tensor) -> Any:
+    """A sum without a batch norm before it, whose branch is not computed from the other reader of its shortcut."""
+    y = m.conv[0](x)
+    return m.layer(1, y), m.bn[2](m.conv[2](x) + y)
+
+
 def _activated_branch(m: Any, x: Tensor) -> Any:
     """Darknet's bottleneck, with two readers of its input before it."""
     y = m.conv[0](x)
@@ -290,6 +296,15 @@ def _sum_of_a_view(graph: fx.Graph) -> fx.Node:
     return residual.update(y=view).node
 
 
+def _copied_too_late(graph: fx.Graph) -> fx.Node:
+    """A copy of the gradient for y is made when autograd comes to it: the links behind the shortcut may have been there before."""
+    (residual,) = [residual for residual in Residual.every(graph) if residual.mean is None]
+    shortcut = OwnGradient.of(residual.r)
+    assert shortcut is not None, "the pass has seen that the gradient cannot be shared"
+    made = OwnGradient.create(after=residual.y, x=residual.y)
+    return residual.update(y=made.node, r=shortcut.x).node
+
+
 def _shortcut_alone(graph: fx.Graph) -> fx.Node:
     residual = next(residual for residual in Residual.every(graph) if residual.mean is None)
     finalize = Finalize.every(graph)[0]
@@ -372,6 +387,7 @@ CASES = [
     Case("chain", "inception", "chain-readers", _second_link, "are both links at"),
     Case("own gradient", _read_thrice, "chain-readers", _without_own_gradient, "may have handed it to others"),
     Case("shared gradient", _shortcut_with_another_reader, "chain-readers", _shared_again, "may not have read it yet"),
+    Case("shared gradient", _plain_shortcut_with_another_reader, "chain-readers", _copied_too_late, "may hand on the gradient"),
     Case("shared gradient", "preact", "fuse-residual", _sum_of_a_view, "may hand on the gradient"),
     Case("own gradient", _activated_branch, "chain-readers", _link_at_a_shared_gradient, "may have handed it to others"),
     Case("whole edge", "preact", "fuse-residual", _shortcut_alone, "in its shortcut, and none in its branch"),

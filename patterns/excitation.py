@@ -12,7 +12,7 @@ from bnrestructure.graph.ir import Conv, Normalise
 from bnrestructure.graph.layers import ConvLayer
 from bnrestructure.graph.operations import GlobalAverage, pooling_of
 from bnrestructure.graph.order import readers_of
-from bnrestructure.graph.provenance import provenance
+from bnrestructure.graph.provenance import known_tensor, provenance
 from bnrestructure.patterns.pairs import bare_conv, is_average_of
 
 __all__ = ["Excitation", "excitation"]
@@ -46,13 +46,15 @@ def excitation(node: fx.Node) -> Excitation | None:
     if average is None or not products or not average.node < products[0][0]:
         return None
     product, factor = products[0]
-    gate = _expanded_like(factor, z)
-    expanded = None if gate is None else factor
+    expands = _expanded_like(factor, z)
+    gate, expanded = (factor, None) if expands is None else (expands, factor)
+    if not _is_by_channel(gate, product, average.node):
+        return None
     if set(readers) != {average.node, product} | ({expanded} if expanded is not None else set()):
         return None
     conv = bare_conv(next(iter(product.users))) if len(product.users) == 1 else None
     conv = conv if conv is not None and conv.input is product else None
-    return Excitation(normalise, average, product, factor if gate is None else gate, expanded, conv)
+    return Excitation(normalise, average, product, gate, expanded, conv)
 
 
 def _factor_of(node: fx.Node, z: fx.Node) -> fx.Node | None:
@@ -63,6 +65,17 @@ def _factor_of(node: fx.Node, z: fx.Node) -> fx.Node | None:
     a, b = node.args
     other = b if a is z else a if b is z else None
     return other if isinstance(other, fx.Node) and other is not z else None
+
+
+def _is_by_channel(gate: fx.Node, product: fx.Node, average: fx.Node) -> bool:
+    """Whether the gate is one number for each channel of each image that leaves the dtype as it is, as far as capture knows. Where another
+    call is another case, ops/gate.py multiplies as PyTorch does.
+    """
+    factor, made, averaged = (known_tensor(node) for node in (gate, product, average))
+    if factor is None or made is None or averaged is None:
+        return True
+    by_channel = tuple(factor.shape) == (*made.shape[:2], *[1] * (len(made.shape) - 2))
+    return by_channel and made.dtype == averaged.dtype
 
 
 def _expanded_like(factor: fx.Node, z: fx.Node) -> fx.Node | None:

@@ -13,6 +13,7 @@ from bnrestructure.graph.ir import Conv, Normalise, Statistics
 from bnrestructure.graph.memory_rules import maker_for_one
 from bnrestructure.graph.operations import add_of
 from bnrestructure.graph.order import readers_of
+from bnrestructure.graph.provenance import known_tensor
 from bnrestructure.patterns.pairs import plain_normalise
 
 __all__ = ["ActivatedBranch", "ResidualMatch", "activated_branch", "plain_sum", "residual"]
@@ -66,7 +67,7 @@ def plain_sum(node: fx.Node) -> ResidualMatch | None:
     if act != "relu" and (act != "identity" or not followed):
         return None
     shortcut = next(operand for operand in operands if operand is not y)
-    return ResidualMatch(node, y, None, shortcut, None, activation, activating, act)
+    return ResidualMatch(node, y, None, shortcut, None, activation, activating, act) if _is_like(shortcut, node) else None
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,14 @@ def activated_branch(node: fx.Node) -> ActivatedBranch | None:
     if operands is None or not branches:
         return None
     normalise, z = max(branches, key=lambda branch: branch[0].node)
-    return ActivatedBranch(node, normalise, next(operand for operand in operands if operand is not z))
+    shortcut = next(operand for operand in operands if operand is not z)
+    return ActivatedBranch(node, normalise, shortcut) if _is_like(shortcut, node) else None
+
+
+def _is_like(shortcut: fx.Node, add: fx.Node) -> bool:
+    """Whether an operand has the sum's shape and dtype, as far as capture knows: what broadcasts is added in a step of its own."""
+    operand, made = known_tensor(shortcut), known_tensor(add)
+    return operand is None or made is None or (tuple(operand.shape), operand.dtype) == (tuple(made.shape), made.dtype)
 
 
 def _activated(add: fx.Node) -> tuple[fx.Node | None, list[Conv], str]:

@@ -46,7 +46,7 @@ BODIES: dict[str, tuple[Callable[[_Net, Tensor, Tensor], Tensor], int]] = {
     "a batch norm behind": (lambda m, x, y: m.conv3(m.bn2(F.silu(y) + x)), 1),
     "a gate": (lambda m, x, y: m.conv3(_gated(m, F.silu(y)) + x), 1),
     "a gate on a linear branch": (lambda m, x, y: m.conv3(x + _gated(m, y)), 1),
-    "a shortcut that broadcasts": (lambda m, x, y: m.conv2(F.silu(y) + m.scale), 1),
+    "a shortcut that broadcasts": (lambda m, x, y: m.conv2(F.silu(y) + m.scale), 0),
     "the result handed to the caller": (lambda m, x, y: F.silu(y) + x, 1),
     "the input of the batch norm": (lambda m, x, y: (lambda c: m.conv3(F.silu(m.bn2(c)) + c))(m.conv2(x)), 1),
     "a branch that others read, and the stem": (lambda m, x, y: (lambda z: m.conv2(z + x) + z)(F.silu(y)), 1),

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnrestructure
+from bnrestructure import ops
+from bnrestructure.core.edges import ConvGeometry, Transform
 from bnrestructure.graph.ir import Normalise, Squeeze
 from bnrestructure.passes.pipeline import PASSES
 
@@ -93,7 +95,7 @@ def test_on_the_cpu_kernels(spelling: str, dtype: torch.dtype) -> None:
         assert error <= max(3 * own, 2e-6 if dtype is torch.float32 else 2e-2)
 
 
-#: Gates that are not one number a channel of each image, made of the average: PyTorch multiplies by them.
+#: Gates made of the average that are no numbers in its dtype, or not one a channel of each image.
 ODD: dict[str, Callable[[_Block, Tensor, Tensor], Tensor]] = {
     "one number an image": lambda m, z, a: torch.sigmoid(m.single(a)),
     "one number": lambda m, z, a: a.mean(),
@@ -109,9 +111,44 @@ ODD: dict[str, Callable[[_Block, Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("reader", ["a residual", "a convolution"])
 @pytest.mark.parametrize("gate", ODD)
 def test_gates_of_any_shape(gate: str, reader: str) -> None:
+    """The plan says "fused" of those alone that kernels apply."""
     model = _Block(lambda m, z: z * ODD[gate](m, z, m.pool(z)), READERS[reader]).double()
-    assert Squeeze.every(after(model, *PASSES).graph)
-    assert_same_training(model, torch.randn(4, 8, 9, 7, dtype=torch.float64))
+    excites = any(squeeze.excite for squeeze in Squeeze.every(after(model, *PASSES).graph))
+    assert excites == (gate in ("another dtype", "truth", "whole numbers"))
+    x = torch.randn(4, 8, 9, 7, dtype=torch.float64)
+    assert_same_training(model, x)
+    (site,) = [site for site in bnrestructure.explain(model, x).sites if site.name == "bn2"]
+    assert site.status == ("fused" if excites and reader == "a convolution" else "partial")
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 1, 1), (4, 1, 1, 1), (1, 8, 1, 1), (), (4, 8, 9, 7), (9, 1)], ids=str)
+@pytest.mark.parametrize("reader", ["normalise", "conv"])
+def test_the_nodes_take_a_gate_of_any_shape(reader: str, shape: tuple[int, ...]) -> None:
+    """A captured graph may meet another gate than the one that it was captured with."""
+    x, gate = torch.randn(4, 8, 9, 7, dtype=torch.float64), torch.rand(shape, dtype=torch.float64)
+    mean, scale, beta = torch.randn(3, 8, dtype=torch.float64).unbind()
+    weight = torch.randn(5, 8, 1, 1, dtype=torch.float64)
+
+    def plain(x: Tensor, gate: Tensor) -> Tensor:
+        z = F.silu((x - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + beta.view(-1, 1, 1))
+        product = z * (gate * z.mean((2, 3), keepdim=True).sigmoid().mean())
+        return product if reader == "normalise" else F.conv2d(product, weight)
+
+    def fused(x: Tensor, gate: Tensor) -> Tensor:
+        transform = Transform(mean, scale, beta, "silu")
+        pooled, z = ops.squeeze(x, transform, excite=True, backend="reference")
+        transform = transform._replace(gate=gate * pooled.sigmoid().mean())
+        if reader == "normalise":
+            return ops.normalise(z, transform, backend="reference").z
+        return ops.conv(z, transform, weight, None, ConvGeometry((1, 1), (0, 0), (1, 1), 1), backend="reference").y
+
+    found = []
+    for function in (plain, fused):
+        inputs = [x.clone().requires_grad_(), gate.clone().requires_grad_()]
+        y = function(*inputs)
+        found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for expected, value in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_wider_gate_widens_the_product() -> None:

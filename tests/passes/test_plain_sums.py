@@ -49,7 +49,6 @@ FUSED: dict[str, Callable[[_Net, Tensor, Tensor], Tensor]] = {
     "two convolutions": lambda m, x, y: m.conv3(m.bn2(m.conv2(x.tanh()) + y)),
     "a product": lambda m, x, y: m.conv2(m.bn2(x + m.scale * y.sigmoid())),
     "a sum of sums": lambda m, x, y: m.conv2(m.bn2(F.relu(m.bn3(y) + x) + x)),
-    "one that broadcasts": lambda m, x, y: m.conv2(m.bn2(y + m.scale)),
 }
 #: Those that are left: nothing rides on them, or others get the gradient too.
 LEFT: dict[str, Callable[[_Net, Tensor, Tensor], Tensor]] = {
@@ -58,6 +57,7 @@ LEFT: dict[str, Callable[[_Net, Tensor, Tensor], Tensor]] = {
     "read by others": lambda m, x, y: m.conv2(m.bn2(x.tanh() + y)) + y,
     "a view": lambda m, x, y: m.conv2(m.bn2(x.tanh() + y.flatten(2).view_as(x))),
     "itself": lambda m, x, y: m.conv2(m.bn2(y + y)),
+    "one that broadcasts": lambda m, x, y: m.conv2(m.bn2(y + m.scale)),
 }
 
 

@@ -106,6 +106,8 @@ def maker_for_one(tensor: fx.Node) -> fx.Node | None:
     match maker_of(tensor):
         case (Conv(in_buffer=False) | Normalise(r=None) | Residual()) as maker, "y" | "z" | "out":
             return maker.node
+        case BatchNorm() as maker, None:
+            return maker.node
         case None, _:
             return tensor if isinstance(conv_of(tensor), ConvLayer) or tensor.target in (operator.mul, torch.mul) else None
     return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnrestructure
-from bnrestructure.graph.ir import OwnGradient, Residual, Statistics
+from bnrestructure.graph.ir import BatchNorm, OwnGradient, Residual, Statistics
 from bnrestructure.passes.pipeline import PASSES
 
 
@@ -104,6 +104,14 @@ def test_links_write_to_no_gradient_that_the_other_operand_has_yet_to_read(body:
     graph = after(model, *PASSES).graph
     (plain,) = [residual for residual in Residual.every(graph) if residual.mean is None]
     assert OwnGradient.of(plain.r) is not None
+    assert_same_training(model, torch.randn(4, 3, 9, 7, dtype=torch.float64))
+
+
+def test_a_batch_norm_left_whole_hands_its_gradient_to_nobody() -> None:
+    """select-kernels puts its halves together, of which none rides on anything; the sum behind it stays one."""
+    model = _Net(lambda m, x, y: m.conv2(m.bn2(F.relu(x + F.gelu(m.bn3(x.tanh())))))).double()
+    graph = after(model, *PASSES).graph
+    assert [BatchNorm.of(residual.y) is not None for residual in Residual.every(graph)] == [True]
     assert_same_training(model, torch.randn(4, 3, 9, 7, dtype=torch.float64))
 
 

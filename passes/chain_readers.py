@@ -11,14 +11,15 @@ from dataclasses import replace
 
 from torch import fx
 
-from bnrestructure.graph.ir import ConcatBuffer, Conv, Link, OwnGradient, Residual, end_of, fused_of
+from bnrestructure.graph.chains import passed_on_by
+from bnrestructure.graph.ir import ConcatBuffer, Conv, Link, OwnGradient, Residual, buffer_writer, end_of, fused_of
 from bnrestructure.graph.memory_rules import maker_for_one
 from bnrestructure.graph.order import depends_on
 from bnrestructure.graph.provenance import locate
 from bnrestructure.passes.base import Pass, Rule
 from bnrestructure.patterns.fork import Fork, fork
 
-__all__ = ["CHAIN_READERS", "chain_readers"]
+__all__ = ["CHAIN_READERS", "chain_readers", "unchain"]
 
 
 def chain_readers(match: Fork, *, own: bool = False) -> None:
@@ -33,8 +34,23 @@ def chain_readers(match: Fork, *, own: bool = False) -> None:
         if current is not match.tensor:
             reader.replace_input_with(match.tensor, current)
         link = fused_of(reader)
+        if accumulated and (copy := ConcatBuffer.of(reader)) is not None and copy.x is current and OwnGradient.of(current) is None:
+            copy.update(own=True)
         if reader in match.links and reader is not readers[-1] and isinstance(link, Link):
             current, accumulated = link.update(chain=True).out("passed"), True
+
+
+def unchain(tensor: fx.Node) -> None:
+    """Let every reader of a tensor read the tensor itself: what :func:`chain_readers` did, undone."""
+    while True:
+        passed = [(reader, again) for reader in tensor.users if (again := passed_on_by(reader, tensor)) is not None]
+        if not passed:
+            return
+        for reader, again in passed:
+            again.replace_all_uses_with(tensor)
+            tensor.graph.erase_node(again)
+            if again is not reader and isinstance(link := fused_of(reader), Link):
+                link.update(chain=False)
 
 
 def _own(tensor: fx.Node) -> fx.Node:
@@ -60,9 +76,7 @@ def _with_private_gradient(match: Fork) -> Fork:
         producer = maker_for_one(last.y)
     if producer is None:
         return match
-    conv = Conv.making(match.tensor, "y")
-    written_below = ConcatBuffer.of(match.tensor) is not None or (conv is not None and conv.in_buffer)
-    if not written_below and all(depends_on(producer, link) for link in match.links):
+    if buffer_writer(match.tensor) is None and all(depends_on(producer, link) for link in match.links):
         return match
     if gained is None:
         return replace(match, last=None, others=[*match.others, last.node])

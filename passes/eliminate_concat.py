@@ -1,8 +1,8 @@
 """eliminate-concat: producers write their channel slice of one buffer; the gradient accumulates in place the same way (ICF).
 
-``cat([a, conv1(..), conv2(..)])`` -> convolutions that write into one preallocated buffer, one after the other. A dense block's growing
-concats all become prefixes of the same buffer. Each prefix has two readers, the next layer and the next writer, and becomes a chain of
-them: its gradient is one tensor, added to in place.
+``cat([a, conv1(..), conv2(..)])`` -> convolutions that write into one preallocated buffer, one after the other; so do normalises, whose
+other readers then read a slice of the buffer. A dense block's growing concats all become prefixes of the same buffer. Each prefix has two
+readers, the next layer and the next writer, and becomes a chain of them: its gradient is one tensor, added to in place.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from bnrestructure.graph.ir import ConcatBuffer, OwnGradient, Squeeze, end_of, fused_of
+from bnrestructure.graph.ir import ConcatBuffer, Normalise, OwnGradient, Squeeze, end_of, fused_of
 from bnrestructure.graph.provenance import locate
 from bnrestructure.passes.base import Pass, Rule, erase_dead
-from bnrestructure.passes.chain_readers import chain_readers
+from bnrestructure.passes.chain_readers import chain_readers, unchain
 from bnrestructure.patterns.concat import BranchConcat, GrowingConcat, branch_concat, growing_concat
 from bnrestructure.patterns.fork import Fork, fork, fork_at
 
@@ -55,28 +55,31 @@ def _hands_back_its_own(readers: Fork) -> bool:
 
 
 def write_branches(match: BranchConcat) -> None:
-    """One buffer for a concat of branches: each convolution writes its slice, the other segments are copied."""
+    """One buffer for a concat of branches: each convolution and normalise writes its slice, the other segments are copied."""
+    normalised = [z for writer, _ in match.written if isinstance(writer, Normalise) and (z := writer.outs().get("z")) is not None]
+    for z in normalised:
+        unchain(z)  # the concat may hang on its chain
     buffer: fx.Node | None = None
-    for conv, offset in match.written:
+    for writer, offset in match.written:
         place = {"channels": match.channels} if buffer is None else {"into": buffer}
-        buffer = conv.update(**place, offset=offset, visible=match.channels).out("y")
+        buffer = writer.update(**place, offset=offset, visible=match.channels).out(writer.buffer_output)
     assert buffer is not None  # at least one segment is written
     sources = [_without_own_gradient(tensor) for tensor, _ in match.copied]
-    for tensor, (_, offset) in zip(sources, match.copied, strict=True):
+    for tensor, (segment, offset) in zip(sources, match.copied, strict=True):
         # Behind the links that read the tensor: what the copy hands back is then the first part of its gradient.
         links = [view for link in fork_at(tensor).links if link < match.concat and (view := fused_of(link)) is not None]
         after = max(end_of(tensor), end_of(buffer), *(view.last for view in links if view.outs()))
-        copy = ConcatBuffer.create(after=after, x=tensor, offset=offset, into=buffer)
+        copy = ConcatBuffer.create(after=after, x=tensor, offset=offset, into=buffer, own=tensor is not segment)
         locate(copy.node, match.concat)
         buffer = copy.node
     match.concat.replace_all_uses_with(buffer)
-    erase_dead(*(tensor for tensor, _ in match.copied if OwnGradient.of(tensor) is not None), match.concat)
-    for tensor in [*sources, buffer]:
+    erase_dead(*normalised, *(tensor for tensor, _ in match.copied if OwnGradient.of(tensor) is not None), match.concat)
+    for tensor in [*sources, *(z for z in normalised if z.users), buffer]:
         _chain_if_fork(tensor)
 
 
 def _without_own_gradient(tensor: fx.Node) -> fx.Node:
-    """What a copied segment is a copy of: the copy hands back a gradient in memory of its own, and needs no node in front for that."""
+    """What a copied segment is a copy of: the copy can hand back a gradient in memory of its own, and needs no node in front for that."""
     own = OwnGradient.of(tensor)
     return own.x if own is not None and len(tensor.users) == 1 else tensor
 

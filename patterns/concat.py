@@ -7,11 +7,12 @@ from itertools import accumulate, pairwise
 
 from torch import fx
 
+from bnrestructure.graph.chains import passed_tensor, readers_along_chain
 from bnrestructure.graph.channels import channels_of
 from bnrestructure.graph.inplace import storages_of
-from bnrestructure.graph.ir import Conv, Statistics
+from bnrestructure.graph.ir import Conv, Normalise, Statistics, Writer, fused_of
 from bnrestructure.graph.layers import shape_of
-from bnrestructure.graph.operations import concat_of
+from bnrestructure.graph.operations import add_of, concat_of
 from bnrestructure.graph.order import readers_of
 from bnrestructure.graph.provenance import known_tensor, provenance
 from bnrestructure.graph.targets import called_name
@@ -51,11 +52,11 @@ class GrowingConcat:
 @dataclass(frozen=True)
 class BranchConcat:
     """One concat of branches, as (what is written, first channel) in the order in which the graph computes the segments: those that can be
-    ``written`` into the buffer by the convolutions that make them, at least one, and those that must be ``copied``.
+    ``written`` into the buffer by the nodes that make them, at least one, and those that must be ``copied``.
     """
 
     concat: fx.Node
-    written: list[tuple[Conv, int]]
+    written: list[tuple[Writer, int]]
     copied: list[tuple[fx.Node, int]]
     channels: int
 
@@ -133,18 +134,39 @@ def growing_concat(node: fx.Node) -> GrowingConcat | None:
 
 
 def branch_concat(node: fx.Node) -> BranchConcat | Refusal | None:
-    """A concat with at least one segment that its convolution could write in place."""
+    """A concat with at least one segment that the convolution or the normalise that makes it could write in place."""
     segments = _segments(node)
     if segments is None or len(segments) < 2 or len(set(segments)) < len(segments):
         return None
-    convs = [_writes_alone(segment, {node}) for segment in segments]
-    if all(conv is None for conv in convs):
+    writers = [_writes_alone(segment, {node}) or _writes_for_all(segment, node) for segment in segments]
+    if all(writer is None for writer in writers):
         return None
     counts = [count for segment in segments if (count := channels_of(segment)) is not None]
     if len(counts) < len(segments):
         return Refusal(node, "the channels of a segment are not known before the model runs")
     *offsets, channels = accumulate(counts, initial=0)
-    placed = sorted(zip(segments, offsets, convs, strict=True), key=lambda place: place[0])
-    written = [(conv, offset) for _, offset, conv in placed if conv is not None]
-    copied = [(tensor, offset) for tensor, offset, conv in placed if conv is None]
+    places = list(zip(segments, offsets, writers, strict=True))
+    written: list[tuple[Writer, int]] = [(writer, offset) for _, offset, writer in places if writer is not None]
+    written.sort(key=lambda place: place[0].node)
+    copied = [(tensor, offset) for tensor, offset, writer in sorted(places, key=lambda place: place[0]) if writer is None]
     return BranchConcat(node, written, copied, channels)
+
+
+def _writes_for_all(segment: fx.Node, concat: fx.Node) -> Normalise | None:
+    """The normalise behind ``segment`` if its result could be a slice of the concat, for all who read it.
+
+    Those must take any strides, and must neither hand the tensor on nor change it. Nor may the concat get out then, for who gets it may
+    change it in place.
+    """
+    z = passed_tensor(segment)
+    normalise = Normalise.making(z, "z")
+    if normalise is None or normalise.in_buffer:
+        return None
+    others = [reader for reader in readers_along_chain(z) if reader is not concat]
+    if others and _gets_out(concat):
+        return None
+    return normalise if all(_takes_any_strides(reader) for reader in others) else None
+
+
+def _takes_any_strides(reader: fx.Node) -> bool:
+    return fused_of(reader) is not None or concat_of(reader) is not None or add_of(reader) is not None

@@ -262,7 +262,8 @@ class Writer:
             features.append(self.assign(f"F.relu({features[0].name})", features[0].channels, features[0].size, features[0]))
         for _ in range(self.rng.choice((2, 3))):
             normed = self.norm(self.conv(features[-1], self.rng.choice((2, 3)), self.rng.choice((1, 3))))[0]
-            features.append(self.assign(f"F.relu({normed.name})", normed.channels, normed.size, normed))
+            act = self.rng.choice(("F.relu", "F.relu", "F.silu", "F.gelu"))
+            features.append(self.assign(f"{act}({normed.name})", normed.channels, normed.size, normed))
         chosen = features[self.rng.choice((0, 1)) :]
         names = [f.name for f in chosen]
         if self.chance(0.4) and len(names) > 2:

@@ -116,7 +116,7 @@ BODIES = {
 
 
 #: Where no convolution forms the join: its sum has other readers that cannot have it from the convolution.
-NOT_FORMED = ("readers with different activations", "a concat reads the sum", "the sum is also the weight")
+NOT_FORMED = ("readers with different activations", "the sum is also the weight")
 
 
 def joins_in(model: nn.Module) -> int:

@@ -92,7 +92,8 @@ class Mixed(nn.Module):
         self.fc1, self.fc2 = nn.Conv2d(8, 2, 1), nn.Conv2d(2, 8, 1)
         self.project, self.bn3 = nn.Conv2d(8, 6, 1, groups=2, bias=False), nn.BatchNorm2d(6)
         self.left, self.left_bn = nn.Conv2d(6, 3, 1), nn.BatchNorm2d(3)
-        self.right, self.right_bn = nn.Conv2d(6, 5, 3, padding=2, dilation=2), nn.BatchNorm2d(5)
+        self.middle, self.middle_bn = nn.Conv2d(6, 2, 1), nn.BatchNorm2d(2)
+        self.right, self.right_bn = nn.Conv2d(6, 3, 3, padding=2, dilation=2), nn.BatchNorm2d(3)
         self.last, self.frozen = nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)
         self.lonely, self.unused = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
         self.frozen.eval()
@@ -102,7 +103,8 @@ class Mixed(nn.Module):
         x = F.silu(self.bn2(self.depthwise(x)))
         x = x * torch.sigmoid(self.fc2(F.relu(self.fc1(self.average(x)))))
         x = self.bn3(self.project(x))
-        x = torch.cat([F.relu(self.left_bn(self.left(x))), F.relu(self.right_bn(self.right(x)))], 1)
+        middle = torch.tanh(self.middle_bn(self.middle(x)))
+        x = torch.cat([F.relu(self.left_bn(self.left(x))), middle, F.relu(self.right_bn(self.right(x)))], 1)
         n, c, h, w = x.size(0), x.size(1), x.size(2), x.size(3)
         x = x.reshape(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
         return self.lonely(torch.tanh(self.frozen(self.last(x))))
@@ -160,7 +162,7 @@ def test_refusals_carry_their_reason(capsys: pytest.CaptureFixture[str]) -> None
     assert marked["frozen"]["status"] == "kept"
     assert "eval mode" in marked["frozen"]["reason"]
     assert "neither half has a neighbour" in marked["lonely"]["reason"]
-    assert "kept in memory for cat" in marked["left_bn"]["reason"]
+    assert "kept in memory for tanh" in marked["middle_bn"]["reason"]
     page = show(capsys, "Mixed")
     assert "unused  ! kept: nothing in the captured training graph calls it" in page
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from torch import fx, nn
-from torch.nn import functional as F
 
-from bnrestructure.graph.activations import activation_of
-from bnrestructure.graph.ir import Conv, Link, OwnGradient, Reader, Residual, maker_of
-from bnrestructure.graph.layers import ConvLayer, conv_of, input_of, module_of, shape_of
+from bnrestructure.graph.activations import MODULES
+from bnrestructure.graph.ir import Conv, Link, OwnGradient, Reader, Residual, maker_of, output_of
+from bnrestructure.graph.layers import ConvLayer, arguments_of, conv_of, input_of, module_of, shape_of
 from bnrestructure.graph.operations import concat_of, pooling_of
-from bnrestructure.graph.provenance import guarded_tensor
+from bnrestructure.graph.provenance import guarded_tensor, known_tensor
+from bnrestructure.graph.targets import called_name, is_custom_call
 
 __all__ = ["channels_of"]
 
@@ -19,7 +19,19 @@ _KEEP_CHANNELS = (
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.batchnorm._BatchNorm,
     nn.modules.dropout._DropoutNd,
+    nn.Upsample,
+    nn.Sigmoid,
+    nn.Tanh,
+    *MODULES,
 )
+#: Functions and methods of PyTorch's, by name, whose result has the channels of their first argument.
+_KEEPING = {
+    "relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "mish", "sigmoid", "tanh", "clamp",
+    "interpolate", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d", "dropout", "dropout2d", "contiguous", "clone", "detach",
+    "to", "float", "double", "half", "bfloat16",
+}  # fmt: skip
+#: Those of two tensors of one shape, or of a tensor and a number.
+_ELEMENTWISE = {"add", "sub", "mul", "div", "truediv", "maximum", "minimum"}
 
 
 def channels_of(node: fx.Node) -> int | None:
@@ -38,8 +50,41 @@ def channels_of(node: fx.Node) -> int | None:
     if segments is not None:
         counts = [channels_of(segment) for segment in segments]
         return None if None in counts else sum(count for count in counts if count is not None)
-    source = _source_of(node)
+    name = None if is_custom_call(node) else called_name(node)
+    if name in _ELEMENTWISE:
+        return _of_both(node)
+    if name == "getitem" and output_of(node) is None:
+        return _of_part(node)
+    source = input_of(node) if name in _KEEPING else _source_of(node)
     return None if source is None else channels_of(source)
+
+
+def _of_both(node: fx.Node) -> int | None:
+    """Channels of what is computed from several tensors, of which all have as many, and as many dimensions as far as that is known."""
+    counts = {channels_of(source) for source in node.all_input_nodes}
+    dimensions = {len(known.shape) for source in node.all_input_nodes if (known := known_tensor(source)) is not None}
+    return counts.pop() if len(counts) == 1 and len(dimensions) <= 1 else None
+
+
+def _of_part(node: fx.Node) -> int | None:
+    """Channels of one of the parts that a tensor is split into."""
+    parts, index = node.args
+    name = called_name(parts) if isinstance(parts, fx.Node) else None
+    if not isinstance(parts, fx.Node) or name not in ("chunk", "split") or not isinstance(index, int):
+        return None
+    given = arguments_of(parts, ("input", "how", "dim"), {"dim": 0})
+    how = given.get("how", given.get("chunks", given.get("split_size_or_sections", given.get("split_size"))))
+    source = input_of(parts)
+    whole = None if source is None else channels_of(source)
+    if given["dim"] != 1 or whole is None:
+        return None
+    if isinstance(how, list | tuple):
+        return how[index] if index < len(how) and all(isinstance(size, int) for size in how) else None
+    if not isinstance(how, int) or how < 1:
+        return None
+    size = min(-(-whole // how), whole) if name == "chunk" else min(how, whole)
+    sizes = [min(size, whole - start) for start in range(0, whole, size)]
+    return sizes[index] if -len(sizes) <= index < len(sizes) else None
 
 
 def _source_of(node: fx.Node) -> fx.Node | None:
@@ -49,8 +94,7 @@ def _source_of(node: fx.Node) -> fx.Node | None:
         return fused.y if output == "out" else None
     if isinstance(fused, Link | Reader | OwnGradient):
         return fused.x if output in ("z", "passed", "deferred", None) else None
-    described = activation_of(node) or pooling_of(node)
-    if described is not None:
-        return described.input
-    averages = node.op == "call_function" and node.target in (F.avg_pool2d, F.adaptive_avg_pool2d)
-    return input_of(node) if averages or isinstance(module_of(node), _KEEP_CHANNELS) else None
+    pooled = pooling_of(node)
+    if pooled is not None:
+        return pooled.input
+    return input_of(node) if isinstance(module_of(node), _KEEP_CHANNELS) else None

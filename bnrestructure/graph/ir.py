@@ -13,7 +13,7 @@ What each op means, and the shapes of its operands, is told where it is defined 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -40,6 +40,8 @@ __all__ = [
     "Statistics",
     "Synchronise",
     "Unchanged",
+    "Writer",
+    "buffer_writer",
     "end_of",
     "fused_of",
     "has_fused",
@@ -49,7 +51,8 @@ __all__ = [
 ]
 
 _OF_READER = {"transform": Group(Transform)}
-_OF_CONV = _OF_READER | {"geometry": Group(ConvGeometry), "slot": Group(ops.Slot), "shortcut": Group(ops.Shortcut)}
+_OF_NORMALISE = _OF_READER | {"slot": Group(ops.Slot)}
+_OF_CONV = _OF_NORMALISE | {"geometry": Group(ConvGeometry), "shortcut": Group(ops.Shortcut)}
 _OF_POOL = _OF_READER | {"geometry": Group(PoolGeometry)}
 _OF_RESIDUAL = _OF_READER | {"r_transform": Group(Transform, "r_")}
 
@@ -95,7 +98,29 @@ class Link(OfX):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Conv(Reader, Link, op=ops.conv, outputs=ops.ConvOutputs, groups=_OF_CONV):
+class Writer(OfX):
+    """A node that can write its result into the buffer of a concat; the buffer is then its output of the name ``buffer_output``."""
+
+    into: fx.Node | None = None
+    offset: int | None = 0
+    channels: int | None = None
+    visible: int | None = None
+
+    buffer_output: ClassVar[str]
+
+    @property
+    def in_buffer(self) -> bool:
+        """Whether the result is a slice of a concat's buffer."""
+        return self.into is not None or self.channels is not None
+
+    @property
+    def appends(self) -> bool:
+        """Whether the result comes right behind what is in the buffer, and is returned together with it."""
+        return self.into is not None and self.offset is None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Conv(Reader, Link, Writer, op=ops.conv, outputs=ops.ConvOutputs, groups=_OF_CONV):
     """A convolution. With a shortcut ``r`` its prologue is a residual, and it passes on the sum."""
 
     weight: fx.Node
@@ -107,16 +132,14 @@ class Conv(Reader, Link, op=ops.conv, outputs=ops.ConvOutputs, groups=_OF_CONV):
     groups: int
     statistics: bool = False
     gain: bool = False
-    into: fx.Node | None = None
-    offset: int | None = 0
-    channels: int | None = None
-    visible: int | None = None
     r: fx.Node | None = None
     r_mean: fx.Node | None = None
     r_scale: fx.Node | None = None
     r_beta: fx.Node | None = None
     x_gain: fx.Node | None = None
     r_gain: fx.Node | None = None
+
+    buffer_output: ClassVar[str] = "y"
 
     @property
     def forms_residual(self) -> bool:
@@ -127,16 +150,6 @@ class Conv(Reader, Link, op=ops.conv, outputs=ops.ConvOutputs, groups=_OF_CONV):
     def passes_x(self) -> bool:
         """Whether the output ``passed`` is x, and not the sum of a residual."""
         return self.chain and not self.forms_residual
-
-    @property
-    def in_buffer(self) -> bool:
-        """Whether y is a slice of a concat's buffer."""
-        return self.into is not None or self.channels is not None
-
-    @property
-    def appends(self) -> bool:
-        """Whether y comes right behind what is in the buffer, and is returned together with it."""
-        return self.into is not None and self.offset is None
 
     @property
     def is_bare(self) -> bool:
@@ -191,16 +204,18 @@ class Finalize(OfLayer, op=ops.finalize, outputs=ops.FinalizeOutputs):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Normalise(Reader, Link, op=ops.normalise, outputs=ops.NormaliseOutputs, groups=_OF_READER):
+class Normalise(Reader, Link, Writer, op=ops.normalise, outputs=ops.NormaliseOutputs, groups=_OF_NORMALISE):
     """Normalisation and activation in a sweep of their own; with a gate, of what a squeeze defers, times that; with r, plus that."""
 
     gate: fx.Node | None = None
     r: fx.Node | None = None
 
+    buffer_output: ClassVar[str] = "buffer"
+
     @property
     def is_plain(self) -> bool:
-        """Whether the result is a normalised tensor, and nothing more."""
-        return self.gate is None and self.r is None
+        """Whether the result is a normalised tensor in memory of its own, and nothing more."""
+        return self.gate is None and self.r is None and not self.in_buffer
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -262,6 +277,7 @@ class ConcatBuffer(OfX, op=ops.concat_buffer):
     channels: int = 0
     extra: int = 0
     visible: int | None = None
+    own: bool = False
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -309,6 +325,14 @@ def maker_of(value: object) -> tuple[Fused | None, str | None]:
     """
     output = output_of(value) if isinstance(value, fx.Node) else None
     return (fused_of(value), None) if output is None else (fused_of(output[0]), output[1])
+
+
+def buffer_writer(value: object) -> Writer | ConcatBuffer | None:
+    """The view of the node whose write into a concat's buffer left this state of the buffer; None of any other tensor."""
+    maker, output = maker_of(value)
+    if isinstance(maker, Writer):
+        return maker if maker.in_buffer and output == maker.buffer_output else None
+    return maker if isinstance(maker, ConcatBuffer) else None
 
 
 def end_of(tensor: fx.Node) -> fx.Node:

@@ -25,6 +25,8 @@ from bnrestructure.graph.ir import (
     Reader,
     Residual,
     Statistics,
+    Writer,
+    buffer_writer,
     maker_of,
 )
 from bnrestructure.graph.layers import ConvLayer, conv_of, shape_of
@@ -63,7 +65,7 @@ def _foreign_reader(tensor: fx.Node, look: Look) -> fx.Node | None:
     for read in tensors:
         for reader in readers_of(read):
             view = look.at(reader)
-            if isinstance(view, Conv | ConcatBuffer) and view.into is read:
+            if isinstance(view, Writer | ConcatBuffer) and view.into is read:
                 buffer = _buffer(view, look)
                 tensors += [] if buffer is None else [buffer]
             elif not (isinstance(view, _HAND_BACK_THEIR_OWN) and _has_own_gradient(view, read)):
@@ -72,7 +74,11 @@ def _foreign_reader(tensor: fx.Node, look: Look) -> fx.Node | None:
 
 
 def _has_own_gradient(view: Any, read: fx.Node) -> bool:
-    """Whether such a node's gradient of this operand is its own: not that of what a normalise adds, which is its result's."""
+    """Whether such a node's gradient of this operand is its own: not that of what a normalise adds, which is its result's, nor that of a
+    copied segment, unless it was asked for.
+    """
+    if isinstance(view, ConcatBuffer):
+        return view.own and view.x is read
     if isinstance(view, Normalise) and view.r is read:
         return False
     return view.input is read or getattr(view, "r", None) is read
@@ -122,27 +128,28 @@ def _links_behind(tensor: fx.Node) -> Iterator[fx.Node]:
             if not maker.passes_x:
                 return  # it made the sum that it passes on
             tensor = maker.x
-        elif isinstance(maker, Conv | ConcatBuffer) and maker.into is not None and output in ("y", None):
-            tensor = maker.into
         else:
-            return
+            writer = buffer_writer(tensor)
+            if writer is None or writer.into is None:
+                return
+            tensor = writer.into
 
 
-def one_writer(view: Conv | ConcatBuffer, look: Look) -> str | None:
+def one_writer(view: Writer | ConcatBuffer, look: Look) -> str | None:
     """What is in a buffer so far has one writer behind it: two would write the same channels."""
     buffer = _buffer(view, look)
     writers = [] if buffer is None else list(_writers_into(buffer, look))
     return f"{' and '.join(writer.node.name for writer in writers)} both write behind it" if len(writers) > 1 else None
 
 
-def extent(view: Conv | ConcatBuffer, look: Look) -> str | None:
+def extent(view: Writer | ConcatBuffer, look: Look) -> str | None:
     """The slices that are written into a buffer are inside of it, and none overlaps another. Found at the node that makes the buffer."""
     capacity = _capacity(view)
     if capacity is None:
         return None
     taken: list[tuple[int, int, str]] = []
     end = 0
-    writer: Conv | ConcatBuffer | None = view
+    writer: Writer | ConcatBuffer | None = view
     while writer is not None:
         count = _written(writer)
         if count is None:
@@ -159,10 +166,10 @@ def extent(view: Conv | ConcatBuffer, look: Look) -> str | None:
     return None
 
 
-def unfinished(view: Conv | ConcatBuffer, look: Look) -> str | None:
+def unfinished(view: Writer | ConcatBuffer, look: Look) -> str | None:
     """A buffer that shows channels which are still to be written is read by the next writer alone."""
     buffer = _buffer(view, look)
-    grows = view.appends if isinstance(view, Conv) else bool(view.extra)
+    grows = view.appends if isinstance(view, Writer) else bool(view.extra)
     writers = [] if buffer is None or grows else list(_writers_into(buffer, look))
     if buffer is None or not writers:
         return None
@@ -172,8 +179,8 @@ def unfinished(view: Conv | ConcatBuffer, look: Look) -> str | None:
 
 def _buffer(view: Fused, look: Look) -> fx.Node | None:
     """The node that is the buffer after this write."""
-    if isinstance(view, Conv):
-        return look.outs(view).get("y") if view.in_buffer else None
+    if isinstance(view, Writer):
+        return look.outs(view).get(view.buffer_output) if view.in_buffer else None
     return view.node if isinstance(view, ConcatBuffer) else None
 
 
@@ -190,24 +197,24 @@ def _aliases(tensor: fx.Node, look: Look) -> list[fx.Node]:
     return found
 
 
-def _writers_into(buffer: fx.Node | None, look: Look) -> Iterator[Conv | ConcatBuffer]:
+def _writers_into(buffer: fx.Node | None, look: Look) -> Iterator[Writer | ConcatBuffer]:
     """The nodes that write into a buffer as it is at this node."""
     for alias in [] if buffer is None else _aliases(buffer, look):
         for reader in alias.users:
             view = look.at(reader)
-            if isinstance(view, Conv | ConcatBuffer) and view.into is alias:
+            if isinstance(view, Writer | ConcatBuffer) and view.into is alias:
                 yield view
 
 
-def _written(view: Conv | ConcatBuffer) -> int | None:
+def _written(view: Writer | ConcatBuffer) -> int | None:
     """How many channels a node writes, where that is known before the model runs."""
-    if isinstance(view, ConcatBuffer):
+    if not isinstance(view, Conv):
         return channels_of(view.x)
     shape = shape_of(view.weight)
     return None if shape is None else shape[0]
 
 
-def _capacity(view: Conv | ConcatBuffer) -> int | None:
+def _capacity(view: Writer | ConcatBuffer) -> int | None:
     """The channels of the buffer that this node makes; None where it makes none, or nobody knows."""
     if view.into is not None:
         return None
@@ -221,7 +228,7 @@ MEMORY_RULES = (
     Invariant("chain", (Link,), chain),
     Invariant("own gradient", (Link,), own_gradient),
     Invariant("shared gradient", (Residual, Conv), shared_gradient),
-    Invariant("one writer", (Conv, ConcatBuffer), one_writer),
-    Invariant("extent", (Conv, ConcatBuffer), extent),
-    Invariant("unfinished buffer", (Conv, ConcatBuffer), unfinished),
+    Invariant("one writer", (Conv, Normalise, ConcatBuffer), one_writer),
+    Invariant("extent", (Conv, Normalise, ConcatBuffer), extent),
+    Invariant("unfinished buffer", (Conv, Normalise, ConcatBuffer), unfinished),
 )

@@ -24,6 +24,7 @@ from bnrestructure.graph.ir import (
     Residual,
     Squeeze,
     Statistics,
+    Writer,
 )
 from bnrestructure.graph.provenance import provenance
 from bnrestructure.graph.view import Fused
@@ -92,6 +93,8 @@ def asked_for(view: Conv | Residual | Link | Squeeze, look: Look) -> str | None:
             asked = isinstance(view, Link) and view.chain
         elif name == "deferred":
             asked = isinstance(view, Squeeze) and view.excite
+        elif name == "buffer":
+            asked = isinstance(view, Writer) and view.in_buffer
         else:
             asked = name != "gain" or (isinstance(view, Conv) and view.gain)
         if not asked:
@@ -106,7 +109,7 @@ def activation(view: Reader | Residual | BatchNorm, look: Look) -> str | None:
     return unsupported_activation(view.act)
 
 
-def place(view: Conv | ConcatBuffer, look: Look) -> str | None:
+def place(view: Writer | ConcatBuffer, look: Look) -> str | None:
     """What is written into a buffer goes to a known place in one buffer, an old or a new one."""
     if isinstance(view, ConcatBuffer):
         makes = (view.into is not None) + bool(view.channels) + bool(view.extra)
@@ -140,6 +143,6 @@ NODE_RULES = (
     Invariant("outputs", (*FUSED, *OTHERS), outputs),
     Invariant("asked for", (Conv, Residual, Link, Squeeze), asked_for),
     Invariant("activation", (Reader, Residual, BatchNorm), activation),
-    Invariant("place in a buffer", (Conv, ConcatBuffer), place),
+    Invariant("place in a buffer", (Conv, Normalise, ConcatBuffer), place),
     Invariant("remembers its halves", (*FUSED, BatchNorm), remembers),
 )

@@ -3,8 +3,9 @@
 from bnrestructure.ops.average import avg_pool
 from bnrestructure.ops.concat import UnchangedOutputs, concat_buffer, own_gradient, unchanged
 from bnrestructure.ops.conv import ConvOutputs, conv
-from bnrestructure.ops.conv_options import Shortcut, Slot
+from bnrestructure.ops.conv_options import Shortcut
 from bnrestructure.ops.residual import ResidualOutputs, residual
+from bnrestructure.ops.slots import Slot
 from bnrestructure.ops.statistics import FinalizeOutputs, StatisticsOutputs, batch_norm, finalize, statistics
 from bnrestructure.ops.sweeps import NormaliseOutputs, PoolOutputs, SqueezeOutputs, max_pool, normalise, squeeze
 from bnrestructure.ops.synchronise import SynchroniseOutputs, synchronise

@@ -16,41 +16,49 @@ __all__ = ["UnchangedOutputs", "concat_buffer", "own_gradient", "unchanged"]
 
 
 def concat_buffer(
-    x: Tensor, *, into: Tensor | None = None, offset: int = 0, channels: int = 0, extra: int = 0, visible: int | None = None
+    x: Tensor,
+    *,
+    into: Tensor | None = None,
+    offset: int = 0,
+    channels: int = 0,
+    extra: int = 0,
+    visible: int | None = None,
+    own: bool = False,
 ) -> Tensor:
     """Copy x [N, C, *spatial] into channels ``[offset, offset + C)`` of a concat buffer and return its first ``visible`` channels.
 
     Without ``into`` a buffer of ``channels`` channels is made, or of ``C + extra`` when ``extra`` is given. ``visible`` None means up to
-    and including x's channels when the buffer is new and ``extra`` is given, and the whole buffer otherwise.
+    and including x's channels when the buffer is new and ``extra`` is given, and the whole buffer otherwise. With ``own`` the gradient of
+    x is a copy, to which the readers before this one in a chain may add; else it is a slice of the buffer's.
     """
-    return _ConcatBuffer.apply(x, into, offset, channels, extra, visible)
+    return _ConcatBuffer.apply(x, into, offset, channels, extra, visible, own)
 
 
 class _ConcatBuffer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, into: Tensor | None, offset: int, channels: int, extra: int, visible: int | None
+        ctx: Any, x: Tensor, into: Tensor | None, offset: int, channels: int, extra: int, visible: int | None, own: bool
     ) -> Tensor:
-        own = x.shape[1]
-        ctx.offset, ctx.channels, ctx.dtype = offset, own, x.dtype
+        count = x.shape[1]
+        ctx.offset, ctx.channels, ctx.dtype, ctx.own = offset, count, x.dtype, own
         ctx.into_channels = None if into is None else into.shape[1]
         ctx.set_materialize_grads(False)  # nobody reads the concat: no zeros for whom eager gives nothing
         if into is None:
-            size = (x.shape[0], own + extra if extra else channels, *x.shape[2:])
+            size = (x.shape[0], count + extra if extra else channels, *x.shape[2:])
             into = kept_activation(size, compute_dtype(x), x.device)  # what the convolutions will write
             if extra and visible is None:
-                visible = own
-        channel_slice(into, offset, own).copy_(x)
+                visible = count
+        channel_slice(into, offset, count).copy_(x)
         return channel_slice(into, 0, into.shape[1] if visible is None else visible)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> Any:
         if gradient is None:
-            return (None,) * 6
-        # A copy, as forward made one: the chain behind x will write to it, and the gradient may be the caller's.
-        dx = gradient.narrow(1, ctx.offset, ctx.channels).to(ctx.dtype, copy=True)
+            return (None,) * 7
+        # Who owns it will write to it, and the buffer's gradient may be the caller's.
+        dx = gradient.narrow(1, ctx.offset, ctx.channels).to(ctx.dtype, copy=ctx.own)
         dinto = None if ctx.into_channels is None else gradient.narrow(1, 0, ctx.into_channels)
-        return guard_second_derivative((dx, dinto, None, None, None, None))
+        return guard_second_derivative((dx, dinto, *[None] * 5))
 
 
 class UnchangedOutputs(NamedTuple):

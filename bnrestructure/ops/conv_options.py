@@ -7,25 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnrestructure.core.aliases import channel_slice
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, statistics_factors
-from bnrestructure.core.kept import kept_activation
+from bnrestructure.ops.slots import Slot, Written, opened
 
-__all__ = ["ConvOptions", "Shortcut", "Slot", "Written", "backward_edge", "check_shapes", "destination", "incoming_gradient"]
-
-
-class Slot(NamedTuple):
-    """Where in a concat's buffer a node writes its y: as channels ``[offset, offset + C_out)``.
-
-    into      the buffer, or None for a new one of ``channels`` channels
-    offset    None appends: y comes right behind the channels of ``into``, and is returned together with them
-    visible   how many channels of the buffer are returned; None: those of ``into``
-    """
-
-    into: Tensor | None = None
-    offset: int | None = 0
-    channels: int | None = None
-    visible: int | None = None
+__all__ = ["ConvOptions", "Shortcut", "backward_edge", "check_shapes", "destination"]
 
 
 class Shortcut(NamedTuple):
@@ -67,15 +52,9 @@ def destination(
     if into is None and options.channels is None:
         return None, None, None
     check_shapes(x, weight, options.geometry)
-    out_channels, before = weight.shape[0], None if into is None else into.shape[1]
-    if into is None:
-        size = options.geometry.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
-        into = kept_activation((x.shape[0], options.channels or 0, *size), options.dtype, x.device)
-    if options.offset is None:
-        offset, visible = into.shape[1], into.shape[1] + out_channels
-    else:
-        offset, visible = options.offset, into.shape[1] if options.visible is None else options.visible
-    return channel_slice(into, 0, visible), channel_slice(into, offset, out_channels), Written(before, offset, out_channels)
+    size = options.geometry.output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]))
+    slot = Slot(into, options.offset, options.channels, options.visible)
+    return opened(slot, (x.shape[0], weight.shape[0], *size), options.dtype, x.device)
 
 
 def backward_edge(dgain: Any, dmean: Any, dvar: Any, y: Any, ymean: Any) -> BackwardEdge:
@@ -84,20 +63,6 @@ def backward_edge(dgain: Any, dmean: Any, dvar: Any, y: Any, ymean: Any) -> Back
         return BackwardEdge(s=dgain)
     a, b = statistics_factors(y, ymean, dmean, dvar)
     return BackwardEdge(s=dgain, a=a, b=b, y=y, mean=ymean)
-
-
-class Written(NamedTuple):
-    """Where in a concat buffer y was written: the channels of the one it was given, or None for a new one; y's first one, and how many."""
-
-    into_channels: int | None
-    offset: int
-    channels: int
-
-
-def incoming_gradient(written: Written, dresult: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(the gradient at what the convolution wrote, the rest for the buffer it wrote into) from that of what the node returned."""
-    dinto = None if written.into_channels is None else dresult.narrow(1, 0, written.into_channels)
-    return dresult.narrow(1, written.offset, written.channels), dinto
 
 
 def check_shapes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> None:

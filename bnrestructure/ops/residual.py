@@ -73,11 +73,9 @@ def _broadcast_join(
 ) -> ResidualOutputs:
     """The join of two tensors of different shapes, as PyTorch broadcasts them: in separate steps."""
     if transform.mean is not None:
-        y, _ = normalise(y, Transform(*transform[:3]), backend=backend)
-    if r_transform.mean is not None:
-        r, _ = normalise(r, Transform(*r_transform[:3]), backend=backend)
-    else:  # the add hands the caller's own gradient down, and the chain behind r will write to it
-        r = own_gradient(r)
+        y = normalise(y, Transform(*transform[:3]), backend=backend).z
+    # Without vectors the add hands the caller's own gradient down, and the chain behind r will write to it.
+    r = own_gradient(r) if r_transform.mean is None else normalise(r, Transform(*r_transform[:3]), backend=backend).z
     out = activate(y + r, act)
     if not statistics:
         return ResidualOutputs(out, None, None, None)

@@ -20,8 +20,10 @@ from bnrestructure.kernels.calls import (
     SweepGradients,
 )
 from bnrestructure.ops import library
+from bnrestructure.ops.concat import concat_buffer
 from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, in_format_of, passed_on
 from bnrestructure.ops.gate import with_gate
+from bnrestructure.ops.slots import Slot, incoming_gradient, opened
 
 __all__ = ["NormaliseOutputs", "PoolOutputs", "SqueezeOutputs", "max_pool", "normalise", "squeeze"]
 
@@ -29,11 +31,13 @@ __all__ = ["NormaliseOutputs", "PoolOutputs", "SqueezeOutputs", "max_pool", "nor
 class NormaliseOutputs(NamedTuple):
     """z, the normalised and activated x, gated and added to where that is asked for; passed is x for its next reader when chained.
 
-    z has x's shape and dtype, or those of PyTorch's product and sum where the gate or what is added has others.
+    z has x's shape and dtype, or those of PyTorch's product and sum where the gate or what is added has others. ``buffer`` is the buffer of
+    a concat that z was written into; z is then a slice of it, with a gradient of its own.
     """
 
     z: Tensor
     passed: Tensor | None
+    buffer: Tensor | None
 
 
 class PoolOutputs(NamedTuple):
@@ -59,43 +63,80 @@ def _gradients(ctx: Any, x: Tensor, scale: Tensor | None, found: SweepGradients)
 
 
 def normalise(
-    x: Tensor, transform: Transform, r: Tensor | None = None, *, chain: bool = False, backend: str = "auto"
+    x: Tensor, transform: Transform, r: Tensor | None = None, *, slot: Slot | None = None, chain: bool = False, backend: str = "auto"
 ) -> NormaliseOutputs:
     """(``act((x - mean) * scale + beta) * gate + r`` in x's dtype, x passed through when chained), in one sweep over memory.
 
     With a gate x is what :func:`squeeze` deferred, and gets the gradient at what the gate multiplies; the gate and r may have any shape
-    that PyTorch's product and sum take. r gets the gradient of the result, the very tensor, as from PyTorch's sum.
+    that PyTorch's product and sum take. r gets the gradient of the result, the very tensor, as from PyTorch's sum. ``slot`` is a place for
+    the result in a concat's buffer.
     """
     if transform.gate is not None:
         x, transform = with_gate(x, transform, backend)
         if transform.gate is None:
-            return NormaliseOutputs(x if r is None else x + r, None)
+            return _in_slot(x if r is None else x + r, None, slot)
     mean, scale, beta, act, gate = transform
-    if torch.compiler.is_compiling() and not chain and gate is None and mean is not None and scale is not None and beta is not None:
-        z, passed = library.normalise(x, mean, scale, beta, act, backend), None
-        return NormaliseOutputs(z if r is None else z + r, passed)
-    fits = r is not None and r.shape == x.shape and r.dtype is x.dtype
-    z, passed = _Normalise.apply(x, mean, scale, beta, gate, r if fits else None, act, chain, backend)
-    return NormaliseOutputs(z if r is None or fits else z + r, passed)
+    plain = not chain and gate is None and slot is None
+    if torch.compiler.is_compiling() and plain and mean is not None and scale is not None and beta is not None:
+        z = library.normalise(x, mean, scale, beta, act, backend)
+        return NormaliseOutputs(z if r is None else z + r, None, None)
+    if r is not None and (r.shape != x.shape or r.dtype is not x.dtype):
+        z, passed, _ = _Normalise.apply(x, mean, scale, beta, gate, None, None, act, None, chain, backend)
+        return _in_slot(z + r, passed, slot)
+    into, placed = (None, None) if slot is None else (slot.into, slot._replace(into=None))
+    return NormaliseOutputs(*_Normalise.apply(x, mean, scale, beta, gate, r, into, act, placed, chain, backend))
+
+
+def _in_slot(z: Tensor, passed: Tensor | None, slot: Slot | None) -> NormaliseOutputs:
+    """The outputs where z is in memory already: it is copied to its place."""
+    if slot is None:
+        return NormaliseOutputs(z, passed, None)
+    assert slot.offset is not None
+    buffer = concat_buffer(z, into=slot.into, offset=slot.offset, channels=slot.channels or 0, visible=slot.visible)
+    return NormaliseOutputs(z, passed, buffer)
 
 
 class _Normalise(torch.autograd.Function):
+    """:func:`normalise` says what the arguments mean; ``placed`` is the slot without its buffer, which is ``into``."""
+
     @staticmethod
-    def forward(ctx: Any, x: Any, mean: Any, scale: Any, beta: Any, gate: Any, r: Any, act: str, chain: bool, backend: str) -> Any:
+    def forward(
+        ctx: Any,
+        x: Any,
+        mean: Any,
+        scale: Any,
+        beta: Any,
+        gate: Any,
+        r: Any,
+        into: Any,
+        act: str,
+        placed: Slot | None,
+        chain: bool,
+        backend: str,
+    ) -> Any:
         ctx.act, ctx.backend = act, backend
         ctx.save_for_backward(x, mean, scale, beta, gate)
         ctx.set_materialize_grads(False)
-        z = registry.run(backend, NormaliseForward(x, Transform(mean, scale, beta, act, gate), x.dtype, r=r))
-        return z, passed_on(ctx, x) if chain else None
+        buffer = out = ctx.written = None
+        if placed is not None:
+            buffer, out, ctx.written = opened(placed._replace(into=into), x.shape, x.dtype, x.device)
+        z = registry.run(backend, NormaliseForward(x, Transform(mean, scale, beta, act, gate), x.dtype, out, r))
+        if into is not None and True not in ctx.needs_input_grad[:6]:
+            ctx.mark_non_differentiable(z)  # the rest of the buffer is no reason for a gradient at z
+        return z, passed_on(ctx, x) if chain else None, buffer
 
     @staticmethod
-    def backward(ctx: Any, dz: Any, dpassed: Any) -> Any:
+    def backward(ctx: Any, dz: Any, dpassed: Any, dbuffer: Any) -> Any:
         x, mean, scale, beta, gate = ctx.saved_tensors
-        if dz is None:
-            return guard_second_derivative((dpassed, *[None] * 8))
+        dinto = None
+        if dbuffer is not None:
+            dslice, dinto = incoming_gradient(ctx.written, dbuffer)
+            dz = dslice if dz is None else dz + dslice
+        if dz is None or True not in ctx.needs_input_grad[:6]:
+            return guard_second_derivative((dpassed, *[None] * 5, dinto, *[None] * 4))
         found = registry.run(ctx.backend, NormaliseBackward(dz, x, Transform(mean, scale, beta, ctx.act, gate), dpassed))
         dr = dz if ctx.needs_input_grad[5] else None
-        return guard_second_derivative((*_gradients(ctx, x, scale, found), found.gate, dr, None, None, None))
+        return guard_second_derivative((*_gradients(ctx, x, scale, found), found.gate, dr, dinto, *[None] * 4))
 
 
 def max_pool(

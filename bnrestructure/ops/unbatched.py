@@ -33,7 +33,7 @@ def unbatched_conv(
     """
     z = x
     if not transform.is_identity:
-        z, _ = normalise(x, transform, backend=backend)
+        z = normalise(x, transform, backend=backend).z
     y = _CONVOLUTIONS[len(geometry.stride)](z, weight, bias, *geometry)
     mean = var = size = ones = None
     if wants_statistics:

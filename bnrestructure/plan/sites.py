@@ -24,9 +24,9 @@ __all__ = ["kept_site", "sites_of"]
 # (3), its backward reads gradient and input twice and writes (5); an activation out of place adds 2 and 3.
 _BEFORE_BATCH_NORM, _BEFORE_ACTIVATION = 8, 5
 # After: an epilogue costs nothing forward and one read of y in backward; a prologue one read of x in the dgrad epilogue; sweeps of their
-# own read and write (statistics 1 + 3, normalise 2 + 3).
+# own read and write (statistics 1 + 3, normalise 2 + 3), of which a concat would do the forward part anyway.
 _AFTER_STATISTICS = {"epilogue": 1, "shared": 0, "sweep": 4}
-_AFTER_NORMALISE = {"prologue": 1, "sweep": 5}
+_AFTER_NORMALISE = {"prologue": 1, "concat": 3, "sweep": 5}
 
 _LONELY = "neither half has a neighbour to ride on: no convolution before it, and none (nor a pool or a residual join) after it"
 
@@ -74,7 +74,8 @@ def _site(name: str, statistics: list[fx.Node], normalises: list[fx.Node], refus
     where = "sweep" if own_sweeps else "shared" if shared else "epilogue"
     readers = [view for node in normalises if (view := fused_of(node)) is not None]
     act = getattr(readers[0], "act", "identity") if readers else "identity"
-    alone = [view for view in readers if isinstance(view, Normalise) and view.r is None]
+    alone = [view for view in readers if isinstance(view, Normalise) and view.r is None and not view.in_buffer]
+    in_concat = any(isinstance(view, Normalise) and view.in_buffer for view in readers)
     for normalise in alone:
         z = normalise.outs().get("z")
         wanted = sorted({describe(reader) for reader in readers_of(z)}) if z is not None else []
@@ -82,7 +83,7 @@ def _site(name: str, statistics: list[fx.Node], normalises: list[fx.Node], refus
         reasons.append(f"its {what} tensor is kept in memory for {', '.join(wanted) or 'nobody'}")
     rides_statistics, rides_normalise = not own_sweeps, not alone and bool(readers)
     before = _BEFORE_BATCH_NORM + (0 if act == "identity" else _BEFORE_ACTIVATION)
-    after = _AFTER_STATISTICS[where] + _AFTER_NORMALISE["sweep" if alone else "prologue"]
+    after = _AFTER_STATISTICS[where] + _AFTER_NORMALISE["sweep" if alone else "concat" if in_concat else "prologue"]
     return Site(
         name=name,
         pattern=_pattern(statistics, shared, act, readers),
@@ -118,8 +119,8 @@ def _is_residual(reader: Fused) -> bool:
 
 
 def _reader_word(reader: Fused) -> str:
-    if isinstance(reader, Normalise) and reader.r is not None:
-        return "add"
+    if isinstance(reader, Normalise) and (reader.r is not None or reader.in_buffer):
+        return "add" if reader.r is not None else "concat"
     if isinstance(reader, Residual | Conv) and _is_residual(reader):
         return "add" if reader.act == "identity" else f"add-{reader.act.split('(')[0]}"
     if isinstance(reader, Conv):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from bnrestructure.graph.chains import passed_tensor
 from bnrestructure.graph.ir import (
     ConcatBuffer,
     Conv,
     Finalize,
-    Link,
     Normalise,
     OwnGradient,
     Reader,
@@ -18,6 +18,8 @@ from bnrestructure.graph.ir import (
     Statistics,
     Synchronise,
     Unchanged,
+    Writer,
+    buffer_writer,
     fused_of,
     maker_of,
 )
@@ -42,7 +44,7 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
         case Residual():
             read = [view.y, view.r]
         case Normalise():
-            read = [view.x, view.gate, view.r]
+            read = [view.x, view.gate, view.r, view.into if view.appends else None]
         case Reader() | Statistics() | ConcatBuffer():
             read = [view.x]
         case _:
@@ -52,27 +54,27 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
 
 def sources_of(node: fx.Node) -> list[fx.Node]:
     """The nodes that made this tensor: several, where it is a buffer that branches wrote their slices of."""
+    node = passed_tensor(node)
     writers = [source_of(node)]
     while True:
-        view = fused_of(writers[-1])
-        appends = isinstance(view, Conv) and view.appends
-        if appends or not isinstance(view, Conv | ConcatBuffer) or view.into is None:
+        view = buffer_writer(node)
+        appends = isinstance(view, Writer) and view.appends
+        if appends or view is None or view.into is None:
             return writers[::-1]
-        writers.append(source_of(view.into))
+        node = passed_tensor(view.into)
+        writers.append(source_of(node))
 
 
 def source_of(node: fx.Node) -> fx.Node:
     """The node that made this tensor: behind outputs of fused nodes, and behind readers that pass it on."""
     while True:
+        node = passed_tensor(node)
         maker, output = maker_of(node)
-        if isinstance(maker, OwnGradient):
-            node = maker.x
-        elif maker is None or output is None:
+        if maker is None or output is None:
             return node
-        elif (isinstance(maker, Link) and output == "passed" and maker.passes_x) or (isinstance(maker, Squeeze) and output == "deferred"):
-            node = maker.x
-        else:
+        if not isinstance(maker, Squeeze) or output != "deferred":
             return maker.node
+        node = maker.x
 
 
 def normalised_sites(node: fx.Node) -> list[str]:

@@ -6,7 +6,7 @@ import operator
 
 from torch import fx, nn
 
-from bnrestructure.graph.ir import AvgPool, ConcatBuffer, Conv, Link, MaxPool, Normalise, Residual, Squeeze, Statistics, fused_of
+from bnrestructure.graph.ir import AvgPool, ConcatBuffer, Conv, Link, MaxPool, Normalise, Residual, Squeeze, Statistics, Writer, fused_of
 from bnrestructure.graph.layers import ConvLayer, is_depthwise, module_of, shape_of
 from bnrestructure.graph.provenance import module_path
 from bnrestructure.graph.view import Fused
@@ -79,15 +79,14 @@ def _buffer_words(buffer: ConcatBuffer) -> str:
 def notes_of(view: Fused, group: str) -> list[str]:
     """Chains, shared buffers and gains."""
     notes = []
-    conv = view if isinstance(view, Conv) else None
     if isinstance(view, Link) and view.chain:
         notes.append("passes its input on" if view.passes_x else "passes the sum on")
-    if conv is not None and conv.into is not None:
-        place = "appended" if conv.appends else f"channels {conv.offset}.."
-        notes.append(f"written into {_buffer_name(conv.into, group)}, {place}")
-    elif conv is not None and conv.channels is not None:
-        notes.append(f"starts a buffer of {conv.channels} channels, at {conv.offset}")
-    if conv is not None and conv.gain:
+    if isinstance(view, Writer) and view.into is not None:
+        place = "appended" if view.appends else f"channels {view.offset}.."
+        notes.append(f"written into {_buffer_name(view.into, group)}, {place}")
+    elif isinstance(view, Writer) and view.channels is not None:
+        notes.append(f"starts a buffer of {view.channels} channels, at {view.offset}")
+    if isinstance(view, Conv) and view.gain:
         notes.append("applies s in backward")
     return notes
 
@@ -96,7 +95,7 @@ def _buffer_name(tensor: fx.Node, group: str) -> str:
     """``the buffer of branch1.conv``: named after the node that allocated the memory in which this tensor lies."""
     node = source_of(tensor)
     view = fused_of(node)
-    while isinstance(view, Conv | ConcatBuffer) and view.into is not None:
+    while isinstance(view, Writer | ConcatBuffer) and view.into is not None:
         node = source_of(view.into)
         view = fused_of(node)
     return "the buffer" if isinstance(view, ConcatBuffer) else f"the buffer of {relative(module_path(node), group)}"

@@ -13,6 +13,7 @@ import torch
 from pass_tools import after
 from small_models import build, input_for
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 import bnrestructure
 from bnrestructure.core.errors import BNRestructureError, BrokenGraphError
@@ -71,6 +72,12 @@ def _activated_branch(m: Any, x: Tensor) -> Any:
     """Darknet's bottleneck, with two readers of its input before it."""
     y = m.conv[0](x)
     return m.layer(2, y), y + torch.relu(m.layer(1, y))
+
+
+def _two_slots(m: Any, x: Tensor) -> Any:
+    """A concat of two activated branches, and of a convolution's result that a link reads, too."""
+    y = m.conv[0](x)
+    return torch.cat([F.silu(m.layer(1, y)), y, F.gelu(m.layer(2, y))], 1)
 
 
 def _graph(model: str | Callable[[Any, Tensor], Any], upto: str) -> fx.Graph:
@@ -332,6 +339,19 @@ def _moved(graph: fx.Graph) -> fx.Node:
     return next(conv for conv in Conv.every(graph) if conv.channels is not None).node
 
 
+def _moved_slot(graph: fx.Graph) -> fx.Node:
+    first, second = Normalise.every(graph)
+    second.update(offset=2)
+    return first.node
+
+
+def _shared_slice(graph: fx.Graph) -> fx.Node:
+    (buffer,) = ConcatBuffer.every(graph)
+    buffer.update(own=False)
+    links = [view.node for kind in (Conv, Statistics) for view in kind.every(graph) if view.chain]
+    return max(links)
+
+
 def _read_too_early(graph: fx.Graph) -> fx.Node:
     first = next(conv for conv in Conv.every(graph) if conv.channels is not None)
     with graph.inserting_before(graph.output_node()):
@@ -361,6 +381,7 @@ CASES = [
     Case("outputs", "chain", "fuse-statistics", _double, "two nodes"),
     Case("asked for", "chain", "fuse-statistics", _updated(Conv, statistics=False), "its output mean is read"),
     Case("asked for", "residual", "chain-readers", _updated(Conv, 1, chain=False), "its output passed is read"),
+    Case("asked for", _two_slots, "eliminate-concat", _updated(Normalise, channels=None, visible=None), "its output buffer is read"),
     Case("activation", "chain", "fuse-normalise", _updated(Conv, 1, act="tanh"), "unknown activation 'tanh'"),
     Case("place in a buffer", "chain", "fuse-statistics", _updated(Conv, offset=None), "appends to no buffer"),
     Case("place in a buffer", "dense", "eliminate-concat", _updated(ConcatBuffer, channels=40), "of what is to come"),
@@ -389,11 +410,13 @@ CASES = [
     Case("shared gradient", _shortcut_with_another_reader, "chain-readers", _shared_again, "may not have read it yet"),
     Case("shared gradient", _plain_shortcut_with_another_reader, "chain-readers", _copied_too_late, "may hand on the gradient"),
     Case("shared gradient", "preact", "fuse-residual", _sum_of_a_view, "may hand on the gradient"),
+    Case("own gradient", _two_slots, "eliminate-concat", _shared_slice, "may have handed it to others"),
     Case("own gradient", _activated_branch, "chain-readers", _link_at_a_shared_gradient, "may have handed it to others"),
     Case("whole edge", "preact", "fuse-residual", _shortcut_alone, "in its shortcut, and none in its branch"),
     Case("one writer", "dense", "eliminate-concat", _two_writers, "both write behind it"),
     Case("extent", "dense", "eliminate-concat", _updated(ConcatBuffer, extra=1), "of a buffer of"),
     Case("extent", "inception", "eliminate-concat", _moved, "writes over channels of"),
+    Case("extent", _two_slots, "eliminate-concat", _moved_slot, "writes over channels of"),
     Case("unfinished buffer", "inception", "eliminate-concat", _read_too_early, "reads it before"),
     Case("owners", "chain", "fission", _two_owners, "taken by 2 nodes"),
 ]

@@ -15,6 +15,7 @@ from pass_tools import after, graph_text
 from prove import EPS, IMAGES, MOMENTUM, after_passes, edited, planted, prove_module
 from small_models import BasicBlock, DenseLayer, build, conv_bn
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from bnrestructure.graph.ir import fused_of
 from bnrestructure.passes.pipeline import LADDER, PASSES
@@ -91,9 +92,24 @@ class Residual(nn.Module):
         return self.layer2(self.layer1(self.pool(self.stem(x))))
 
 
-OWN = {"dense": Dense, "mixed": Mixed, "shared": Shared, "handed": Handed, "residual": Residual}
+class Slots(nn.Module):
+    """A concat of branches that normalises write: one is read by a sum as well, one adds a shortcut; and a copied segment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.pool = conv_bn(3, 5), nn.MaxPool2d(3, 2, 1)
+        self.one, self.two = conv_bn(5, 4), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.bare, self.after = nn.Conv2d(5, 4, 1), nn.Conv2d(13, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.pool(self.stem(x)))
+        one = self.one(x)
+        return self.after(torch.cat([one, torch.sigmoid(x), one + F.silu(self.two(one + self.bare(x)))], 1))
+
+
+OWN = {"slots": Slots, "dense": Dense, "mixed": Mixed, "shared": Shared, "handed": Handed, "residual": Residual}
 #: Widths that only a concat has, with its segments' widths.
-CONCATS = {"dense": {7: (4, 3), 10: (4, 3, 3)}, "mixed": {11: (4, 5, 2)}, "inception": {13: (3, 5, 3, 2)}}
+CONCATS = {"dense": {7: (4, 3), 10: (4, 3, 3)}, "mixed": {11: (4, 5, 2)}, "slots": {13: (4, 5, 4)}, "inception": {13: (3, 5, 3, 2)}}
 SHAPES = {"video": (IMAGES, 3, 83, 101, 109)}
 MODELS = (*OWN, "chain", "preact", "inception", "inverted", "squeeze_excite", "functional", "strange", "video")
 
@@ -129,7 +145,7 @@ SHOWN = {
     "fuse-normalise": ("chain", "dense", "mixed", "squeeze_excite", "strange"),
     "fuse-residual": ("residual", "video"),
     "chain-readers": ("preact", "inception"),
-    "eliminate-concat": ("dense", "mixed"),
+    "eliminate-concat": ("dense", "mixed", "slots"),
     "fuse-join": ("residual", "inverted"),
 }
 
@@ -170,6 +186,7 @@ WRONG_GRAPHS = [
     ("residual", "fuse-join", "conv", "beta", "= scale"),
     ("dense", "eliminate-concat", "conv", "offset", 0),
     ("mixed", "eliminate-concat", "concat_buffer", "offset", 0),
+    ("slots", "eliminate-concat", "normalise", "offset", 0),
 ]
 
 
@@ -191,10 +208,13 @@ def test_a_wrong_graph_has_no_proof(name: str, last: str, node: str, argument: s
 ERRORS = [
     ("PlainConv.backward", "dinto, None))", "None, None))", "dense", "eliminate-concat"),
     ("incoming_gradient", "written.offset, written.channels", "0, written.channels", "dense", "eliminate-concat"),
-    ("destination", "into.shape[1], into.shape[1] + out_channels", "into.shape[1], into.shape[1]", "dense", "eliminate-concat"),
+    ("opened", "into.shape[1], into.shape[1] + shape[1]", "into.shape[1], into.shape[1]", "dense", "eliminate-concat"),
     ("_ConcatBuffer.backward", "gradient.narrow(1, ctx.offset,", "gradient.narrow(1, 0,", "mixed", "eliminate-concat"),
     ("PlainConv.backward", "wanted, own,", "wanted, None,", "preact", "chain-readers"),
-    ("_ConcatBuffer.backward", ", copy=True", "", "handed", "eliminate-concat"),
+    ("_ConcatBuffer.backward", "copy=ctx.own", "copy=False", "handed", "eliminate-concat"),
+    ("_Normalise.backward", "dz + dslice", "dz", "slots", "eliminate-concat"),
+    ("_Normalise.backward", "dz + dslice", "dslice", "slots", "eliminate-concat"),
+    ("_Normalise.backward", "found.gate, dr, dinto", "found.gate, dr, None", "slots", "eliminate-concat"),
     ("_Residual.backward", "g=found.g.clone()", "g=found.g", "handed", "chain-readers"),
 ]
 

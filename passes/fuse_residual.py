@@ -2,7 +2,7 @@
 
 ``act(normalise(y) + shortcut)`` -> one residual node; the statistics of its sum ride along where a batch norm follows. So do those of
 ``act(y + shortcut)``, where neither has a batch norm. A branch that is activated before it is added, ``act(normalise(x)) + shortcut``, is
-one sweep, too.
+one sweep, too, and so is one that stochastic depth multiplies by a factor of each image.
 
 Where nothing but the residual reads a convolution's y, the residual hands its gradient back unscaled and the convolution applies the
 scale: both operands then share one gradient tensor.
@@ -17,7 +17,15 @@ from bnrestructure.graph.provenance import carry
 from bnrestructure.passes.base import Pass, Rule, erase_dead
 from bnrestructure.passes.fuse_statistics import ride_on_residual
 from bnrestructure.patterns.pairs import RESIDUAL_STATISTICS
-from bnrestructure.patterns.residual import ActivatedBranch, ResidualMatch, activated_branch, plain_sum, residual
+from bnrestructure.patterns.residual import (
+    ActivatedBranch,
+    ResidualMatch,
+    ScaledBranch,
+    activated_branch,
+    plain_sum,
+    residual,
+    scaled_branch,
+)
 
 __all__ = ["FUSE_RESIDUAL"]
 
@@ -48,10 +56,20 @@ def into_residual(match: ResidualMatch) -> None:
 def into_normalise(match: ActivatedBranch) -> None:
     """Let the sweep that makes the branch add the shortcut."""
     normalise = match.normalise
-    made = Normalise.create(before=match.add, **normalise.edge, gate=normalise.gate, r=match.shortcut)
+    made = Normalise.create(before=match.add, **normalise.edge, gate=normalise.gate, factor=normalise.factor, r=match.shortcut)
     carry(made.node, match.add, normalise.node)
     match.add.replace_all_uses_with(made.out("z"))
     match.add.graph.erase_node(match.add)
+    normalise.erase_if_unread()
+
+
+def scale(match: ScaledBranch) -> None:
+    """Let the sweep that makes the branch multiply it."""
+    normalise = match.normalise
+    made = Normalise.create(before=match.product, **normalise.edge, factor=match.factor)
+    carry(made.node, match.product, normalise.node)
+    match.product.replace_all_uses_with(made.out("z"))
+    match.product.graph.erase_node(match.product)
     normalise.erase_if_unread()
 
 
@@ -72,6 +90,7 @@ FUSE_RESIDUAL = Pass(
     "fuse-residual",
     (
         Rule(residual, into_residual),
+        Rule(scaled_branch, scale),
         Rule(plain_sum, into_residual),
         Rule(activated_branch, into_normalise),
         Rule(RESIDUAL_STATISTICS, ride_on_residual, at=Statistics),

@@ -69,22 +69,29 @@ def zero_sum(node: fx.Node) -> fx.Node | None:
     return node if batch_norm(x) is not None or isinstance(conv_of(x), ConvLayer) else None
 
 
+#: Methods that read a tensor's size alone, and those that read its dtype and device alone.
+_OF_SIZE, _OF_KIND = ("size", "dim", "numel"), ("new_empty", "new_ones", "new_zeros", "new_full")
+
+
 def size_of_normalised(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(a size that is read of a batch norm's result, or of its activation's, the batch norm's input, which has the same size): no tensor
-    has to be in memory for its size alone.
+    """(what reads the size of a batch norm's result, or of its activation's, or makes a new tensor of its kind, the batch norm's input,
+    which has the same): no tensor has to be in memory for that alone.
     """
-    tensor = node.args[0] if node.op == "call_method" and node.target in ("size", "dim", "numel") else None
+    tensor = node.args[0] if node.op == "call_method" and node.target in _OF_SIZE + _OF_KIND and node.args else None
     if not isinstance(tensor, fx.Node):
         return None
     activation = activation_of(tensor)
     layer = batch_norm(tensor if activation is None else activation.input)
-    return (node, layer.input) if isinstance(layer, BatchNormLayer) else None
+    if not isinstance(layer, BatchNormLayer):
+        return None
+    kinds = [None if known is None else known.dtype for known in map(known_tensor, (tensor, layer.input))]
+    return (node, layer.input) if node.target in _OF_SIZE or (kinds[0] is not None and kinds[0] == kinds[1]) else None
 
 
 def read_before(match: tuple[fx.Node, fx.Node]) -> None:
-    """Read the size of the batch norm's input."""
-    size, source = match
-    size.args = (source, *size.args[1:])
+    """Read it of the batch norm's input."""
+    reader, source = match
+    reader.args = (source, *reader.args[1:])
 
 
 def drop(node: fx.Node) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from bnrestructure.graph.ir import Conv, Normalise
 from bnrestructure.graph.layers import ConvLayer
-from bnrestructure.graph.operations import GlobalAverage, pooling_of
+from bnrestructure.graph.operations import GlobalAverage, pooling_of, product_of
 from bnrestructure.graph.order import readers_of
 from bnrestructure.graph.provenance import known_tensor, provenance
 from bnrestructure.patterns.pairs import bare_conv, is_average_of
@@ -59,12 +57,8 @@ def excitation(node: fx.Node) -> Excitation | None:
 
 def _factor_of(node: fx.Node, z: fx.Node) -> fx.Node | None:
     """The other factor when ``node`` multiplies z by a tensor."""
-    is_product = node.target in (operator.mul, torch.mul) or (node.op == "call_method" and node.target == "mul")
-    if not is_product or len(node.args) != 2 or node.kwargs or provenance(node).changed_by is not None:
-        return None
-    a, b = node.args
-    other = b if a is z else a if b is z else None
-    return other if isinstance(other, fx.Node) and other is not z else None
+    operands = product_of(node)
+    return None if operands is None or z not in operands else operands[operands[0] is z]
 
 
 def _is_by_channel(gate: fx.Node, product: fx.Node, average: fx.Node) -> bool:

@@ -11,12 +11,17 @@ from torch import fx
 from bnrestructure.graph.activations import activation_of
 from bnrestructure.graph.ir import Conv, Normalise, Statistics
 from bnrestructure.graph.memory_rules import maker_for_one
-from bnrestructure.graph.operations import add_of
+from bnrestructure.graph.operations import add_of, product_of
 from bnrestructure.graph.order import readers_of
 from bnrestructure.graph.provenance import known_tensor
-from bnrestructure.patterns.pairs import plain_normalise
+from bnrestructure.graph.targets import called_name, is_custom_call
+from bnrestructure.patterns.pairs import normalise_making, plain_normalise
 
-__all__ = ["ActivatedBranch", "ResidualMatch", "activated_branch", "plain_sum", "residual"]
+__all__ = ["ActivatedBranch", "ResidualMatch", "ScaledBranch", "activated_branch", "plain_sum", "residual", "scaled_branch"]
+
+
+#: Functions and methods that make a tensor of no other's values.
+_NEW = ("empty", "ones", "zeros", "full", "rand", "randn", "new_empty", "new_ones", "new_zeros", "new_full")
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,45 @@ class ActivatedBranch:
     add: fx.Node
     normalise: Normalise
     shortcut: fx.Node
+
+
+@dataclass(frozen=True)
+class ScaledBranch:
+    """``act(normalise(x)) * factor``, nothing else reading the branch, where the factor is one number for each image."""
+
+    product: fx.Node
+    normalise: Normalise
+    factor: fx.Node
+
+
+def scaled_branch(node: fx.Node) -> ScaledBranch | None:
+    """Stochastic depth's product with what it drew: a tensor of the batch's size that needs no gradient."""
+    operands = product_of(node)
+    for z, factor in () if operands is None else (operands, operands[::-1]):
+        normalise = normalise_making(z)
+        if normalise is not None and len(z.users) == 1 and _is_of_images(factor, node):
+            return ScaledBranch(node, normalise, factor)
+    return None
+
+
+def _is_of_images(factor: fx.Node, product: fx.Node) -> bool:
+    """Whether this is known to be one number for each image, or for all, of the product's dtype."""
+    known, made = known_tensor(factor), known_tensor(product)
+    if known is None or made is None or not _is_drawn(factor):
+        return False
+    shape, whole = tuple(known.shape), tuple(made.shape)
+    fits = shape in ((), (*whole[:1], *[1] * (len(whole) - 1)), (1,) * len(whole))
+    return fits and len(whole) > 1 and known.dtype == made.dtype
+
+
+def _is_drawn(tensor: fx.Node) -> bool:
+    """Whether a tensor is computed of a new one alone, which needs no gradient."""
+    while called_name(tensor) not in _NEW:
+        sources = tensor.all_input_nodes
+        if called_name(tensor) is None or is_custom_call(tensor) or len(sources) != 1:
+            return False
+        (tensor,) = sources
+    return not tensor.kwargs.get("requires_grad")
 
 
 def activated_branch(node: fx.Node) -> ActivatedBranch | None:

@@ -298,7 +298,11 @@ class Writer:
         act = self.rng.choice(("F.silu", "F.relu", "F.hardswish", "F.leaky_relu"))
         normed = self.norm(self.conv(self.conv_norm_act(x), x.channels, 3))[0]
         if normed.size == x.size:
-            order = self.rng.choice(("{0} + {1}", "{1} + {0}")).format(x.name, f"{act}({normed.name})")
+            branch = f"{act}({normed.name})" if self.chance(0.7) else normed.name
+            if self.chance(0.4):  # stochastic depth
+                drawn = self.rng.choice(("{0}.new_empty({0}.shape[0], 1, 1, 1)", "torch.empty({0}.size(0), 1, 1, 1, dtype={0}.dtype)"))
+                branch = f"{branch} * {drawn.format(normed.name)}.bernoulli_(0.6).div_(0.6)"
+            order = self.rng.choice(("{0} + {1}", "{1} + {0}")).format(x.name, branch)
             self.assign(order, x.channels, x.size, x, normed)
 
     def plain_sum(self) -> None:

@@ -205,9 +205,12 @@ class Finalize(OfLayer, op=ops.finalize, outputs=ops.FinalizeOutputs):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Normalise(Reader, Link, Writer, op=ops.normalise, outputs=ops.NormaliseOutputs, groups=_OF_NORMALISE):
-    """Normalisation and activation in a sweep of their own; with a gate, of what a squeeze defers, times that; with r, plus that."""
+    """Normalisation and activation in a sweep of their own; with a gate, of what a squeeze defers, times that; with a factor, times that;
+    with r, plus that.
+    """
 
     gate: fx.Node | None = None
+    factor: fx.Node | None = None
     r: fx.Node | None = None
 
     buffer_output: ClassVar[str] = "buffer"
@@ -215,7 +218,12 @@ class Normalise(Reader, Link, Writer, op=ops.normalise, outputs=ops.NormaliseOut
     @property
     def is_plain(self) -> bool:
         """Whether the result is a normalised tensor in memory of its own, and nothing more."""
-        return self.gate is None and self.r is None and not self.in_buffer
+        return self.gate is None and self.factor is None and self.r is None and not self.in_buffer
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the sweep does nothing for a neighbour: no sum, no factor of each image, no slice of a concat."""
+        return self.r is None and self.factor is None and not self.in_buffer
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -22,6 +22,7 @@ __all__ = [
     "add_of",
     "concat_of",
     "pooling_of",
+    "product_of",
     "zero_added_to",
 ]
 
@@ -50,6 +51,15 @@ def zero_added_to(node: fx.Node) -> fx.Node | None:
     known = known_tensor(node), known_tensor(x)
     same = all(t is not None and t.dtype.is_floating_point for t in known) and known[0].dtype == known[1].dtype
     return x if same and all(provenance(n).changed_by is None for n in (node, x)) else None
+
+
+def product_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two tensors that this node multiplies elementwise, else None."""
+    is_product = node.target in (operator.mul, torch.mul) or (node.op == "call_method" and node.target == "mul")
+    if not is_product or len(node.args) != 2 or node.kwargs or provenance(node).changed_by is not None:
+        return None
+    a, b = node.args
+    return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b else None
 
 
 def concat_of(node: fx.Node) -> list[fx.Node] | None:

@@ -225,13 +225,17 @@ class NormaliseForward(Call[Tensor]):
 
 @record
 class NormaliseBackward(Call[SweepGradients]):
-    """The gradients from that at z, ``factor * dz``."""
+    """The gradients from that at z, ``factor * factors * dz``.
+
+    ``factors``, [N, C] in the accumulation dtype, are for a transform without a gate.
+    """
 
     dz: Tensor
     x: Tensor
     transform: Transform
     accumulate: Tensor | None = None
     factor: float = 1.0
+    factors: Tensor | None = None
 
 
 class StatisticsResult(NamedTuple):

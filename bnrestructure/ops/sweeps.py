@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bnrestructure.core.aliases import alias
-from bnrestructure.core.edges import PoolGeometry, Transform
+from bnrestructure.core.edges import PoolGeometry, Transform, accumulation_dtype
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import (
     MaxPoolBackward,
@@ -29,9 +29,9 @@ __all__ = ["NormaliseOutputs", "PoolOutputs", "SqueezeOutputs", "max_pool", "nor
 
 
 class NormaliseOutputs(NamedTuple):
-    """z, the normalised and activated x, gated and added to where that is asked for; passed is x for its next reader when chained.
+    """z, the normalised and activated x, multiplied and added to where that is asked for; passed is x for its next reader when chained.
 
-    z has x's shape and dtype, or those of PyTorch's product and sum where the gate or what is added has others. ``buffer`` is the buffer of
+    z has x's shape and dtype, or those of PyTorch's product and sum where a factor or what is added has others. ``buffer`` is the buffer of
     a concat that z was written into; z is then a slice of it, with a gradient of its own.
     """
 
@@ -63,14 +63,27 @@ def _gradients(ctx: Any, x: Tensor, scale: Tensor | None, found: SweepGradients)
 
 
 def normalise(
-    x: Tensor, transform: Transform, r: Tensor | None = None, *, slot: Slot | None = None, chain: bool = False, backend: str = "auto"
+    x: Tensor,
+    transform: Transform,
+    r: Tensor | None = None,
+    *,
+    factor: Tensor | None = None,
+    slot: Slot | None = None,
+    chain: bool = False,
+    backend: str = "auto",
 ) -> NormaliseOutputs:
-    """(``act((x - mean) * scale + beta) * gate + r`` in x's dtype, x passed through when chained), in one sweep over memory.
+    """(``act((x - mean) * scale + beta) * gate * factor + r`` in x's dtype, x passed through when chained), in one sweep over memory.
 
-    With a gate x is what :func:`squeeze` deferred, and gets the gradient at what the gate multiplies; the gate and r may have any shape
-    that PyTorch's product and sum take. r gets the gradient of the result, the very tensor, as from PyTorch's sum. ``slot`` is a place for
-    the result in a concat's buffer.
+    With a gate x is what :func:`squeeze` deferred, and gets the gradient at what the gate multiplies. ``factor`` is one number for each
+    image, as stochastic depth draws it. Gate, factor and r may have any shape that PyTorch's product and sum take; what kernels do not know
+    is multiplied or added in a step of its own. r gets the gradient of the result, the very tensor, as from PyTorch's sum. ``slot`` is a
+    place for the result in a concat's buffer.
     """
+    in_a_step_of_its_own = transform.gate is not None or torch.compiler.is_compiling()
+    if factor is not None and (in_a_step_of_its_own or not _is_of_images(factor, x)):
+        z, passed, _ = normalise(x, transform, chain=chain, backend=backend)
+        product = z * factor
+        return _in_slot(product if r is None else product + r, passed, slot)
     if transform.gate is not None:
         x, transform = with_gate(x, transform, backend)
         if transform.gate is None:
@@ -81,10 +94,17 @@ def normalise(
         z = library.normalise(x, mean, scale, beta, act, backend)
         return NormaliseOutputs(z if r is None else z + r, None, None)
     if r is not None and (r.shape != x.shape or r.dtype is not x.dtype):
-        z, passed, _ = _Normalise.apply(x, mean, scale, beta, gate, None, None, act, None, chain, backend)
+        z, passed, _ = _Normalise.apply(x, mean, scale, beta, gate, factor, None, None, act, None, chain, backend)
         return _in_slot(z + r, passed, slot)
     into, placed = (None, None) if slot is None else (slot.into, slot._replace(into=None))
-    return NormaliseOutputs(*_Normalise.apply(x, mean, scale, beta, gate, r, into, act, placed, chain, backend))
+    return NormaliseOutputs(*_Normalise.apply(x, mean, scale, beta, gate, factor, r, into, act, placed, chain, backend))
+
+
+def _is_of_images(factor: Tensor, x: Tensor) -> bool:
+    """Whether a factor is a constant number for each image, or for all, that leaves the dtype of x as it is."""
+    shape = (factor.shape[0] if factor.dim() else 1, *[1] * (x.dim() - 1))
+    fits = factor.dim() in (0, x.dim()) and factor.numel() in (1, x.shape[0]) and (factor.dim() == 0 or factor.shape == shape)
+    return fits and not factor.requires_grad and torch.result_type(x, factor) is x.dtype and factor.device == x.device
 
 
 def _in_slot(z: Tensor, passed: Tensor | None, slot: Slot | None) -> NormaliseOutputs:
@@ -107,6 +127,7 @@ class _Normalise(torch.autograd.Function):
         scale: Any,
         beta: Any,
         gate: Any,
+        factor: Any,
         r: Any,
         into: Any,
         act: str,
@@ -115,28 +136,37 @@ class _Normalise(torch.autograd.Function):
         backend: str,
     ) -> Any:
         ctx.act, ctx.backend = act, backend
-        ctx.save_for_backward(x, mean, scale, beta, gate)
+        factors = None if factor is None else _by_channel(factor, x)
+        ctx.save_for_backward(x, mean, scale, beta, gate, factors)
         ctx.set_materialize_grads(False)
         buffer = out = ctx.written = None
         if placed is not None:
             buffer, out, ctx.written = opened(placed._replace(into=into), x.shape, x.dtype, x.device)
-        z = registry.run(backend, NormaliseForward(x, Transform(mean, scale, beta, act, gate), x.dtype, out, r))
-        if into is not None and True not in ctx.needs_input_grad[:6]:
+        transform = Transform(mean, scale, beta, act, gate if factors is None else factors)
+        z = registry.run(backend, NormaliseForward(x, transform, x.dtype, out, r))
+        if into is not None and True not in ctx.needs_input_grad[:7]:
             ctx.mark_non_differentiable(z)  # the rest of the buffer is no reason for a gradient at z
         return z, passed_on(ctx, x) if chain else None, buffer
 
     @staticmethod
     def backward(ctx: Any, dz: Any, dpassed: Any, dbuffer: Any) -> Any:
-        x, mean, scale, beta, gate = ctx.saved_tensors
+        x, mean, scale, beta, gate, factors = ctx.saved_tensors
         dinto = None
         if dbuffer is not None:
             dslice, dinto = incoming_gradient(ctx.written, dbuffer)
             dz = dslice if dz is None else dz + dslice
-        if dz is None or True not in ctx.needs_input_grad[:6]:
-            return guard_second_derivative((dpassed, *[None] * 5, dinto, *[None] * 4))
-        found = registry.run(ctx.backend, NormaliseBackward(dz, x, Transform(mean, scale, beta, ctx.act, gate), dpassed))
-        dr = dz if ctx.needs_input_grad[5] else None
-        return guard_second_derivative((*_gradients(ctx, x, scale, found), found.gate, dr, dinto, *[None] * 4))
+        if dz is None or True not in ctx.needs_input_grad[:7]:
+            return guard_second_derivative((dpassed, *[None] * 6, dinto, *[None] * 4))
+        transform = Transform(mean, scale, beta, ctx.act, gate)
+        found = registry.run(ctx.backend, NormaliseBackward(dz, x, transform, dpassed, factors=factors))
+        dr = dz if ctx.needs_input_grad[6] else None
+        return guard_second_derivative((*_gradients(ctx, x, scale, found), found.gate, None, dr, dinto, *[None] * 4))
+
+
+def _by_channel(factor: Tensor, x: Tensor) -> Tensor:
+    """A factor of each image as kernels take one, [N, C] in the accumulation dtype."""
+    wide = factor.detach().to(accumulation_dtype(x.dtype)).expand(*x.shape[:2], *[1] * (x.dim() - 2))
+    return wide.reshape(x.shape[:2])
 
 
 def max_pool(

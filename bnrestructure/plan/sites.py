@@ -74,7 +74,7 @@ def _site(name: str, statistics: list[fx.Node], normalises: list[fx.Node], refus
     where = "sweep" if own_sweeps else "shared" if shared else "epilogue"
     readers = [view for node in normalises if (view := fused_of(node)) is not None]
     act = getattr(readers[0], "act", "identity") if readers else "identity"
-    alone = [view for view in readers if isinstance(view, Normalise) and view.r is None and not view.in_buffer]
+    alone = [view for view in readers if isinstance(view, Normalise) and view.is_alone]
     in_concat = any(isinstance(view, Normalise) and view.in_buffer for view in readers)
     for normalise in alone:
         z = normalise.outs().get("z")
@@ -119,8 +119,8 @@ def _is_residual(reader: Fused) -> bool:
 
 
 def _reader_word(reader: Fused) -> str:
-    if isinstance(reader, Normalise) and (reader.r is not None or reader.in_buffer):
-        return "add" if reader.r is not None else "concat"
+    if isinstance(reader, Normalise) and not reader.is_alone:
+        return "add" if reader.r is not None else "concat" if reader.in_buffer else "mul"
     if isinstance(reader, Residual | Conv) and _is_residual(reader):
         return "add" if reader.act == "identity" else f"add-{reader.act.split('(')[0]}"
     if isinstance(reader, Conv):

@@ -44,7 +44,7 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
         case Residual():
             read = [view.y, view.r]
         case Normalise():
-            read = [view.x, view.gate, view.r, view.into if view.appends else None]
+            read = [view.x, view.gate, view.factor, view.r, view.into if view.appends else None]
         case Reader() | Statistics() | ConcatBuffer():
             read = [view.x]
         case _:

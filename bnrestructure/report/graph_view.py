@@ -196,5 +196,6 @@ def _prologue(view: Fused, sites: str) -> str | None:
     if isinstance(view, Reader) and view.act != "identity":
         parts.append(view.act)
     gated = isinstance(view, Conv | Normalise) and view.gate is not None
+    drawn = " * factor" if isinstance(view, Normalise) and view.factor is not None else ""
     added = " + shortcut" if isinstance(view, Normalise) and view.r is not None else ""
-    return f"{' + '.join(parts)}{' * gate' if gated else ''}{added}".strip() or None
+    return f"{' + '.join(parts)}{' * gate' if gated else ''}{drawn}{added}".strip() or None

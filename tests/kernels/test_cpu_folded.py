@@ -127,6 +127,7 @@ def test_sweeps(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None
     check(NormaliseForward(x, t, dtype=dtype, r=values(shape, dtype, layout)))
     check(NormaliseForward(dz, t, dtype=dtype, out=x))
     check(NormaliseBackward(dz, x, t))
+    check(NormaliseBackward(dz, x, t, factors=torch.rand(shape[:2])))
     check(NormaliseBackward(dz, x, t, accumulate=values(shape, dtype, layout)))
     if len(shape) == 2:
         return  # no spatial positions to take a mean over

@@ -133,6 +133,9 @@ def test_normalise(isa: str, dtype: torch.dtype, act: str, shape: tuple[int, ...
         g = away_from_kinks(activation_tensor(shape, dtype), input_of(x, t), act)
         check(NormaliseBackward(g, x, t))
         check(NormaliseBackward(g, x, t, accumulate=activation_tensor(shape, dtype)))
+        factors = torch.rand(shape[0], 1).expand(shape[:2])
+        check(NormaliseBackward(g, x, t, factors=factors.contiguous()))
+        check(NormaliseBackward(g, x, t, accumulate=activation_tensor(shape, dtype), factor=0.5, factors=factors.contiguous()))
 
 
 def test_normalise_backward_with_a_mean_far_from_zero(isa: str) -> None:

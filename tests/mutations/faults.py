@@ -76,6 +76,8 @@ PATTERNS = (
     Fault("_expanded_like", "len(factor.users) != 1 or ", "", "tests/passes/test_excitation.py"),
     Fault("maker_for_one", "if len(tensor.users) != 1:", "if False:", "tests/passes/test_plain_sums.py"),
     Fault("_has_own_gradient", "", "return True", "tests/passes/test_activated_branches.py"),
+    Fault("sweeps:_is_of_images", "not factor.requires_grad and ", "", "tests/passes/test_stochastic_depth.py"),
+    Fault("_is_drawn", "len(sources) != 1", "not sources", "tests/passes/test_stochastic_depth.py"),
     Fault("_writes_for_all", "if others and _gets_out(concat):", "if False:", "tests/passes/test_concat_slots.py"),
     Fault("unchain", "", "return", "tests/passes/test_concat_slots.py"),
     Fault("_of_both", "len(counts) == 1", "counts", "tests/passes/test_concat_slots.py"),
@@ -103,6 +105,7 @@ COMPILED = (
         "conv_geometry.cpp", "(p.in_width - 1 + p.padding_w) / column_step + 1", "(p.in_width + p.padding_w) / column_step + 1",
         "proofs:test_kernel_geometry.py",
     ),
+    Fault("sweeps_normalise.cpp", "load(factors + c, lanes) * common", "common", "tests/kernels/test_cpu_sweeps.py"),
     Fault("sweeps_pool.cpp", "z > best, set1(position), at", "z >= best, set1(position), at", "tests/kernels/test_cpu_sweeps.py"),
     Fault(
         "sweeps_pool.cpp", "(h - a.kernel_h + a.stride_h) / a.stride_h", "(h - a.kernel_h) / a.stride_h",

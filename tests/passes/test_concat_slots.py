@@ -68,6 +68,17 @@ def _twice(m: _Net, x: Tensor, y: Tensor) -> Tensor:
     return m.wide(_cat(z, m.second(x))) + m.wide(_cat(F.gelu(m.bn3(m.conv3(x))), z))
 
 
+def _dense_sum(m: _Net, x: Tensor, y: Tensor) -> Tensor:
+    """Two convolutions and a concat read what a branch and its shortcut add up to."""
+    s = x + F.silu(y)
+    return m.wide(_cat(s, F.silu(m.second(s)))) + F.gelu(m.bn3(m.conv3(s)))
+
+
+def _read_on(m: _Net, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    z = F.silu(y)
+    return _cat(x.tanh(), z), m.second(z + x.sigmoid())
+
+
 #: (the body, the segments that are normalised in place, those that are copied).
 BODIES: dict[str, tuple[Callable[[_Net, Tensor, Tensor], object], int, int]] = {
     "two branches": (lambda m, x, y: m.wide(_cat(F.silu(y), F.gelu(m.second(x)))), 2, 0),
@@ -82,10 +93,11 @@ BODIES: dict[str, tuple[Callable[[_Net, Tensor, Tensor], object], int, int]] = {
     "a gate": (_gated, 1, 1),
     "two concats": (_twice, 3, 1),
     "an activated branch with its shortcut": (lambda m, x, y: m.wide(_cat(x.tanh(), x + F.silu(y))), 1, 1),
+    "a sum that convolutions read": (_dense_sum, 2, 0),
     "the concat returned": (lambda m, x, y: _cat(x.tanh(), F.silu(y)), 1, 1),
     "a linear layer behind": (lambda m, x, y: _cat(x.tanh(), F.silu(y)).flatten(1).sum(1), 1, 1),
     "nobody reads the concat but its sizes": (lambda m, x, y: (lambda c: m.conv2(F.relu(y)) * c.shape[1])(_cat(x.tanh(), y)), 1, 1),
-    "the concat returned, and a branch read on": (lambda m, x, y: (lambda z: (_cat(x.tanh(), z), m.second(z + 1)))(F.silu(y)), 0, 0),
+    "the concat returned, and a branch read on": (_read_on, 0, 0),
     "a branch returned": (lambda m, x, y: (lambda z: (m.wide(_cat(x.tanh(), z)), z))(F.silu(y)), 0, 0),
     "a branch in halves": (lambda m, x, y: (lambda z: m.wide(_cat(x.tanh(), z)) + z.chunk(2, 1)[0].sum())(F.silu(y)), 0, 0),
     "a branch changed in place": (lambda m, x, y: (lambda z: m.wide(_cat(x.tanh(), z)) + z[:, :1].zero_())(F.silu(y)), 0, 0),

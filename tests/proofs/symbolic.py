@@ -143,7 +143,9 @@ class Symbolic(TorchDispatchMode):
         memory = self._memories.get(x.untyped_storage()._cdata)
         if memory is None:
             raise NotProved(f"a tensor {tuple(x.shape)} of unknown origin is read")
-        if channels == 0 and x.numel() == 1 and memory.everywhere is None:  # one element of a vector
+        dim = self.channel_dim(x)
+        expanded_channel = dim is not None and x.shape[dim] > 1 and x.stride(dim) == 0
+        if channels == 0 and (x.numel() == 1 or expanded_channel) and memory.everywhere is None:  # one element of a vector
             start, channels = x.storage_offset(), 1
         value = memory.read(start, channels)
         return ((0, value[0][1]),) if channels == 1 else value  # it may meet any number of channels

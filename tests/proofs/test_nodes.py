@@ -338,8 +338,25 @@ def test_sum_of_an_activated_branch(act: str, threaded: bool) -> None:
             return [applied(x, *vectors, act) + r, *([x] if threaded else [])]
 
         def rewritten(x: Tensor, r: Tensor, *vectors: Tensor) -> list[Tensor | None]:
-            z, passed = ops.normalise(x, Transform(*vectors, act), r, chain=threaded, backend="reference")
+            z, passed, _ = ops.normalise(x, Transform(*vectors, act), r, chain=threaded, backend="reference")
             return [z, *([passed] if threaded else [])]
+
+        prove(s, original, rewritten, inputs)
+
+
+def test_stochastic_depth() -> None:
+    """``act((x - mean) * scale + beta) * factor + r``, the factor one constant for each image."""
+    s = symbolic()
+    with s.running():
+        inputs = [s.tensor(name, IMAGES, 17, 103, 107) for name in ("x", "r")]
+        inputs += [s.tensor(name, 17) for name in ("mean", "scale", "beta")]
+        factor = s.tensor("factor", IMAGES, 1, 1, 1).detach()
+
+        def original(x: Tensor, r: Tensor, *vectors: Tensor) -> Tensor:
+            return applied(x, *vectors, "silu") * factor + r
+
+        def rewritten(x: Tensor, r: Tensor, *vectors: Tensor) -> Tensor:
+            return ops.normalise(x, Transform(*vectors, "silu"), r, factor=factor, backend="reference").z
 
         prove(s, original, rewritten, inputs)
 

@@ -153,7 +153,9 @@ def normalise_backward(call: NormaliseBackward) -> SweepGradients:
     dx = _to_dx(a, x, call.accumulate)
     sum_p, sum_px = _sums(a, call.transform.mean is not None and gate is None)
     dgate = None
-    if gate is not None:
+    if call.factors is not None:
+        a.gate = memory.vector(call.factors, keep, *x.shape[:2])
+    elif gate is not None:
         dgate, a.gate_gradient = memory.fresh_vector(*gate.shape)
     _normalise_backward.call(_byref(a))
     return SweepGradients(_delivered(dx, call.accumulate), sum_p, sum_px, None if dgate is None or gate is None else dgate.to(gate.dtype))

@@ -158,7 +158,7 @@ def _normalise_forward(call: NormaliseForward) -> str | None:
 
 def _normalise_backward(call: NormaliseBackward) -> str | None:
     reason = _activation_tensor("the gradient", call.dz) or _activation_tensor("the input", call.x) or _of_x(call)
-    return reason or _fits(call.x, call.dz, call.accumulate)
+    return reason or _fits(call.x, call.dz, call.accumulate) or _fits(call.x, call.factors, shape=call.x.shape[:2])
 
 
 def _of_x(call: NormaliseForward | NormaliseBackward | SqueezeForward | SqueezeBackward | MaxPoolForward | MaxPoolBackward) -> str | None:

@@ -28,7 +28,7 @@ def _normalise_forward(c: calls.NormaliseForward) -> Any:
 
 
 def _normalise_backward(c: calls.NormaliseBackward) -> calls.SweepGradients:
-    return calls.SweepGradients(*normalise_backward(c.dz, c.x, c.transform, accumulate=c.accumulate, factor=c.factor))
+    return calls.SweepGradients(*normalise_backward(c.dz, c.x, c.transform, accumulate=c.accumulate, factor=c.factor, factors=c.factors))
 
 
 def _squeeze_forward(c: calls.SqueezeForward) -> Any:

@@ -72,7 +72,7 @@ def normalise_forward(
 
 @triton.jit(do_not_specialize=("rows", "row_tiles", "positions"))
 def _normalise_backward_kernel(
-    x_ptr, dz_ptr, pooled_ptr, mean_ptr, scale_ptr, beta_ptr, dx_ptr, partial_ptr,
+    x_ptr, dz_ptr, factors_ptr, pooled_ptr, mean_ptr, scale_ptr, beta_ptr, dx_ptr, partial_ptr,
     dz_pitch, x_pitch, dx_pitch, rows, row_tiles, positions, channels,
     ACT: tl.constexpr, SLOPE: tl.constexpr, FACTOR: tl.constexpr, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr,
     UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
@@ -88,6 +88,9 @@ def _normalise_backward_kernel(
     if dz_ptr is not None:
         place = dz_ptr + offset(row[:, None], dz_pitch, WIDE) + channel[None, :]
         g += tl.load(place, mask=inside, other=0.0).to(tl.float32) * FACTOR
+    if factors_ptr is not None:
+        image = row // positions
+        g *= tl.load(factors_ptr + image[:, None] * channels + channel[None, :], mask=inside, other=0.0)
     if pooled_ptr is not None:
         image = row // positions
         g += tl.load(pooled_ptr + image[:, None] * channels + channel[None, :], mask=inside, other=0.0) / positions
@@ -99,9 +102,16 @@ def _normalise_backward_kernel(
 
 
 def _backward(
-    dz: Tensor | None, dpooled: Tensor | None, x: Tensor, transform: Transform, dx: Pixels, add: bool, factor: float = 1.0
+    dz: Tensor | None,
+    dpooled: Tensor | None,
+    x: Tensor,
+    transform: Transform,
+    dx: Pixels,
+    add: bool,
+    factor: float = 1.0,
+    factors: Tensor | None = None,
 ) -> Sums:
-    """Writes ``dx``, or adds to it, from the gradient at z, ``factor * dz + dpooled / positions``; returns (dx, SP, SPX)."""
+    """Writes ``dx``, or adds to it, from the gradient at z, ``factor * factors * dz + dpooled / positions``; returns (dx, SP, SPX)."""
     source, gradient = pixels(x), None if dz is None else pixels(dz)
     pooled = None if dpooled is None else dpooled.to(torch.float32).contiguous()
     _, channels, h, w = x.shape
@@ -111,7 +121,7 @@ def _backward(
     partial = None if transform.mean is None else partial_sums(2, row_tiles, channels, x.device)
     launch(
         _normalise_backward_kernel, (row_tiles * triton.cdiv(channels, tile.channels),),
-        source.tensor, None if gradient is None else gradient.tensor, pooled,
+        source.tensor, None if gradient is None else gradient.tensor, *vectors(factors), pooled,
         *vectors(transform.mean, transform.scale, transform.beta), dx.tensor, partial,
         *pitches, source.rows, row_tiles, h * w, channels,
         **activation_constants(transform.act), FACTOR=factor, ACCUMULATE=add,
@@ -123,17 +133,23 @@ def _backward(
 
 
 def normalise_backward(
-    dz: Tensor, x: Tensor, transform: Transform, *, accumulate: Tensor | None = None, factor: float = 1.0
+    dz: Tensor,
+    x: Tensor,
+    transform: Transform,
+    *,
+    accumulate: Tensor | None = None,
+    factor: float = 1.0,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, SP, SPX, the gate's gradient) from the gradient at z, ``factor * dz``; dx is added in place to ``accumulate`` when given.
+    """(dx, SP, SPX, the gate's gradient) from the gradient at z, ``factor * factors * dz``.
 
-    With a gate dx is the gradient at what the gate multiplies, and there are no sums.
+    dx is added in place to ``accumulate`` when given. With a gate dx is the gradient at what the gate multiplies, and there are no sums.
     """
     dx = destination(x, x.dtype, accumulate)
     in_place = accumulate is not None and dx.tensor is accumulate
     sum_p = sum_px = gate = None
     if transform.gate is None:
-        found, sum_p, sum_px = _backward(dz, None, x, transform, dx, in_place, factor)
+        found, sum_p, sum_px = _backward(dz, None, x, transform, dx, in_place, factor, factors)
     else:
         found, gate = _gated_backward(dz, x, transform, dx, in_place, factor)
     return found if accumulate is None or in_place else accumulate.add_(found), sum_p, sum_px, gate

@@ -136,7 +136,9 @@ def _sweeps() -> None:
     gated = _transform(256, "identity")._replace(gate=torch.empty(x.shape[:2], device="meta"))
     run(NormaliseForward(x, gated, x.dtype))
     run(NormaliseForward(x, _transform(256, "silu"), x.dtype, r=z))
+    run(NormaliseForward(x, gated, x.dtype, r=z))
     run(NormaliseBackward(z, x, gated))
+    run(NormaliseBackward(z, x, own, factors=torch.empty(x.shape[:2], device="meta")))
     for shortcut in (Transform(), own):
         join = Join(x, own, z, shortcut, "relu")
         out, *_ = run(JoinForward(join, x.dtype, True))

@@ -48,6 +48,8 @@ def normalise_backward(call: NormaliseBackward) -> SweepGradients:
     """The gradient at x, and the sums over pixels of the gradient at the transform."""
     x, transform = call.x, call.transform
     dz = call.dz if call.factor == 1 else call.dz.to(accumulation_dtype(x.dtype)) * call.factor
+    if call.factors is not None:
+        dz = dz.to(call.factors.dtype) * call.factors.reshape(*x.shape[:2], *[1] * (x.dim() - 2))
     if transform.gate is not None:
         dx, dgate = gated(dz, x, transform)
         return SweepGradients(write(dx, x.dtype, call.accumulate), None, None, dgate)

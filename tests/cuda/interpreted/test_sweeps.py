@@ -108,6 +108,7 @@ def test_normalise_with_a_gate_and_a_sum(shape: tuple[int, ...], dtype: torch.dt
     check(NormaliseForward(x, Transform(act="relu"), dtype, r=r))
     dz = torch.randn(shape).to(dtype)
     check(NormaliseBackward(dz, x, gated, factor=0.7))
+    check(NormaliseBackward(dz, x, t, factor=0.7, factors=gated.gate))
     check(NormaliseBackward(dz, x, Transform(act="hardswish", gate=gated.gate)))
     own = activation_tensor(shape, dtype)
     value, truth = (

@@ -28,12 +28,14 @@ BNR_FLATTEN void normalise(const SweepArguments& a, Range rows, const Affine& tr
     });
 }
 
+// Rows that lie in one image, where that has factors.
 template <Act A, class T>
-BNR_FLATTEN void normalise_gradient(const SweepArguments& a, const Input& to, Range tile, Sums& sums) {
+BNR_FLATTEN void normalise_gradient(const SweepArguments& a, const Input& to, Range tile, const float* factors, Sums& sums) {
     const Pixels<const T> dz(a.dz, a.dz_pitch);
     const InputGradient<A, T> input(to);
-    const vf factor = set1(float(a.gradient_factor));
     for_each_block(tile, a.channels, [&](int64_t r, int64_t c, auto lanes, int n) {
+        const vf common = set1(float(a.gradient_factor));
+        const vf factor = factors ? load(factors + c, lanes) * common : common;
         input.block(r, c, lanes, n, sums, [&](int i) {
             request(dz, r + i, c);
             return load(dz.at(r + i, c), lanes) * factor;
@@ -96,9 +98,9 @@ BNR_EXPORT void bnr_normalise_forward(const SweepArguments* a) {
     });
 }
 
-// dz to dx, and sum_p and sum_px or, with a gate, gate_gradient.
+// dz to dx, and sum_p and sum_px or, where that of a gate is wanted, gate_gradient. Any other gate is a part of the gradient at z.
 BNR_EXPORT void bnr_normalise_backward(const SweepArguments* a) {
-    if (a->gate) {
+    if (a->gate_gradient) {
         with_element(a->element, [&](auto* type) { gate_gradient<std::remove_pointer_t<decltype(type)>>(*a); });
         return;
     }
@@ -112,10 +114,16 @@ BNR_EXPORT void bnr_normalise_backward(const SweepArguments* a) {
     });
     parallel(threads, [&](int64_t t) {
         Sums& own = sums[size_t(t)];
-        for_each_tile(share(pixels(*a), 1, t, threads), [&](Range tile) {
-            kernel(*a, input, tile, own);
+        const Range rows = share(pixels(*a), 1, t, threads);
+        const auto sweep = [&](Range tile, const float* factors) {
+            kernel(*a, input, tile, factors, own);
             own.flush();
-        });
+        };
+        if (a->gate) {
+            for_each_image_tile(*a, rows, [&](int64_t image, Range tile) { sweep(tile, a->gate + image * a->channels); });
+        } else {
+            for_each_tile(rows, [&](Range tile) { sweep(tile, nullptr); });
+        }
     });
     write_sums(sums, *a);
 }

@@ -144,9 +144,10 @@ class _Normalise(torch.autograd.Function):
             buffer, out, ctx.written = opened(placed._replace(into=into), x.shape, x.dtype, x.device)
         transform = Transform(mean, scale, beta, act, gate if factors is None else factors)
         z = registry.run(backend, NormaliseForward(x, transform, x.dtype, out, r))
-        if into is not None and True not in ctx.needs_input_grad[:7]:
-            ctx.mark_non_differentiable(z)  # the rest of the buffer is no reason for a gradient at z
-        return z, passed_on(ctx, x) if chain else None, buffer
+        passed = passed_on(ctx, x) if chain else None
+        if into is not None and True not in ctx.needs_input_grad[:7]:  # the rest of the buffer is no reason for a gradient at z
+            ctx.mark_non_differentiable(*(t for t in (z, passed) if t is not None))
+        return z, passed, buffer
 
     @staticmethod
     def backward(ctx: Any, dz: Any, dpassed: Any, dbuffer: Any) -> Any:

@@ -19,7 +19,7 @@ from bnrestructure.core.edges import BackwardEdge
 from bnrestructure.kernels import reference
 from bnrestructure.kernels.calls import Call, ConvBackward, FinalizeBackward, FinalizeForward, StatisticsForward
 from bnrestructure.kernels.reference import elementwise
-from bnrestructure.ops import conv_options, join
+from bnrestructure.ops import conv_options, join, slots
 from bnrestructure.verification import verifier
 
 conv_ops = sys.modules["bnrestructure.ops.conv"]  # ``bnrestructure.ops.conv`` names the function
@@ -77,8 +77,8 @@ def wrong_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wrong_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second segment of a concat is written one channel too far to the left."""
-    original = conv_options.channel_slice
-    monkeypatch.setattr(conv_options, "channel_slice", lambda x, start, n: original(x, max(start - 1, 0), n))
+    original = slots.channel_slice
+    monkeypatch.setattr(slots, "channel_slice", lambda x, start, n: original(x, max(start - 1, 0), n))
 
 
 def wrong_axis(monkeypatch: pytest.MonkeyPatch) -> None:

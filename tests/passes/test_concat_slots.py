@@ -89,6 +89,7 @@ BODIES: dict[str, tuple[Callable[[_Net, Tensor, Tensor], object], int, int]] = {
     "an upsampled tensor": (lambda m, x, y: m.wide(_cat(F.interpolate(F.avg_pool2d(x.tanh(), 1), scale_factor=1), F.silu(y))), 1, 1),
     "a half": (lambda m, x, y: m.wide(_cat(*x.tanh().chunk(2, 1), F.silu(y))), 1, 2),
     "a sum of others": (lambda m, x, y: m.wide(_cat(x.tanh() + x.sigmoid(), F.silu(y))), 1, 1),
+    "a product that broadcasts": (lambda m, x, y: m.wide(_cat(x.tanh() * x.chunk(8, 1)[0], F.silu(y))), 0, 0),
     "ghosts": (_ghost, 2, 0),
     "branches that read each other": (_res2, 2, 0),
     "an aggregation": (_aggregated, 2, 0),
@@ -173,6 +174,13 @@ def test_a_slice_in_backward_is_nobody_elses() -> None:
     before = gradient.clone()
     rewritten(torch.randn(4, 3, 8, 6)).backward(gradient)
     assert torch.equal(gradient, before)
+
+
+def test_a_concat_that_hung_on_a_chain_leaves_nothing_there() -> None:
+    """Between the convolutions that read the sum stood a copy of its gradient, for the concat's sake."""
+    model = _Net(_dense_sum)
+    assert len(OwnGradient.every(after(model, *PASSES[: PASSES.index("eliminate-concat")]).graph)) == 1
+    assert OwnGradient.every(after(model, *PASSES).graph) == []
 
 
 def test_forward_keeps_no_segment_beside_the_concat() -> None:

@@ -60,6 +60,7 @@ BODIES: dict[str, tuple[Callable[[_Net, Tensor, Tensor], object], int, int]] = {
     "a layer's scale": (lambda m, x, y: m.conv2(y * m.layer_scale + x), 0, 0),
     "a factor that is learned": (lambda m, x, y: m.conv2(y * m.learned + x), 0, 0),
     "a factor that is computed of what is learned": (lambda m, x, y: m.conv2(y * (m.learned * 2) + x), 0, 0),
+    "a factor that is drawn and learned": (lambda m, x, y: m.conv2(y * (m.learned * x.new_ones(4, 1, 1, 1).bernoulli_(0.5)) + x), 0, 0),
     "read by others": (lambda m, x, y: m.conv2(m.row(y) + y), 0, 0),
 }
 

@@ -34,6 +34,7 @@ def chain_readers(match: Fork, *, own: bool = False) -> None:
         if current is not match.tensor:
             reader.replace_input_with(match.tensor, current)
         link = fused_of(reader)
+        # A copied segment at the chain's end makes the gradient that the links before it add to.
         if accumulated and (copy := ConcatBuffer.of(reader)) is not None and copy.x is current and OwnGradient.of(current) is None:
             copy.update(own=True)
         if reader in match.links and reader is not readers[-1] and isinstance(link, Link):

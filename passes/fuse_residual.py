@@ -55,21 +55,20 @@ def into_residual(match: ResidualMatch) -> None:
 
 def into_normalise(match: ActivatedBranch) -> None:
     """Let the sweep that makes the branch add the shortcut."""
-    normalise = match.normalise
-    made = Normalise.create(before=match.add, **normalise.edge, gate=normalise.gate, factor=normalise.factor, r=match.shortcut)
-    carry(made.node, match.add, normalise.node)
-    match.add.replace_all_uses_with(made.out("z"))
-    match.add.graph.erase_node(match.add)
-    normalise.erase_if_unread()
+    _sweep_for(match.add, match.normalise, factor=match.normalise.factor, r=match.shortcut)
 
 
 def scale(match: ScaledBranch) -> None:
     """Let the sweep that makes the branch multiply it."""
-    normalise = match.normalise
-    made = Normalise.create(before=match.product, **normalise.edge, factor=match.factor)
-    carry(made.node, match.product, normalise.node)
-    match.product.replace_all_uses_with(made.out("z"))
-    match.product.graph.erase_node(match.product)
+    _sweep_for(match.product, match.normalise, factor=match.factor)
+
+
+def _sweep_for(node: fx.Node, normalise: Normalise, **more: fx.Node | None) -> None:
+    """Put a normalise that does ``more`` in the place of this node."""
+    made = Normalise.create(before=node, **normalise.edge, gate=normalise.gate, **more)
+    carry(made.node, node, normalise.node)
+    node.replace_all_uses_with(made.out("z"))
+    node.graph.erase_node(node)
     normalise.erase_if_unread()
 
 

@@ -155,8 +155,8 @@ def branch_concat(node: fx.Node) -> BranchConcat | Refusal | None:
 def _writes_for_all(segment: fx.Node, concat: fx.Node) -> Normalise | None:
     """The normalise behind ``segment`` if its result could be a slice of the concat, for all who read it.
 
-    Those must take any strides, and must neither hand the tensor on nor change it. Nor may the concat get out then, for who gets it may
-    change it in place.
+    Those readers must take a tensor of any strides, and must not hand it to the caller. Where there are such readers the concat must not
+    get out either: who gets it may change it in place, and the slice with it.
     """
     z = passed_tensor(segment)
     normalise = Normalise.making(z, "z")

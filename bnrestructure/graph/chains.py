@@ -7,7 +7,7 @@ from torch import fx
 from bnrestructure.graph.ir import Link, OwnGradient, fused_of, maker_of
 from bnrestructure.graph.order import readers_of
 
-__all__ = ["passed_on_by", "passed_tensor", "readers_along_chain"]
+__all__ = ["aliases_of", "passed_on_by", "passed_tensor", "readers_along_chain"]
 
 
 def passed_tensor(tensor: fx.Node) -> fx.Node:
@@ -28,12 +28,15 @@ def passed_on_by(reader: fx.Node, tensor: fx.Node) -> fx.Node | None:
     return view.outs().get("passed") if isinstance(view, Link) and view.passes_x and view.x is tensor else None
 
 
+def aliases_of(tensor: fx.Node) -> list[fx.Node]:
+    """A tensor, and what its readers pass on of it."""
+    found = [tensor]
+    for each in found:
+        found += [again for reader in each.users if (again := passed_on_by(reader, each)) is not None]
+    return found
+
+
 def readers_along_chain(tensor: fx.Node) -> list[fx.Node]:
     """The nodes that compute with a tensor, those behind links of its chain among them."""
-    tensors, found = [tensor], []
-    for each in tensors:
-        for reader in readers_of(each):
-            further = passed_on_by(reader, each)
-            tensors += [] if further is None else [further]
-            found += [] if further is reader else [reader]
-    return found
+    aliases = aliases_of(tensor)
+    return [reader for alias in aliases for reader in readers_of(alias) if reader not in aliases]

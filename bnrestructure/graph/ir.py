@@ -205,8 +205,8 @@ class Finalize(OfLayer, op=ops.finalize, outputs=ops.FinalizeOutputs):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Normalise(Reader, Link, Writer, op=ops.normalise, outputs=ops.NormaliseOutputs, groups=_OF_NORMALISE):
-    """Normalisation and activation in a sweep of their own; with a gate, of what a squeeze defers, times that; with a factor, times that;
-    with r, plus that.
+    """``act((x - mean) * scale + beta) * gate * factor + r`` in a sweep of its own; gate, factor and r may be missing. With a gate, x is
+    what a squeeze defers.
     """
 
     gate: fx.Node | None = None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from bnrestructure.graph.chains import aliases_of
 from bnrestructure.graph.channels import channels_of
 from bnrestructure.graph.invariant import Invariant, Look
 from bnrestructure.graph.ir import (
@@ -184,22 +185,9 @@ def _buffer(view: Fused, look: Look) -> fx.Node | None:
     return view.node if isinstance(view, ConcatBuffer) else None
 
 
-def _aliases(tensor: fx.Node, look: Look) -> list[fx.Node]:
-    """A tensor, and what its readers pass on of it."""
-    found = [tensor]
-    for alias in found:
-        for reader in alias.users:
-            view = look.at(reader)
-            if isinstance(view, OwnGradient):
-                found.append(reader)
-            elif isinstance(view, Link) and view.passes_x and view.x is alias:
-                found += [item for name, item in look.outs(view).items() if name == "passed"]
-    return found
-
-
 def _writers_into(buffer: fx.Node | None, look: Look) -> Iterator[Writer | ConcatBuffer]:
     """The nodes that write into a buffer as it is at this node."""
-    for alias in [] if buffer is None else _aliases(buffer, look):
+    for alias in [] if buffer is None else aliases_of(buffer):
         for reader in alias.users:
             view = look.at(reader)
             if isinstance(view, Writer | ConcatBuffer) and view.into is alias:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from bnrestructure.graph.ir import is_fused, maker_of
+from bnrestructure.graph.ir import ConcatBuffer, is_fused, maker_of
 from bnrestructure.graph.layers import module_of
 from bnrestructure.graph.provenance import provenance
 from bnrestructure.ops.formats import returned
@@ -25,6 +25,8 @@ def describe(node: fx.Node) -> str:
     if node.target is returned:
         return "the caller and the layers behind it"
     maker, _ = maker_of(node)
+    if isinstance(maker, ConcatBuffer):  # a segment of a concat that is copied
+        return "cat"
     if maker is not None and is_fused(maker.node):
         node = maker.node
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -55,7 +55,7 @@ class _ConcatBuffer(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> Any:
         if gradient is None:
             return (None,) * 7
-        # Who owns it will write to it, and the buffer's gradient may be the caller's.
+        # With ``own`` a chain will add to dx. The buffer's gradient may be the caller's, and stays as it is.
         dx = gradient.narrow(1, ctx.offset, ctx.channels).to(ctx.dtype, copy=ctx.own)
         dinto = None if ctx.into_channels is None else gradient.narrow(1, 0, ctx.into_channels)
         return guard_second_derivative((dx, dinto, *[None] * 5))

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx
 
+from bnrestructure.graph.chains import readers_along_chain
 from bnrestructure.graph.ir import AvgPool, BatchNorm, Conv, MaxPool, Normalise, Residual, Squeeze, Statistics, fused_of, is_fused
 from bnrestructure.graph.layers import is_depthwise, shape_of
-from bnrestructure.graph.order import readers_of
 from bnrestructure.graph.provenance import provenance
 from bnrestructure.graph.view import Fused
 from bnrestructure.graph.words import describe
@@ -78,7 +78,7 @@ def _site(name: str, statistics: list[fx.Node], normalises: list[fx.Node], refus
     in_concat = any(isinstance(view, Normalise) and view.in_buffer for view in readers)
     for normalise in alone:
         z = normalise.outs().get("z")
-        wanted = sorted({describe(reader) for reader in readers_of(z)}) if z is not None else []
+        wanted = sorted({describe(reader) for reader in readers_along_chain(z)}) if z is not None else []
         what = "normalised" if normalise.gate is None else "normalised and gated"
         reasons.append(f"its {what} tensor is kept in memory for {', '.join(wanted) or 'nobody'}")
     rides_statistics, rides_normalise = not own_sweeps, not alone and bool(readers)

@@ -145,6 +145,16 @@ def test_the_plan_says_so() -> None:
     assert (site.pattern, site.status, site.reason) == ("conv-bn-silu-concat", "fused", None)
 
 
+def test_a_copied_segment_is_kept_for_its_concat_in_the_users_words() -> None:
+    def body(m: _Net, x: Tensor, y: Tensor) -> Tensor:
+        z = F.silu(y)
+        return m.wide(_cat(m.conv2(F.gelu(m.bn2(m.conv3(x)))), z)) + F.interpolate(z, scale_factor=1)
+
+    plan = bnrestructure.explain(_Net(body).train(), torch.randn(2, 3, 8, 6))
+    (site,) = [site for site in plan.sites if site.name == "bn1"]
+    assert (site.status, site.reason) == ("partial", "its normalised tensor is kept in memory for cat, interpolate")
+
+
 def test_what_is_frozen_needs_no_gradient() -> None:
     """A segment that takes no part in backward stays so, though others write to the same buffer."""
     buffer = torch.zeros(2, 4, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()

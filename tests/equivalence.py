@@ -28,6 +28,8 @@ __all__ = [
 FP64_TOLERANCE = 1e-9
 #: Where eager itself moves by more than 1e-9 / this when parameters and inputs move by one rounding, that times this is the limit.
 NOISE_FACTOR = 16
+#: No smooth step moves by this share when its operations' results move by a few roundings of float64.
+JUMP = 1e-3
 #: Where one rounding moves every output of eager's by more than this share of itself, its values say nothing.
 WORTHLESS = 0.1
 #: Tensors smaller than this share of the largest of their kind are compared on that scale: a gradient that is zero in theory (a
@@ -123,7 +125,8 @@ def rounding_noise(
     bias before a batch norm has rounding noise for a gradient, and shifts the running mean), and the trials' are off by as much.
 
     Rounding also happens on the way: five more trials round the results of every operation at random, by up to ``INSIDE`` roundings, and
-    an ``INSIDE``-th of what comes of it counts.
+    an ``INSIDE``-th of what comes of it counts. All of it does where it is more than ``JUMP``: there rounding decides on which side of an
+    activation's kink a value is (a channel that a batch norm finds constant, say), and less of it decides no less.
 
     No implementation in this precision can be held to less. A wrong formula is wrong by far more, whatever the conditioning.
     A tensor that is ``NOTHING`` beside the others of its kind is zero in exact arithmetic (the gradient of a bias that a batch norm takes
@@ -146,7 +149,8 @@ def rounding_noise(
         errors = relative_errors(training_step(nudged, *nudged_args, seed=seed, **nudged_kwargs), expected)
         with RandomRounding(trial):
             rounded = relative_errors(training_step(copy.deepcopy(model), *args, seed=seed, **kwargs), expected)
-        noise = {n: max(noise.get(n, 0.0), error, rounded[n] / INSIDE) for n, error in errors.items()}
+        inside = {n: error if error > JUMP else error / INSIDE for n, error in rounded.items()}
+        noise = {n: max(noise.get(n, 0.0), error, inside[n]) for n, error in errors.items()}
     sizes = relative_errors({name: torch.zeros_like(tensor) for name, tensor in expected.items()}, expected)
     return {name: max(noise[name], size) if size < NOTHING else noise[name] for name, size in sizes.items()}
 

@@ -146,7 +146,8 @@ def test_digits_start_alike_and_are_learnt(net: str, tmp_path: Path, monkeypatch
     assert (tmp_path / "new folder" / "loss.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("net", ["resnet", pytest.param("densenet", marks=pytest.mark.whole)])
+@pytest.mark.whole
+@pytest.mark.parametrize("net", ["resnet", "densenet"])
 def test_digits_end_alike_after_200_steps(net: str) -> None:
     compared = imported("train_digits").compare(net, epochs=14)
     assert len(compared.eager.losses) == 210

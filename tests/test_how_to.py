@@ -79,7 +79,7 @@ def test_how_to(name: str, said_here: Callable[[str], str]) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.whole), "fsdp2"])
 def test_how_to_with_two_processes(name: str, tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
     said = said_by(name, tmp_path, *launcher)

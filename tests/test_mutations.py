@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.append(str(Path(__file__).parent.parent))
 
 from tests.mutations.__main__ import Planter
@@ -24,6 +26,7 @@ def test_every_fault_can_be_planted() -> None:
     assert len(FAULTS) >= 70
 
 
+@pytest.mark.whole
 def test_a_fault_is_noticed(tmp_path: Path) -> None:
     number, fault = next((i, fault) for i, fault in enumerate(FAULTS) if fault.where == "_Synchronise.backward")
     assert Planter(Tree(tmp_path), everyone=False).plant(fault, number) == [fault.guard]

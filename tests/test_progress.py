@@ -62,7 +62,8 @@ def test_only_who_listens_is_told() -> None:
     assert told == ["a step", 2]
 
 
-@pytest.mark.parametrize("command", [("plan",), pytest.param(("verify", "--steps", "1"), marks=pytest.mark.whole)])
+@pytest.mark.whole
+@pytest.mark.parametrize("command", [("plan",), ("verify", "--steps", "1")])
 def test_nothing_of_it_in_pipes_and_all_of_it_on_a_terminal(command: tuple[str, ...], model: str) -> None:
     name, *options = command
     words = [sys.executable, "-m", "bnrestructure.cli.main", name, model, "--backend", "reference", "--batch", "2", "--input-size", "8"]

@@ -184,9 +184,16 @@ def _distances(name: str, dtype: torch.dtype | None, prepare: Callable[[nn.Modul
     return eager, ours
 
 
+_SAMPLED = {"chain", "residual", "dense", "inverted"}  # in make test; the others, whose fp16 PyTorch computes slowly on CPUs, in make zoo
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "name", ["chain", "residual", "dense", "inception", "aggregation", "inverted", "squeeze_excite", "unet", "preact", "video"]
+    "name",
+    [
+        name if name in _SAMPLED else pytest.param(name, marks=pytest.mark.whole)
+        for name in ("chain", "residual", "dense", "inception", "aggregation", "inverted", "squeeze_excite", "unet", "preact", "video")
+    ],
 )
 def test_autocast_is_no_farther_from_the_truth(name: str, dtype: torch.dtype) -> None:
     eager, ours = _distances(name, dtype)

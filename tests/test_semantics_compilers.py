@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bnrestructure
 
-MODELS = ["chain", "dense", "residual", "squeeze_excite"]
+MODELS = ["residual", *(pytest.param(name, marks=pytest.mark.whole) for name in ("chain", "dense", "squeeze_excite"))]
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-import sys
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from operator import is_
@@ -14,16 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DEPTH", "Snapshot", "contents", "depth_inside", "goes_on", "is_plain_object", "is_simple", "length_of", "memory_of", "state_of"]
+from bnrestructure.capture.raw_memory import memory_of, write_memory
+
+__all__ = [
+    "DEPTH", "Snapshot", "attributes_of", "contents", "depth_inside", "goes_on", "is_plain_object", "is_simple", "length_of", "state_of",
+]  # fmt: skip
 
 _WRITTEN_IN_PYTHON = 1 << 9  # CPython's Py_TPFLAGS_HEAPTYPE
 _NO_MORE_THAN_ATTRIBUTES = (object, SimpleNamespace)  # of the classes written in C
 #: How far it is looked into what is in what: a container costs one, an object three.
 DEPTH = 8
-_LARGEST = 1000  # items of a container, and kilobytes of an array
+_LARGEST = 1000  # items of a container
 _MOST = 5000  # items of containers in containers
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
-_CONTAINERS = (dict, list, tuple, deque, set, frozenset, MethodType, functools.partial)
+_CONTAINERS = (dict, list, tuple, deque, set, frozenset, MethodType, functools.partial, weakref.ref)
 _ITEMS = (dict, list, tuple, deque, set, frozenset)
 _OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType)
 
@@ -64,7 +68,9 @@ def length_of(value: Any) -> int | None:
 
 
 def _parts(value: Any) -> dict[Any, Any] | None:
-    """What is in a container by key or position, what a method, a partial and a plain object have by name; None for anything else."""
+    """What is in a container by key or position, what a method, a partial, a weak reference and a plain object have by name; None for
+    anything else.
+    """
     kind = type(value)
     if issubclass(kind, OrderedDict):
         return dict(OrderedDict.items(value))
@@ -75,15 +81,24 @@ def _parts(value: Any) -> dict[Any, Any] | None:
             return dict(enumerate(base.__iter__(value)))
     for unordered in (set, frozenset):
         if issubclass(kind, unordered):
-            return dict.fromkeys(unordered.__iter__(value))
+            return {item: item for item in unordered.__iter__(value)}
     if isinstance(value, MethodType):
         return {"function": value.__func__, "object": value.__self__}
     if isinstance(value, functools.partial):
         return {"function": value.func, "arguments": value.args, "keywords": value.keywords}
+    if isinstance(value, weakref.ref):
+        target = value()
+        return {"object": target if target is None or length_of(target) is not None or is_plain_object(target) else True}
     if not is_plain_object(value):
         return None
     slots = {name for base in type(value).__mro__ for name in _slots_of(base) if hasattr(value, name)}
     return {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in sorted(slots)}}
+
+
+def attributes_of(container: Any) -> dict[str, Any] | None:
+    """What somebody has set on a container of a class of theirs, beside its items."""
+    found = getattr(container, "__dict__", None) if isinstance(container, _ITEMS) else None
+    return found if type(found) is dict else None
 
 
 def is_plain_object(value: Any) -> bool:
@@ -120,9 +135,11 @@ def _contents(value: Any, depth: int, left: list[int]) -> Any:
     inside = _parts(value) if depth > 0 and (length_of(value) or 0) <= most else None
     if inside is None or len(inside) > most:
         return _Same(value)
-    left[0] -= len(inside)
+    attributes = attributes_of(value) or {}
+    left[0] -= len(inside) + len(attributes)
     depth = depth_inside(value, depth)
-    return type(value), [(_contents(key, 0, left), _contents(item, depth, left)) for key, item in inside.items()]
+    parts = [(_contents(key, 0, left), _contents(item, depth, left)) for own in (inside, attributes) for key, item in own.items()]
+    return type(value), len(inside), parts
 
 
 class _Same:
@@ -140,23 +157,12 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
-def memory_of(value: Any) -> Any:
-    """What is in the memory of an array or of a number of NumPy's, or None where this is neither, or large."""
-    if isinstance(value, bytearray):
-        return bytes(value) if len(value) <= _LARGEST * 1024 else None
-    numpy = sys.modules.get("numpy")
-    if numpy is None or not isinstance(value, numpy.ndarray | numpy.generic) or value.dtype.hasobject or value.nbytes > _LARGEST * 1024:
-        return None
-    return str(value.dtype), value.shape, value.tobytes()
-
-
 class Snapshot:
     """A container, a plain object or an array as it was."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
         self._memory = memory_of(value)
-        self._array = value.copy() if self._memory is not None else None
         self.parts = _parts(value) if self._memory is None else None
 
     @property
@@ -169,7 +175,7 @@ class Snapshot:
         if self._memory is not None:
             if memory_of(self.value) == self._memory:
                 return False
-            self.value[slice(None) if isinstance(self.value, bytearray) else ...] = self._array
+            write_memory(self.value, self._memory)
             return True
         now, before = _parts(self.value) or {}, self.parts or {}
         if now.keys() == before.keys() and all(map(is_, now.values(), before.values())):

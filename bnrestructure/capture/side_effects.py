@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnrestructure.capture.contents import DEPTH, Snapshot, depth_inside, is_simple, state_of
+from bnrestructure.capture.contents import DEPTH, Snapshot, attributes_of, depth_inside, is_simple, state_of
 from bnrestructure.capture.surroundings import Missing, Variable, surroundings_of
 from bnrestructure.graph.boundaries import is_library_leaf
 
@@ -32,6 +32,8 @@ def _snapshots(value: Any, seen: set[int], depth: int = DEPTH) -> Iterator[Snaps
         yield snapshot
         for item in (snapshot.parts or {}).values():
             yield from _snapshots(item, seen, depth_inside(value, depth))
+        if (attributes := attributes_of(value)) is not None:
+            yield from _snapshots(attributes, seen, depth)
 
 
 class Around:

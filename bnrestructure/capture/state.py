@@ -182,9 +182,10 @@ class ModuleState:
         self._tied = _tied(paths)
         of_class = (found.value for row in self._rows for found in row.of_class)
         in_attributes = (row.state[name] for row in self._rows for name, _ in row.deep if not is_library_leaf(row.module))
+        of_tensors = (t.values[t.name] for row in self._rows for t in row.tensors)
         as_they_are = {module for called in calls for module in called.modules()}
         modules = (row.module for row in self._rows if row.module not in as_they_are and not is_library_leaf(row.module))
-        around = surroundings_of(modules, [*of_class, *in_attributes])
+        around = surroundings_of(modules, [*of_class, *in_attributes, *of_tensors])
         self._variables: list[Variable | Missing] = [*around.variables, *around.missing]
 
     def matches(self) -> bool:

@@ -1,7 +1,8 @@
 """What a forward's functions find around them: globals, closures, defaults, configuration objects, classes and modules.
 
 Nothing tells what a function reads there while it runs. So its code is asked: what it loads as a global, and the names that it spells as
-attributes, of whatever it may reach. That is more than it reads; what is missing are names that are put together while it runs.
+attributes, of whatever it may reach (spelt_names.py). That is more than it reads. Where code puts names together while it runs, each name
+counts of whatever it may reach.
 """
 
 from __future__ import annotations
@@ -9,28 +10,35 @@ from __future__ import annotations
 import argparse
 import builtins
 import contextlib
-import dis
 import functools
 import os
 import re
 import sys
 import threading
+import weakref
 from collections import ChainMap, UserDict, UserList
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
-from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from multiprocessing.sharedctypes import SynchronizedBase
+from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from bnrestructure.capture.contents import contents, goes_on, is_plain_object, is_simple, length_of, memory_of
+from bnrestructure.capture.contents import attributes_of, contents, goes_on, is_plain_object, is_simple, length_of
+from bnrestructure.capture.raw_memory import memory_of
+from bnrestructure.capture.spelt_names import Spelt, codes, spelt_names
 
 __all__ = ["Found", "Missing", "Variable", "surroundings_of"]
 
 #: Whose code decides by nothing that a user would change between two steps.
 _LIBRARIES = frozenset({"torch", "numpy", "bnrestructure", *sys.stdlib_module_names})
 _NAMESPACES = (SimpleNamespace, argparse.Namespace)
-_WRAPPERS = (UserDict, UserList, ChainMap, threading.Event)
+_WRAPPERS = (
+    UserDict, UserList, ChainMap, threading.Event, SynchronizedBase, weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary
+)  # fmt: skip
 _CACHED = type(functools.cache(len))
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 _FEW = 200  # items of a container that are looked into for functions and objects
@@ -144,8 +152,10 @@ class _Survey:
         self.instances: list[dict[str, Any]] = []
         self._found: dict[tuple[int, str], Variable] = {}
         self._names: set[str] = {"forward"}
+        self._any_name = False
         self._holders: list[dict[str, Any] | type | threading.local] = []
         self._classes: set[type] = set()
+        self._of_objects: set[FunctionType] = set()  # methods of other classes than modules'
         self._caches: list[Any] = []
         self._going_on: list[Any] = []
         self._seen: dict[int, Any] = {}  # by identity; kept alive, so that nothing else gets it
@@ -169,17 +179,19 @@ class _Survey:
     def finish(self) -> Found:
         """All there is. A name may be found in what another one led to, and lead to more names."""
         before: int | None = None
-        while self._left or before != len(self._names) + len(self._holders):
+        while self._left or before != len(self._names) + len(self._holders) + self._any_name:
             while self._left:
                 with contextlib.suppress(Exception):  # whatever a user's object does when it is asked what it is
                     self._look_into(self._left.pop())
-            before = len(self._names) + len(self._holders)
+            before = len(self._names) + len(self._holders) + self._any_name
             for home in list(self._holders):
                 values = _values_of(home)
-                for name in [name for name in self._names if name in values]:
+                for name in [name for name in (values if self._any_name else self._names) if name in values and not _is_special(name)]:
                     self._add(name, home, values[name])
             for attributes in self.instances:
                 self.look_into(*[attributes[name] for name in self._names if name in attributes])
+            if "get_last_lr" in self._names:
+                self._names.add("_last_lr")
         missing = [Missing(home, frozenset(self._names - _values_of(home).keys())) for home in self._holders]
         return Found(list(self._found.values()), missing, self._caches, self._going_on)
 
@@ -190,12 +202,16 @@ class _Survey:
             with contextlib.suppress(Exception):  # likewise
                 inside = contents(value) if _is_compared_whole(value) else None
             self._found[id(home), name] = Variable(name, home, value, inside)
+            if isinstance(value, FunctionType) and isinstance(home, type) and not issubclass(home, nn.Module):
+                self._of_objects.add(value)
             self.look_into(value)
 
     def _look_into(self, value: Any) -> None:
-        if is_simple(value) or isinstance(value, Tensor | nn.Module):
+        if isinstance(value, Tensor):
+            self._hold_one(vars(value))
+        elif is_simple(value) or isinstance(value, nn.Module):
             return
-        if goes_on(value):
+        elif goes_on(value):
             self._going_on.append(value)
         elif isinstance(value, FunctionType):
             self._read(value)
@@ -210,6 +226,9 @@ class _Survey:
         elif length_of(value) is not None:
             if (length_of(value) or 0) <= _FEW:
                 self.look_into(*(dict.values(value) if isinstance(value, dict) else value))
+            if (attributes := attributes_of(value)) is not None:
+                self._hold(type(value).__mro__)
+                self._hold_one(attributes)
         elif isinstance(value, ContextVar):
             self._add(value.name, value, value.get(ABSENT))
         elif isinstance(value, threading.local):
@@ -217,6 +236,9 @@ class _Survey:
         elif isinstance(value, _CACHED):
             self._caches.append(value)
             self.look_into(value.__wrapped__)
+        elif isinstance(value, Optimizer | LRScheduler):
+            self._hold_one(vars(value))
+            self.look_into(getattr(value, "optimizer", None))
         elif not self._look_behind(value) and is_plain_object(value):
             own = self._hold(type(value).__mro__)
             attributes = getattr(value, "__dict__", None)
@@ -235,6 +257,10 @@ class _Survey:
             self.look_into(value.func, *value.args, *value.keywords.values())
         elif isinstance(value, functools.singledispatchmethod):
             self.look_into(value.dispatcher, value.func)
+        elif isinstance(value, weakref.ref):
+            self.look_into(value())
+        elif type(value) in weakref.ProxyTypes:
+            self.look_into(value.__reduce_ex__.__self__)
         else:
             return False
         return True
@@ -250,9 +276,9 @@ class _Survey:
             self.look_into(getattr(function, "__wrapped__", None), *[_in_cell(cell) for _, cell in cells])
             return
         is_the_users = _is_the_users(values)
-        for code in _codes(function.__code__):
-            named = _spelt(code)
-            for name in [name for name in named.variables if name in values]:
+        for code in codes(function.__code__):
+            named = spelt_names(code)
+            for name in [name for name in _variables_of(named, values, is_the_users) if name in values]:
                 if is_the_users or is_simple(values[name]):
                     self._add(name, values, values[name])
                 self.look_into(values[name])
@@ -262,6 +288,7 @@ class _Survey:
             if "environ" in named.attributes or "getenv" in named.attributes | named.variables:
                 self._add("environ", vars(os), os.environ)
             if is_the_users:
+                self._any_name |= named.any_attribute or (named.any_own and function in self._of_objects)
                 self._names |= named.attributes
                 package = str(values.get("__package__"))
                 paths = [*named.imported, *(f"{package}.{name}".rstrip(".") for name in named.imported)]
@@ -281,7 +308,9 @@ class _Survey:
             self._classes.add(base)
             self._hold_one(base)
             unspelt = [name for name in vars(base) if name.startswith("__") and name not in _AT_THE_START]
-            self.look_into(*[vars(base)[name] for name in unspelt if isinstance(vars(base)[name], FunctionType)])
+            methods = [vars(base)[name] for name in unspelt if isinstance(vars(base)[name], FunctionType)]
+            self._of_objects.update(methods if not issubclass(base, nn.Module) else ())
+            self.look_into(*methods)
         return bool(own)
 
     def _hold_one(self, home: dict[str, Any] | type | threading.local) -> None:
@@ -338,36 +367,13 @@ def _is_the_users_class(kind: type) -> bool:
     return _is_the_users(_attributes_of(module))
 
 
-class _Spelt(NamedTuple):
-    """Names in a piece of code: of globals, of attributes, of modules that it imports."""
-
-    variables: frozenset[str]
-    attributes: frozenset[str]
-    imported: frozenset[str]
+def _is_special(name: str) -> bool:
+    """Whether Python has a meaning of its own for this name."""
+    return name.startswith("__")
 
 
-@functools.lru_cache(maxsize=4096)
-def _spelt(code: CodeType) -> _Spelt:
-    names: dict[str, set[str]] = {}
-    for step in dis.get_instructions(code):
-        if isinstance(step.argval, str):
-            names.setdefault(step.opname, set()).add(step.argval)
-    variables = {name for step in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL") for name in names.get(step, ())}
-    imported = names.get("IMPORT_NAME", set())
-    attributes = {name for step in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "IMPORT_FROM") for name in names.get(step, ())}
-    if variables & {"getattr", "hasattr", "setattr", "delattr"}:
-        flat = [part for constant in code.co_consts for part in (constant if isinstance(constant, tuple) else (constant,))]
-        attributes |= {constant for constant in flat if isinstance(constant, str) and constant.isidentifier()}
-    return _Spelt(_open(variables), _open(attributes), frozenset(imported))
-
-
-def _open(names: set[str]) -> frozenset[str]:
-    """Those that Python has no special meaning for."""
-    return frozenset(name for name in names if not name.startswith("__"))
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
+def _variables_of(named: Spelt, values: Mapping[str, Any], is_the_users: bool) -> Iterable[str]:
+    """The global variables that code may read: those that it names, or all of them but for tensors and modules."""
+    if not (named.any_variable and is_the_users):
+        return named.variables
+    return [n for n, value in values.items() if not _is_special(n) and (n in named.variables or not isinstance(value, Tensor | nn.Module))]

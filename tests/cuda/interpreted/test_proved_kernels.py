@@ -11,7 +11,7 @@ from bnrestructure.kernels.proof.check import fault
 from bnrestructure.kernels.proof.kinds import blanked
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.whole), torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", every_call(torch.float32))
 def test_right_kernels_have_no_fault(name: str, dtype: torch.dtype) -> None:
     assert fault(KERNELS, blanked(every_call(dtype)[name]), torch.device("cpu")) is None

@@ -53,33 +53,43 @@ def store_partial_statistics(
     tl.store(place + 2 * plane, m2, mask=valid)
 
 
-@triton.jit(do_not_specialize=("tiles", "rows", "unit", "out_tiles"))
+@triton.jit(do_not_specialize=("tiles", "rows", "unit", "span", "out_tiles"))
 def _merge_kernel(
-    partial_ptr, count_ptr, out_ptr, out_count_ptr, tiles, channels, rows, unit, out_tiles,
+    partial_ptr, count_ptr, out_ptr, out_count_ptr, tiles, channels, rows, unit, span, out_tiles,
     FINAL: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
-    tile = group * BT + tl.arange(0, BT)
+    first = group * span
     channel = tl.program_id(1) * BC + tl.arange(0, BC)
     valid = channel < channels
-    if count_ptr is not None:
-        count = tl.load(count_ptr + tile, mask=tile < tiles, other=0.0)[:, None]
-    else:  # in 64 bits: the tiles beyond the last one may lie beyond 2^31 rows
-        left = rows - tile.to(tl.int64) * unit
-        count = tl.minimum(tl.maximum(left, 0), unit).to(tl.float32)[:, None]
-    inside = (tile < tiles)[:, None] & valid[None, :]
-    place = partial_ptr + tile[:, None] * channels + channel[None, :]
     plane = tiles * channels
-    means = tl.load(place, mask=inside, other=0.0)
-    remainders = tl.load(place + plane, mask=inside, other=0.0)
-    m2s = tl.load(place + 2 * plane, mask=inside, other=0.0)
     # Means are taken from the first tile's on: the differences are exact where the means agree in their leading digits.
-    origin = tl.load(partial_ptr + group * BT * channels + channel, mask=valid, other=0.0)
-    shifts = (means - origin[None, :]) + remainders
-    total = tl.sum(count, 0)
-    shift = tl.sum(count * shifts, 0) / total
-    d = shifts - shift[None, :]
-    m2 = tl.sum(m2s + count * d * d, 0)
+    origin = tl.load(partial_ptr + first * channels + channel, mask=valid, other=0.0)
+    total = tl.zeros((1,), dtype=tl.float32)
+    shift = tl.zeros((BC,), dtype=tl.float32)
+    m2 = tl.zeros((BC,), dtype=tl.float32)
+    last = tl.minimum(first + span, tiles)
+    for start in range(first, last, BT):
+        tile = start + tl.arange(0, BT)
+        if count_ptr is not None:
+            count = tl.load(count_ptr + tile, mask=tile < last, other=0.0)[:, None]
+        else:  # in 64 bits: the tiles beyond the last one may lie beyond 2^31 rows
+            left = rows - tile.to(tl.int64) * unit
+            count = tl.where(tile < last, tl.minimum(tl.maximum(left, 0), unit), 0).to(tl.float32)[:, None]
+        inside = (tile < last)[:, None] & valid[None, :]
+        place = partial_ptr + tile[:, None] * channels + channel[None, :]
+        means = tl.load(place, mask=inside, other=0.0)
+        remainders = tl.load(place + plane, mask=inside, other=0.0)
+        m2s = tl.load(place + 2 * plane, mask=inside, other=0.0)
+        shifts = (means - origin[None, :]) + remainders
+        more = tl.sum(count, 0)
+        more_shift = tl.sum(count * shifts, 0) / more
+        d = shifts - more_shift[None, :]
+        apart = more_shift - shift
+        share = more / (total + more)
+        m2 += tl.sum(m2s + count * d * d, 0) + apart * apart * (total * share)
+        shift += apart * share
+        total += more
     mean = origin + shift
     out = out_ptr + group * channels + channel
     plane = out_tiles * channels
@@ -90,7 +100,7 @@ def _merge_kernel(
         tl.store(out + plane, (origin - mean) + shift, mask=valid)
         tl.store(out + 2 * plane, m2, mask=valid)
         if count_ptr is not None:
-            tl.store(out_count_ptr + group, tl.sum(tl.sum(count, 0), 0))
+            tl.store(out_count_ptr + group, tl.sum(total, 0))
 
 
 def merge_statistics(partial: Tensor, rows: int = 0, unit: int = 1, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -99,16 +109,16 @@ def merge_statistics(partial: Tensor, rows: int = 0, unit: int = 1, counts: Tens
     """
     while True:
         _, count, channels = partial.shape
-        tile = tiles.merge(count, channels)
-        groups = triton.cdiv(count, tile.rows)
+        tile, span = tiles.merge(count, channels)
+        groups = triton.cdiv(count, span)
         out = partial_sums(2 if groups == 1 else 3, groups, channels, partial.device)
         merged = None if counts is None or groups == 1 else torch.empty(groups, dtype=torch.float32, device=partial.device)
         launch(
             _merge_kernel, (groups, triton.cdiv(channels, tile.channels)),
-            partial, counts, out, merged, count, channels, rows, unit, groups,
+            partial, counts, out, merged, count, channels, rows, unit, span, groups,
             FINAL=groups == 1, BT=tile.rows, BC=tile.channels, warps=tile.warps,
         )  # fmt: skip
         if groups == 1:
             mean, var = out.view(2, channels).unbind()
             return mean, var
-        partial, counts, unit = out, merged, unit * tile.rows
+        partial, counts, unit = out, merged, unit * span

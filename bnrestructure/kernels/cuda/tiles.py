@@ -68,6 +68,10 @@ class PatchTile(NamedTuple):
         return {"UNROLLED": self.unrolled, "HEIGHT": self.height, "WIDTH": self.width, "BR": self.rows, "BC": self.channels}
 
 
+#: So many tiles' numbers one program reads, 512 at a time, in about what another launch and its gap take: four times memory's latency.
+_MERGED_BY_ONE = 2048
+
+
 def _power(n: int, low: int, high: int) -> int:
     """The smallest power of two that is at least n, within [low, high] (both powers of two)."""
     return min(max(1 << (max(n, 1) - 1).bit_length(), low), high)
@@ -202,6 +206,9 @@ def depthwise_wgrad(channels: int, size: tuple[int, ...], kernel: tuple[int, ...
     return _patches(channels, height, width, unrolled, 4 if sums <= 9 else 2)
 
 
-def merge(count: int, channels: int) -> SweepTile:
-    """Tiles to merge at a time, by channels."""
-    return SweepTile(_power(count, 1, 128), _power(channels, 8, 32), 4)
+def merge(count: int, channels: int) -> tuple[SweepTile, int]:
+    """Tiles to merge at a time, by channels; and how many of them one program merges: all, unless that took longer than a second launch."""
+    if 128 < count <= _MERGED_BY_ONE:
+        return SweepTile(_power(count, 256, 512), 8, 8), count  # 8 channels are one sector of memory
+    tile = SweepTile(_power(count, 1, 128), _power(channels, 8, 32), 4)
+    return tile, min(count, tile.rows)

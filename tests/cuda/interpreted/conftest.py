@@ -167,5 +167,5 @@ def _small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(tiles, name, lambda *shape, rule=rule: rule(*shape)._replace(rows=4, channels=4))
     for name in ("sweep", "statistics", "max_pool", "max_pool_backward"):
         monkeypatch.setattr(tiles, name, lambda *_, **__: sweep)
-    monkeypatch.setattr(tiles, "merge", lambda *_: tiles.SweepTile(2, 4, 4))
+    monkeypatch.setattr(tiles, "merge", lambda count, _: (tiles.SweepTile(2, 4, 4), min(count, 5)))
     monkeypatch.setattr(tiles, "splits", lambda programs, steps, least=8: min(steps, 3))

@@ -23,6 +23,7 @@ from bnrestructure.capture.regions import Options
 from bnrestructure.core.memory_format import in_channels_last, is_channels_last, to_channels_last
 from bnrestructure.kernels import cuda, registry
 from bnrestructure.kernels.cuda.launch import Launch, received_by
+from bnrestructure.ops.casts import Casts, cast_ahead
 from bnrestructure.passes.restore_formats import RESTORE_FORMATS
 from bnrestructure.plan.survey import take_survey
 
@@ -137,14 +138,16 @@ def record(model: nn.Module, batch: int, size: int = 224, autocast: bool = True)
         switch(False)
         RESTORE_FORMATS(region.after)
         region.after.recompile()
-        for _ in range(2):
+        casts = Casts()
+        for _ in range(2):  # the first one makes known which weights are cast
             step = Step()
             for parameter in model.parameters():
                 parameter.grad = None
             with received_by(step.receive), _Watch(step):
                 switch(autocast)
                 try:
-                    y = region.after(x)
+                    with cast_ahead(casts):
+                        y = region.after(x)
                 finally:
                     switch(False)
                 step.forward = len(step.launches)

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from bnrestructure.core.plain import plain
+from bnrestructure.ops.casts import Casts, cast_ahead
 
 __all__ = ["Program", "copied_graph", "dict_with"]
 
@@ -38,6 +40,7 @@ class Program:
         namespace = dict(code.globals)
         exec(compile(code.src, f"<bnrestructure: {name}>", "exec"), namespace)
         self._function = namespace["forward"]
+        self._casts = Casts()
         self._owner: nn.Module | None = None
         self._dicts: list[tuple[dict[str, Any], str]] = []
 
@@ -54,14 +57,21 @@ class Program:
         except KeyError:  # it is an attribute of another kind now, or none
             self._owner, self._dicts = module, [_home(module.get_submodule(path), name) for path, name in self._slots]
             own = [values[name] for values, name in self._dicts]
-        result = self._function(module, *tensors, *own) if through is None else self._through(through, module, tensors, own)
+        result = self._run(module, *tensors, *own) if through is None else self._through(through, module, tensors, own)
         return result if self._rebuild is None else self._rebuild(result)
+
+    def _run(self, *arguments: Any) -> Any:
+        """The function's result; on a GPU's autocast its weights are cast together (ops/casts.py)."""
+        if not torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling():
+            return self._function(*arguments)
+        with cast_ahead(self._casts):
+            return self._function(*arguments)
 
     def _through(self, through: Through, module: nn.Module, tensors: Sequence[Tensor], own: list[Tensor]) -> Any:
         layers = [module.get_submodule(path) for path in self._layers]
         of_layers = [t for layer in layers for t in chain(layer.parameters(), layer.buffers())]
         count = len(tensors) + len(own)
-        return through(lambda *given: self._function(module, *given[:count]), tensors, own + of_layers)
+        return through(lambda *given: self._run(module, *given[:count]), tensors, own + of_layers)
 
     def digest(self, of: Any) -> str:
         """Names the program, run on what ``of`` says, in files."""

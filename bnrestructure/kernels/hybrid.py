@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.core.constants import constant
 from bnrestructure.core.edges import ConvGradients
 from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.core.memory_format import in_channels_last
@@ -109,4 +110,4 @@ def _weight_gradient(found: Tensor | None, weight: Tensor, factor: float) -> Ten
     if factor == 1 and found.dtype == weight.dtype and found.stride() == weight.stride():
         return found
     # A tensor of one element decides the dtype that is multiplied in, which a number would not.
-    return torch.mul(found, torch.full((1,), 1 / factor, device=found.device), out=torch.empty_like(weight))
+    return torch.mul(found, constant(1 / factor, found.device), out=torch.empty_like(weight))

@@ -16,8 +16,9 @@ from bnrestructure.core.edges import ConvGeometry, Transform, accumulation_dtype
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import ConvBackward, ConvForward
 from bnrestructure.ops import library
+from bnrestructure.ops.casts import cast_weight
 from bnrestructure.ops.conv_options import ConvOptions, Shortcut, backward_edge, check_shapes, destination
-from bnrestructure.ops.dispatch import cast_weight, compute_dtype, guard_second_derivative, in_format_of, passed_on
+from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, in_format_of, passed_on
 from bnrestructure.ops.gate import with_gate
 from bnrestructure.ops.join import JoinConv, join_is_fusible
 from bnrestructure.ops.residual import residual

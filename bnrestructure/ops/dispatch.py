@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from bnrestructure.core.aliases import alias
-from bnrestructure.core.edges import ConvGeometry
-from bnrestructure.core.memory_format import in_channels_last
 
-__all__ = ["cast_weight", "compute_dtype", "guard_second_derivative", "in_format_of", "passed_on"]
+__all__ = ["compute_dtype", "guard_second_derivative", "in_format_of", "passed_on"]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -21,16 +19,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
-
-
-def cast_weight(weight: Tensor, dtype: torch.dtype, geometry: ConvGeometry) -> Tensor | None:
-    """A 2-D convolution's weight in the dtype of its node, channels_last, for forward and backward alike; None where kernels cast it.
-
-    The CPU's do, as they read it; so do depthwise ones, which lay it out in a way of their own.
-    """
-    if weight.dtype == dtype or weight.is_cpu or weight.dim() != 4 or geometry.is_depthwise(weight.shape):
-        return None
-    return in_channels_last(weight.detach().to(dtype))
 
 
 def in_format_of(x: Tensor, gradient: Tensor | None) -> Tensor | None:

@@ -17,8 +17,9 @@ from bnrestructure.core.edges import Join, Transform, accumulation_dtype
 from bnrestructure.core.kept import kept_activation
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import ConvBackward, ConvForward, JoinBackward, JoinGradients
+from bnrestructure.ops.casts import cast_weight
 from bnrestructure.ops.conv_options import ConvOptions, Shortcut, backward_edge, destination
-from bnrestructure.ops.dispatch import cast_weight, compute_dtype, guard_second_derivative
+from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative
 from bnrestructure.ops.residual import is_told_by_sum, operand_gradients
 from bnrestructure.ops.slots import incoming_gradient
 

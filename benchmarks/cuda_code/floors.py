@@ -27,7 +27,7 @@ MULTIPROCESSORS, CLOCK, BANDWIDTH, PRODUCTS = 132, 1.7e9, 2.9e12, 700e12
 #: Seconds between two kernels of a graph that follow one another.
 GAP = 1.5e-6
 #: Kernels of a channel's vectors, whose time is the gap alone.
-_SMALL = ("merge_kernel", "finalize_kernel", "finalize_backward_kernel")
+_SMALL = ("merge_kernel", "finalize_kernel", "finalize_backward_kernel", "sums_kernel")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ __all__ = [
     "Transform",
     "accumulation_dtype",
     "per_channel",
+    "statistics_count",
     "statistics_factors",
     "values_per_channel",
 ]
@@ -51,9 +52,17 @@ def values_per_channel(size: torch.Size) -> int:
 
 def statistics_factors(y: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None) -> tuple[Tensor, Tensor]:
     """The backward edge's a = 2 dvar / M and b = dmean / M, from the gradients (None is zero) of y's statistics. ``mean`` is y's."""
-    count = max(values_per_channel(y.shape), 1)  # an empty batch has no pixel that these reach
-    dvar = torch.zeros_like(mean) if dvar is None else dvar
-    dmean = torch.zeros_like(mean) if dmean is None else dmean
+    return _divided(
+        torch.zeros_like(mean) if dvar is None else dvar, torch.zeros_like(mean) if dmean is None else dmean, statistics_count(y)
+    )
+
+
+def statistics_count(y: Tensor) -> int:
+    """What gradients of y's statistics are divided by; 1 for an empty batch, which has no pixel that these reach."""
+    return max(values_per_channel(y.shape), 1)
+
+
+def _divided(dvar: Tensor, dmean: Tensor, count: int) -> tuple[Tensor, Tensor]:
     a, b = torch._foreach_div((dvar, dmean), (count / 2.0, float(count)))  # one kernel for both on a GPU
     return a, b
 
@@ -81,7 +90,9 @@ class Transform(NamedTuple):
 class BackwardEdge:
     """The backward edge: ``dY = s * P + a * (y - mean) + b``. ``s`` None is 1; ``a`` and ``b`` are both [C] or both None.
 
-    ``y`` is the raw forward tensor (the producer's output) and ``mean`` its batch mean; both are needed only with ``a``.
+    ``y`` is the raw forward tensor (the producer's output) and ``mean`` its batch mean; both are needed only with ``a``. With ``count``,
+    the values of each channel, a and b are the gradients of the variance and of the mean: a is still to be multiplied by ``2 / count``, and
+    b by ``1 / count`` (see :func:`statistics_factors`). A GPU's kernels do that as they load them.
     """
 
     s: Tensor | None = None
@@ -89,6 +100,14 @@ class BackwardEdge:
     b: Tensor | None = None
     y: Tensor | None = None
     mean: Tensor | None = None
+    count: int | None = None
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """a and b of the formula, where there are any."""
+        assert self.a is not None
+        assert self.b is not None
+        return (self.a, self.b) if self.count is None else _divided(self.a, self.b, self.count)
 
 
 @record

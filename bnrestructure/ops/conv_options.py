@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnrestructure.core.edges import BackwardEdge, ConvGeometry, statistics_factors
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, statistics_count, statistics_factors
 from bnrestructure.ops.slots import Slot, Written, opened
 
 __all__ = ["ConvOptions", "Shortcut", "backward_edge", "check_shapes", "destination"]
@@ -61,8 +61,9 @@ def backward_edge(dgain: Any, dmean: Any, dvar: Any, y: Any, ymean: Any) -> Back
     """The backward edge of y, from the gradients of its gain and of its statistics."""
     if dmean is None and dvar is None:
         return BackwardEdge(s=dgain)
-    a, b = statistics_factors(y, ymean, dmean, dvar)
-    return BackwardEdge(s=dgain, a=a, b=b, y=y, mean=ymean)
+    if y.is_cpu or dmean is None or dvar is None:
+        return BackwardEdge(dgain, *statistics_factors(y, ymean, dmean, dvar), y, ymean)
+    return BackwardEdge(dgain, dvar, dmean, y, ymean, statistics_count(y))  # a launch less
 
 
 def check_shapes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> None:

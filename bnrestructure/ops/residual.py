@@ -130,7 +130,7 @@ class _Residual(torch.autograd.Function):
             y = r = out
         join = Join(y, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), ctx.act)
         found = registry.run(ctx.backend, JoinBackward(dout, statistics, join, out))
-        if found.g.data_ptr() == dout.data_ptr():
+        if found.g.untyped_storage()._cdata == dout.untyped_storage()._cdata:
             # A join without an activation: the chains behind r will write to g, and dout may be the caller's.
             found = found._replace(g=found.g.clone())
         needs = ctx.needs_input_grad

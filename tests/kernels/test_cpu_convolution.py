@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from dataclasses import dataclass, replace
 
@@ -192,6 +193,17 @@ def test_shapes(module: Kernels | OneOf, name: str, dtype: torch.dtype) -> None:
     case = make_case(SHAPES[name], dtype)
     check_forward(case, module)
     check_backward(case, module)
+
+
+@everywhere("1x1", "3x3 odd", dtypes=(torch.float32,))
+def test_an_edge_may_still_have_to_be_divided(module: Kernels | OneOf, name: str, dtype: torch.dtype) -> None:
+    case = make_case(SHAPES[name], dtype)
+    edge = case.edge
+    assert edge.a is not None
+    assert edge.b is not None
+    undivided = dataclasses.replace(case, edge=BackwardEdge(edge.s, edge.a * 4, edge.b * 8, edge.y, edge.mean, 8))
+    for found, expected in zip(undivided.backward(module), case.backward(module), strict=True):
+        assert found is None if expected is None else torch.equal(found, expected)
 
 
 @everywhere("1x1 odd", "3x3 odd", "3x3 stride 2", "3x3 odd groups", "1x1 stride 2")

@@ -373,7 +373,8 @@ def test_a_join_that_is_added_to(isa: str, dtype: torch.dtype, shape: tuple[int,
 def test_output_gradient(isa: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     p, y = activation_tensor(shape, dtype, 0.5), activation_tensor(shape, dtype)
     s, a, b, mean = torch.randn(4, shape[1]).unbind()
-    for edge in (BackwardEdge(s, a, b, y, mean), BackwardEdge(None, a, b, y, mean), BackwardEdge(s), BackwardEdge()):
+    full, undivided = BackwardEdge(s, a, b, y, mean), BackwardEdge(s, a * 5, b * 10, y, mean, 10)
+    for edge in (full, undivided, BackwardEdge(None, a, b, y, mean), BackwardEdge(s), BackwardEdge()):
         check(OutputGradient(p, edge, dtype, 0.7, True))
         check(OutputGradient(in_layout(p, "slice"), edge, dtype))
 

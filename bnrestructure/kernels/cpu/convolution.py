@@ -112,7 +112,8 @@ class Fused:
         if edge.s is not None:
             a.s = memory.vector(edge.s, keep, channels_out)
         if edge.a is not None and edge.y is not None:
-            a.a, a.b, a.y_mean = memory.vectors(keep, channels_out, edge.a, edge.b, edge.mean)
+            factors = edge.factors  # alive until the kernel has run
+            a.a, a.b, a.y_mean = memory.vectors(keep, channels_out, *factors, edge.mean)
             a.y, a.y_pitch = memory.pixels(edge.y, shape, dtype, keep)
             a.gradient_factor = notes.gradient_factor
         dx = sum_p = sum_px = sum_pr = dgate = dw = db = None

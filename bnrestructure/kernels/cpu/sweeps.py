@@ -284,7 +284,8 @@ def output_gradient(call: OutputGradient) -> OutputGradientResult:
     c = a.channels
     a.s = memory.vector(edge.s, keep, c)
     if edge.a is not None and edge.y is not None:
-        a.a, a.b, a.z_mean = memory.vectors(keep, c, edge.a, edge.b, edge.mean)
+        factors = edge.factors  # alive until the kernel has run
+        a.a, a.b, a.z_mean = memory.vectors(keep, c, *factors, edge.mean)
         a.z, a.z_pitch = memory.pixels(edge.y, dy.shape, call.dtype, keep)
     d, a.dx, a.dx_pitch = memory.fresh(dy.shape, call.dtype)
     bias = None

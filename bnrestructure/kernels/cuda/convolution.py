@@ -10,6 +10,7 @@ from bnrestructure.kernels.choice import Node
 from bnrestructure.kernels.cuda import dense_dgrad, dense_forward, dense_wgrad, depthwise_dgrad, depthwise_forward, depthwise_wgrad
 from bnrestructure.kernels.cuda.edges import edge_pixels
 from bnrestructure.kernels.cuda.rule import forms_sum
+from bnrestructure.kernels.cuda.sums import Sums
 from bnrestructure.kernels.operands import weight_of
 
 __all__ = ["Dense", "Depthwise"]
@@ -60,12 +61,15 @@ class Depthwise:
 
 def _gradients(call: ConvBackward, dgrad: Any, wgrad: Any, options: dict[str, Any]) -> ConvGradients:
     need_x, need_weight, need_bias = call.needs
-    gradient = edge_pixels(call.dy, call.edge)
+    gradient, sums = edge_pixels(call.dy, call.edge), Sums()
     dw = db = None
     if need_weight or need_bias:
-        dw, db = wgrad(gradient, call.x, call.transform, call.weight, call.geometry, dtype=call.dtype, needs_bias=need_bias)
+        of = call.x, call.transform, call.weight, call.geometry
+        dw, db = wgrad(gradient, *of, dtype=call.dtype, needs_bias=need_bias, sums=sums)
     if not need_x:
+        sums.finish()
         return ConvGradients(weight=dw if need_weight else None, bias=db)
     of = call.x, call.transform, weight_of(call), call.geometry
-    found = dgrad(gradient, *of, dtype=call.dtype, accumulate=call.accumulate, **options)
+    found = dgrad(gradient, *of, dtype=call.dtype, sums=sums, accumulate=call.accumulate, **options)
+    sums.finish()
     return ConvGradients(found.dx, found.sum_p, found.sum_px, found.gate, dw if need_weight else None, db, found.sum_pr)

@@ -36,6 +36,7 @@ from bnrestructure.kernels.cuda.merge import partial_sums
 from bnrestructure.kernels.cuda.precision import beside, in_units, is_swapped, multiply_rows, restored_gradient, rounded_gradient
 from bnrestructure.kernels.cuda.problem import is_heavy, precision_of, unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_group
+from bnrestructure.kernels.cuda.sums import Sums
 
 __all__ = ["InputGradient", "dgrad"]
 
@@ -85,7 +86,7 @@ _SIZES = (
 
 @triton.jit(do_not_specialize=_SIZES)
 def _dense_dgrad_kernel(
-    p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, w_ptr, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr,
+    p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, rate, w_ptr, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr,
     r_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, dx_ptr, partial_ptr, gate_partial_ptr,
     p_pitch, y_pitch, x_pitch, r_pitch, dx_pitch, rows, first_tile, all_tiles, H, W, OH, OW, inputs, group_inputs, group_outputs,
     CH, CW, first_h, first_w, tap_h, tap_w, tap_step_h, tap_step_w, taps_h, taps_w,
@@ -158,7 +159,7 @@ def _dense_dgrad_kernel(
             inside = inside & ((oh >= 0) & (oh < OH) & (ow >= 0) & (ow < OW))[:, None]
         out_channel = (group * group_outputs + channel)[None, :]
         d = output_gradient(
-            p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, p_pitch, y_pitch, read, out_channel, inside, k_valid[None, :], WIDE
+            p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, rate, p_pitch, y_pitch, read, out_channel, inside, k_valid[None, :], WIDE
         )
         if PADDED and a_ptr is not None:  # outside the output dY is 0, not b
             d = tl.where(inside, d, 0.0)
@@ -193,10 +194,11 @@ def dgrad(
     geometry: ConvGeometry,
     *,
     dtype: torch.dtype,
+    sums: Sums,
     accumulate: Tensor | None = None,
     join: Join | None = None,
 ) -> InputGradient:
-    """The gradient at x and what its epilogue sums. A gate needs stride 1 (see limits.py).
+    """The gradient at x and what its epilogue sums, which is due in ``sums``. A gate needs stride 1 (see limits.py).
 
     ``accumulate`` is added to in place and returned as dx; one that cannot be addressed, in a step of its own. With ``join``, of which x
     is the sum, dx is what its operands share; the transform is the identity then.
@@ -254,13 +256,13 @@ def dgrad(
             BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
         )  # fmt: skip
         first_tile += count
-    sums = None if partial is None else partial.sum(1)
-    dgate = None if gate_partial is None else gate_partial.view(batch, -1, inputs).sum(1)
+    totals = None if partial is None else sums.of(partial)
+    dgate = None if gate_partial is None else sums.of(gate_partial.view(batch, -1, inputs))
     result = dx.tensor if accumulate is None or in_place else accumulate.add_(dx.tensor)
-    if sums is None:
+    if totals is None:
         return InputGradient(result, None, None, dgate)
-    sum_px, sum_pr = (None if of.mean is None else sums[i] for of, i in ((transform, 1), (r_vectors, -1)))
-    return InputGradient(result, sums[0], sum_px, dgate, sum_pr)
+    sum_px, sum_pr = (None if of.mean is None else totals[i] for of, i in ((transform, 1), (r_vectors, -1)))
+    return InputGradient(result, totals[0], sum_px, dgate, sum_pr)
 
 
 def _leaves(c: _Class, size: int) -> bool:

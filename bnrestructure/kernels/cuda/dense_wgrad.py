@@ -28,13 +28,14 @@ from bnrestructure.kernels.cuda.problem import (
     triton_dtype,
     unit_of,
 )
+from bnrestructure.kernels.cuda.sums import Sums
 
-__all__ = ["weight_gradient", "wgrad"]
+__all__ = ["wgrad"]
 
 
 @triton.jit(do_not_specialize=("rows", "steps", "H", "W", "OH", "OW"))
 def _dense_wgrad_kernel(
-    p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr,
+    p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, rate, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr,
     partial_ptr, bias_ptr,
     p_pitch, y_pitch, x_pitch, rows, steps, H, W, OH, OW, inputs, outputs, group_inputs, group_outputs,
     ACT: tl.constexpr, SLOPE: tl.constexpr,
@@ -79,7 +80,7 @@ def _dense_wgrad_kernel(
         position = row - n * (OH * OW)
         inside = row_valid[:, None] & out_valid[None, :]
         d = output_gradient(
-            p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, p_pitch, y_pitch,
+            p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, rate, p_pitch, y_pitch,
             row[:, None], out_channel[None, :], inside, out_valid[None, :], WIDE,
         )  # fmt: skip
         if RAGGED:  # rows beyond the last count for nothing, whatever z is there
@@ -120,8 +121,12 @@ def wgrad(
     *,
     dtype: torch.dtype,
     needs_bias: bool,
+    sums: Sums,
 ) -> tuple[Tensor, Tensor | None]:
-    """(the weight's gradient in its own shape, dtype and memory format; the bias's, [C_out] in ``dtype``, or None)."""
+    """(the weight's gradient in its own shape, dtype and memory format; the bias's, [C_out] in ``dtype``, or None).
+
+    The former is due in ``sums``.
+    """
     _, inputs, h, w = x.shape
     outputs, group_inputs, *kernel = weight.shape
     source = pixels(x)
@@ -150,13 +155,4 @@ def wgrad(
         WIDE=edge.wide or source.wide, PRECISION=precision_of(dtype), DTYPE=triton_dtype(dtype),
         UNIT=unit_of(*sizes), BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
-    return weight_gradient(partial, weight), None if bias is None else bias.sum(0).to(dtype)
-
-
-def weight_gradient(partial: Tensor, weight: Tensor) -> Tensor:
-    """The sum of ``partial`` [splits, C_out, KH, KW, C_in / groups] in the weight's shape, dtype and memory format."""
-    gradient = torch.empty_like(weight)
-    if weight.dtype != partial.dtype:
-        return gradient.copy_(partial.sum(0).permute(0, 3, 1, 2))
-    torch.sum(partial, 0, out=gradient.permute(0, 2, 3, 1))
-    return gradient
+    return sums.weight_gradient(partial, weight), None if bias is None else bias.sum(0).to(dtype)

@@ -29,13 +29,14 @@ from bnrestructure.kernels.cuda.patches import first_read, last_read, patches_in
 from bnrestructure.kernels.cuda.precision import in_units
 from bnrestructure.kernels.cuda.problem import geometry_constants, unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_channels
+from bnrestructure.kernels.cuda.sums import Sums
 
 __all__ = ["dgrad"]
 
 
 @triton.jit
 def _add_row(
-    totals, row, p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, w_ptr, p_pitch, y_pitch,
+    totals, row, p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, rate, w_ptr, p_pitch, y_pitch,
     n, th, left, channel, channels, lanes, valid, OH, OW,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr,
@@ -50,7 +51,7 @@ def _add_row(
         inside = meets[:, None] & valid[None, :]
         pixel = ((n * OH + th) * OW + tw)[:, None]
         d = output_gradient(
-            p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, p_pitch, y_pitch, pixel, channel[None, :], inside, valid[None, :], WIDE
+            p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, rate, p_pitch, y_pitch, pixel, channel[None, :], inside, valid[None, :], WIDE
         )
         if a_ptr is not None:  # elsewhere it is 0 where it is not inside
             d = tl.where(inside, d, 0.0)
@@ -67,7 +68,7 @@ def _add_row(
 
 @triton.jit(do_not_specialize=("image_tiles", "row_tiles", "H", "W", "OH", "OW"))
 def _depthwise_dgrad_kernel(
-    p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, w_ptr, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr,
+    p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, rate, w_ptr, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr,
     dx_ptr, partial_ptr, gate_partial_ptr,
     p_pitch, y_pitch, x_pitch, dx_pitch, image_tiles, row_tiles, channels, H, W, OH, OW,
     ACT: tl.constexpr, SLOPE: tl.constexpr,
@@ -90,7 +91,7 @@ def _depthwise_dgrad_kernel(
     if UNROLLED:
         for row in tl.static_range(first_read(SH, PH, KH, DH), last_read(HEIGHT, SH, PH) + 1):
             totals = _add_row(
-                totals, row, p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, w_ptr, p_pitch, y_pitch,
+                totals, row, p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, rate, w_ptr, p_pitch, y_pitch,
                 n, h // SH + row, w // SW, channel, channels, lanes, valid, OH, OW,
                 KH, KW, SH, SW, PH, PW, DH, DW, WIDE, UNROLLED, HEIGHT, WIDTH,
             )  # fmt: skip
@@ -101,7 +102,7 @@ def _depthwise_dgrad_kernel(
             if SH > 1:
                 meets = lanes & (th % SH == 0) & (th >= 0)
             totals = _add_row(
-                totals, row, p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, w_ptr, p_pitch, y_pitch,
+                totals, row, p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, rate, w_ptr, p_pitch, y_pitch,
                 n, th // SH, w // SW, channel, channels, meets, valid, OH, OW,
                 KH, KW, SH, SW, PH, PW, DH, DW, WIDE, UNROLLED, HEIGHT, WIDTH,
             )  # fmt: skip
@@ -132,9 +133,10 @@ def dgrad(
     geometry: ConvGeometry,
     *,
     dtype: torch.dtype,
+    sums: Sums,
     accumulate: Tensor | None = None,
 ) -> InputGradient:
-    """The gradient at x and what its epilogue sums; ``accumulate`` is added to in place and returned as dx."""
+    """The gradient at x and what its epilogue sums, which is due in ``sums``; ``accumulate`` is added to in place and returned as dx."""
     batch, channels, h, w = x.shape
     source = pixels(x)
     dx = destination(x, x.dtype, accumulate)
@@ -157,7 +159,7 @@ def dgrad(
         ACCUMULATE=in_place, WIDE=edge.wide or source.wide or dx.wide,
         UNIT=unit_of(*edge.pitches, source.pitch, dx.pitch, channels), **tile.constants, warps=tile.warps,
     )  # fmt: skip
-    sum_p, sum_px = (None, None) if partial is None else partial.sum(1).unbind()
-    dgate = None if gate_partial is None else gate_partial.view(batch, -1, channels).sum(1)
+    sum_p, sum_px = (None, None) if partial is None else sums.of(partial).unbind()
+    dgate = None if gate_partial is None else sums.of(gate_partial.view(batch, -1, channels))
     result = dx.tensor if accumulate is None or in_place else accumulate.add_(dx.tensor)
     return InputGradient(result, sum_p, sum_px, dgate)

@@ -13,13 +13,13 @@ from torch import Tensor
 from bnrestructure.core.edges import ConvGeometry, Transform
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.activation import activation_constants
-from bnrestructure.kernels.cuda.dense_wgrad import weight_gradient
 from bnrestructure.kernels.cuda.edges import EdgePixels, output_gradient
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import pixels, vectors
 from bnrestructure.kernels.cuda.patches import is_any_read, patches_in, tap_at, transformed_pixel, with_added_product, with_last
 from bnrestructure.kernels.cuda.precision import in_units
 from bnrestructure.kernels.cuda.problem import geometry_constants, is_padded, triton_dtype, unit_of
+from bnrestructure.kernels.cuda.sums import Sums
 
 __all__ = ["wgrad"]
 
@@ -54,7 +54,7 @@ def _add_row(
 
 @triton.jit(do_not_specialize=("patches", "steps", "H", "W", "OH", "OW"))
 def _depthwise_wgrad_kernel(
-    p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, partial_ptr, bias_ptr,
+    p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, rate, x_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, partial_ptr, bias_ptr,
     p_pitch, y_pitch, x_pitch, patches, steps, channels, H, W, OH, OW,
     ACT: tl.constexpr, SLOPE: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
@@ -84,7 +84,7 @@ def _depthwise_wgrad_kernel(
             inside = meets[:, None] & valid[None, :]
             pixel = ((n * OH + oh + output // WIDTH) * OW + ow + output % WIDTH)[:, None]
             d = output_gradient(
-                p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, p_pitch, y_pitch, pixel, channel[None, :], inside, valid[None, :], WIDE
+                p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, rate, p_pitch, y_pitch, pixel, channel[None, :], inside, valid[None, :], WIDE
             )
             d = tl.where(inside, d, 0.0)
             bias += d
@@ -119,8 +119,12 @@ def wgrad(
     *,
     dtype: torch.dtype,
     needs_bias: bool,
+    sums: Sums,
 ) -> tuple[Tensor, Tensor | None]:
-    """(the weight's gradient in its own shape, dtype and memory format; the bias's, [C] in ``dtype``, or None)."""
+    """(the weight's gradient in its own shape, dtype and memory format; the bias's, [C] in ``dtype``, or None).
+
+    The former is due in ``sums``.
+    """
     batch, channels, h, w = x.shape
     kernel = tuple(weight.shape[2:])
     source = pixels(x)
@@ -142,4 +146,4 @@ def wgrad(
         PADDED=is_padded(geometry), DTYPE=triton_dtype(dtype), WIDE=edge.wide or source.wide,
         UNIT=unit_of(*edge.pitches, source.pitch, channels), TAPS=taps, **tile.constants, warps=tile.warps,
     )  # fmt: skip
-    return weight_gradient(partial, weight), None if bias is None else bias.sum(0).to(dtype)
+    return sums.weight_gradient(partial, weight), None if bias is None else bias.sum(0).to(dtype)

@@ -28,12 +28,13 @@ class EdgePixels(NamedTuple):
     a: Tensor | None
     b: Tensor | None
     mean: Tensor | None
+    rate: float | None
 
     @property
-    def pointers(self) -> tuple[Tensor | None, ...]:
-        """The kernels' arguments p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr."""
+    def pointers(self) -> tuple[Tensor | float | None, ...]:
+        """The kernels' arguments p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, rate."""
         y = None if self.y is None else self.y.tensor
-        return self.p.tensor, y, self.s, self.a, self.b, self.mean
+        return self.p.tensor, y, self.s, self.a, self.b, self.mean, self.rate
 
     @property
     def pitches(self) -> tuple[int, int]:
@@ -56,15 +57,18 @@ def edge_pixels(dy: Tensor, edge: BackwardEdge) -> EdgePixels:
     """``dy`` [N, C, OH, OW] of any strides, with its edge."""
     s, a, b, mean = vectors(edge.s, edge.a, edge.b, edge.mean)
     if a is None or edge.y is None:
-        return EdgePixels(pixels(dy), None, s, None, None, None)
-    return EdgePixels(pixels(dy), pixels(edge.y), s, a, b, mean)
+        return EdgePixels(pixels(dy), None, s, None, None, None, None)
+    return EdgePixels(pixels(dy), pixels(edge.y), s, a, b, mean, None if edge.count is None else 1.0 / edge.count)
 
 
 @triton.jit
 def output_gradient(
-    p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, mean_ptr, p_pitch, y_pitch, pixel, channel, inside, valid, WIDE: tl.constexpr
+    p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, mean_ptr, rate, p_pitch, y_pitch, pixel, channel, inside, valid, WIDE: tl.constexpr
 ):  # fmt: skip
-    """A block of dY in fp32. Where not ``inside``: 0 without a, else b - a * mean, to be masked where it can matter."""
+    """A block of dY in fp32. Where not ``inside``: 0 without a, else b - a * mean, to be masked where it can matter.
+
+    ``rate`` is one over the count by which a and b are still to be divided, or None.
+    """
     d = tl.load(p_ptr + offset(pixel, p_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
     if s_ptr is not None:
         d *= tl.load(s_ptr + channel, mask=valid, other=0.0)
@@ -73,6 +77,9 @@ def output_gradient(
         a = tl.load(a_ptr + channel, mask=valid, other=0.0)
         b = tl.load(b_ptr + channel, mask=valid, other=0.0)
         mean = tl.load(mean_ptr + channel, mask=valid, other=0.0)
+        if rate is not None:
+            a *= 2.0 * rate
+            b *= rate
         d = tl.fma(y - mean, a, d + b)
     return d
 

@@ -20,7 +20,7 @@ __all__ = ["output_gradient_sweep"]
 
 @triton.jit(do_not_specialize=("rows",))
 def _output_gradient_kernel(
-    p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, d_ptr, bias_ptr, p_pitch, y_pitch, d_pitch, rows, channels,
+    p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, rate, d_ptr, bias_ptr, p_pitch, y_pitch, d_pitch, rows, channels,
     WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     p_pitch, y_pitch = in_units(p_pitch, UNIT), in_units(y_pitch, UNIT)
@@ -31,7 +31,7 @@ def _output_gradient_kernel(
     valid = channel < channels
     inside = (row < rows) & valid
     d = output_gradient(
-        p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, p_pitch, y_pitch, row, channel, inside, valid, WIDE
+        p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, y_mean_ptr, rate, p_pitch, y_pitch, row, channel, inside, valid, WIDE
     )  # fmt: skip
     tl.store(d_ptr + offset(row, d_pitch, WIDE) + channel, rounded_gradient(d, a_ptr, d_ptr.dtype.element_ty), mask=inside)
     if bias_ptr is not None:  # before rounding: that of a bias before a batch norm is zero, and what is rounded off would be all of it

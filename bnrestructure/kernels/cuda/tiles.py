@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 __all__ = [
+    "READ_BY_ONE",
     "DotTile",
     "PatchTile",
     "SweepTile",
@@ -25,6 +26,7 @@ __all__ = [
     "splits",
     "statistics",
     "steps_per_split",
+    "sums",
     "sweep",
 ]
 
@@ -69,7 +71,7 @@ class PatchTile(NamedTuple):
 
 
 #: So many tiles' numbers one program reads, 512 at a time, in about what another launch and its gap take: four times memory's latency.
-_MERGED_BY_ONE = 2048
+READ_BY_ONE = 2048
 
 
 def _power(n: int, low: int, high: int) -> int:
@@ -208,7 +210,13 @@ def depthwise_wgrad(channels: int, size: tuple[int, ...], kernel: tuple[int, ...
 
 def merge(count: int, channels: int) -> tuple[SweepTile, int]:
     """Tiles to merge at a time, by channels; and how many of them one program merges: all, unless that took longer than a second launch."""
-    if 128 < count <= _MERGED_BY_ONE:
+    if 128 < count <= READ_BY_ONE:
         return SweepTile(_power(count, 256, 512), 8, 8), count  # 8 channels are one sector of memory
     tile = SweepTile(_power(count, 1, 128), _power(channels, 8, 32), 4)
     return tile, min(count, tile.rows)
+
+
+def sums(count: int, inner: int) -> SweepTile:
+    """Tiles whose sums to add at a time, by columns: 4096 numbers, 16 of each thread, in sectors of 8 at least."""
+    rows = _power(count, 1, 512)
+    return SweepTile(rows, _power(inner, 8, 4096 // rows), 8)

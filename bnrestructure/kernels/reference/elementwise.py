@@ -36,7 +36,8 @@ def output_gradient(p: Tensor, edge: BackwardEdge) -> Tensor:
         d = d * per_channel(edge.s, p)
     if edge.a is not None and edge.y is not None:
         centred = edge.y.to(d.dtype) - per_channel(edge.mean, p)
-        d = d + per_channel(edge.a, p) * centred + per_channel(edge.b, p)
+        a, b = edge.factors
+        d = d + per_channel(a, p) * centred + per_channel(b, p)
     return d
 
 

@@ -212,7 +212,7 @@ def test_layouts(name: str, layout: str) -> None:
             assert torch.as_strided(view, view.shape, view.stride(), view.storage_offset() - 3)[:, :3].isnan().all()
 
 
-@pytest.mark.parametrize("edge", ["P alone", "s", "a and b"])
+@pytest.mark.parametrize("edge", ["P alone", "s", "a and b", "still to be divided"])
 @pytest.mark.parametrize("name", ["1x1", "3x3", "1x1, stride 3 and padding", "depthwise 3x3, stride 2"])
 def test_partial_edges(name: str, edge: str) -> None:
     case = CASES[name]
@@ -222,6 +222,7 @@ def test_partial_edges(name: str, edge: str) -> None:
         "P alone": BackwardEdge(),
         "s": BackwardEdge(full.s),
         "a and b": BackwardEdge(None, full.a, full.b, full.y, full.mean),
+        "still to be divided": BackwardEdge(full.s, full.a * 5, full.b * 10, full.y, full.mean, 10),
     }
     arguments = (p, chosen[edge], a, case, torch.float32)
     truth = run_backward(REFERENCE, p.double(), to_double(chosen[edge]), doubled(a), case, torch.float64)

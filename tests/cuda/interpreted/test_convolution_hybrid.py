@@ -56,12 +56,17 @@ def test_without_a_normalisation(act: str) -> None:
     check(HYBRID, CASES["3x3"], act, torch.float32, plain=True)
 
 
-@pytest.mark.parametrize("edge", ["P alone", "s", "a and b"])
+@pytest.mark.parametrize("edge", ["P alone", "s", "a and b", "still to be divided"])
 def test_partial_edges(edge: str) -> None:
     case = CASES["3x3, stride 2"]
     a = draw(case, "relu", torch.float32)
     p, full = draw_edge(case, torch.float32)
-    chosen = {"P alone": BackwardEdge(), "s": BackwardEdge(full.s), "a and b": BackwardEdge(None, full.a, full.b, full.y, full.mean)}[edge]
+    chosen = {
+        "P alone": BackwardEdge(),
+        "s": BackwardEdge(full.s),
+        "a and b": BackwardEdge(None, full.a, full.b, full.y, full.mean),
+        "still to be divided": BackwardEdge(full.s, full.a * 5, full.b * 10, full.y, full.mean, 10),
+    }[edge]
     for needs in ((True, True, False), (True, True, True), (False, False, True), (False, True, False), (True, False, False)):
         truth = run_backward(REFERENCE, p.double(), to_double(chosen), doubled(a), case, torch.float64, needs=needs)
         ours, theirs = (run_backward(m, p, chosen, a, case, torch.float32, needs=needs) for m in (HYBRID, REFERENCE))

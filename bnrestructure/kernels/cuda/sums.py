@@ -1,0 +1,116 @@
+"""Totals of what tiles have summed: a convolution's input gradient and its weight gradient both end with some, and one launch makes two.
+
+Nothing here is atomic: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bnrestructure.kernels.cuda import tiles
+from bnrestructure.kernels.cuda.launch import launch
+from bnrestructure.kernels.cuda.precision import rounded
+
+__all__ = ["Sums"]
+
+
+@triton.jit
+def _add_up(partial_ptr, out_ptr, program, count, inner, BT: tl.constexpr, BC: tl.constexpr):
+    blocks = tl.cdiv(inner, BC)
+    outer = program // blocks
+    column = (program - outer * blocks) * BC + tl.arange(0, BC)
+    valid = column < inner
+    total = tl.zeros((BC,), dtype=tl.float32)
+    for start in range(0, count, BT):
+        tile = start + tl.arange(0, BT)
+        place = partial_ptr + (outer * count + tile[:, None]).to(tl.int64) * inner + column[None, :]
+        total += tl.sum(tl.load(place, mask=(tile < count)[:, None] & valid[None, :], other=0.0), 0)
+    tl.store(out_ptr + outer.to(tl.int64) * inner + column, rounded(total, out_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=("a_programs", "a_count", "b_count"))
+def _sums_kernel(
+    a_ptr, a_out_ptr, b_ptr, b_out_ptr, a_programs, a_count, a_inner, b_count, b_inner,
+    A_BT: tl.constexpr, A_BC: tl.constexpr, B_BT: tl.constexpr, B_BC: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    if program < a_programs:
+        _add_up(a_ptr, a_out_ptr, program, a_count, a_inner, A_BT, A_BC)
+    else:
+        _add_up(b_ptr, b_out_ptr, program - a_programs, b_count, b_inner, B_BT, B_BC)
+
+
+class _Due(NamedTuple):
+    """``partial`` [outer, count, inner] fp32, contiguous; the sums over the middle go to ``out``, contiguous, [outer, inner]."""
+
+    partial: Tensor
+    out: Tensor
+
+    @property
+    def tile(self) -> tiles.SweepTile:
+        _, count, inner = self.partial.shape
+        return tiles.sums(count, inner)
+
+    @property
+    def programs(self) -> int:
+        outer, _, inner = self.partial.shape
+        return outer * triton.cdiv(inner, self.tile.channels)
+
+
+class Sums:
+    """Sums that are due. What the methods return has its values once :meth:`finish` was called."""
+
+    def __init__(self) -> None:
+        self._due: list[_Due] = []
+
+    def of(self, partial: Tensor) -> Tensor:
+        """[outer, inner] of ``partial`` [outer, count, inner], both fp32."""
+        outer, _, inner = partial.shape
+        out = torch.empty(outer, inner, dtype=partial.dtype, device=partial.device)
+        self._add(partial, out)
+        return out
+
+    def weight_gradient(self, partial: Tensor, weight: Tensor) -> Tensor:
+        """The sum of ``partial`` [splits, C_out, KH, KW, C_in / groups] in the weight's shape, dtype and memory format."""
+        gradient = torch.empty_like(weight)
+        flat = gradient.permute(0, 2, 3, 1)
+        if flat.is_contiguous():
+            self._add(partial.view(1, partial.shape[0], -1), flat.view(1, -1))
+        elif weight.dtype != partial.dtype:
+            flat.copy_(partial.sum(0))
+        else:
+            torch.sum(partial, 0, out=flat)
+        return gradient
+
+    def finish(self) -> None:
+        """Make them, two by one launch."""
+        while len(self._due) > 1:
+            a, b = self._due.pop(), self._due.pop()
+            (_, a_count, a_inner), (_, b_count, b_inner) = a.partial.shape, b.partial.shape
+            launch(
+                _sums_kernel, (a.programs + b.programs,),
+                a.partial, a.out, b.partial, b.out, a.programs, a_count, a_inner, b_count, b_inner,
+                A_BT=a.tile.rows, A_BC=a.tile.channels, B_BT=b.tile.rows, B_BC=b.tile.channels, warps=a.tile.warps,
+            )  # fmt: skip
+        for last in self._due:
+            _sum(*last)
+        self._due.clear()
+
+    def _add(self, partial: Tensor, out: Tensor) -> None:
+        """Make it due, unless one program would take too long: PyTorch's sum has several for one total."""
+        if partial.shape[1] <= tiles.READ_BY_ONE:
+            self._due.append(_Due(partial, out))
+        else:
+            _sum(partial, out)
+
+
+def _sum(partial: Tensor, out: Tensor) -> None:
+    if out.dtype == partial.dtype:
+        torch.sum(partial, 1, out=out)
+    else:
+        out.copy_(partial.sum(1))

@@ -35,9 +35,9 @@ def weights() -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(4, 3, 3, 3).contiguous(memory_format=last)), nn.Parameter(torch.randn(5, 4, 1, 1))]
 
 
-def cast(weight: Tensor, dtype: torch.dtype = BF16) -> Tensor:
+def cast(weight: Tensor, dtype: torch.dtype = BF16, *, by_tap: bool = False) -> Tensor:
     """As a convolution on a GPU would have it."""
-    return casts._state.run.cast(weight, dtype)
+    return casts._state.run.cast(weight, casts._Form(dtype, by_tap))
 
 
 def right(found: Tensor, weight: Tensor) -> bool:
@@ -90,6 +90,17 @@ def test_another_dtype_is_another_cast() -> None:
         cast(given, BF16)
     with cast_ahead(known):
         assert torch.equal(cast(given, torch.float16), given.detach().half())
+
+
+def test_depthwise_kernels_read_theirs_tap_by_tap(foreach: list[int]) -> None:
+    given, known = nn.Parameter(torch.randn(6, 1, 3, 3)), Casts()
+    for _ in range(2):
+        with cast_ahead(known):
+            found = cast(given, by_tap=True)
+            assert torch.equal(found, given.detach().to(BF16))
+            assert found.permute(2, 3, 1, 0).is_contiguous()
+            assert right(cast(given), given)
+    assert foreach == [1, 1]
 
 
 def test_a_weight_that_is_computed_is_no_weight_to_remember(foreach: list[int]) -> None:

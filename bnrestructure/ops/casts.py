@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from bnrestructure.core.edges import ConvGeometry
-from bnrestructure.core.memory_format import in_channels_last
 
 __all__ = ["Casts", "cast_ahead", "cast_weight"]
 
@@ -26,11 +25,31 @@ class _Cast(NamedTuple):
     values: Tensor
 
 
+class _Form(NamedTuple):
+    """How kernels want a weight: ``by_tap`` [KH, KW, C] in memory, as depthwise ones do, or channels_last."""
+
+    dtype: torch.dtype
+    by_tap: bool
+
+    def blank(self, weight: Tensor) -> Tensor:
+        """Room for the weight in this form; with its own strides where they are of this form: such are copied together."""
+        if self.by_tap:
+            channels, one, *kernel = weight.shape
+            return torch.empty(*kernel, one, channels, dtype=self.dtype, device=weight.device).permute(3, 2, 0, 1)
+        if weight.is_contiguous(memory_format=torch.channels_last):
+            return torch.empty_strided(weight.shape, weight.stride(), dtype=self.dtype, device=weight.device)
+        return torch.empty(weight.shape, dtype=self.dtype, device=weight.device, memory_format=torch.channels_last)
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The weight's values in this form."""
+        return self.blank(weight).copy_(weight.detach())
+
+
 class Casts:
     """Which weights a program's last run has cast, and to what: its next run casts those before anything else."""
 
     def __init__(self) -> None:
-        self.wanted: list[tuple[weakref.ref[Tensor], torch.dtype]] = []
+        self.wanted: list[tuple[weakref.ref[Tensor], _Form]] = []
 
     def __deepcopy__(self, memo: object) -> Casts:
         return Casts()
@@ -39,28 +58,28 @@ class Casts:
 class _Run:
     """One run of a program: what was cast ahead, and what its convolutions ask for."""
 
-    def __init__(self, wanted: Iterable[tuple[weakref.ref[Tensor], torch.dtype]]) -> None:
-        self._ready: dict[tuple[int, torch.dtype], _Cast] = {}
-        self.asked: list[tuple[weakref.ref[Tensor], torch.dtype]] = []
-        alike: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Tensor]] = defaultdict(list)
-        for reference, dtype in wanted:
-            if (weight := reference()) is not None and weight.dtype != dtype:
-                alike[weight.device, weight.dtype, dtype].append(weight)
-        for (_, _, dtype), weights in alike.items():
-            values = [_blank(weight, dtype) for weight in weights]
+    def __init__(self, wanted: Iterable[tuple[weakref.ref[Tensor], _Form]]) -> None:
+        self._ready: dict[tuple[int, _Form], _Cast] = {}
+        self.asked: list[tuple[weakref.ref[Tensor], _Form]] = []
+        alike: dict[tuple[torch.device, torch.dtype, _Form], list[Tensor]] = defaultdict(list)
+        for reference, form in wanted:
+            if (weight := reference()) is not None:
+                alike[weight.device, weight.dtype, form].append(weight)
+        for (_, _, form), weights in alike.items():
+            values = [form.blank(weight) for weight in weights]
             with torch.no_grad():
                 torch._foreach_copy_(values, weights)
             for weight, cast in zip(weights, values, strict=True):
-                self._ready[id(weight), dtype] = _Cast(weight, weight._version, cast)
+                self._ready[id(weight), form] = _Cast(weight, weight._version, cast)
 
-    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight's values in this dtype, channels_last."""
+    def cast(self, weight: Tensor, form: _Form) -> Tensor:
+        """The weight's values in this form."""
         if type(weight) in (Tensor, nn.Parameter) and weight.is_leaf and not weight.is_inference():
-            self.asked.append((weakref.ref(weight), dtype))
-            found = self._ready.get((id(weight), dtype))
+            self.asked.append((weakref.ref(weight), form))
+            found = self._ready.get((id(weight), form))
             if found is not None and found.version == weight._version:  # nothing in the graph has written to it since
                 return found.values
-        return _cast(weight, dtype)
+        return form.of(weight)
 
 
 _state = threading.local()
@@ -79,22 +98,14 @@ def cast_ahead(casts: Casts) -> Iterator[None]:
 
 
 def cast_weight(weight: Tensor, dtype: torch.dtype, geometry: ConvGeometry) -> Tensor | None:
-    """A 2-D convolution's weight in the dtype of its node, channels_last, for forward and backward alike; None where kernels cast it.
-
-    The CPU's do, as they read it; so do depthwise ones, which lay it out in a way of their own.
+    """A 2-D convolution's weight in the dtype of its node, in the form that kernels want, for forward and backward alike; None where it is
+    in that form, or kernels cast it: the CPU's do, as they read it.
     """
-    if weight.dtype == dtype or weight.is_cpu or weight.dim() != 4 or geometry.is_depthwise(weight.shape):
+    if weight.is_cpu or weight.dim() != 4:
+        return None
+    by_tap = geometry.is_depthwise(weight.shape)
+    if weight.dtype == dtype and not by_tap:
         return None
     run: _Run | None = getattr(_state, "run", None)
-    return _cast(weight, dtype) if run is None else run.cast(weight, dtype)
-
-
-def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return in_channels_last(weight.detach().to(dtype))
-
-
-def _blank(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for such a cast, with the weight's own strides where it is channels_last: those are copied together."""
-    if weight.is_contiguous(memory_format=torch.channels_last):
-        return torch.empty_strided(weight.shape, weight.stride(), dtype=dtype, device=weight.device)
-    return torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=torch.channels_last)
+    form = _Form(dtype, by_tap)
+    return form.of(weight) if run is None else run.cast(weight, form)

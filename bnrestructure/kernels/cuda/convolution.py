@@ -50,7 +50,7 @@ class Depthwise:
     def forward(self, call: ConvForward, site: Any = None) -> ConvResult:
         """The result."""
         found = depthwise_forward.conv_forward(
-            call.x, call.transform, call.weight, call.bias, call.geometry, dtype=call.dtype, statistics=call.statistics, out=call.out
+            call.x, call.transform, weight_of(call), call.bias, call.geometry, dtype=call.dtype, statistics=call.statistics, out=call.out
         )
         return ConvResult(*found)
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.cuda_code densenet121 resnet50 --batch 256     launches, small operations, modelled time, the worst nodes
     python -m benchmarks.cuda_code --launches                           the counts alone: nothing is compiled
+    python -m benchmarks.cuda_code --host                               what the step costs the host, by calls of Python functions
 
 The step (bf16 autocast, channels_last) runs on meta tensors, so no GPU is needed; **nothing is timed**. Compiling what a model launches
 takes minutes, and is kept in build/cuda-code.
@@ -21,6 +22,7 @@ import torch
 import triton
 
 from benchmarks.cuda_code.floors import GAP, Floor, floors, of_products, small_launches
+from benchmarks.cuda_code.host import Host, host_of
 from benchmarks.cuda_code.record import Step, prepared, record
 
 MODELS = ("densenet121", "resnet50", "mobilenet_v2", "efficientnet_b0")
@@ -34,9 +36,13 @@ def main() -> int:
     parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL", help="torchvision names (default: four)")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--launches", action="store_true", help="the counts alone")
+    parser.add_argument("--host", action="store_true", help="the host's part alone")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, triton {triton.__version__}, bf16, batch {options.batch}, 224x224; counted, not timed")
     for name in options.models:
+        if options.host:
+            print(of_host(name, host_of(prepared(name), options.batch)), flush=True)
+            continue
         step = record(prepared(name), options.batch)
         for line in (*counted(name, step), *(() if options.launches else modelled(step))):
             print(line, flush=True)
@@ -48,6 +54,12 @@ def counted(name: str, step: Step) -> Iterator[str]:
     others = sum(step.operations.values())
     yield f"{name}: {len(step.launches)} kernels ({step.forward} forward) and {others} of PyTorch's operations"
     yield "  " + ", ".join(f"{operation} {count}" for operation, count in step.operations.most_common(10))
+
+
+def of_host(name: str, host: Host) -> str:
+    """How many Python functions a step calls, and whose."""
+    parts = ", ".join(f"{package} {count}" for package, count in host.calls.most_common())
+    return f"{name}: {sum(host.calls.values())} calls of Python functions a step: {parts}"
 
 
 def modelled(step: Step) -> Iterator[str]:

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnrestructure.capture import tracer
+from bnrestructure.capture.program import Program
 from bnrestructure.capture.regions import Options
 from bnrestructure.core.memory_format import in_channels_last, is_channels_last, to_channels_last
 from bnrestructure.kernels import cuda, registry
 from bnrestructure.kernels.cuda.launch import Launch, received_by
-from bnrestructure.ops.casts import Casts, cast_ahead
 from bnrestructure.passes.restore_formats import RESTORE_FORMATS
 from bnrestructure.plan.survey import take_survey
 
-__all__ = ["Product", "Step", "prepared", "record"]
+__all__ = ["Product", "Step", "prepared", "pretending", "record", "rewritten"]
 
 #: Operations that launch nothing.
 _FREE = frozenset({
@@ -95,7 +95,7 @@ def _product(name: str, x: Tensor, weight: Tensor, y: Tensor) -> Product:
 
 
 @contextmanager
-def _pretending() -> Iterator[Callable[[bool], None]]:
+def pretending() -> Iterator[Callable[[bool], None]]:
     """Meta tensors get the CUDA kernels, and what is yielded switches autocast to bf16 on and off."""
     on = [False]
     conv2d, linear = F.conv2d, F.linear
@@ -136,28 +136,39 @@ def prepared(name: str) -> nn.Module:
     return model.train()
 
 
-def record(model: nn.Module, batch: int, size: int = 224, autocast: bool = True) -> Step:
-    """One training step of the rewritten graph of ``model`` (see :func:`prepared`) on images [batch, 3, size, size]."""
+def rewritten(model: nn.Module, x: Tensor, switch: Callable[[bool], None]) -> Callable[[Tensor], Tensor]:
+    """The forward of the rewritten graph of ``model`` (see :func:`prepared`), within :func:`pretending`, which has given ``switch``.
+
+    On the meta device a restructured model runs its own forward, as exporters want it.
+    """
+    switch(True)
+    (region,) = take_survey(model, Options(), (x,)).regions
+    switch(False)
+    RESTORE_FORMATS(region.after)
+    program = Program(region.after, None, type(model).__name__)
+
+    def forward(x: Tensor) -> Tensor:
+        switch(True)
+        try:
+            found: Tensor = program(model, (x,))
+        finally:
+            switch(False)
+        return found
+
+    return forward
+
+
+def record(model: nn.Module, batch: int, size: int = 224) -> Step:
+    """One training step of ``model`` in bf16 autocast on images [batch, 3, size, size]."""
     x = torch.empty(batch, 3, size, size, device="meta").contiguous(memory_format=torch.channels_last)
-    with _pretending() as switch:
-        switch(autocast)
-        # On the meta device a restructured model runs its own forward, as exporters want it: the graph is run instead.
-        (region,) = take_survey(model, Options(), (x,)).regions
-        switch(False)
-        RESTORE_FORMATS(region.after)
-        region.after.recompile()
-        casts = Casts()
+    with pretending() as switch:
+        forward = rewritten(model, x, switch)
         for _ in range(2):  # the first one makes known which weights are cast
             step = Step()
             for parameter in model.parameters():
                 parameter.grad = None
             with received_by(step.receive), _Watch(step):
-                switch(autocast)
-                try:
-                    with cast_ahead(casts):
-                        y = region.after(x)
-                finally:
-                    switch(False)
+                y = forward(x)
                 step.forward = len(step.launches)
                 y.float().sum().backward()
     return step

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bnrestructure.core.edges import Transform
 from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward
 
-__all__ = ["fields_of", "reach_of", "readable", "require_fit", "require_memory", "require_memory_of_all", "tensors_of", "weight_of"]
+__all__ = [
+    "checked", "fields_of", "reach_of", "readable", "require_fit", "require_memory", "values_of", "weight_of",
+]  # fmt: skip
 
-#: What :func:`fields_of` has found.
+#: What :func:`fields_of` has found, and what gives these fields.
 _fields: dict[type, tuple[str, ...]] = {}
-
-
-def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among a call's arguments, those of its edges and joins as well."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from tensors_of(value)
-        elif names := fields_of(type(value)):
-            yield from tensors_of(getattr(value, name) for name in names)
+_getters: dict[type, Callable[[Any], Any]] = {}
+_NO_TENSORS = frozenset({bool, int, float, str, torch.dtype})
 
 
 def fields_of(kind: type) -> tuple[str, ...]:
@@ -38,11 +33,50 @@ def fields_of(kind: type) -> tuple[str, ...]:
     return found
 
 
-def require_memory_of_all(call: Call[Any]) -> None:
-    """Raise RuntimeError where one of the call's tensors is on another type of device than its operand, or longer than its storage."""
+def values_of(record: Any) -> tuple[Any, ...]:
+    """The fields' values of a record or of a named tuple, at once."""
+    kind = type(record)
+    found = _getters.get(kind)
+    if found is None:
+        names = fields_of(kind)
+        found = _getters[kind] = attrgetter(*names) if len(names) > 1 else lambda record: (getattr(record, names[0]),)
+    values: tuple[Any, ...] = found(record)
+    return values
+
+
+def checked(call: Call[Any]) -> tuple[Any, ...]:
+    """What kernels can tell a call's kind by: equal for calls whose tensors are alike in shape, strides and dtype, and all else is equal.
+
+    Raises RuntimeError where one of the tensors is on another type of device than the call's operand, or longer than its storage. In one
+    piece, without calling anything in Python for a tensor that is all right: it looks at each tensor of each call of a training step.
+    """
     device = call.operand.device.type
-    for x in tensors_of([call]):
-        require_memory(x, reach_of(x), device)
+    found: list[Any] = [type(call)]
+    left = list(values_of(call))
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            shape, strides, reach = value.shape, value.stride(), value.numel()
+            if reach and not value.is_contiguous():
+                reach = 1
+                for size, stride in zip(shape, strides, strict=True):
+                    reach += (size - 1) * stride
+            try:
+                short = (value.storage_offset() + reach) * value.itemsize > value.untyped_storage().nbytes()
+            except NotImplementedError:  # a functorch wrapper
+                short = False
+            if short or value.device.type != device:
+                require_memory(value, reach, device)
+            found += (shape, strides, value.dtype)
+        elif isinstance(value, tuple):
+            left += value
+            found.append(len(value))
+        elif value is not None and type(value) not in _NO_TENSORS and fields_of(type(value)):
+            left += values_of(value)
+            found.append(type(value))
+        else:
+            found.append(value)
+    return tuple(found)
 
 
 def require_memory(x: Tensor, reach: int, device: str) -> None:
@@ -89,4 +123,9 @@ def readable(x: Tensor, beside: Tensor | None = None) -> Tensor:
 
 def reach_of(x: Tensor) -> int:
     """Elements from x's first to its last one in memory, both counted; none where it has none."""
-    return 0 if x.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    if x.numel() == 0:
+        return 0
+    reach = 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        reach += (size - 1) * stride
+    return reach

@@ -22,6 +22,15 @@ def test_a_step_launches_no_more_than_it_did(model: str, kernels: int, operation
     assert 0 < step.forward < len(step.launches)
 
 
+def test_a_step_calls_no_more_python_than_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a driver that does nothing. What Triton calls depends on its version, and is not counted here."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    record, host = (importlib.import_module(f"benchmarks.cuda_code.{name}") for name in ("record", "host"))
+    calls = host.host_of(record.prepared("resnet50"), batch=64).calls
+    assert 389 * 3 < calls["triton"]  # each launch has gone through its launcher
+    assert 0 < calls["bnrestructure"] <= 11_000
+
+
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
 def test_the_counter_of_batches_is_read_on_the_device_alone(momentum: float | None) -> None:
     """On meta tensors: a number that the host asked for would be an error. With a momentum the counter costs no launch of its own."""

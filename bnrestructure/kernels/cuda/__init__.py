@@ -18,12 +18,15 @@ from bnrestructure.kernels.cuda import limits
 from bnrestructure.kernels.cuda.device import gpu_here, identify_machine
 from bnrestructure.kernels.cuda.rule import BACKWARD, CudaRule
 from bnrestructure.kernels.hybrid import Hybrid
-from bnrestructure.kernels.operands import require_memory_of_all
+from bnrestructure.kernels.operands import checked
 from bnrestructure.kernels.reference import Reference
 
 __all__ = ["KERNELS", "CudaKernels"]
 
 R = TypeVar("R")
+
+#: Kinds of calls that are remembered: a model's, at several sizes.
+_MOST_KINDS = 10_000
 
 
 class CudaKernels:
@@ -31,6 +34,7 @@ class CudaKernels:
 
     def __init__(self) -> None:
         self._rule = CudaRule()
+        self._supported: set[tuple[Any, ...]] = set()  # kinds of calls
 
     @cached_property
     def convolutions(self) -> Convolutions:
@@ -46,9 +50,13 @@ class CudaKernels:
 
     def run(self, call: Call[R]) -> R:
         """The call's result. Raises UnsupportedCallError where these kernels cannot answer, before anything is written."""
-        if (reason := limits.supports(call)) is not None:
-            raise UnsupportedCallError(reason)
-        require_memory_of_all(call)
+        kind = checked(call)
+        if kind not in self._supported:
+            if (reason := limits.supports(call)) is not None:
+                raise UnsupportedCallError(reason)
+            if len(self._supported) >= _MOST_KINDS:
+                self._supported.clear()
+            self._supported.add(kind)
         found: Any
         if isinstance(call, ConvForward):
             found = self.convolutions.forward(call)

@@ -227,7 +227,7 @@ def dgrad(
     class_rows = dx.rows // (len(rows_of[0]) * len(rows_of[1]))
     tile = tiles.dense_dgrad(class_rows, group_inputs, group_outputs, dtype.itemsize, heavy, join is not None)
     row_tiles = [
-        batch * triton.cdiv(i.size * j.size, tile.m) if gated else triton.cdiv(batch * i.size * j.size, tile.m)
+        batch * tiles.cdiv(i.size * j.size, tile.m) if gated else tiles.cdiv(batch * i.size * j.size, tile.m)
         for i, j in pairs
     ]  # fmt: skip
     all_tiles = sum(row_tiles)
@@ -240,7 +240,7 @@ def dgrad(
     first_tile = 0
     for count, (i, j) in zip(row_tiles, pairs, strict=True):
         launch(
-            _dense_dgrad_kernel, (count * geometry.groups * triton.cdiv(group_inputs, tile.n), 1),
+            _dense_dgrad_kernel, (count * geometry.groups * tiles.cdiv(group_inputs, tile.n), 1),
             *edge.pointers, weight, source.tensor, mean, scale, beta, gate,
             None if shortcut is None else shortcut.tensor, *vectors(r_vectors.mean, r_vectors.scale, r_vectors.beta),
             dx.tensor, partial, gate_partial,

@@ -158,11 +158,11 @@ def conv_forward(
     sizes = (source.pitch, y.pitch, *(given.pitch for given in more), group_inputs, group_outputs)
     heavy = is_heavy(transform, *sizes)
     tile = tiles.dense_forward(y.rows, group_outputs, depth, dtype.itemsize, gathered, heavy, join is not None)
-    row_tiles = triton.cdiv(y.rows, tile.m)
+    row_tiles = tiles.cdiv(y.rows, tile.m)
     partial = partial_statistics(row_tiles, outputs, x.device) if statistics else None
     mean, scale, beta, gate, bias = vectors(transform.mean, transform.scale, transform.beta, transform.gate, bias)
     launch(
-        _dense_forward_kernel, (row_tiles * geometry.groups * triton.cdiv(group_outputs, tile.n), 1),
+        _dense_forward_kernel, (row_tiles * geometry.groups * tiles.cdiv(group_outputs, tile.n), 1),
         source.tensor, packed_weight(weight, dtype), bias, y.tensor, mean, scale, beta, gate,
         None if shortcut is None else shortcut.tensor, *vectors(r_vectors.mean, r_vectors.scale, r_vectors.beta),
         None if kept is None else kept.tensor, partial,

@@ -137,12 +137,12 @@ def wgrad(
     sizes = (*edge.pitches, source.pitch, group_inputs, group_outputs)
     heavy = is_heavy(transform, *sizes)
     tile = tiles.dense_wgrad(group_outputs, columns, dtype.itemsize, gathered, heavy)
-    column_tiles = triton.cdiv(columns, tile.n) * (1 if gathered else taps)
-    programs = triton.cdiv(group_outputs, tile.m) * column_tiles
+    column_tiles = tiles.cdiv(columns, tile.n) * (1 if gathered else taps)
+    programs = tiles.cdiv(group_outputs, tile.m) * column_tiles
     rows = edge.p.rows
-    all_steps = triton.cdiv(rows, tile.k)
-    steps = triton.cdiv(all_steps, tiles.splits(programs * geometry.groups, all_steps, tiles.steps_per_split(tile, dtype.itemsize)))
-    splits = triton.cdiv(all_steps, steps)
+    all_steps = tiles.cdiv(rows, tile.k)
+    steps = tiles.cdiv(all_steps, tiles.splits(programs * geometry.groups, all_steps, tiles.steps_per_split(tile, dtype.itemsize)))
+    splits = tiles.cdiv(all_steps, steps)
     partial = torch.empty(splits, outputs, *kernel, group_inputs, dtype=torch.float32, device=x.device)
     bias = torch.empty(splits, outputs, dtype=torch.float32, device=x.device) if needs_bias else None
     mean, scale, beta, gate = vectors(transform.mean, transform.scale, transform.beta, transform.gate)

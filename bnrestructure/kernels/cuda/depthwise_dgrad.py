@@ -144,14 +144,14 @@ def dgrad(
     gated = transform.gate is not None
     kernel = tuple(weight.shape[2:])
     tile = tiles.depthwise_dgrad(channels, (h, w), kernel, geometry.stride)
-    image_tiles = triton.cdiv(patches_in((h, w), tile.height, tile.width), tile.rows)
+    image_tiles = tiles.cdiv(patches_in((h, w), tile.height, tile.width), tile.rows)
     row_tiles = batch * image_tiles
     has_sums = transform.mean is not None and not gated
     partial = partial_sums(2, row_tiles, channels, x.device) if has_sums else None
     gate_partial = partial_sums(1, row_tiles, channels, x.device) if gated else None
     mean, scale, beta, gate = vectors(transform.mean, transform.scale, transform.beta, transform.gate)
     launch(
-        _depthwise_dgrad_kernel, (row_tiles * triton.cdiv(channels, tile.channels),),
+        _depthwise_dgrad_kernel, (row_tiles * tiles.cdiv(channels, tile.channels),),
         *edge.pointers, weight_by_tap(weight, dtype), source.tensor, mean, scale, beta, gate,
         dx.tensor, partial, gate_partial,
         *edge.pitches, source.pitch, dx.pitch, image_tiles, row_tiles, channels, h, w, *edge.size,

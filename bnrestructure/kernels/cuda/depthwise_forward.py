@@ -133,12 +133,12 @@ def conv_forward(
     y = empty_pixels(shape, dtype, x.device) if out is None else destination(out, dtype, out)
     tile = tiles.depthwise_forward(channels, size, kernel, geometry.stride, dtype.itemsize)
     patches = batch * patches_in(size, tile.height, tile.width)
-    row_tiles = triton.cdiv(patches, tile.rows)
+    row_tiles = tiles.cdiv(patches, tile.rows)
     partial = partial_statistics(row_tiles, channels, x.device) if statistics else None
     counts = torch.empty(row_tiles, dtype=torch.float32, device=x.device) if statistics else None
     mean, scale, beta, gate, bias = vectors(transform.mean, transform.scale, transform.beta, transform.gate, bias)
     launch(
-        _depthwise_forward_kernel, (row_tiles * triton.cdiv(channels, tile.channels),),
+        _depthwise_forward_kernel, (row_tiles * tiles.cdiv(channels, tile.channels),),
         source.tensor, weight_by_tap(weight, dtype), bias, y.tensor, mean, scale, beta, gate, partial, counts,
         source.pitch, y.pitch, patches, row_tiles, channels, h, w, *size,
         **activation_constants(transform.act), **geometry_constants(geometry, kernel),

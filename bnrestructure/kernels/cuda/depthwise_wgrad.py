@@ -131,10 +131,10 @@ def wgrad(
     tile = tiles.depthwise_wgrad(channels, edge.size, kernel, geometry.stride)
     tap_rows, taps = (1, kernel[0] * kernel[1]) if tile.unrolled else kernel
     patches = batch * patches_in(edge.size, tile.height, tile.width)
-    programs = triton.cdiv(channels, tile.channels)
-    all_steps = triton.cdiv(patches, tile.rows)
-    steps = triton.cdiv(all_steps, tiles.splits(programs * tap_rows, all_steps))
-    splits = triton.cdiv(all_steps, steps)
+    programs = tiles.cdiv(channels, tile.channels)
+    all_steps = tiles.cdiv(patches, tile.rows)
+    steps = tiles.cdiv(all_steps, tiles.splits(programs * tap_rows, all_steps))
+    splits = tiles.cdiv(all_steps, steps)
     partial = torch.empty(splits, channels, *kernel, 1, dtype=torch.float32, device=x.device)
     bias = torch.empty(splits, channels, dtype=torch.float32, device=x.device) if needs_bias else None
     mean, scale, beta, gate = vectors(transform.mean, transform.scale, transform.beta, transform.gate)

@@ -8,7 +8,7 @@ would have got. The tests' emulator (tests/emulator) runs it on CPU tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -71,8 +71,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stag
         return
     first: Tensor = arguments[0]
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": FP_FUSION}
-    constants |= _part_constant(kernel, _part(first.device.index or 0) if first.is_cuda else 0)
-    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():  # elsewhere: Triton's interpreter
+    if not first.is_cuda:  # Triton's interpreter
+        kernel[grid](*arguments, **options, **constants, **_part_constant(kernel, 0))
+        return
+    index = first.device.index or 0
+    if "PART" in kernel.arg_names:
+        constants["PART"] = _part(index)
+    if index == torch._C._cuda_getDevice():  # a context manager for each launch would cost as much as the launch
+        kernel[grid](*arguments, **options, **constants)
+        return
+    with torch.cuda.device(index):
         kernel[grid](*arguments, **options, **constants)
 
 

@@ -15,21 +15,15 @@ _REACH = 2**31
 
 
 class Pixels(NamedTuple):
-    """An activation [N, C, H, W] whose element (n, c, h, w) lies at ``((n*H + h)*W + w) * pitch + c``, pitch >= C."""
+    """An activation [N, C, H, W] whose element (n, c, h, w) lies at ``((n*H + h)*W + w) * pitch + c``, pitch >= C.
+
+    ``rows`` is N * H * W; ``wide`` whether an offset into it may not fit 32 bits. Tiles may reach over the end by less than the margin.
+    """
 
     tensor: Tensor
     pitch: int
-
-    @property
-    def rows(self) -> int:
-        """N * H * W."""
-        n, _, h, w = self.tensor.shape
-        return n * h * w
-
-    @property
-    def wide(self) -> bool:
-        """Whether an offset into it may not fit 32 bits. Tiles may reach over the end by less than the margin."""
-        return (self.rows + 2**12) * self.pitch >= _REACH
+    rows: int
+    wide: bool
 
 
 def pixels(x: Tensor) -> Pixels:
@@ -38,24 +32,33 @@ def pixels(x: Tensor) -> Pixels:
     if pitch == 0:
         x = x.contiguous(memory_format=torch.channels_last)
         pitch = pitch_of(x)
-    return Pixels(x, pitch)
+    return _at(x, pitch)
 
 
 def empty_pixels(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Pixels:
     """An uninitialised channels_last activation of pitch C."""
-    return Pixels(torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last), shape[1])
+    return _at(torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last), shape[1])
 
 
 def destination(like: Tensor, dtype: torch.dtype, given: Tensor | None) -> Pixels:
     """Where to write a tensor of ``like``'s shape: ``given`` if it fits and can be addressed, else new memory."""
     if given is not None and given.dtype == dtype and (pitch := pitch_of(given)):
-        return Pixels(given, pitch)
+        return _at(given, pitch)
     return empty_pixels(tuple(like.shape), dtype, like.device)
+
+
+def _at(x: Tensor, pitch: int) -> Pixels:
+    n, _, h, w = x.shape
+    rows = n * h * w
+    return Pixels(x, pitch, rows, (rows + 2**12) * pitch >= _REACH)
 
 
 def vectors(*given: Tensor | None) -> tuple[Tensor | None, ...]:
     """Per-channel vectors as contiguous fp32; None stays None."""
-    return tuple(vector(v) for v in given)
+    found: list[Tensor | None] = []
+    for v in given:  # most are what they should be: this runs several times for each call
+        found.append(v if v is None or (v.dtype is torch.float32 and v.is_contiguous()) else vector(v))
+    return tuple(found)
 
 
 def packed_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:

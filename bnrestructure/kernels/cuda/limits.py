@@ -81,8 +81,10 @@ def _activation_tensor(what: str, x: Tensor) -> str | None:
 def _fits(x: Tensor, *others: Tensor | None, shape: Sequence[int] | None = None) -> str | None:
     """Why these are not all of x's shape (or of ``shape``), or None."""
     wanted = x.shape if shape is None else shape
-    wrong = next((t for t in others if t is not None and t.shape != wanted), None)
-    return None if wrong is None else f"a tensor of shape {list(wrong.shape)} where {list(wanted)} was expected"
+    for t in others:
+        if t is not None and t.shape != wanted:
+            return f"a tensor of shape {list(t.shape)} where {list(wanted)} was expected"
+    return None
 
 
 def _transform(x: Tensor, *transforms: Transform) -> str | None:

@@ -84,7 +84,7 @@ def max_pool_forward(
     index = empty_pixels((batch, channels, h, w), torch.uint8, x.device)
     tile = tiles.max_pool(channels)
     launch(
-        _max_pool_kernel, (triton.cdiv(y.rows, tile.rows) * triton.cdiv(channels, tile.channels),),
+        _max_pool_kernel, (tiles.cdiv(y.rows, tile.rows) * tiles.cdiv(channels, tile.channels),),
         source.tensor, *vectors(transform.mean, transform.scale, transform.beta), y.tensor, index.tensor,
         source.pitch, y.rows, channels, *size, h, w,
         **activation_constants(transform.act), **_constants(geometry), WIDE=source.wide or y.wide,
@@ -147,11 +147,11 @@ def max_pool_backward(
     in_place = accumulate is not None and dx.tensor is accumulate
     _, channels, *size = x.shape
     tile = tiles.max_pool_backward(channels)
-    row_tiles = triton.cdiv(source.rows, tile.rows)
+    row_tiles = tiles.cdiv(source.rows, tile.rows)
     partial = None if transform.mean is None else partial_sums(2, row_tiles, channels, x.device)
     operands = (gradient, taken, source, dx)
     launch(
-        _max_pool_backward_kernel, (row_tiles * triton.cdiv(channels, tile.channels),),
+        _max_pool_backward_kernel, (row_tiles * tiles.cdiv(channels, tile.channels),),
         gradient.tensor, taken.tensor, source.tensor, *vectors(transform.mean, transform.scale, transform.beta),
         dx.tensor, partial, *(operand.pitch for operand in operands),
         source.rows, row_tiles, channels, *size, *dy.shape[2:],

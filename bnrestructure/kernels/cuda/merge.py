@@ -110,11 +110,11 @@ def merge_statistics(partial: Tensor, rows: int = 0, unit: int = 1, counts: Tens
     while True:
         _, count, channels = partial.shape
         tile, span = tiles.merge(count, channels)
-        groups = triton.cdiv(count, span)
+        groups = tiles.cdiv(count, span)
         out = partial_sums(2 if groups == 1 else 3, groups, channels, partial.device)
         merged = None if counts is None or groups == 1 else torch.empty(groups, dtype=torch.float32, device=partial.device)
         launch(
-            _merge_kernel, (groups, triton.cdiv(channels, tile.channels)),
+            _merge_kernel, (groups, tiles.cdiv(channels, tile.channels)),
             partial, counts, out, merged, count, channels, rows, unit, span, groups,
             FINAL=groups == 1, BT=tile.rows, BC=tile.channels, warps=tile.warps,
         )  # fmt: skip

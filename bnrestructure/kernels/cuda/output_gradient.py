@@ -45,10 +45,10 @@ def output_gradient_sweep(call: OutputGradient) -> OutputGradientResult:
     d = empty_pixels(tuple(p.tensor.shape), dtype, p.tensor.device)
     channels = d.tensor.shape[1]
     tile = tiles.sweep(channels)
-    row_tiles = triton.cdiv(p.rows, tile.rows)
+    row_tiles = tiles.cdiv(p.rows, tile.rows)
     sums = partial_sums(1, row_tiles, channels, p.tensor.device) if call.bias else None
     launch(
-        _output_gradient_kernel, (row_tiles * triton.cdiv(channels, tile.channels),),
+        _output_gradient_kernel, (row_tiles * tiles.cdiv(channels, tile.channels),),
         *edge.pointers, d.tensor, sums, *edge.pitches, d.pitch, p.rows, channels,
         WIDE=edge.wide or d.wide, UNIT=unit_of(*edge.pitches, d.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip

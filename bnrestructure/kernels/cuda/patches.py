@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.activation import activate, pre_activation
 from bnrestructure.kernels.cuda.precision import offset, representable
 
@@ -21,7 +22,7 @@ __all__ = [
 
 def patches_in(size: tuple[int, ...], height: int, width: int) -> int:
     """How many patches cover an image of this size."""
-    return triton.cdiv(size[0], height) * triton.cdiv(size[1], width)
+    return tiles.cdiv(size[0], height) * tiles.cdiv(size[1], width)
 
 
 @triton.constexpr_function

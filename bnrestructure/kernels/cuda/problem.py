@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 
 import torch
 import triton.language as tl
@@ -37,7 +38,7 @@ def is_heavy(transform: Transform, *channels: int) -> bool:
     address of its own.
     """
     smooth = transform.act in ("silu", "hardswish", "gelu", "gelu_tanh")
-    return smooth or transform.gate is not None or any(c % 8 for c in channels)
+    return smooth or transform.gate is not None or gcd(*channels) % 8 != 0
 
 
 def unit_of(*sizes: int) -> int:
@@ -46,9 +47,8 @@ def unit_of(*sizes: int) -> int:
     Triton looks for multiples of 16 among its arguments, and where one is not finds no vector loads: 24, 40, 72 and 200 channels would be
     read number by number. 8 or 4 where all are multiples of that; 1 where Triton sees as much by itself, or there is nothing to be seen.
     """
-    if all(size % 16 == 0 for size in sizes):
-        return 1
-    return next((unit for unit in (8, 4) if all(size % unit == 0 for size in sizes)), 1)
+    common = gcd(*sizes)
+    return 1 if common % 16 == 0 else gcd(common, 8) if common % 4 == 0 else 1
 
 
 def precision_of(dtype: torch.dtype) -> str:

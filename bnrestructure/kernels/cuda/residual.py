@@ -67,10 +67,10 @@ def residual_forward(
     out = empty_pixels(tuple(y.shape), dtype, y.device) if into is None else pixels(into)
     channels = y.shape[1]
     tile = tiles.sweep(channels)
-    row_tiles = triton.cdiv(out.rows, tile.rows)
+    row_tiles = tiles.cdiv(out.rows, tile.rows)
     partial = partial_statistics(row_tiles, channels, y.device) if statistics else None
     launch(
-        _residual_kernel, (row_tiles * triton.cdiv(channels, tile.channels),),
+        _residual_kernel, (row_tiles * tiles.cdiv(channels, tile.channels),),
         left.tensor, right.tensor, *vectors(ty.mean, ty.scale, ty.beta, tr.mean, tr.scale, tr.beta),
         out.tensor, partial,
         left.pitch, right.pitch, out.pitch, out.rows, row_tiles, channels,
@@ -147,13 +147,13 @@ def residual_backward(
     g = empty_pixels(tuple(out.shape), out.dtype, out.device)
     channels = out.shape[1]
     tile = tiles.sweep(channels)
-    row_tiles = triton.cdiv(g.rows, tile.rows)
+    row_tiles = tiles.cdiv(g.rows, tile.rows)
     partial = partial_sums(1 + (ty.mean is not None) + (tr.mean is not None), row_tiles, channels, out.device)
     added = None if more is None else pixels(more)
     operands = (gradient, *([] if added is None else [added]), left, right, kept, g)
     pitches = (gradient.pitch, 0 if added is None else added.pitch, left.pitch, right.pitch, kept.pitch, g.pitch)
     launch(
-        _residual_backward_kernel, (row_tiles * triton.cdiv(channels, tile.channels),),
+        _residual_backward_kernel, (row_tiles * tiles.cdiv(channels, tile.channels),),
         gradient.tensor, None if added is None else added.tensor, *vectors(*(statistics or (None, None, None))),
         left.tensor, right.tensor, kept.tensor,
         *vectors(ty.mean, ty.scale, ty.beta, tr.mean, tr.scale, tr.beta), g.tensor, partial,

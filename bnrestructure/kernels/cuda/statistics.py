@@ -43,10 +43,10 @@ def statistics_forward(x: Tensor) -> tuple[Tensor, Tensor]:
     source = pixels(x)
     channels = x.shape[1]
     tile = tiles.statistics(channels)
-    row_tiles = triton.cdiv(source.rows, tile.rows)
+    row_tiles = tiles.cdiv(source.rows, tile.rows)
     partial = partial_statistics(row_tiles, channels, x.device)
     launch(
-        _statistics_kernel, (row_tiles * triton.cdiv(channels, tile.channels),),
+        _statistics_kernel, (row_tiles * tiles.cdiv(channels, tile.channels),),
         source.tensor, partial, source.pitch, source.rows, row_tiles, channels,
         WIDE=source.wide, UNIT=unit_of(source.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
@@ -85,7 +85,7 @@ def statistics_backward(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, accumulat
     channels = x.shape[1]
     tile = tiles.sweep(channels)
     launch(
-        _statistics_backward_kernel, (triton.cdiv(source.rows, tile.rows) * triton.cdiv(channels, tile.channels),),
+        _statistics_backward_kernel, (tiles.cdiv(source.rows, tile.rows) * tiles.cdiv(channels, tile.channels),),
         source.tensor, *vectors(mean, a, b), dx.tensor, source.pitch, dx.pitch, source.rows, channels,
         ACCUMULATE=in_place, WIDE=source.wide or dx.wide,
         UNIT=unit_of(source.pitch, dx.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
@@ -148,7 +148,7 @@ def finalize_forward(call: FinalizeForward) -> tuple[Tensor, Tensor, Tensor]:
     elif count > 1:
         correction = count / (count - 1)
     launch(
-        _finalize_kernel, (triton.cdiv(channels, _BLOCK),),
+        _finalize_kernel, (tiles.cdiv(channels, _BLOCK),),
         *statistics, on_device, *parameters,
         call.running_mean, call.running_var, batches, out, channels, correction, float(momentum or 0), float(call.eps),
         CUMULATIVE=cumulative, BLOCK=_BLOCK, warps=4,
@@ -174,7 +174,7 @@ def finalize_backward(call: FinalizeBackward) -> tuple[Tensor, Tensor, Tensor]:
     channels = call.rstd.shape[0]
     out = torch.empty(3, channels, dtype=torch.float32, device=call.rstd.device)
     launch(
-        _finalize_backward_kernel, (triton.cdiv(channels, _BLOCK),),
+        _finalize_backward_kernel, (tiles.cdiv(channels, _BLOCK),),
         *vectors(call.dscale, call.dbeta, call.rstd, call.scale), out, channels, BLOCK=_BLOCK, warps=4,
     )  # fmt: skip
     dmean, dvar, dweight = out.unbind()

@@ -51,16 +51,6 @@ class _Due(NamedTuple):
     partial: Tensor
     out: Tensor
 
-    @property
-    def tile(self) -> tiles.SweepTile:
-        _, count, inner = self.partial.shape
-        return tiles.sums(count, inner)
-
-    @property
-    def programs(self) -> int:
-        outer, _, inner = self.partial.shape
-        return outer * triton.cdiv(inner, self.tile.channels)
-
 
 class Sums:
     """Sums that are due. What the methods return has its values once :meth:`finish` was called."""
@@ -91,11 +81,13 @@ class Sums:
         """Make them, two by one launch."""
         while len(self._due) > 1:
             a, b = self._due.pop(), self._due.pop()
-            (_, a_count, a_inner), (_, b_count, b_inner) = a.partial.shape, b.partial.shape
+            (a_outer, a_count, a_inner), (b_outer, b_count, b_inner) = a.partial.shape, b.partial.shape
+            a_tile, b_tile = tiles.sums(a_count, a_inner), tiles.sums(b_count, b_inner)
+            a_programs = a_outer * tiles.cdiv(a_inner, a_tile.channels)
             launch(
-                _sums_kernel, (a.programs + b.programs,),
-                a.partial, a.out, b.partial, b.out, a.programs, a_count, a_inner, b_count, b_inner,
-                A_BT=a.tile.rows, A_BC=a.tile.channels, B_BT=b.tile.rows, B_BC=b.tile.channels, warps=a.tile.warps,
+                _sums_kernel, (a_programs + b_outer * tiles.cdiv(b_inner, b_tile.channels),),
+                a.partial, a.out, b.partial, b.out, a_programs, a_count, a_inner, b_count, b_inner,
+                A_BT=a_tile.rows, A_BC=a_tile.channels, B_BT=b_tile.rows, B_BC=b_tile.channels, warps=a_tile.warps,
             )  # fmt: skip
         for last in self._due:
             _sum(*last)

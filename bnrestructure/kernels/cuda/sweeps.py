@@ -61,7 +61,7 @@ def normalise_forward(
     tile = tiles.sweep(channels)
     pitches = (source.pitch, 0 if added is None else added.pitch, z.pitch)
     launch(
-        _normalise_kernel, (triton.cdiv(source.rows, tile.rows) * triton.cdiv(channels, tile.channels),),
+        _normalise_kernel, (tiles.cdiv(source.rows, tile.rows) * tiles.cdiv(channels, tile.channels),),
         source.tensor, *vectors(transform.mean, transform.scale, transform.beta, transform.gate),
         None if added is None else added.tensor, z.tensor, *pitches, source.rows, channels, h * w,
         **activation_constants(transform.act), WIDE=source.wide or z.wide or (added is not None and added.wide),
@@ -117,10 +117,10 @@ def _backward(
     _, channels, h, w = x.shape
     pitches = (0 if gradient is None else gradient.pitch, source.pitch, dx.pitch)
     tile = tiles.sweep(channels)
-    row_tiles = triton.cdiv(source.rows, tile.rows)
+    row_tiles = tiles.cdiv(source.rows, tile.rows)
     partial = None if transform.mean is None else partial_sums(2, row_tiles, channels, x.device)
     launch(
-        _normalise_backward_kernel, (row_tiles * triton.cdiv(channels, tile.channels),),
+        _normalise_backward_kernel, (row_tiles * tiles.cdiv(channels, tile.channels),),
         source.tensor, None if gradient is None else gradient.tensor, *vectors(factors), pooled,
         *vectors(transform.mean, transform.scale, transform.beta), dx.tensor, partial,
         *pitches, source.rows, row_tiles, h * w, channels,
@@ -186,10 +186,10 @@ def _gated_backward(dz: Tensor, x: Tensor, transform: Transform, dx: Pixels, add
     images, channels, h, w = x.shape
     pitches = (gradient.pitch, source.pitch, dx.pitch)
     tile = tiles.sweep(channels)
-    image_tiles = triton.cdiv(h * w, tile.rows)
+    image_tiles = tiles.cdiv(h * w, tile.rows)
     partial = partial_sums(1, images * image_tiles, channels, x.device)
     launch(
-        _gated_backward_kernel, (images * image_tiles * triton.cdiv(channels, tile.channels),),
+        _gated_backward_kernel, (images * image_tiles * tiles.cdiv(channels, tile.channels),),
         source.tensor, gradient.tensor, *vectors(transform.mean, transform.scale, transform.beta, transform.gate), dx.tensor, partial,
         *pitches, h * w, image_tiles, images * image_tiles, channels,
         **activation_constants(transform.act), FACTOR=factor, ACCUMULATE=add, WIDE=source.wide or dx.wide or gradient.wide,
@@ -225,7 +225,7 @@ def squeeze_forward(x: Tensor, transform: Transform, *, dtype: torch.dtype) -> T
     tile = tiles.sweep(channels)
     pooled = torch.empty(batch, channels, dtype=dtype, device=x.device)
     launch(
-        _squeeze_kernel, (batch * triton.cdiv(channels, tile.channels),),
+        _squeeze_kernel, (batch * tiles.cdiv(channels, tile.channels),),
         source.tensor, *vectors(transform.mean, transform.scale, transform.beta), pooled, source.pitch, h * w, channels,
         **activation_constants(transform.act), WIDE=source.wide,
         UNIT=unit_of(source.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,

@@ -7,6 +7,7 @@ for a tensor core.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "DotTile",
     "PatchTile",
     "SweepTile",
+    "cdiv",
     "dense_dgrad",
     "dense_forward",
     "dense_wgrad",
@@ -30,10 +32,17 @@ __all__ = [
     "sweep",
 ]
 
+#: A training step asks the same questions each time.
+_remembered = lru_cache(maxsize=4096)
 #: Programs that keep the largest parts busy: a few for each of some 140 multiprocessors.
 _ENOUGH_PROGRAMS = 512
 #: Depthwise kernels of so many taps have code of their own for each; larger ones a loop over the rows of taps.
 _UNROLLED_TAPS = 25
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own asks for compile-time constants first."""
+    return -(-a // b)
 
 
 class DotTile(NamedTuple):
@@ -90,6 +99,7 @@ def _width(channels: int, widest: int) -> int:
     return _power(channels, 8, next(width for width in widths if padded[width] <= 1.15 * least))
 
 
+@_remembered
 def dense_forward(
     rows: int, channels: int, depth: int, element: int, gathered: bool, heavy: bool, joined: bool
 ) -> DotTile:
@@ -113,6 +123,7 @@ def dense_forward(
     return DotTile(m, n, k, 8 if m * n >= 128 * 128 or (m == 128 and n <= 32) else 4, 3)
 
 
+@_remembered
 def dense_dgrad(rows: int, channels: int, depth: int, element: int, heavy: bool, joined: bool) -> DotTile:
     """``rows`` input pixels by ``channels`` inputs, ``depth`` output channels; two streams feed the left operand.
 
@@ -128,6 +139,7 @@ def dense_dgrad(rows: int, channels: int, depth: int, element: int, heavy: bool,
     return DotTile(m, n, k, 8 if heavy and m * n >= 128 * 64 else 4, 2 if heavy else 3)
 
 
+@_remembered
 def dense_wgrad(out_channels: int, columns: int, element: int, gathered: bool, heavy: bool) -> DotTile:
     """``out_channels`` by ``columns`` (input channels, times the taps when ``gathered``), deep over the pixels."""
     m = _power(out_channels, 16, 128)
@@ -138,34 +150,40 @@ def dense_wgrad(out_channels: int, columns: int, element: int, gathered: bool, h
     return DotTile(m, n, k, 8 if m * n >= 128 * 64 else 4, 2)
 
 
+@_remembered
 def splits(programs: int, steps: int, least: int = 8) -> int:
     """Into how many parts, of ``least`` steps or more, to cut a reduction of ``steps``, so that ``programs`` times that fill a device."""
     return max(1, min(_ENOUGH_PROGRAMS // max(programs, 1), steps // least))
 
 
+@_remembered
 def steps_per_split(tile: DotTile, element: int) -> int:
     """Steps of a weight gradient's reduction that read four times the bytes that its partial result takes to write and to read again."""
     return max(8, -(-4 * 2 * 4 * tile.m * tile.n // (tile.k * (tile.m + tile.n) * element)))
 
 
+@_remembered
 def sweep(channels: int) -> SweepTile:
     """An elementwise kernel over [rows, channels]."""
     width = _width(channels, 64)
     return SweepTile(8192 // width, width, 8)
 
 
+@_remembered
 def statistics(channels: int) -> SweepTile:
     """The sweep that only reads. What it adds up among threads would take longer than memory does: few threads, with more rows each."""
     width = _width(channels, 64)
     return SweepTile(8192 // width, width, 4)
 
 
+@_remembered
 def max_pool(channels: int) -> SweepTile:
     """Pixels by channels of a max pool's outputs: the largest value and its place."""
     width = _width(channels, 64)
     return SweepTile(2048 // width, width, 4)
 
 
+@_remembered
 def max_pool_backward(channels: int) -> SweepTile:
     """Pixels by channels of a max pool's inputs: twice as many rows, since their sums cost as much for few."""
     width = _width(channels, 64)
@@ -178,6 +196,7 @@ def _patches(channels: int, height: int, width: int, unrolled: bool, elements: i
     return PatchTile(128 * elements // columns, columns, 4, height, width, unrolled)
 
 
+@_remembered
 def depthwise_forward(
     channels: int, size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], element: int
 ) -> PatchTile:
@@ -189,6 +208,7 @@ def depthwise_forward(
     return _patches(channels, height, width, unrolled, 4 if kernel[1] <= 5 or (kernel[1] <= 7 and stride[1] == 1) else 2)
 
 
+@_remembered
 def depthwise_dgrad(channels: int, size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...]) -> PatchTile:
     """Patches of inputs, whole multiples of the stride, so that every patch meets the same taps; ``size`` is that of the input."""
     taps, strides = kernel[0] * kernel[1], stride[0] * stride[1]
@@ -199,6 +219,7 @@ def depthwise_dgrad(channels: int, size: tuple[int, ...], kernel: tuple[int, ...
     return _patches(channels, height, width, unrolled, 4 if kernel[1] <= 7 and width <= 8 else 2)
 
 
+@_remembered
 def depthwise_wgrad(channels: int, size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...]) -> PatchTile:
     """Patches of outputs at a time; a lane keeps a sum for every tap, or for those of one row of them."""
     unrolled = kernel[0] * kernel[1] <= _UNROLLED_TAPS
@@ -208,6 +229,7 @@ def depthwise_wgrad(channels: int, size: tuple[int, ...], kernel: tuple[int, ...
     return _patches(channels, height, width, unrolled, 4 if sums <= 9 else 2)
 
 
+@_remembered
 def merge(count: int, channels: int) -> tuple[SweepTile, int]:
     """Tiles to merge at a time, by channels; and how many of them one program merges: all, unless that took longer than a second launch."""
     if 128 < count <= READ_BY_ONE:
@@ -216,6 +238,7 @@ def merge(count: int, channels: int) -> tuple[SweepTile, int]:
     return tile, min(count, tile.rows)
 
 
+@_remembered
 def sums(count: int, inner: int) -> SweepTile:
     """Tiles whose sums to add at a time, by columns: 4096 numbers, 16 of each thread, in sectors of 8 at least."""
     rows = _power(count, 1, 512)

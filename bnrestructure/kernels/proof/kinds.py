@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from bnrestructure.core.edges import ConvGeometry, PoolGeometry
 from bnrestructure.core.records import record
 from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward
-from bnrestructure.kernels.operands import fields_of
+from bnrestructure.kernels.operands import fields_of, values_of
 
 __all__ = ["Blank", "blanked", "key_of", "mapped", "name_of", "precision", "text_of"]
 
@@ -52,7 +51,7 @@ def key_of(call: Call[Any]) -> tuple[Any, ...]:
 
 def _extend(found: list[Any], record: Any, seen: dict[int, int]) -> None:
     whole: Any = type(record)
-    for value in record if whole is tuple else _values(whole)(record):
+    for value in record if whole is tuple else values_of(record):
         kind = type(value)
         if value is None or kind in _PLAIN:
             found.append(value)
@@ -68,13 +67,6 @@ def _extend(found: list[Any], record: Any, seen: dict[int, int]) -> None:
             _extend(found, value, seen)
         else:
             found.append(value)
-
-
-@cache
-def _values(kind: type) -> Callable[[Any], tuple[Any, ...]]:
-    """What gives all fields of a record at once."""
-    names = fields_of(kind)
-    return attrgetter(*names) if len(names) > 1 else lambda record: (getattr(record, names[0]),)
 
 
 def precision() -> str:

@@ -19,6 +19,7 @@ from bnrestructure.kernels.calls import (
     SqueezeForward,
     SweepGradients,
 )
+from bnrestructure.kernels.operands import readable
 from bnrestructure.ops import library
 from bnrestructure.ops.concat import concat_buffer
 from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, in_format_of, passed_on
@@ -82,12 +83,12 @@ def normalise(
     in_a_step_of_its_own = transform.gate is not None or torch.compiler.is_compiling()
     if factor is not None and (in_a_step_of_its_own or not _is_of_images(factor, x)):
         z, passed, _ = normalise(x, transform, chain=chain, backend=backend)
-        product = z * factor
-        return _in_slot(product if r is None else product + r, passed, slot)
+        product = z * readable(factor)
+        return _in_slot(product if r is None else product + readable(r), passed, slot)
     if transform.gate is not None:
         x, transform = with_gate(x, transform, backend)
         if transform.gate is None:
-            return _in_slot(x if r is None else x + r, None, slot)
+            return _in_slot(x if r is None else x + readable(r), None, slot)
     mean, scale, beta, act, gate = transform
     plain = not chain and gate is None and slot is None
     if torch.compiler.is_compiling() and plain and mean is not None and scale is not None and beta is not None:
@@ -95,7 +96,7 @@ def normalise(
         return NormaliseOutputs(z if r is None else z + r, None, None)
     if r is not None and (r.shape != x.shape or r.dtype is not x.dtype):
         z, passed, _ = _Normalise.apply(x, mean, scale, beta, gate, factor, None, None, act, None, chain, backend)
-        return _in_slot(z + r, passed, slot)
+        return _in_slot(z + readable(r), passed, slot)
     into, placed = (None, None) if slot is None else (slot.into, slot._replace(into=None))
     return NormaliseOutputs(*_Normalise.apply(x, mean, scale, beta, gate, factor, r, into, act, placed, chain, backend))
 

@@ -177,6 +177,14 @@ def _sweep_node(rng: random.Random) -> _Node:
         tensors["r"] = _activation(shape, rng)
         if rng.random() < 0.5:
             tensors |= _vectors(c, "r_")
+    elif kind == "normalise":
+        if rng.random() < 0.4:
+            tensors["factor"] = torch.rand(shape[0], *[1] * (len(shape) - 1)).round() * 1.25
+        if rng.random() < 0.3:
+            tensors["r"] = _activation(shape, rng)
+        if rng.random() < 0.2:
+            tensors["gate"] = torch.rand(shape[0], c)
+    chain = rng.random() < 0.3
     window = PoolGeometry((2, 2), (rng.choice([1, 2]),) * 2, (rng.choice([0, 1]),) * 2, rng.random() < 0.3)
     statistics = rng.random() < 0.5
 
@@ -186,7 +194,9 @@ def _sweep_node(rng: random.Random) -> _Node:
             return found.mean, found.var
         x, transform = t["x"], Transform(t["mean"], t["scale"], t["beta"], act)
         if kind == "normalise":
-            return ops.normalise(x, transform, backend=backend)
+            transform = transform._replace(gate=t.get("gate"))
+            z, passed, _ = ops.normalise(x, transform, t.get("r"), factor=t.get("factor"), chain=chain, backend=backend)
+            return z, passed
         if kind == "squeeze":
             return ops.squeeze(x, transform, backend=backend)
         if kind == "max_pool":
@@ -207,7 +217,7 @@ def _finalize_node(rng: random.Random) -> _Node:
     def run(t: dict[str, Tensor], backend: str) -> tuple[Any, ...]:
         running = [t[key].clone() if _owned(t[key]) else t[key] for key in ("running_mean", "running_var")]
         size = torch.Size((2, c, 3, 3))
-        scale, beta = ops.finalize(
+        _, scale, beta = ops.finalize(
             t["mean"], t["var"], size, t["weight"], t["bias"], *running, t["tracked"].clone(), momentum, eps, backend=backend
         )
         return scale, beta, *running

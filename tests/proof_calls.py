@@ -33,6 +33,7 @@ def every_call(dtype: torch.dtype) -> dict[str, Call[Any]]:
     x, t, weight = image(dtype=dtype), transform(), forward(dtype).weight
     vector, z = torch.rand(16) + 0.5, image(dtype=dtype)
     edge = BackwardEdge(vector, vector, vector, x, vector)
+    undivided = BackwardEdge(vector.clone(), torch.rand(16), torch.rand(16), x, vector.clone(), 800_000)
     join = Join(image(dtype=dtype), transform(act="identity"), image(dtype=dtype), Transform(), "relu")
     pool = PoolGeometry((3, 3), (2, 2), (1, 1), False)
     buffer = torch.empty(3, 40, 9, 9, dtype=dtype).contiguous(memory_format=torch.channels_last)
@@ -45,6 +46,8 @@ def every_call(dtype: torch.dtype) -> dict[str, Call[Any]]:
         "conv behind a join": ConvForward(torch.empty_like(x), Transform(), weight, None, GEOMETRY, dtype, True, join=join),
         "conv backward": ConvBackward(x, edge, x, t, weight, GEOMETRY, dtype, accumulate=image(dtype=dtype)),
         "conv backward behind a join": ConvBackward(x, edge, x, Transform(), weight, GEOMETRY, dtype, join=join),
+        "conv backward, to be divided": ConvBackward(x, undivided, x, t, weight, GEOMETRY, dtype),
+        "output gradient, to be divided": calls.OutputGradient(x, undivided, dtype, gradient_factor(True, dtype, torch.float32), bias=True),
         "expanded gradient": ConvBackward(x[:, :, :1, :1].expand(x.shape), edge, x, t, weight, GEOMETRY, dtype),
         "output gradient": calls.OutputGradient(x, edge, dtype, gradient_factor(True, dtype, torch.float32), bias=True),
         "join": calls.JoinForward(join, dtype, True),

@@ -91,6 +91,16 @@ def test_a_wrong_finalize_is_wrong(field: str, wrong: float) -> None:
     assert fault(Wrong(), blanked(every_call(torch.float32)["finalize"]), CPU) is not None  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["conv backward, to be divided", "output gradient, to be divided"])
+@pytest.mark.parametrize("factor", ["a", "b"])
+def test_gradients_of_statistics_weigh_something_once_they_are_divided(name: str, factor: str) -> None:
+    class Forgets:
+        def run(self, call: Any) -> Any:
+            return KERNELS.run(replace(call, edge=replace(call.edge, **{factor: torch.zeros_like(call.edge.a)})))
+
+    assert fault(Forgets(), blanked(every_call(torch.float32)[name]), CPU) is not None  # type: ignore[arg-type]
+
+
 def test_where_there_is_nothing_to_hold_it_against_it_is_not_judged() -> None:
     call = every_call(torch.float32)["finalize"]
     with pytest.raises(NotJudgedError):

@@ -100,8 +100,14 @@ class Drawn:
 
 
 def _consistent(call: Any) -> Any:
-    """The call with what follows from other parts of it: a cast weight, a join's sum behind that join, the places of a pool's maxima."""
+    """The call with what follows from other parts of it: a cast weight, an edge's gradients of statistics by their count, a join's sum behind
+    that join, the places of a pool's maxima.
+    """
     with torch.no_grad():
+        edge = getattr(call, "edge", None)
+        if edge is not None and edge.count is not None:  # what is still to be divided must weigh something when it has been
+            edge.a.mul_(edge.count / 2)
+            edge.b.mul_(edge.count)
         if isinstance(call, ConvForward | ConvBackward) and call.cast is not None:
             call.cast.copy_(call.weight)
         if isinstance(call, ConvBackward) and call.join is not None:

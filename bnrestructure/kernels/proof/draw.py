@@ -100,8 +100,9 @@ class Drawn:
 
 
 def _consistent(call: Any) -> Any:
-    """The call with what follows from other parts of it: a cast weight, an edge's gradients of statistics by their count, a join's sum behind
-    that join, the places of a pool's maxima.
+    """The call with what follows from other parts of it.
+
+    That is a cast weight, an edge's gradients of statistics by their count, a join's sum behind that join, the places of a pool's maxima.
     """
     with torch.no_grad():
         edge = getattr(call, "edge", None)

@@ -40,18 +40,15 @@ class Blank:
 def key_of(call: Call[Any]) -> tuple[Any, ...]:
     """Equal for calls of one kind, on one device. Numbers of type float are arguments of a kernel, and no kind of their own.
 
-    It is taken of each call of a training step, and so is flat: a tensor is five members of it.
+    It is taken of each call of a training step, and so is flat: a tensor is five members of it; and made in one piece.
     """
     found: list[Any] = [type(call), call.operand.get_device()]
     if type(call) in _PRODUCTS and call.dtype is torch.float32:  # type: ignore[attr-defined]  # both have one
         found.append(precision())
-    _extend(found, call, {})
-    return tuple(found)
-
-
-def _extend(found: list[Any], record: Any, seen: dict[int, int]) -> None:
-    whole: Any = type(record)
-    for value in record if whole is tuple else values_of(record):
+    seen: dict[int, int] = {}
+    left = list(values_of(call))
+    while left:
+        value = left.pop()
         kind = type(value)
         if value is None or kind in _PLAIN:
             found.append(value)
@@ -61,12 +58,13 @@ def _extend(found: list[Any], record: Any, seen: dict[int, int]) -> None:
             found.append(kind)
         elif kind is tuple:
             found.append(len(value))
-            _extend(found, value, seen)
+            left += value
         elif fields_of(kind):
             found.append(kind)
-            _extend(found, value, seen)
+            left += values_of(value)
         else:
             found.append(value)
+    return tuple(found)
 
 
 def precision() -> str:

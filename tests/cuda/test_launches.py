@@ -27,7 +27,7 @@ def test_a_step_calls_no_more_python_than_it_did(monkeypatch: pytest.MonkeyPatch
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     record, host = (importlib.import_module(f"benchmarks.cuda_code.{name}") for name in ("record", "host"))
     calls = host.host_of(record.prepared("resnet50"), batch=64).calls
-    assert 389 * 3 < calls["triton"]  # each launch has gone through its launcher
+    assert calls["triton"] > 389 * 3  # each launch has gone through its launcher
     assert 0 < calls["bnrestructure"] <= 11_000
 
 

@@ -61,9 +61,9 @@ def backward_edge(dgain: Any, dmean: Any, dvar: Any, y: Any, ymean: Any) -> Back
     """The backward edge of y, from the gradients of its gain and of its statistics."""
     if dmean is None and dvar is None:
         return BackwardEdge(s=dgain)
-    if y.is_cpu or dmean is None or dvar is None:
+    if dmean is None or dvar is None:
         return BackwardEdge(dgain, *statistics_factors(y, ymean, dmean, dvar), y, ymean)
-    return BackwardEdge(dgain, dvar, dmean, y, ymean, statistics_count(y))  # a launch less
+    return BackwardEdge(dgain, dvar, dmean, y, ymean, statistics_count(y))
 
 
 def check_shapes(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> None:

@@ -8,14 +8,14 @@ __all__ = ["FAULTS"]
 
 #: The formulas, in core, ops and the reference kernels.
 FORMULAS = (
-    Fault("statistics_factors", "count / 2.0", "(count - 1) / 2.0", "proofs:test_nodes.py"),
-    Fault("statistics_factors", "float(count)", "-float(count)", "proofs:test_nodes.py"),
+    Fault("_divided", "count / 2.0", "(count - 1) / 2.0", "proofs:test_nodes.py"),
+    Fault("_divided", "float(count)", "-float(count)", "proofs:test_nodes.py"),
     Fault("reference:finalize_forward", "torch.rsqrt(var + call.eps)", "torch.rsqrt(var) + call.eps", "proofs:test_nodes.py"),
     Fault("reference:finalize_forward", "(call.count / (call.count - 1))", "((call.count - 1) / call.count)", "proofs:test_nodes.py"),
     Fault("reference:finalize_backward", "* -0.5", "* 0.5", "proofs:test_nodes.py"),
     Fault("reference:finalize_backward", "-scale * call.dbeta", "-rstd * call.dbeta", "proofs:test_nodes.py"),
     Fault("elementwise:input_gradient", "channel_sum(p * centred)", "channel_sum(g * centred)", "proofs:test_nodes.py"),
-    Fault("elementwise:output_gradient", "per_channel(edge.a, p) * centred", "per_channel(edge.a, p) * edge.y", "proofs:test_nodes.py"),
+    Fault("elementwise:output_gradient", "per_channel(a, p) * centred", "per_channel(a, p) * edge.y", "proofs:test_nodes.py"),
     Fault("reference:conv_backward", "restored(dw, factor, weight.dtype)", "dw.to(weight.dtype)", "proofs:test_nodes.py"),
     Fault("operand_gradients", "-r_scale * sum_g", "-scale * sum_g", "proofs:test_nodes.py"),
     Fault("reference:join_backward", "affine(y, ty) + affine(r, tr), join.act)", "z.to(acc), join.act)", "proofs:test_nodes.py"),
@@ -123,10 +123,13 @@ CUDA = (
         "_residual_backward_kernel", "tl.where(inside, pull_back(g, u, ACT, SLOPE), 0.0)", "pull_back(g, u, ACT, SLOPE)",
         "proofs:test_triton_formulas.py",
     ),
+    Fault("cuda/edges:output_gradient", "a *= 2.0 * rate", "a *= rate", "proofs:test_triton_formulas.py"),
+    Fault("_merge_kernel", "apart * apart * (total * share)", "apart * apart * share", "proofs:test_triton_formulas.py"),
+    Fault("_add_up", "(tile < count)[:, None] & valid[None, :]", "(tile <= count)[:, None] & valid[None, :]", "proofs:test_triton_formulas.py"),
     Fault("cuda/edges:output_gradient", "tl.fma(y - mean, a, d + b)", "tl.fma(y, a, d + b)", "proofs:test_triton_formulas.py"),
     Fault("_finalize_kernel", "tl.load(batches_ptr) + 1", "tl.load(batches_ptr)", "proofs:test_triton_formulas.py"),
     Fault("first_read", "(dilation * (kernel - 1) - padding) // stride", "(kernel - 1 - padding) // stride", "proofs:test_cuda_ranges.py"),
-    Fault("Pixels.wide", "self.rows + 2**12", "self.rows", "proofs:test_cuda_ranges.py"),
+    Fault("cuda/layout:_at", "(rows + 2**12)", "rows", "proofs:test_cuda_ranges.py"),
 )  # fmt: skip
 
 #: 1-D and 3-D data.

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from bnrestructure.kernels.calls import StatisticsForward
 from bnrestructure.kernels.cuda import layout, limits, patches, tiles
-from bnrestructure.kernels.cuda.layout import Pixels
+from bnrestructure.kernels.cuda.layout import _at
 
 CHANNELS = (*range(1, 260), 384, 512, 1000, 1024, 2048, 4096)
 
@@ -100,7 +100,7 @@ def test_narrow_offsets_fit() -> None:
             if rows < 1:
                 continue
             x = torch.empty(1, 1, 1, rows, device="meta")
-            assert Pixels(x, pitch).wide is wide
+            assert _at(x, pitch).wide is wide
             assert wide or (rows + reach) * pitch + 63 < 2**31
 
 

@@ -40,9 +40,9 @@ JOIN_IN_CONVOLUTION = partial(nodes.join, "relu", "normalised", True, "convoluti
 
 #: (the function, what stands in it, what is put in its place, a proof that must fail).
 ERRORS: list[tuple[str, str, str, Proof]] = [
-    ("statistics_factors", "count / 2.0", "count", STATISTICS),
-    ("statistics_factors", "float(count)", "1.0", STATISTICS),
-    ("statistics_factors", "(dvar, dmean), (", "(-dvar, dmean), (", CONVOLUTION),
+    ("_divided", "count / 2.0", "count", STATISTICS),
+    ("_divided", "float(count)", "1.0", STATISTICS),
+    ("_divided", "(dvar, dmean), (", "(-dvar, dmean), (", CONVOLUTION),
     ("values_per_channel", "size.numel() // size[1]", "size.numel()", STATISTICS),
     ("statistics_forward", "correction=0", "correction=1", FISSION),
     ("statistics_forward", "if d != 1", "if d > 1", FISSION),
@@ -63,7 +63,7 @@ ERRORS: list[tuple[str, str, str, Proof]] = [
     ("affine", "+ per_channel(t.beta, x)", "- per_channel(t.beta, x)", NORMALISE),
     ("apply_transform", "z = z * t.gate", "z = z + t.gate", EXCITE),
     ("output_gradient", "d = d * per_channel(edge.s, p)", "pass", SHARED_JOIN),
-    ("output_gradient", "+ per_channel(edge.b, p)", "", CONVOLUTION),
+    ("output_gradient", "+ per_channel(b, p)", "", CONVOLUTION),
     ("output_gradient", "edge.y.to(d.dtype) - per_channel(edge.mean, p)", "edge.y.to(d.dtype)", CONVOLUTION),
     ("input_gradient", "p * per_channel(t.scale, x), ", "p, ", NORMALISE),
     ("input_gradient", "channel_sum(p * centred)", "channel_sum(p * x)", NORMALISE),
@@ -82,7 +82,7 @@ ERRORS: list[tuple[str, str, str, Proof]] = [
     ("restored", "/ factor", "* factor", NARROW_CONVOLUTION),
     ("PlainConv.backward", "-scale * dbeta", "dbeta", CONVOLUTION),
     ("PlainConv.backward", "backward_edge(dgain,", "backward_edge(None,", SHARED_JOIN),
-    ("backward_edge", "a=a, b=b", "a=b, b=a", CONVOLUTION),
+    ("backward_edge", "(dgain, dvar, dmean,", "(dgain, dmean, dvar,", CONVOLUTION),
     ("reference:join_forward", "+ affine(join.r, join.tr)", "+ join.r", JOIN),
     ("reference:join_backward", "per_channel(a, z) * (z.to(acc) - per_channel(mean, z))", "per_channel(a, z) * z.to(acc)", JOIN),
     ("reference:join_backward", "+ per_channel(b, z)", "", JOIN),

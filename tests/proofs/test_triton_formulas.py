@@ -18,7 +18,7 @@ from triton_blocks import Block, Memory, launch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bnrestructure.kernels.cuda import edges, merge, residual, statistics
+from bnrestructure.kernels.cuda import edges, merge, residual, statistics, sums
 
 #: Rows, channels, and a tile's: neither is a multiple of the tile's.
 ROWS, CHANNELS, BR, BC = 5, 3, 2, 2
@@ -49,7 +49,7 @@ def moments(x: Any) -> tuple[Any, Any]:
 
 
 def test_statistics_of_tiles() -> None:
-    """Each tile's mean and M2, and what they merge to, in two rounds: the statistics of all rows."""
+    """Each tile's mean and M2, and what they merge to, in two rounds of one turn and of two: the statistics of all rows."""
     x = unknowns("x", ROWS, CHANNELS)
     partial = Memory(3 * TILES * CHANNELS)
     launch(
@@ -66,25 +66,40 @@ def test_statistics_of_tiles() -> None:
     between, out = Memory(3 * groups * CHANNELS), Memory(2 * CHANNELS)
     sizes: dict[str, Any] = {"BT": 2, "BC": BC}
     launch(
-        merge._merge_kernel, (groups, CHANNEL_TILES), partial, None, between, None, TILES, CHANNELS, ROWS, BR, groups,
+        merge._merge_kernel, (groups, CHANNEL_TILES), partial, None, between, None, TILES, CHANNELS, ROWS, BR, 2, groups,
         FINAL=False, **sizes,
     )  # fmt: skip
+    sizes["BT"] = 1
     launch(
-        merge._merge_kernel, (1, CHANNEL_TILES), between, None, out, None, groups, CHANNELS, ROWS, 2 * BR, 1, FINAL=True, **sizes
+        merge._merge_kernel, (1, CHANNEL_TILES), between, None, out, None, groups, CHANNELS, ROWS, 2 * BR, groups, 1, FINAL=True, **sizes
     )  # fmt: skip
     assert_equal(out.array(-1), np.concatenate(moments(x)))
 
 
-def test_merging_of_counted_tiles() -> None:
-    """Tiles of any numbers of rows: the formula of Chan, with the counts unknown."""
+@pytest.mark.parametrize("at_once", [4, 2, 1])
+def test_merging_of_counted_tiles(at_once: int) -> None:
+    """Tiles of any numbers of rows: the formula of Chan, with the counts unknown; all at once, or some in each turn."""
     tiles = 3
     counts = np.array(sp.symbols("n0:3", positive=True), dtype=object)
     means, m2 = unknowns("mean", tiles, 1), unknowns("m2_", tiles, 1)
     partial, out = Memory([*means.ravel(), *[sp.Integer(0)] * tiles, *m2.ravel()]), Memory(2)
-    launch(merge._merge_kernel, (1, 1), partial, Memory(list(counts)), out, None, tiles, 1, 0, 1, 1, FINAL=True, BT=4, BC=2)
+    launch(merge._merge_kernel, (1, 1), partial, Memory(list(counts)), out, None, tiles, 1, 0, 1, tiles, 1, FINAL=True, BT=at_once, BC=2)
     mean = (counts * means[:, 0]).sum() / counts.sum()
     var = (m2[:, 0].sum() + (counts * (means[:, 0] - mean) ** 2).sum()) / counts.sum()
     assert_equal(out.array(-1), [mean, var])
+
+
+def test_sums_of_two_tensors() -> None:
+    """Sums over the middle, of two tensors by one launch, in several turns and with ragged ends."""
+    first, second = unknowns("first", 2, 3, 5), unknowns("second", 1, 4, 3)
+    out, other = Memory(2 * 5), Memory(3)
+    programs = 2 * -(-5 // 2)
+    launch(
+        sums._sums_kernel, (programs + 1,), Memory(list(first.ravel())), out, Memory(list(second.ravel())), other, programs, 3, 5, 4, 3,
+        A_BT=2, A_BC=2, B_BT=4, B_BC=4,
+    )  # fmt: skip
+    assert_equal(out.array(-1), first.sum(1))
+    assert_equal(other.array(-1), second.sum(1))
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -174,26 +189,30 @@ output_gradient, input_gradient, store_sums, store_join_gradient, load_raw, load
 )  # fmt: skip
 
 
-def _output_gradient_kernel(p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, mean_ptr, out_ptr, pitch, rows, channels):  # type: ignore[no-untyped-def]
+def _output_gradient_kernel(p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, mean_ptr, rate, out_ptr, pitch, rows, channels):  # type: ignore[no-untyped-def]
     row, channel = tl.arange(0, 8)[:, None], tl.arange(0, 4)[None, :]
     valid = channel < channels
     inside = (row < rows) & valid
-    d = output_gradient(p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, mean_ptr, pitch, pitch, row, channel, inside, valid, False)
+    d = output_gradient(p_ptr, y_ptr, s_ptr, a_ptr, b_ptr, mean_ptr, rate, pitch, pitch, row, channel, inside, valid, False)
     tl.store(out_ptr + row * channels + channel, d, mask=inside)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("corrected", [False, True])
-def test_output_gradient(scaled: bool, corrected: bool) -> None:
-    """dY = s * P + a * (y - mean) + b."""
+@pytest.mark.parametrize("corrected", [False, True, "to be divided"])
+def test_output_gradient(scaled: bool, corrected: bool | str) -> None:
+    """dY = s * P + a * (y - mean) + b, where a is 2 dvar / M and b dmean / M."""
     p, y = unknowns("p", ROWS, CHANNELS), unknowns("y", ROWS, CHANNELS)
     s, a, b, mean = (unknowns(name, CHANNELS) for name in ("s", "a", "b", "mean"))
     out, pitch = Memory(ROWS * CHANNELS), CHANNELS + 1
     given = [Memory(list(v)) for v in (a, b, mean)] if corrected else [None] * 3
+    count = sp.Symbol("M", positive=True)
+    rate = 1 / count if corrected == "to be divided" else None
     launch(
         _output_gradient_kernel, (1,), pitched(p, pitch), pitched(y, pitch) if corrected else None, Memory(list(s)) if scaled else None,
-        *given, out, pitch, ROWS, CHANNELS,
+        *given, rate, out, pitch, ROWS, CHANNELS,
     )  # fmt: skip
+    if rate is not None:
+        a, b = 2 * a / count, b / count
     assert_equal(out.array(-1), (s * p if scaled else p) + (a * (y - mean) + b if corrected else 0))
 
 

@@ -33,6 +33,9 @@ class Block:
     def to(self, dtype: Any, **_: Any) -> Block:
         return self
 
+    def __index__(self) -> int:
+        return int(self.values)
+
     def __getitem__(self, key: Any) -> Block:
         return Block(self.values[key])
 

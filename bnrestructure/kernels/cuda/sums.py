@@ -28,9 +28,9 @@ def _add_up(partial_ptr, out_ptr, program, count, inner, BT: tl.constexpr, BC: t
     total = tl.zeros((BC,), dtype=tl.float32)
     for start in range(0, count, BT):
         tile = start + tl.arange(0, BT)
-        place = partial_ptr + (outer * count + tile[:, None]).to(tl.int64) * inner + column[None, :]
+        place = partial_ptr + (tile.to(tl.int64)[:, None] + outer * count) * inner + column[None, :]
         total += tl.sum(tl.load(place, mask=(tile < count)[:, None] & valid[None, :], other=0.0), 0)
-    tl.store(out_ptr + outer.to(tl.int64) * inner + column, rounded(total, out_ptr.dtype.element_ty), mask=valid)
+    tl.store(out_ptr + outer * inner + column, rounded(total, out_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=("a_programs", "a_count", "b_count"))

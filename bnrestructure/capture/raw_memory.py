@@ -1,4 +1,4 @@
-"""Objects that are memory: arrays of NumPy's and of Python's own, bytearrays, ctypes (and what multiprocessing shares by them)."""
+"""Objects that are memory: arrays of NumPy's and of Python's own, bytearrays, numbers of ctypes (and what multiprocessing shares by them)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 __all__ = ["memory_of", "write_memory"]
 
 _LARGEST = 1000 * 1024  # bytes
-_OF_CTYPES = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure, ctypes.Union)
+#: What ctypes calls types of numbers: others point to objects, which memory alone does not keep alive.
+_NUMBERS = frozenset("?bBhHiIlLqQfdg")
 
 
 def memory_of(value: Any) -> Any:
@@ -18,9 +19,10 @@ def memory_of(value: Any) -> Any:
     if isinstance(value, bytearray | array):
         return bytes(value) if memoryview(value).nbytes <= _LARGEST else None
     if isinstance(value, memoryview):
-        return value.tobytes() if value.nbytes <= _LARGEST else None
-    if isinstance(value, _OF_CTYPES):
-        return ctypes.string_at(ctypes.addressof(value), ctypes.sizeof(value)) if ctypes.sizeof(value) <= _LARGEST else None
+        return value.tobytes() if value.c_contiguous and value.nbytes <= _LARGEST else None
+    if isinstance(value, ctypes._SimpleCData | ctypes.Array):
+        known = _is_of_numbers(type(value)) and ctypes.sizeof(value) <= _LARGEST
+        return ctypes.string_at(ctypes.addressof(value), ctypes.sizeof(value)) if known else None
     numpy = sys.modules.get("numpy")
     if numpy is None or not isinstance(value, numpy.ndarray | numpy.generic) or value.dtype.hasobject or value.nbytes > _LARGEST:
         return None
@@ -35,8 +37,13 @@ def write_memory(value: Any, memory: Any) -> None:
         value[:] = array(value.typecode, memory)
     elif isinstance(value, memoryview):
         value.cast("B")[:] = memory
-    elif isinstance(value, _OF_CTYPES):
+    elif isinstance(value, ctypes._SimpleCData | ctypes.Array):
         ctypes.memmove(ctypes.addressof(value), memory, len(memory))
     else:
         numpy = sys.modules["numpy"]
         value[...] = numpy.frombuffer(memory[2], value.dtype).reshape(memory[1])
+
+
+def _is_of_numbers(kind: Any) -> bool:
+    """Whether this type of ctypes is one of numbers, or of arrays of such."""
+    return _is_of_numbers(kind._type_) if issubclass(kind, ctypes.Array) else getattr(kind, "_type_", None) in _NUMBERS

@@ -15,7 +15,7 @@ from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward
 
 __all__ = [
-    "checked", "fields_of", "reach_of", "readable", "require_fit", "require_memory", "values_of", "weight_of",
+    "checked_kind", "fields_of", "reach_of", "readable", "require_fit", "require_memory", "values_of", "weight_of",
 ]  # fmt: skip
 
 #: What :func:`fields_of` has found, and what gives these fields.
@@ -44,7 +44,7 @@ def values_of(record: Any) -> tuple[Any, ...]:
     return values
 
 
-def checked(call: Call[Any]) -> tuple[Any, ...]:
+def checked_kind(call: Call[Any]) -> tuple[Any, ...]:
     """What kernels can tell a call's kind by: equal for calls whose tensors are alike in shape, strides and dtype, and all else is equal.
 
     Raises RuntimeError where one of the tensors is on another type of device than the call's operand, or longer than its storage. In one

@@ -18,7 +18,7 @@ from bnrestructure.kernels.cuda import limits
 from bnrestructure.kernels.cuda.device import gpu_here, identify_machine
 from bnrestructure.kernels.cuda.rule import BACKWARD, CudaRule
 from bnrestructure.kernels.hybrid import Hybrid
-from bnrestructure.kernels.operands import checked
+from bnrestructure.kernels.operands import checked_kind
 from bnrestructure.kernels.reference import Reference
 
 __all__ = ["KERNELS", "CudaKernels"]
@@ -50,7 +50,7 @@ class CudaKernels:
 
     def run(self, call: Call[R]) -> R:
         """The call's result. Raises UnsupportedCallError where these kernels cannot answer, before anything is written."""
-        kind = checked(call)
+        kind = checked_kind(call)
         if kind not in self._supported:
             if (reason := limits.supports(call)) is not None:
                 raise UnsupportedCallError(reason)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from bnrestructure.core.edges import ConvGradients
 from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward, ConvResult
-from bnrestructure.kernels.operands import checked
+from bnrestructure.kernels.operands import checked_kind
 from bnrestructure.kernels.reference import convolution, statistics, sweeps
 
 __all__ = ["REFERENCE", "RUN", "Reference", "ReferenceKernels"]
@@ -27,7 +27,7 @@ class ReferenceKernels:
 
     def run(self, call: Call[R]) -> R:
         """The call's result, or PyTorch's error. Raises RuntimeError for tensors on several devices, or without memory behind them."""
-        checked(call)
+        checked_kind(call)
         found: R = RUN[type(call)](call)
         return found
 

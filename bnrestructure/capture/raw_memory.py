@@ -1,4 +1,4 @@
-"""Objects that are memory: arrays of NumPy's and of Python's own, bytearrays, numbers of ctypes (and what multiprocessing shares by them)."""
+"""Objects that are memory: arrays of NumPy's and of Python's own, bytearrays, numbers of ctypes (what multiprocessing shares, too)."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class _Run:
 
     def __init__(self, wanted: Iterable[tuple[weakref.ref[Tensor], _Form]]) -> None:
         self._ready: dict[tuple[int, _Form], _Cast] = {}
-        self.asked: list[tuple[weakref.ref[Tensor], _Form]] = []
+        self.asked: dict[tuple[int, _Form], weakref.ref[Tensor]] = {}
         alike: dict[tuple[torch.device, torch.dtype, _Form], list[Tensor]] = defaultdict(list)
         for reference, form in wanted:
             if (weight := reference()) is not None:
@@ -75,7 +75,7 @@ class _Run:
     def cast(self, weight: Tensor, form: _Form) -> Tensor:
         """The weight's values in this form."""
         if type(weight) in (Tensor, nn.Parameter) and weight.is_leaf and not weight.is_inference():
-            self.asked.append((weakref.ref(weight), form))
+            self.asked[id(weight), form] = weakref.ref(weight)
             found = self._ready.get((id(weight), form))
             if found is not None and found.version == weight._version:  # nothing in the graph has written to it since
                 return found.values
@@ -94,7 +94,7 @@ def cast_ahead(casts: Casts) -> Iterator[None]:
         yield
     finally:
         _state.run = before
-    casts.wanted = run.asked
+    casts.wanted = [(reference, form) for (_, form), reference in run.asked.items()]
 
 
 def cast_weight(weight: Tensor, dtype: torch.dtype, geometry: ConvGeometry) -> Tensor | None:

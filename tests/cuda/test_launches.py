@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -45,3 +49,31 @@ def test_the_counter_of_batches_is_read_on_the_device_alone(momentum: float | No
         KERNELS.run(FinalizeForward(v, v, 10, v, v, v, v, momentum, 1e-5, batches))
     assert len(launches) == 1
     assert batches._version - before == (momentum is None)
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_kernel_is_launched_on_its_tensors_device(current: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On cuda:1, whatever device is the current one; where it is that one already nothing is switched."""
+    from bnrestructure.kernels.cuda import launch
+
+    device, seen = [current], []
+
+    @contextlib.contextmanager
+    def switched(index: int) -> Iterator[None]:
+        before, device[0] = device[0], index
+        yield
+        device[0] = before
+
+    class Kernel:
+        arg_names = ("x_ptr", "PART")
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments, **options: seen.append((device[0], grid, arguments, options["PART"]))
+
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: device[0], raising=False)
+    monkeypatch.setattr(torch.cuda, "device", switched)
+    monkeypatch.setattr(launch, "_part", lambda index: 80 + index)
+    tensor: Any = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=1))
+    launch.launch(Kernel(), (3,), tensor, warps=4)
+    assert seen == [(1, (3,), (tensor,), 81)]
+    assert device == [current]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from needs import needs_kernels
 from planted_kernels import KERNELS as PLANTED
+from probation_processes import WORLD, train_on_probation
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bnrestructure
-from bnrestructure.capture import probation
+from bnrestructure.capture import probation, verdict
 from bnrestructure.kernels import registry, tuning
 from bnrestructure.kernels.proof.prover import Proved
 
@@ -229,13 +232,120 @@ def test_verify_judges_the_kernels_and_not_what_runs_meanwhile(plant: Callable[.
     assert PLANTED.answered["ConvForward"]
 
 
-def test_several_processes_do_not_decide_each_for_itself(plant: Callable[..., Proved], monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels, training, asked = plant(), Training(), Training(backend="cpu")
-    monkeypatch.setattr(probation.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(probation.dist, "get_world_size", lambda: 2)
-    training.steps(2)
-    assert not kernels.outstanding
-    assert "several processes would have to agree" in str(training.plan)
+@pytest.fixture
+def rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """As if this were one of two processes: ``rank(1)``."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(verdict.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(verdict.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(verdict, "_store", lambda: store)
+    monkeypatch.setattr(verdict, "_asked", {})
+    return lambda number: monkeypatch.setattr(verdict.dist, "get_rank", lambda: number)
+
+
+needs_distributed = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
+
+
+@needs_distributed
+def test_the_first_of_several_processes_decides(plant: Callable[..., Proved], rank: Callable[[int], None]) -> None:
+    kernels, first, other = plant(), Training(), Training()
+    rank(1)
+    other.steps(2)
+    kernels.wait()
+    other.steps(TIMED + 2)  # it times nothing itself
+    assert "the first process times its steps" in str(other.plan)
+    assert not PLANTED.answered
+    rank(0)
+    first.steps(2)
+    kernels.wait()
+    first.steps(TIMED + 1)
+    assert all(site.ran for site in first.plan.sites)
+    rank(1)
+    PLANTED.answered.clear()
+    other.steps(verdict._ONE_IN)
+    assert PLANTED.answered["ConvForward"]
+    assert "its kernels were proved on this device" in str(other.plan)
+
+
+@pytest.mark.whole
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this PyTorch has no gloo"
+)
+def test_two_processes_train_as_their_twin_and_end_with_one_program(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_on_probation, (str(tmp_path),), nprocs=WORLD)  # type: ignore[attr-defined]
+    first, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORLD))
+    assert first["answered"][2] > other["answered"][2] == 0  # the first one times
+    assert all(process["answered"][-1] > process["answered"][-2] for process in (first, other))
+    assert all("its kernels were proved on this device" in process["plan"] for process in (first, other))
+
+
+@needs_distributed
+def test_the_others_stay_with_their_own_forward_where_the_first_one_does(
+    plant: Callable[..., Proved], rank: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels, first, other = plant(), Training(), Training()
+    monkeypatch.setattr(probation, "_MARGIN", 0.0)
+    rank(0)
+    first.steps(2)
+    kernels.wait()
+    first.steps(TIMED + 1)
+    assert "own forward's training steps are faster" in str(first.plan)
+    rank(1)
+    other.steps(2)
+    kernels.wait()
+    PLANTED.answered.clear()
+    other.steps(3)
+    assert not PLANTED.answered
+    assert "of the first process: its own forward's training steps are faster" in str(other.plan)
+
+
+@needs_distributed
+def test_a_process_that_hears_nothing_keeps_its_own_forward(
+    plant: Callable[..., Proved], rank: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("the store is gone")
+
+    kernels, other, first = plant(), Training(), Training()
+    monkeypatch.setattr(verdict, "_store", broken)
+    rank(1)
+    other.steps(2)
+    kernels.wait()
+    other.steps(3)
+    assert not PLANTED.answered
+    rank(0)
+    first.steps(TIMED + 3)
+    assert all(site.ran for site in first.plan.sites)
+
+
+def test_asking_costs_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(verdict, "_asked", {})
+    monkeypatch.setattr(verdict, "_store", lambda: SimpleNamespace(check=lambda keys: asked.append(keys)))
+    for _ in range(640):
+        assert verdict.heard("a program") is None
+    assert 64 < len(asked) < 110
+
+
+@needs_distributed
+def test_several_processes_that_merge_statistics_do_not_run_programs_of_two_kinds(
+    plant: Callable[..., Proved], rank: Callable[[int], None]
+) -> None:
+    """They wait for each other in the midst of a forward pass."""
+    rank(0)
+    device = torch.device("cpu")
+    guarded = probation.Probation(plant(), "a program", True, True, device)
+    assert not guarded.rewritten()
+    assert "merge their statistics" in str(guarded.reason)
+    assert probation.Probation(plant(), "a program", False, True, device).rewritten()
+
+
+@needs_distributed
+def test_asked_for_by_name_several_processes_run_rewritten_from_the_first_step(
+    plant: Callable[..., Proved], rank: Callable[[int], None]
+) -> None:
+    kernels, asked = plant(), Training(backend="cpu")
+    rank(1)
     asked.steps(2)
     assert "the reference answers for them" in str(asked.plan)
     assert all(site.ran for site in asked.plan.sites)

@@ -2,6 +2,9 @@
 
 A program's life there, for inputs of one size: one step on the reference's kernels, by which its calls are known; then the module's own
 forward, while the kinds of these calls are proved (kernels/proof); then turns of a few steps of either, timed; then whichever is faster.
+
+Of several processes that train together the first one times, and says what it has found (verdict.py). Its steps wait for the others', so
+that a faster one does not show; a slower one does, which is what the timing is there for.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import torch
-from torch import distributed as dist
 
+from bnrestructure.capture import verdict
 from bnrestructure.kernels.proof.prover import Proved, waits_for_proofs
 
 __all__ = ["Probation", "own_forwards", "saves_by_hooks", "wants_own_forwards"]
@@ -52,10 +55,6 @@ def saves_by_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def _of_several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def _captures() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
@@ -70,18 +69,26 @@ def _say(words: str) -> None:
 #: Why steps cannot be timed, and when.
 _UNTIMED: dict[str, Callable[[], bool]] = {
     "its steps cannot be timed in a checkpoint, or with other hooks on saved tensors: backend='cuda' runs them untimed": saves_by_hooks,
-    "several processes would have to agree on its steps' times: backend='cuda' runs them untimed": _of_several,
     "its steps cannot be timed in a CUDA graph: backend='cuda' runs them untimed": _captures,
 }
 
 
+#: Where processes wait for each other within a forward pass all must run the same program, rewritten or not.
+_IN_STEP = "several processes would have to agree on its steps' times, for they merge their statistics: backend='cuda' runs them untimed"
+
+
 @dataclass
 class Probation:
-    """One program's, for inputs of one size. ``program`` names it on disk; ``guarded``: whether its steps have to be as fast."""
+    """One program's, for inputs of one size.
+
+    ``program`` names it on disk; ``guarded``: whether its steps have to be as fast; ``in_step``: whether it merges statistics across
+    processes.
+    """
 
     kernels: Proved
     program: str
     guarded: bool
+    in_step: bool
     device: torch.device
     reason: str | None = None
     _decided: bool | None = None
@@ -91,6 +98,7 @@ class Probation:
     _calls: int = 0
     _restarts: int = 0
     _began: float = 0.0
+    _verdict: str | None = None
     _seconds: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
 
     def rewritten(self) -> bool:
@@ -109,6 +117,8 @@ class Probation:
         if self._decided is not None:
             return self._decided
         untimed = next((reason for reason, holds in _UNTIMED.items() if holds()), None)
+        if untimed is None and (self.in_step or not self.guarded) and verdict.of_several():
+            untimed = _IN_STEP
         if untimed is None:
             return self._next()
         if self.guarded:
@@ -118,13 +128,17 @@ class Probation:
     def give_up(self, reason: str) -> None:
         """The own forward it is."""
         self._decided, self.reason = False, reason
+        if self.guarded:
+            verdict.tell(self.program, reason)
 
     def _next(self) -> bool:
         if not self._learnt:
-            if (known := self.kernels.steps(self.program)) is not None and self.guarded:
+            if self.guarded and not verdict.is_heard() and (known := self.kernels.steps(self.program)) is not None:
                 return self._decide(known["rewritten"], known["own"])
             self._learnt = True
             return True
+        if self.guarded and verdict.is_heard():
+            return self._heard()
         if self.kernels.outstanding and self._restarts < _RESTARTS:  # other kinds of calls came up: their times would be the reference's
             self._restarts += bool(self._calls)
             self._calls, self._seconds = 0, {False: [], True: []}
@@ -136,6 +150,16 @@ class Probation:
             self._decided = True
             return True
         return self._timed()
+
+    def _heard(self) -> bool:
+        """The own forward until the first process has told what it is, and until the kernels are proved here, too."""
+        if self._verdict is None:
+            self._verdict = verdict.heard(self.program)
+        if self._verdict:
+            self._decided, self.reason = False, f"of the first process: {self._verdict}"
+        elif self._verdict is not None and not self.kernels.outstanding:
+            self._decided = True
+        return self._decided is True
 
     def _timed(self) -> bool:
         """Turns of the own forward and of the rewritten one, :data:`_TURNS` of each; a turn ends where the next one begins."""
@@ -157,6 +181,7 @@ class Probation:
         self._decided = rewritten <= _MARGIN * own
         times = f"{own * 1e3:.1f} ms, rewritten {rewritten * 1e3:.1f} ms"
         self.reason = None if self._decided else f"its own forward's training steps are faster on this device: {times}"
+        verdict.tell(self.program, self.reason or "")
         return self._decided
 
     def _clock(self) -> float:
@@ -170,5 +195,6 @@ class Probation:
             meanwhile = "the reference answers for them" if self._latest else "its own forward runs"
             return f"its kernels are being proved on this device ({self.kernels.outstanding} to go); meanwhile {meanwhile}"
         if self._decided is None:
-            return "its steps are being timed beside those of its own forward"
+            by = "the first process times its steps" if verdict.is_heard() else "its steps are being timed"
+            return f"{by} beside those of its own forward"
         return self.reason or f"its kernels were proved on this device ({self.kernels.proved} kinds of calls)"

@@ -13,6 +13,7 @@ from torch.fx.node import map_aggregate
 
 from bnrestructure.core.plain import plain
 from bnrestructure.ops.casts import Casts, cast_ahead
+from bnrestructure.ops.synchronise import synchronise
 
 __all__ = ["Program", "copied_graph", "dict_with"]
 
@@ -25,12 +26,14 @@ class Program:
 
     It holds no tensor: replaced parameters, ``load_state_dict(assign=True)`` and deep copies see their own. Parameters, buffers and
     other tensors are fetched straight from the dicts of the modules that own them, which are remembered for the module that was called
-    last; the caller vouches that its module tree has not changed in between (capture/state.py).
+    last; the caller vouches that its module tree has not changed in between (capture/state.py). ``synchronises``: whether it merges
+    statistics across processes.
     """
 
     def __init__(self, gm: fx.GraphModule, rebuild: Callable[[Sequence[Any]], Any] | None, name: str) -> None:
         graph = copied_graph(gm.graph)
         self._slots = _attributes_to_arguments(graph, gm)
+        self.synchronises = any(node.target is synchronise for node in graph.nodes)
         self._layers = [str(node.target) for node in graph.nodes if node.op == "call_module"]
         self._rebuild = rebuild
         for node in graph.nodes:

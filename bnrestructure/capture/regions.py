@@ -233,7 +233,7 @@ class Region:
             if found is None:
                 name = cached.program.digest((sizes, cached.key, [tuple(p.shape) for p in module.parameters()]))
                 guarded = self.options.backend == "auto" and not self.options.strict
-                found = Probation(kernels, name, guarded, device)
+                found = Probation(kernels, name, guarded, cached.program.synchronises, device)
                 if guarded and len(cached.probations) >= _SIZES_ON_PROBATION:
                     found.give_up(f"its inputs come in more than {_SIZES_ON_PROBATION} sizes, and steps are timed for each of them")
                 else:

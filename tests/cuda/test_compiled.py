@@ -47,7 +47,7 @@ def test_every_part_and_on_sm_90_every_kernel_is_compiled(table: list[dict[str, 
         "statistics_kernel", "statistics_backward_kernel", "merge_kernel",
         "finalize_kernel", "finalize_backward_kernel",
         "normalise_kernel", "normalise_backward_kernel", "gated_backward_kernel", "residual_kernel", "residual_backward_kernel",
-        "output_gradient_kernel", "squeeze_kernel", "max_pool_kernel", "max_pool_backward_kernel",
+        "output_gradient_kernel", "sums_kernel", "squeeze_kernel", "max_pool_kernel", "max_pool_backward_kernel",
     }  # fmt: skip
 
 

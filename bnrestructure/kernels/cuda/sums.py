@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.launch import launch
-from bnrestructure.kernels.cuda.precision import rounded
 
 __all__ = ["Sums"]
 
@@ -30,7 +29,7 @@ def _add_up(partial_ptr, out_ptr, program, count, inner, BT: tl.constexpr, BC: t
         tile = start + tl.arange(0, BT)
         place = partial_ptr + (tile.to(tl.int64)[:, None] + outer * count) * inner + column[None, :]
         total += tl.sum(tl.load(place, mask=(tile < count)[:, None] & valid[None, :], other=0.0), 0)
-    tl.store(out_ptr + outer * inner + column, rounded(total, out_ptr.dtype.element_ty), mask=valid)
+    tl.store(out_ptr + outer * inner + column, total, mask=valid)
 
 
 @triton.jit(do_not_specialize=("a_programs", "a_count", "b_count"))
@@ -46,7 +45,7 @@ def _sums_kernel(
 
 
 class _Due(NamedTuple):
-    """``partial`` [outer, count, inner] fp32, contiguous; the sums over the middle go to ``out``, contiguous, [outer, inner]."""
+    """``partial`` [outer, count, inner], contiguous; the sums over the middle go to ``out``, contiguous, [outer, inner]; both fp32."""
 
     partial: Tensor
     out: Tensor
@@ -69,10 +68,10 @@ class Sums:
         """The sum of ``partial`` [splits, C_out, KH, KW, C_in / groups] in the weight's shape, dtype and memory format."""
         gradient = torch.empty_like(weight)
         flat = gradient.permute(0, 2, 3, 1)
-        if flat.is_contiguous():
-            self._add(partial.view(1, partial.shape[0], -1), flat.view(1, -1))
-        elif weight.dtype != partial.dtype:
+        if weight.dtype != partial.dtype:
             flat.copy_(partial.sum(0))
+        elif flat.is_contiguous():
+            self._add(partial.view(1, partial.shape[0], -1), flat.view(1, -1))
         else:
             torch.sum(partial, 0, out=flat)
         return gradient
@@ -89,8 +88,8 @@ class Sums:
                 a.partial, a.out, b.partial, b.out, a_programs, a_count, a_inner, b_count, b_inner,
                 A_BT=a_tile.rows, A_BC=a_tile.channels, B_BT=b_tile.rows, B_BC=b_tile.channels, warps=a_tile.warps,
             )  # fmt: skip
-        for last in self._due:
-            _sum(*last)
+        for partial, out in self._due:
+            torch.sum(partial, 1, out=out)
         self._due.clear()
 
     def _add(self, partial: Tensor, out: Tensor) -> None:
@@ -98,11 +97,4 @@ class Sums:
         if partial.shape[1] <= tiles.READ_BY_ONE:
             self._due.append(_Due(partial, out))
         else:
-            _sum(partial, out)
-
-
-def _sum(partial: Tensor, out: Tensor) -> None:
-    if out.dtype == partial.dtype:
-        torch.sum(partial, 1, out=out)
-    else:
-        out.copy_(partial.sum(1))
+            torch.sum(partial, 1, out=out)

@@ -57,6 +57,12 @@ def _transform(c: int, act: str, gated: bool = False) -> Transform:
     return Transform(_vector(c), _vector(c), _vector(c), act, gate)
 
 
+def _weight(out: int, c: int, kernel: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A weight in fp32, as autocast finds it, and as it is cast; channels_last both."""
+    weight = torch.empty(out, c, kernel, kernel, device="meta").contiguous(memory_format=torch.channels_last)
+    return weight, None if dtype is torch.float32 else weight.to(dtype)
+
+
 def _convolution(
     name: str,
     c: int,
@@ -80,14 +86,15 @@ def _convolution(
     def run() -> None:
         geometry = ConvGeometry((stride,) * 2, (kernel // 2,) * 2, (1, 1), groups)
         x = _pixels(c, size, dtype)
-        weight = torch.empty(out, c // groups, kernel, kernel, dtype=dtype, device="meta")
+        weight, cast = _weight(out, c // groups, kernel, dtype)
         transform = Transform() if act is None else _transform(c, act, gated)
         by = "depthwise" if geometry.is_depthwise(weight.shape) else implementation
-        y, mean, _ = KERNELS.convolutions.by(by).run(ConvForward(x, transform, weight, None, geometry, dtype, True))
+        y, mean, _ = KERNELS.convolutions.by(by).run(ConvForward(x, transform, weight, None, geometry, dtype, True, cast=cast))
         edge = BackwardEdge(_vector(out), _vector(out), _vector(out), y, mean)
         needs = True, True, implementation == "hybrid"
         into = torch.empty_like(x)
-        KERNELS.convolutions.by(by).run(ConvBackward(torch.empty_like(y), edge, x, transform, weight, geometry, dtype, needs, into))
+        backward = ConvBackward(torch.empty_like(y), edge, x, transform, weight, geometry, dtype, needs, into, cast=cast)
+        KERNELS.convolutions.by(by).run(backward)
 
     return Variant(name, run, quick)
 
@@ -110,15 +117,16 @@ def _join(
     def run() -> None:
         geometry = ConvGeometry((stride,) * 2, (kernel // 2,) * 2, (1, 1), 1)
         y, r, z = (_pixels(c, size, dtype) for _ in range(3))
-        weight = torch.empty(out, c, kernel, kernel, dtype=dtype, device="meta")
+        weight, cast = _weight(out, c, kernel, dtype)
         for shortcut in (Transform(), _transform(c, "identity")):
             join = Join(y, _transform(c, "identity"), r, shortcut, act)
             forms = join if kernel == stride == 1 and implementation == "fused" else None
-            forward = ConvForward(z, Transform(), weight, None, geometry, dtype, True, join=forms)
+            forward = ConvForward(z, Transform(), weight, None, geometry, dtype, True, join=forms, cast=cast)
             made, mean, _ = KERNELS.convolutions.by(implementation).run(forward)
             edge = BackwardEdge(_vector(out), _vector(out), _vector(out), made, mean)
             dy, into, needs = torch.empty_like(made), torch.empty_like(z), (True, True, False)
-            KERNELS.convolutions.by(implementation).run(ConvBackward(dy, edge, z, Transform(), weight, geometry, dtype, needs, into, join))
+            backward = ConvBackward(dy, edge, z, Transform(), weight, geometry, dtype, needs, into, join, cast)
+            KERNELS.convolutions.by(implementation).run(backward)
 
     return Variant(name, run, quick)
 

@@ -167,7 +167,7 @@ class _Normalise(torch.autograd.Function):
 
 def _by_channel(factor: Tensor, x: Tensor) -> Tensor:
     """A factor of each image as kernels take one, [N, C] in the accumulation dtype."""
-    wide = factor.detach().to(accumulation_dtype(x.dtype)).expand(*x.shape[:2], *[1] * (x.dim() - 2))
+    wide = readable(factor).detach().to(accumulation_dtype(x.dtype)).expand(*x.shape[:2], *[1] * (x.dim() - 2))
     return wide.reshape(x.shape[:2])
 
 

@@ -33,8 +33,9 @@ __all__ = ["Findings", "fuzz", "outcome"]
 #: A case's share of models: they take ten times as long.
 _MODELS = 0.1
 
-#: What PyTorch's own operators refuse and the kernels can do: odd strides of a weight, an average over no dimensions.
-_LIMITS_OF_PYTORCH = ("grad_weight must be contiguous", "expected to be in range of [-2, 1], but got 2")
+#: What PyTorch's own operators refuse and the kernels can do: odd strides of a weight, an average over no dimensions, a maximum where an
+#: input that was made smaller since has no pixel.
+_LIMITS_OF_PYTORCH = ("grad_weight must be contiguous", "expected to be in range of [-2, 1], but got 2", "is out of bounds for dimension")
 
 
 @dataclass

@@ -149,7 +149,7 @@ def _conv_node(rng: random.Random) -> _Node:
         if rng.random() < 0.5:
             tensors |= _vectors(c, "r_")
     elif rng.random() < 0.2:
-        tensors["gate"] = torch.rand(shape[0], c)
+        tensors["gate"] = torch.rand(shape[0], c, *[1] * spatial)
     act = rng.choice(["identity", "relu", "relu", "silu", "hardswish"])
     statistics, chain = rng.random() < 0.7, rng.random() < 0.3
 
@@ -182,8 +182,8 @@ def _sweep_node(rng: random.Random) -> _Node:
             tensors["factor"] = torch.rand(shape[0], *[1] * (len(shape) - 1)).round() * 1.25
         if rng.random() < 0.3:
             tensors["r"] = _activation(shape, rng)
-        if rng.random() < 0.2:
-            tensors["gate"] = torch.rand(shape[0], c)
+        if rng.random() < 0.2 and "factor" not in tensors:  # with both PyTorch multiplies, and reads in backward whatever is there by then
+            tensors["gate"] = torch.rand(shape[0], c, *[1] * (len(shape) - 2))
     chain = rng.random() < 0.3
     window = PoolGeometry((2, 2), (rng.choice([1, 2]),) * 2, (rng.choice([0, 1]),) * 2, rng.random() < 0.3)
     statistics = rng.random() < 0.5
@@ -246,7 +246,7 @@ def node_case(rng: random.Random) -> Case:
     names, missing = [node.name], False
     if rng.random() < 0.25 and node.name != "finalize":
         names.append("bfloat16")
-        for key in {"x", "weight", "r", "bias"} & node.tensors.keys():
+        for key in {"x", "weight", "r", "bias", "factor", "gate"} & node.tensors.keys():
             node.tensors[key] = node.tensors[key].bfloat16()
     changed = rng.choice(sorted(node.tensors)) if rng.random() < 0.3 else None
     for _ in range(rng.choice([0, 1, 1, 1, 2]) if changed is None else 0):
@@ -266,7 +266,7 @@ def node_case(rng: random.Random) -> Case:
         leaves = {}
         for key, t in node.tensors.items():
             mine = t.clone(memory_format=torch.preserve_format) if changed is not None else t.detach()
-            floating = t.is_floating_point() and not key.startswith("running")
+            floating = t.is_floating_point() and not key.startswith(("running", "factor"))  # a factor is drawn, not learnt
             leaves[key] = mine.requires_grad_() if floating and wanting[key] else mine
         found = node.run(leaves, backend)
         results: Results = [t for t in found if isinstance(t, Tensor)]
@@ -281,7 +281,7 @@ def node_case(rng: random.Random) -> Case:
             _change(leaves[changed], random.Random(seed))
         return [*kept, *torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)]
 
-    tolerance = 0.1 if "bfloat16" in names else 1e-4
+    tolerance = 0.1 if any(t.dtype in (torch.bfloat16, torch.float16) for t in node.tensors.values()) else 1e-4
     if takes_away:  # a kernel that does not read it does without, and PyTorch's own read what is not theirs
         return Case(" ".join(names), lambda: outcome_only(lambda: run("cpu")), list, False, tolerance)
     return Case(" ".join(names), lambda: run("cpu"), lambda: run("reference"), missing, tolerance)

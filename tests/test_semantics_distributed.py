@@ -11,7 +11,10 @@ from torch import Tensor, distributed, multiprocessing, nn
 from two_processes import WORLD, batch_for, loss_of, train_half
 
 import bnrestructure
+from bnrestructure.capture.program import Program
+from bnrestructure.capture.regions import Options
 from bnrestructure.ops.synchronise import synchronise
+from bnrestructure.plan.survey import take_survey
 
 # PyTorch can be built without gloo; its wheels for Linux have it, so in CI these run.
 pytestmark = pytest.mark.skipif(
@@ -70,6 +73,8 @@ def test_sync_batch_norm_without_a_process_group_is_batch_norm() -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(build("residual"))
     rewritten = bnrestructure.restructure(model, backend="reference")
     assert bnrestructure.explain(rewritten).counts["kept"] == 0
+    (region,) = take_survey(rewritten, Options(), (input_for("residual"),)).regions
+    assert Program(region.after, None, "a model").synchronises  # processes have to keep in step (capture/probation.py)
     x = input_for("residual")
     torch.testing.assert_close(rewritten(x), build("residual")(x), rtol=1e-9, atol=1e-9)
 

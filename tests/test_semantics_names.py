@@ -185,6 +185,8 @@ def test_memory_is_written_at_each_step(kept: Any) -> None:
         (lambda c: hasattr(c, "power") and c.power, False, False),
         (lambda self, i: getattr(self, f"layer{i}"), False, True),
         (lambda self, i: getattr(self.inner, f"layer{i}"), True, False),
+        (lambda self: self.layer.eval(), False, False),
+        (lambda self: self.vars + self.globals, False, False),
         (lambda self: vars(self), False, True),
         (lambda c: vars(c), True, False),
         (lambda c, name: getattr(c, name), True, False),

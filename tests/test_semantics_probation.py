@@ -239,7 +239,6 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     monkeypatch.setattr(verdict.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(verdict.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(verdict, "_store", lambda: store)
-    monkeypatch.setattr(verdict, "_asked", {})
     return lambda number: monkeypatch.setattr(verdict.dist, "get_rank", lambda: number)
 
 
@@ -262,7 +261,7 @@ def test_the_first_of_several_processes_decides(plant: Callable[..., Proved], ra
     assert all(site.ran for site in first.plan.sites)
     rank(1)
     PLANTED.answered.clear()
-    other.steps(verdict._ONE_IN)
+    other.steps(probation._ONE_IN)
     assert PLANTED.answered["ConvForward"]
     assert "its kernels were proved on this device" in str(other.plan)
 
@@ -313,17 +312,18 @@ def test_a_process_that_hears_nothing_keeps_its_own_forward(
     kernels.wait()
     other.steps(3)
     assert not PLANTED.answered
+    assert "of the first process: it cannot be asked: RuntimeError: the store is gone" in str(other.plan)
     rank(0)
     first.steps(TIMED + 3)
     assert all(site.ran for site in first.plan.sites)
 
 
-def test_asking_costs_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_asking_costs_less_and_less(plant: Callable[..., Proved], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(verdict, "_asked", {})
     monkeypatch.setattr(verdict, "_store", lambda: SimpleNamespace(check=lambda keys: asked.append(keys)))
+    waiting = probation.Probation(plant(), "a program", True, False, torch.device("cpu"))
     for _ in range(640):
-        assert verdict.heard("a program") is None
+        assert not waiting._heard()
     assert 64 < len(asked) < 110
 
 

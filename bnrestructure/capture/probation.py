@@ -20,6 +20,7 @@ from statistics import median
 import torch
 
 from bnrestructure.capture import verdict
+from bnrestructure.core.errors import first_line
 from bnrestructure.kernels.proof.prover import Proved, waits_for_proofs
 
 __all__ = ["Probation", "own_forwards", "saves_by_hooks", "wants_own_forwards"]
@@ -28,6 +29,8 @@ __all__ = ["Probation", "own_forwards", "saves_by_hooks", "wants_own_forwards"]
 _STEPS, _TURNS = 4, 3
 #: How often timing begins anew because other kinds of calls came up.
 _RESTARTS = 3
+#: Asking the first process takes a message to another machine: each call asks at first, then one in so many.
+_ASKED_AT_EACH, _ONE_IN = 64, 16
 #: A rewritten step may take so much longer: it keeps less memory, and times are no more exact than that.
 _MARGIN = 1.02
 
@@ -71,8 +74,6 @@ _UNTIMED: dict[str, Callable[[], bool]] = {
     "its steps cannot be timed in a checkpoint, or with other hooks on saved tensors: backend='cuda' runs them untimed": saves_by_hooks,
     "its steps cannot be timed in a CUDA graph: backend='cuda' runs them untimed": _captures,
 }
-
-
 #: Where processes wait for each other within a forward pass all must run the same program, rewritten or not.
 _IN_STEP = "several processes would have to agree on its steps' times, for they merge their statistics: backend='cuda' runs them untimed"
 
@@ -153,8 +154,12 @@ class Probation:
 
     def _heard(self) -> bool:
         """The own forward until the first process has told what it is, and until the kernels are proved here, too."""
-        if self._verdict is None:
-            self._verdict = verdict.heard(self.program)
+        self._calls += 1
+        if self._verdict is None and (self._calls <= _ASKED_AT_EACH or self._calls % _ONE_IN == 0):
+            try:
+                self._verdict = verdict.heard(self.program)
+            except Exception as error:  # of whatever store the processes have met by
+                self._verdict = f"it cannot be asked: {type(error).__name__}: {first_line(error)}"
         if self._verdict:
             self._decided, self.reason = False, f"of the first process: {self._verdict}"
         elif self._verdict is not None and not self.kernels.outstanding:
@@ -195,6 +200,7 @@ class Probation:
             meanwhile = "the reference answers for them" if self._latest else "its own forward runs"
             return f"its kernels are being proved on this device ({self.kernels.outstanding} to go); meanwhile {meanwhile}"
         if self._decided is None:
-            by = "the first process times its steps" if verdict.is_heard() else "its steps are being timed"
-            return f"{by} beside those of its own forward"
+            if verdict.is_heard():
+                return "the first process times its steps beside those of its own forward, and has told nothing yet"
+            return "its steps are being timed beside those of its own forward"
         return self.reason or f"its kernels were proved on this device ({self.kernels.proved} kinds of calls)"

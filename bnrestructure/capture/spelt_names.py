@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import dis
 import functools
+import itertools
 from collections.abc import Iterator
+from enum import Enum, auto
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 __all__ = ["Spelt", "codes", "spelt_names"]
 
+#: Builtins that take an attribute's name, or, vars, give them all.
 _BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "vars"}
-#: What finds attributes by names that no code spells, and what finds variables so.
-_ANY_ATTRIBUTE = {"attrgetter", "methodcaller", "getmembers", "getattr_static", "__getattribute__", "eval", "exec"}
-_ANY_VARIABLE = {"globals", "eval", "exec"}
+#: What finds attributes by names that no code spells; builtins that do are no attributes, as ``layer.eval()`` is.
+_ANY_ATTRIBUTE = {"attrgetter", "methodcaller", "getmembers", "getattr_static", "__getattribute__"}
+_ANYTHING = {"eval", "exec"}
 #: Steps of which one between a name's constant and the call may make another name of it.
 _PUTS_TOGETHER = ("BINARY_", "FORMAT_", "BUILD_STRING", "LOAD_METHOD")
 _LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FAST", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK")
 
 
+class _Owner(Enum):
+    """Whose attribute code asks for by name: that of ``self``, that of any object; or the name is one that it spells."""
+
+    SELF = auto()
+    ANY = auto()
+    SPELT = auto()
+
+
 class Spelt(NamedTuple):
     """Names in a piece of code.
 
-    any_attribute   whether it may ask an object for attributes of any name; any_own: or ``self``, of which a module says so itself
+    any_attribute   whether it may ask some object for attributes of any name
+    any_own         whether it may ask ``self`` for such: what a module is asked for is seen while it runs
     any_variable    whether it may read any global variable
     """
 
@@ -53,40 +65,37 @@ def spelt_names(code: CodeType) -> Spelt:
     variables = {name for step in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL") for name in names.get(step, ())}
     imported = names.get("IMPORT_NAME", set())
     attributes = {name for step in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "IMPORT_FROM") for name in names.get(step, ())}
-    used = variables | attributes
-    places = [i for i, step in enumerate(steps) if step.argval in _BY_NAME and step.opname.startswith("LOAD_")]
+    places = [i for i, step in enumerate(steps) if step.argval in _BY_NAME and step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
     asked = [_asked(steps[i + 1 : i + 20]) for i in places]
-    dicts = [steps[i - 1].argval for i, step in enumerate(steps) if step.argval == "__dict__"]
-    asked += ["self's" if owner == "self" else "anything's" for owner in dicts]
-    if used & _BY_NAME:
+    asked += [_Owner.SELF if steps[i - 1].argval == "self" else _Owner.ANY for i, step in enumerate(steps) if step.argval == "__dict__"]
+    any_attribute = (variables | attributes) & _ANY_ATTRIBUTE or variables & _ANYTHING or _Owner.ANY in asked
+    if places:
         flat = [part for constant in code.co_consts for part in (constant if isinstance(constant, tuple) else (constant,))]
         attributes |= {constant for constant in flat if isinstance(constant, str) and constant.isidentifier()}
     return Spelt(
         _open(variables), _open(attributes), frozenset(imported),
-        any_attribute=bool(used & _ANY_ATTRIBUTE) or "anything's" in asked,
-        any_own="self's" in asked,
-        any_variable=bool(used & _ANY_VARIABLE),
+        any_attribute=bool(any_attribute), any_own=_Owner.SELF in asked, any_variable=bool(variables & {"globals", *_ANYTHING}),
     )  # fmt: skip
 
 
-def _asked(steps: list[Any]) -> str:
-    """Whose attribute ``getattr(...)`` asks for, whose arguments these steps begin with: self's, anything's, or one that it spells."""
+def _asked(steps: list[dis.Instruction]) -> _Owner:
+    """Whose attribute ``getattr(...)`` asks for, whose arguments these steps begin with."""
     steps = [step for step in steps if step.opname != "PUSH_NULL"]
     if not steps:
-        return "anything's"
+        return _Owner.ANY
     first = steps.pop(0)
-    pair = first.argval if isinstance(first.argval, tuple) else None  # two variables that one step loads
-    if pair is None and first.opname not in _LOADS:
-        return "anything's"
-    own = (pair or (first.argval,))[0] == "self"
-    while pair is None and steps and steps[0].opname == "LOAD_ATTR":
-        steps.pop(0)
-        own = False
-    if pair is None and steps and steps[0].opname == "LOAD_CONST" and str(steps[0].argval).isidentifier():
-        until = next((i for i, step in enumerate(steps) if step.opname.startswith(("CALL", "PRECALL"))), len(steps))
-        if not any(step.opname.startswith(_PUTS_TOGETHER) for step in steps[:until]):
-            return "one that it spells"
-    return "self's" if own else "anything's"
+    if isinstance(first.argval, tuple):  # two variables that one step loads: the name is no constant
+        return _Owner.SELF if first.argval[0] == "self" else _Owner.ANY
+    if first.opname not in _LOADS:
+        return _Owner.ANY
+    inside = list(itertools.takewhile(lambda step: step.opname == "LOAD_ATTR", steps))
+    name = steps[len(inside) :]
+    if name and name[0].opname == "LOAD_CONST" and str(name[0].argval).isidentifier():
+        until = list(itertools.takewhile(lambda step: not step.opname.startswith(("CALL", "PRECALL")), name))
+        of_constant = len(until) > 1 and until[1].opname == "LOAD_ATTR"  # a method of the text, where no step has that for itself
+        if not of_constant and not any(step.opname.startswith(_PUTS_TOGETHER) for step in until):
+            return _Owner.SPELT
+    return _Owner.SELF if first.argval == "self" and not inside else _Owner.ANY
 
 
 def _open(names: set[str]) -> frozenset[str]:

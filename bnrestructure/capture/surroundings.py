@@ -1,8 +1,8 @@
 """What a forward's functions find around them: globals, closures, defaults, configuration objects, classes and modules.
 
 Nothing tells what a function reads there while it runs. So its code is asked: what it loads as a global, and the names that it spells as
-attributes, of whatever it may reach (spelt_names.py). That is more than it reads. Where code puts names together while it runs, each name
-counts of whatever it may reach.
+attributes, of whatever it may reach (spelt_names.py). That is more than it reads. Where code puts names together while it runs, all
+attributes count of whatever it may reach.
 """
 
 from __future__ import annotations
@@ -178,12 +178,12 @@ class _Survey:
 
     def finish(self) -> Found:
         """All there is. A name may be found in what another one led to, and lead to more names."""
-        before: int | None = None
-        while self._left or before != len(self._names) + len(self._holders) + self._any_name:
+        before = None
+        while self._left or before != self._known():
             while self._left:
                 with contextlib.suppress(Exception):  # whatever a user's object does when it is asked what it is
                     self._look_into(self._left.pop())
-            before = len(self._names) + len(self._holders) + self._any_name
+            before = self._known()
             for home in list(self._holders):
                 values = _values_of(home)
                 for name in [name for name in (values if self._any_name else self._names) if name in values and not _is_special(name)]:
@@ -194,6 +194,9 @@ class _Survey:
                 self._names.add("_last_lr")
         missing = [Missing(home, frozenset(self._names - _values_of(home).keys())) for home in self._holders]
         return Found(list(self._found.values()), missing, self._caches, self._going_on)
+
+    def _known(self) -> tuple[int, int, bool]:
+        return len(self._names), len(self._holders), self._any_name
 
     def _add(self, name: str, home: Home, value: Any) -> None:
         fixed = isinstance(value, ModuleType) and _root(_attributes_of(value)) in _LIBRARIES

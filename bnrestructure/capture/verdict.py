@@ -13,11 +13,6 @@ from torch import distributed as dist
 
 __all__ = ["heard", "is_heard", "of_several", "tell"]
 
-#: Asking takes a message to another machine: each call asks at first, then one in so many.
-_ASKED_AT_EACH, _ONE_IN = 64, 16
-_asked: dict[str, int] = {}
-
-
 def is_heard() -> bool:
     """Whether this process is one of several, and not the first one."""
     return of_several() and dist.get_rank() > 0
@@ -26,21 +21,14 @@ def is_heard() -> bool:
 def tell(program: str, reason: str) -> None:
     """Tell the others why the own forward of ``program`` stays; an empty reason: it does not. One process alone tells nobody."""
     if of_several() and dist.get_rank() == 0:
-        with suppress(Exception):  # of whatever store there is: the others keep their own forward
+        with suppress(Exception):  # of whatever store there is: the others say in their plans that they have heard nothing
             _store().set(_key(program), reason)
 
 
 def heard(program: str) -> str | None:
-    """What the first process has told, or None so far."""
-    calls = _asked[program] = _asked.get(program, 0) + 1
-    if calls > _ASKED_AT_EACH and calls % _ONE_IN:
-        return None
-    with suppress(Exception):
-        store = _store()
-        if store.check([_key(program)]):
-            _asked.pop(program)
-            return str(store.get(_key(program)).decode())
-    return None
+    """What the first process has told, or None so far. Raises whatever the store does that cannot be asked."""
+    store = _store()
+    return str(store.get(_key(program)).decode()) if store.check([_key(program)]) else None
 
 
 def of_several() -> bool:

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrestructure.core.edges import Transform
+from bnrestructure.core.edges import ConvGeometry, PoolGeometry, Transform
 from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward
 
 __all__ = [
-    "checked_kind", "fields_of", "reach_of", "readable", "require_fit", "require_memory", "values_of", "weight_of",
+    "checked_kind", "fields_of", "leaves_of", "reach_of", "readable", "require_fit", "require_memory", "weight_of",
 ]  # fmt: skip
 
-#: What :func:`fields_of` has found, and what gives these fields.
+#: What :func:`fields_of` has found, and what gives the values of these fields.
 _fields: dict[type, tuple[str, ...]] = {}
 _getters: dict[type, Callable[[Any], Any]] = {}
-_NO_TENSORS = frozenset({bool, int, float, str, torch.dtype})
+#: Types of what is a part of a call as a whole.
+_LEAVES = frozenset({type(None), bool, int, float, str, torch.dtype, ConvGeometry, PoolGeometry})
 
 
 def fields_of(kind: type) -> tuple[str, ...]:
@@ -33,49 +34,57 @@ def fields_of(kind: type) -> tuple[str, ...]:
     return found
 
 
-def values_of(record: Any) -> tuple[Any, ...]:
-    """The fields' values of a record or of a named tuple, at once."""
-    kind = type(record)
-    found = _getters.get(kind)
-    if found is None:
-        names = fields_of(kind)
-        found = _getters[kind] = attrgetter(*names) if len(names) > 1 else lambda record: (getattr(record, names[0]),)
-    values: tuple[Any, ...] = found(record)
-    return values
+def leaves_of(call: Call[Any]) -> list[Any]:
+    """All that a call is made of, flat: its tensors and numbers, with the type of each record and the length of each tuple before theirs.
+
+    In one piece: it is asked of each call of a training step, more than once.
+    """
+    found: list[Any] = []
+    left: list[Any] = [call]
+    while left:
+        value = left.pop()
+        kind = type(value)
+        if kind in _LEAVES or isinstance(value, Tensor):
+            found.append(value)
+        elif kind is tuple:
+            found.append(len(value))
+            left += value
+        else:
+            getter = _getters.get(kind)
+            if getter is None and (names := fields_of(kind)):
+                getter = _getters[kind] = attrgetter(*names) if len(names) > 1 else _alone(names[0])
+            found.append(value if getter is None else kind)
+            left += () if getter is None else getter(value)
+    return found
+
+
+def _alone(name: str) -> Callable[[Any], tuple[Any]]:
+    return lambda record: (getattr(record, name),)
 
 
 def checked_kind(call: Call[Any]) -> tuple[Any, ...]:
     """What kernels can tell a call's kind by: equal for calls whose tensors are alike in shape, strides and dtype, and all else is equal.
 
-    Raises RuntimeError where one of the tensors is on another type of device than the call's operand, or longer than its storage. In one
-    piece, without calling anything in Python for a tensor that is all right: it looks at each tensor of each call of a training step.
+    Raises RuntimeError where one of the tensors is on another type of device than the call's operand, or longer than its storage.
     """
     device = call.operand.device.type
-    found: list[Any] = [type(call)]
-    left = list(values_of(call))
-    while left:
-        value = left.pop()
-        if isinstance(value, Tensor):
-            shape, strides, reach = value.shape, value.stride(), value.numel()
-            if reach and not value.is_contiguous():
-                reach = 1
-                for size, stride in zip(shape, strides, strict=True):
-                    reach += (size - 1) * stride
-            try:
-                short = (value.storage_offset() + reach) * value.itemsize > value.untyped_storage().nbytes()
-            except NotImplementedError:  # a functorch wrapper
-                short = False
-            if short or value.device.type != device:
-                require_memory(value, reach, device)
-            found += (shape, strides, value.dtype)
-        elif isinstance(value, tuple):
-            left += value
-            found.append(len(value))
-        elif value is not None and type(value) not in _NO_TENSORS and fields_of(type(value)):
-            left += values_of(value)
-            found.append(type(value))
-        else:
+    found: list[Any] = []
+    for value in leaves_of(call):
+        if not isinstance(value, Tensor):
             found.append(value)
+            continue
+        shape, strides, reach = value.shape, value.stride(), value.numel()
+        if reach and not value.is_contiguous():  # as reach_of() has it
+            reach = 1
+            for size, stride in zip(shape, strides, strict=True):
+                reach += (size - 1) * stride
+        try:
+            short = (value.storage_offset() + reach) * value.itemsize > value.untyped_storage().nbytes()
+        except NotImplementedError:  # a functorch wrapper
+            short = False
+        if short or value.device.type != device:
+            require_memory(value, reach, device)
+        found += (shape, strides, value.dtype)
     return tuple(found)
 
 

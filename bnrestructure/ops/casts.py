@@ -51,9 +51,6 @@ class Casts:
     def __init__(self) -> None:
         self.wanted: list[tuple[weakref.ref[Tensor], _Form]] = []
 
-    def __deepcopy__(self, memo: object) -> Casts:
-        return Casts()
-
 
 class _Run:
     """One run of a program: what was cast ahead, and what its convolutions ask for."""

@@ -36,7 +36,7 @@ class Launch:
 
     def on(self, part: int) -> Launch:
         """The launch as that part would get it: kernels that differ from part to part take its compute capability as PART."""
-        return replace(self, constants={**self.constants, **_part_constant(self.kernel, part)})
+        return replace(self, constants={**self.constants, "PART": part}) if "PART" in self.kernel.arg_names else self
 
 
 _receiver: Callable[[Launch], object] | None = None
@@ -71,21 +71,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, stag
         return
     first: Tensor = arguments[0]
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": FP_FUSION}
-    if not first.is_cuda:  # Triton's interpreter
-        kernel[grid](*arguments, **options, **constants, **_part_constant(kernel, 0))
-        return
     index = first.device.index or 0
     if "PART" in kernel.arg_names:
-        constants["PART"] = _part(index)
-    if index == torch._C._cuda_getDevice():  # a context manager for each launch would cost as much as the launch
+        constants["PART"] = _part(index) if first.is_cuda else 0
+    if first.is_cuda and index != torch._C._cuda_getDevice():  # a context manager for each launch would cost as much as the launch
+        with torch.cuda.device(index):
+            kernel[grid](*arguments, **options, **constants)
+    else:  # without a device: Triton's interpreter
         kernel[grid](*arguments, **options, **constants)
-        return
-    with torch.cuda.device(index):
-        kernel[grid](*arguments, **options, **constants)
-
-
-def _part_constant(kernel: Any, part: int) -> dict[str, int]:
-    return {"PART": part} if "PART" in kernel.arg_names else {}
 
 
 @cache

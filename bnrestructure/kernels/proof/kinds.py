@@ -10,16 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from bnrestructure.core.edges import ConvGeometry, PoolGeometry
 from bnrestructure.core.records import record
 from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward
-from bnrestructure.kernels.operands import fields_of, values_of
+from bnrestructure.kernels.operands import fields_of, leaves_of
 
 __all__ = ["Blank", "blanked", "key_of", "mapped", "name_of", "precision", "text_of"]
 
 R = TypeVar("R")
 
-_PLAIN = frozenset({int, bool, str, torch.dtype, ConvGeometry, PoolGeometry})
 _PRODUCTS = frozenset({ConvForward, ConvBackward})
 
 #: Compilers make use of addresses that are multiples of this many bytes.
@@ -40,30 +38,17 @@ class Blank:
 def key_of(call: Call[Any]) -> tuple[Any, ...]:
     """Equal for calls of one kind, on one device. Numbers of type float are arguments of a kernel, and no kind of their own.
 
-    It is taken of each call of a training step, and so is flat: a tensor is five members of it; and made in one piece.
+    It is taken of each call of a training step, and so is flat: a tensor is five members of it.
     """
-    found: list[Any] = [type(call), call.operand.get_device()]
+    found: list[Any] = [call.operand.get_device()]
     if type(call) in _PRODUCTS and call.dtype is torch.float32:  # type: ignore[attr-defined]  # both have one
         found.append(precision())
     seen: dict[int, int] = {}
-    left = list(values_of(call))
-    while left:
-        value = left.pop()
-        kind = type(value)
-        if value is None or kind in _PLAIN:
-            found.append(value)
-        elif isinstance(value, Tensor):
+    for value in leaves_of(call):
+        if isinstance(value, Tensor):
             found += (value.shape, value.stride(), value.dtype, value.data_ptr() % _ALIGNMENT, seen.setdefault(id(value), len(seen)))
-        elif kind is float:
-            found.append(kind)
-        elif kind is tuple:
-            found.append(len(value))
-            left += value
-        elif fields_of(kind):
-            found.append(kind)
-            left += values_of(value)
         else:
-            found.append(value)
+            found.append(float if type(value) is float else value)
     return tuple(found)
 
 

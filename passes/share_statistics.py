@@ -1,7 +1,8 @@
 """share-statistics: each channel's statistics are computed once, however many batch norms read the channel.
 
 The statistics of a concat become the concat of its segments' statistics; equal statistics become one. Growing concats ([a], [a, b],
-[a, b, c] ... of a dense block) grow the per-channel vectors the same way, one segment a time.
+[a, b, c] ... of a dense block) grow the per-channel vectors the same way, one segment a time: each batch norm makes the concat of what it
+is handed and of what is new, and hands it on, so that no concat is a step of its own and the gradients add up where they are made.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from bnrestructure.graph.ir import Statistics
+from bnrestructure.graph.ir import Finalize, Statistics
 from bnrestructure.graph.provenance import locate, provenance, remember, take_halves
-from bnrestructure.passes.base import Pass, Rule
+from bnrestructure.passes.base import Pass, Rule, erase_dead
 from bnrestructure.patterns.concat import ConcatStatistics, concat_statistics
+from bnrestructure.patterns.statistics_readers import StatisticsReaders, statistics_readers
 
 __all__ = ["SHARE_STATISTICS"]
 
@@ -85,7 +87,25 @@ def merge(match: tuple[Statistics, Statistics]) -> None:
     other.erase()
 
 
+def hand_on(match: StatisticsReaders) -> None:
+    """Let a batch norm make the concat that it reads, and hand its statistics to those who read them after it."""
+    finalize, whole = match.first, {"mean": match.first.mean, "var": match.first.var}
+    if match.parts is not None:
+        (mean, behind_mean), (var, behind_var) = match.parts
+        finalize = finalize.update(mean=mean, var=var, behind_mean=behind_mean, behind_var=behind_var)
+    if match.later:
+        finalize = finalize.update(chain=True)
+    for name, vector in whole.items():
+        for reader in match.later & set(vector.users):
+            reader.replace_input_with(vector, finalize.out(f"passed_{name}"))
+    erase_dead(*whole.values() if match.parts is not None else ())
+
+
 SHARE_STATISTICS = Pass(
     "share-statistics",
-    (Rule(concat_statistics, from_segments, at=Statistics), Rule(equal_statistics, merge, at=Statistics)),
+    (
+        Rule(concat_statistics, from_segments, at=Statistics),
+        Rule(equal_statistics, merge, at=Statistics),
+        Rule(statistics_readers, hand_on, at=Finalize),
+    ),
 )

@@ -34,7 +34,7 @@ __all__ = ["Product", "Step", "prepared", "pretending", "record", "rewritten"]
 _FREE = frozenset({
     "view", "_unsafe_view", "permute", "unbind", "select", "slice", "narrow", "as_strided", "detach", "alias", "t", "transpose", "expand",
     "unsqueeze", "empty", "empty_like", "new_empty", "empty_strided", "set_", "view_as", "reshape", "squeeze", "as_strided_", "resize_",
-    "split", "new_empty_strided", "is_same_size", "device",
+    "split", "split_with_sizes", "new_empty_strided", "is_same_size", "device",
 })  # fmt: skip
 
 

@@ -63,29 +63,32 @@ def one_batch_norm(view: Reader | Residual, look: Look) -> str | None:
 
 def one_tensor(view: Finalize, look: Look) -> str | None:
     """mean, var and size of a batch norm are of one tensor; those of a concat are in the same order."""
-    means = [_owner(part, "mean") for part in _parts(view.mean)]
-    variances = [_owner(part, "var") for part in _parts(view.var)]
+    means = [_owner(part, "mean", "passed_mean") for vector in (view.mean, view.behind_mean) for part in _parts(vector)]
+    variances = [_owner(part, "var", "passed_var") for vector in (view.var, view.behind_var) for part in _parts(vector)]
     if None in means or None in variances:
         return "its mean or var is no node's"
     if means != variances:
         return "its mean and var are of different tensors, or in different orders"
+    handed_on = any(isinstance(owner, fx.Node) and owner.target is Finalize.op for owner in means)  # the size was looked at there
     sizes = {_owner(view.size, "size")}
-    if None in sizes or (len(means) == 1 and sizes != set(means)):
+    if None in sizes or (len(means) == 1 and not handed_on and sizes != set(means)):
         return f"{view.size.name} is not the size of the tensor of {view.mean.name}"
     return None
 
 
-def _parts(vector: fx.Node) -> list[fx.Node]:
-    """The parts of a concat of vectors, one that stands in it twice both times."""
+def _parts(vector: fx.Node | None) -> list[fx.Node]:
+    """The parts of a concat of vectors, one that stands in it twice both times; none of what is not there."""
+    if vector is None:
+        return []
     return list(cast("list[fx.Node]", vector.args[0])) if vector.target is torch.cat else [vector]
 
 
-def _owner(vector: fx.Node, name: str) -> object:
-    """The node whose output of this name a vector is, or None. A concat of vectors stands for any: its own parts were looked at before."""
+def _owner(vector: fx.Node, *names: str) -> object:
+    """The node whose output of one of these names a vector is, or None. A concat stands for any: its own parts were looked at before."""
     if vector.target is torch.cat:
         return torch.cat
     output = output_of(vector)
-    return output[0] if output is not None and output[1] == name else None
+    return output[0] if output is not None and output[1] in names else None
 
 
 def gate(view: Conv | Normalise, look: Look) -> str | None:

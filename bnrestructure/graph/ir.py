@@ -54,6 +54,7 @@ _OF_READER = {"transform": Group(Transform)}
 _OF_NORMALISE = _OF_READER | {"slot": Group(ops.Slot)}
 _OF_CONV = _OF_NORMALISE | {"geometry": Group(ConvGeometry), "shortcut": Group(ops.Shortcut)}
 _OF_POOL = _OF_READER | {"geometry": Group(PoolGeometry)}
+_OF_FINALIZE = {"running": Group(ops.Running), "behind": Group(ops.Behind, "behind_")}
 _OF_RESIDUAL = _OF_READER | {"r_transform": Group(Transform, "r_")}
 
 
@@ -194,12 +195,15 @@ class OfLayer(Fused):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Finalize(OfLayer, op=ops.finalize, outputs=ops.FinalizeOutputs):
-    """The per-channel step between the halves of a batch norm."""
+class Finalize(OfLayer, op=ops.finalize, outputs=ops.FinalizeOutputs, groups=_OF_FINALIZE):
+    """The per-channel step between the halves of a batch norm. It can be a link of a chain, too, of the readers of its statistics."""
 
     mean: fx.Node
     var: fx.Node
     size: fx.Node
+    behind_mean: fx.Node | None = None
+    behind_var: fx.Node | None = None
+    chain: bool = False
     backend: str = "auto"
 
 

@@ -84,13 +84,13 @@ def outputs(view: Fused, look: Look) -> str | None:
     return "one of its outputs has two nodes"
 
 
-def asked_for(view: Conv | Residual | Link | Squeeze, look: Look) -> str | None:
+def asked_for(view: Conv | Residual | Link | Squeeze | Finalize, look: Look) -> str | None:
     """An output that a node computes on demand is only read where it was asked for."""
     for name in look.outs(view):
         if name in ("mean", "var", "size"):
             asked = not isinstance(view, Conv | Residual) or view.statistics
-        elif name == "passed":
-            asked = isinstance(view, Link) and view.chain
+        elif name.startswith("passed"):
+            asked = isinstance(view, Link | Finalize) and view.chain
         elif name == "deferred":
             asked = isinstance(view, Squeeze) and view.excite
         elif name == "buffer":
@@ -141,7 +141,7 @@ def remembers(view: Fused, look: Look) -> str | None:
 NODE_RULES = (
     Invariant("arguments", (*FUSED, *OTHERS), arguments),
     Invariant("outputs", (*FUSED, *OTHERS), outputs),
-    Invariant("asked for", (Conv, Residual, Link, Squeeze), asked_for),
+    Invariant("asked for", (Conv, Residual, Link, Squeeze, Finalize), asked_for),
     Invariant("activation", (Reader, Residual, BatchNorm), activation),
     Invariant("place in a buffer", (Conv, Normalise, ConcatBuffer), place),
     Invariant("remembers its halves", (*FUSED, BatchNorm), remembers),

@@ -319,11 +319,16 @@ class MaxPoolBackward(Call[SweepGradients]):
 
 
 class FinalizeResult(NamedTuple):
-    """rstd = 1 / sqrt(var + eps), scale = weight * rstd, beta = bias (zeros without one), each [C] in mean's dtype."""
+    """rstd = 1 / sqrt(var + eps), scale = weight * rstd, beta = bias (zeros without one), each [C] in mean's dtype.
+
+    ``mean`` and ``var`` are those of the call, with what is behind them.
+    """
 
     rstd: Tensor
     scale: Tensor
     beta: Tensor
+    mean: Tensor
+    var: Tensor
 
 
 @record
@@ -331,7 +336,8 @@ class FinalizeForward(Call[FinalizeResult]):
     """rstd, scale and beta; the running statistics, [C], are updated in place, with the unbiased variance.
 
     ``count`` is the number of values of each channel. ``batches``, a layer's num_batches_tracked, is counted up by one, in place.
-    ``momentum`` is this batch's share in the running statistics, None for all batches alike: 1 / batches.
+    ``momentum`` is this batch's share in the running statistics, None for all batches alike: 1 / batches. ``behind`` is (mean, var) of the
+    channels that follow those of ``mean`` and ``var``, where there are more: C counts all of them.
     """
 
     mean: Tensor
@@ -344,12 +350,13 @@ class FinalizeForward(Call[FinalizeResult]):
     momentum: float | None
     eps: float
     batches: Tensor | None = None
+    behind: tuple[Tensor, Tensor] | None = None
 
     operand = property(attrgetter("mean"))
 
 
 class FinalizeGradients(NamedTuple):
-    """``mean = -scale dbeta``, ``var = -1/2 scale rstd^2 dscale`` and ``weight = rstd dscale``, each [C]."""
+    """``mean = -scale dbeta + dmean``, ``var = -1/2 scale rstd^2 dscale + dvar`` and ``weight = rstd dscale``, each [C]."""
 
     mean: Tensor
     var: Tensor
@@ -361,12 +368,15 @@ class FinalizeBackward(Call[FinalizeGradients]):
     """The gradients of mean, var and weight from those of scale and beta.
 
     Mean and beta are read together, in ``(x - mean) * scale + beta``, so that mean's gradient follows from beta's. ``scale`` is the one
-    that the readers have multiplied by: over a batch their gradients and mean's sum to zero, but for another rounding of it.
+    that the readers have multiplied by: over a batch their gradients and mean's sum to zero, but for another rounding of it. ``dmean`` and
+    ``dvar`` are the gradients that other readers of the statistics have made, or None.
     """
 
     dscale: Tensor
     dbeta: Tensor
     rstd: Tensor
     scale: Tensor
+    dmean: Tensor | None = None
+    dvar: Tensor | None = None
 
     operand = property(attrgetter("rstd"))

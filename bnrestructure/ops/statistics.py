@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnrestructure.core.activation import activate
+from bnrestructure.core.aliases import alias
 from bnrestructure.core.edges import statistics_factors, values_per_channel
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import FinalizeBackward, FinalizeForward, StatisticsBackward, StatisticsForward
@@ -16,7 +17,7 @@ from bnrestructure.kernels.momentum import counted
 from bnrestructure.ops import library
 from bnrestructure.ops.dispatch import guard_second_derivative, in_format_of, passed_on
 
-__all__ = ["FinalizeOutputs", "StatisticsOutputs", "batch_norm", "finalize", "statistics"]
+__all__ = ["Behind", "FinalizeOutputs", "Running", "StatisticsOutputs", "batch_norm", "finalize", "statistics"]
 
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,15 +59,36 @@ class _Statistics(torch.autograd.Function):
         return guard_second_derivative((in_format_of(x, dx), None, None))
 
 
-class FinalizeOutputs(NamedTuple):
-    """The vectors of an edge, each [C] in the accumulation dtype.
+class Running(NamedTuple):
+    """A batch norm's running statistics, [C], and its counter, which are updated in place; None where it has none."""
 
-    ``mean`` is the one given, and takes no gradient of its own: its readers read beta, too, and what is due follows from beta's.
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+
+
+class Behind(NamedTuple):
+    """The mean and biased variance, each [C2], of channels that follow others in a concat; None where none do."""
+
+    mean: Tensor | None = None
+    var: Tensor | None = None
+
+
+_NOTHING_BEHIND = Behind()
+
+
+class FinalizeOutputs(NamedTuple):
+    """The vectors of an edge, each [C] in the accumulation dtype, and the statistics themselves for their next reader when chained.
+
+    ``mean`` takes no gradient of its own: its readers read beta, too, and what is due follows from beta's. ``passed_mean`` and
+    ``passed_var`` take theirs.
     """
 
     mean: Tensor
     scale: Tensor
     beta: Tensor
+    passed_mean: Tensor | None
+    passed_var: Tensor | None
 
 
 def finalize(
@@ -75,18 +97,20 @@ def finalize(
     size: torch.Size | Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
+    running: Running,
     momentum: float | None,
     eps: float,
     *,
+    behind: Behind = _NOTHING_BEHIND,
+    chain: bool = False,
     dimensions: tuple[int, ...] = (),
     backend: str = "auto",
 ) -> FinalizeOutputs:
     """The per-channel step between the halves of a batch norm: (mean, scale, beta), each [C], which are read together, in
     ``(x - mean) * scale + beta``. Running statistics and counter are updated in place.
 
+    With ``behind`` C counts its channels, too. ``chain`` returns the statistics for their next reader, whose gradients of them are added
+    to this one's.
     ``size`` is the size of the tensor that mean and var are of, or, for statistics merged across ranks, the number of values per
     channel as a tensor. ``momentum`` None is the cumulative average over ``num_batches_tracked``. The running variance takes the
     unbiased estimate var * M / (M - 1).
@@ -98,42 +122,49 @@ def finalize(
     eps, momentum = float(eps), None if momentum is None else float(momentum)  # a graph may compute them, even as tensors
     if not isinstance(size, Tensor):
         _check_dimensions(len(size), dimensions)
+    running_mean, running_var, num_batches_tracked = running
     # Eager counts on any device, and raises where the counter needs a gradient.
     if num_batches_tracked is not None and (num_batches_tracked.device != mean.device or num_batches_tracked.requires_grad):
         momentum, num_batches_tracked = counted(num_batches_tracked, momentum), None
     count = size if isinstance(size, Tensor) else values_per_channel(size)
+    channels = mean.numel() + (0 if behind.mean is None else behind.mean.numel())
     try:
-        _check_values(mean, size, count, eps)
+        _check_values(channels, size, count, eps)
         if isinstance(count, int) and count == 0:  # PyTorch's layer leaves the running statistics as they are, and looks at no dtype
             running_mean = running_var = None
         else:
-            _check_vectors(mean, weight, bias, running_mean, running_var)
+            _check_vectors(mean.dtype, channels, weight, bias, running_mean, running_var)
     except (ValueError, RuntimeError):
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)  # PyTorch's layer counts before it looks at anything else
         raise
-    running = running_mean, running_var, num_batches_tracked
-    return FinalizeOutputs(*_Finalize.apply(mean, var, count, weight, bias, *running, momentum, eps, backend))
+    running = Running(running_mean, running_var, num_batches_tracked)
+    return FinalizeOutputs(*_Finalize.apply(mean, var, *behind, count, weight, bias, *running, momentum, eps, chain, backend))
 
 
-def _check_values(mean: Tensor, size: torch.Size | Tensor, count: int | Tensor, eps: float) -> None:
+def _check_values(channels: int, size: torch.Size | Tensor, count: int | Tensor, eps: float) -> None:
     """Raise PyTorch's errors about eps and about a channel of one value."""
     if eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     if not isinstance(size, Tensor) and count == 1:
-        shown = torch.Size((size[0], mean.shape[0], *size[2:]))
+        shown = torch.Size((size[0], channels, *size[2:]))
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shown}")
 
 
 def _check_vectors(
-    mean: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None
+    statistics: torch.dtype,
+    channels: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
 ) -> None:
     """Raise PyTorch's errors about a batch norm's parameters and running statistics."""
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
-    channels, grad = mean.numel(), torch.is_grad_enabled()
+    grad = torch.is_grad_enabled()
     # Statistics are float64 for a float64 input alone; parameters are of the input's dtype, or float32 beside 16 bits.
-    allowed = (torch.float64,) if mean.dtype is torch.float64 else _NARROW
+    allowed = (torch.float64,) if statistics is torch.float64 else _NARROW
     dtype = None
     for name, vector in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
         if vector is None:
@@ -184,6 +215,8 @@ class _Finalize(torch.autograd.Function):
         ctx: Any,
         mean: Tensor,
         var: Tensor,
+        behind_mean: Tensor | None,
+        behind_var: Tensor | None,
         count: int | Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -192,26 +225,43 @@ class _Finalize(torch.autograd.Function):
         batches: Tensor | None,
         momentum: float | None,
         eps: float,
+        chain: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        call = FinalizeForward(mean, var, count, weight, bias, running_mean, running_var, momentum, eps, batches)
-        rstd, scale, beta = registry.run(backend, call)
+    ) -> Any:
+        behind = None if behind_mean is None or behind_var is None else (behind_mean, behind_var)
+        call = FinalizeForward(mean, var, count, weight, bias, running_mean, running_var, momentum, eps, batches, behind)
+        rstd, scale, beta, whole_mean, whole_var = registry.run(backend, call)
         ctx.backend = backend
+        ctx.channels = None if behind_mean is None else (mean.numel(), behind_mean.numel())
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(rstd, scale, weight)  # the weight: as in eager, it is an error to overwrite it before backward
         ctx.set_materialize_grads(False)
-        constant = mean.detach()
-        ctx.mark_non_differentiable(constant)
-        return constant, scale, beta
+        constant = whole_mean.detach()
+        if not chain:
+            ctx.mark_non_differentiable(constant)
+            return constant, scale, beta, None, None
+        passed = (whole_mean, whole_var) if behind is not None else (alias(mean), alias(var))
+        learnt = any(ctx.needs_input_grad[:4])  # else the parameters would have the statistics need a gradient
+        ctx.mark_non_differentiable(constant, *(() if learnt else passed))
+        return constant, scale, beta, *passed
 
     @staticmethod
-    def backward(ctx: Any, _: Any, dscale: Any, dbeta: Any) -> Any:
+    def backward(ctx: Any, _: Any, dscale: Any, dbeta: Any, of_mean: Any, of_var: Any) -> Any:
         rstd, scale, weight = ctx.saved_tensors
         if dscale is None and dbeta is None:
-            return guard_second_derivative((None,) * 11)
+            return guard_second_derivative((*_halves(ctx.channels, of_mean, of_var), *[None] * 10))
         of_scale = torch.zeros_like(rstd) if dscale is None else dscale
         of_beta = torch.zeros_like(rstd) if dbeta is None else dbeta
-        dmean, dvar, of_weight = registry.run(ctx.backend, FinalizeBackward(of_scale, of_beta, rstd, scale))
+        dmean, dvar, of_weight = registry.run(ctx.backend, FinalizeBackward(of_scale, of_beta, rstd, scale, of_mean, of_var))
         dweight = None if dscale is None or weight is None else of_weight.to(weight.dtype)
         dbias = None if dbeta is None or ctx.bias_dtype is None else dbeta.to(ctx.bias_dtype)
-        return guard_second_derivative((dmean, dvar, None, dweight, dbias, *[None] * 6))
+        return guard_second_derivative((*_halves(ctx.channels, dmean, dvar), None, dweight, dbias, *[None] * 7))
+
+
+def _halves(channels: tuple[int, int] | None, dmean: Tensor | None, dvar: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of (mean, var, what is behind the mean, what is behind the variance)."""
+    if channels is None:
+        return dmean, dvar, None, None
+    none = None, None
+    (mean, behind_mean), (var, behind_var) = (none if d is None else d.split(channels) for d in (dmean, dvar))
+    return mean, var, behind_mean, behind_var

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, PoolGeometry, Transform
 from bnrestructure.kernels import reference
-from bnrestructure.kernels.calls import ConvBackward, ConvForward, FinalizeForward, MaxPoolForward
+from bnrestructure.kernels.calls import ConvBackward, ConvForward, FinalizeBackward, FinalizeForward, MaxPoolForward
 from bnrestructure.kernels.cuda import KERNELS, CudaKernels
 from bnrestructure.kernels.cuda import limits as rules
 
@@ -114,6 +114,15 @@ def test_finalize() -> None:
     assert reason(momentum=None, batches=torch.empty((), dtype=torch.int64, device="meta")) is None
     assert "fp32" in str(reason(mean=v.double()))
     assert "channels" in str(reason(bias=torch.empty(4, device="meta")))
+    two, five = torch.empty(2, device="meta"), torch.empty(5, device="meta")
+    in_parts = {"behind": (two, two), "weight": five, "bias": five, "running_mean": five, "running_var": five}
+    assert reason(**in_parts) is None
+    assert "channels" in str(reason(behind=(two, two)))
+    assert "fp32" in str(reason(**in_parts | {"behind": (two.double(), two)}))
+    assert reason(**in_parts | {"behind": (two, v)}) is not None
+    backward = FinalizeBackward(v, v, v, v, v, v)
+    assert KERNELS.supports(backward) is None
+    assert KERNELS.supports(replace(backward, dvar=two)) is not None
 
 
 def test_what_a_max_pool_is_refused_for() -> None:

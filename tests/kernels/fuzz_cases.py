@@ -209,18 +209,22 @@ def _sweep_node(rng: random.Random) -> _Node:
 
 
 def _finalize_node(rng: random.Random) -> _Node:
-    c = 4
-    tensors = {"mean": torch.randn(c), "var": torch.rand(c), "weight": torch.rand(c) + 0.5, "bias": torch.randn(c)}
+    c, more, chain = 4, rng.choice([0, 3]), rng.random() < 0.5
+    tensors = {"mean": torch.randn(c), "var": torch.rand(c)}
+    tensors |= {"behind_mean": torch.randn(more), "behind_var": torch.rand(more)} if more else {}
+    c += more
+    tensors |= {"weight": torch.rand(c) + 0.5, "bias": torch.randn(c)}
     tensors |= {"running_mean": torch.zeros(c), "running_var": torch.ones(c), "tracked": torch.tensor(1)}
     momentum, eps = rng.choice([0.1, None]), rng.choice([1e-5, 1e-3, 0.0])
 
     def run(t: dict[str, Tensor], backend: str) -> tuple[Any, ...]:
         running = [t[key].clone() if _owned(t[key]) else t[key] for key in ("running_mean", "running_var")]
         size = torch.Size((2, c, 3, 3))
-        _, scale, beta = ops.finalize(
-            t["mean"], t["var"], size, t["weight"], t["bias"], *running, t["tracked"].clone(), momentum, eps, backend=backend
-        )
-        return scale, beta, *running
+        found = ops.finalize(
+            t["mean"], t["var"], size, t["weight"], t["bias"], ops.Running(*running, t["tracked"].clone()), momentum, eps,
+            behind=ops.Behind(t.get("behind_mean"), t.get("behind_var")), chain=chain, backend=backend,
+        )  # fmt: skip
+        return *found[1:], *running
 
     return _Node("finalize", tensors, run)
 

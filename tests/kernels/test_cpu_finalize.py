@@ -65,11 +65,25 @@ def test_the_batch_is_counted_and_without_a_momentum_all_have_equal_shares(modul
 
 
 @pytest.mark.parametrize("channels", [1, 7, 1000])
-def test_backward(channels: int) -> None:
+@pytest.mark.parametrize("handed_on", [(), ("dmean",), ("dvar",), ("dmean", "dvar")], ids=str)
+def test_backward(channels: int, handed_on: tuple[str, ...]) -> None:
     vectors = torch.randn(channels), torch.randn(channels), torch.rand(channels) * 30, torch.randn(channels)
-    call = FinalizeBackward(*vectors)
-    truth = REFERENCE.run(FinalizeBackward(*map(to_double, vectors)))
+    others = {name: torch.randn(channels) for name in handed_on}
+    call = FinalizeBackward(*vectors, **others)
+    truth = REFERENCE.run(FinalizeBackward(*map(to_double, vectors), **{name: to_double(v) for name, v in others.items()}))
     assert_as_good("gradients", KERNELS.run(call), REFERENCE.run(call), truth)
+
+
+@pytest.mark.parametrize("module", [KERNELS, REFERENCE], ids=["cpu", "reference"])
+def test_a_concat_is_made_on_the_way(module: Kernels) -> None:
+    mean, var = statistics(9)
+    weight, bias = torch.randn(2, 9).unbind()
+    buffers = [torch.zeros(9), torch.zeros(9)]
+    found = module.run(FinalizeForward(mean[:2], var[:2], 50, weight, bias, buffers[0], None, 0.5, 1e-5, None, (mean[2:], var[2:])))
+    whole = module.run(FinalizeForward(mean, var, 50, weight, bias, buffers[1], None, 0.5, 1e-5))
+    for name, ours, theirs in zip(found._fields, found, whole, strict=True):
+        assert torch.equal(ours, theirs), name
+    assert torch.equal(*buffers)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -101,3 +115,5 @@ def test_supports_gives_reasons() -> None:
     assert KERNELS.supports(FinalizeForward(mean.double(), var.double(), 8, None, None, None, None, 0.1, 1e-5))
     assert KERNELS.supports(FinalizeBackward(mean, mean, var.double(), mean))
     assert KERNELS.supports(FinalizeBackward(mean, mean, var, mean)) is None
+    assert KERNELS.supports(FinalizeForward(mean, var, 8, None, None, None, None, 0.1, 1e-5, None, (mean, var))) is None
+    assert KERNELS.supports(FinalizeForward(mean, var, 8, None, None, None, None, 0.1, 1e-5, None, (mean, var.double())))

@@ -78,6 +78,7 @@ REWRITES: dict[str, dict[str, Body]] = {
     "share-statistics": {
         "of a concat, those of its segments": lambda m, x: m.bn8(torch.cat([x, x.exp()], 1)),
         "of a tensor that two batch norms read": lambda m, x: m.bn(x) * m.bn2(x),
+        "of a concat that grows": _growing,
     },
     "fuse-statistics": {"of a convolution": lambda m, x: m.bn(m.conv(x))},
     "fuse-normalise": {

@@ -216,6 +216,15 @@ def _swapped(graph: fx.Graph) -> fx.Node:
     return finalize.update(mean=finalize.var, var=finalize.mean).node
 
 
+def _handed_on_unasked(graph: fx.Graph) -> fx.Node:
+    return next(finalize for finalize in Finalize.every(graph) if finalize.chain).update(chain=False).node
+
+
+def _swapped_behind(graph: fx.Graph) -> fx.Node:
+    finalize = next(finalize for finalize in Finalize.every(graph) if finalize.behind_mean is not None)
+    return finalize.update(var=finalize.behind_var, behind_var=finalize.var).node
+
+
 def _another_size(graph: fx.Graph) -> fx.Node:
     first, second = Finalize.every(graph)[:2]
     return second.update(size=first.size).node
@@ -380,6 +389,7 @@ CASES = [
     Case("outputs", "chain", "fuse-statistics", _at_once, "all of its outputs at once"),
     Case("outputs", "chain", "fuse-statistics", _double, "two nodes"),
     Case("asked for", "chain", "fuse-statistics", _updated(Conv, statistics=False), "its output mean is read"),
+    Case("asked for", "dense", "share-statistics", _handed_on_unasked, "its output passed_mean is read"),
     Case("asked for", "residual", "chain-readers", _updated(Conv, 1, chain=False), "its output passed is read"),
     Case("asked for", _two_slots, "eliminate-concat", _updated(Normalise, channels=None, visible=None), "its output buffer is read"),
     Case("activation", "chain", "fuse-normalise", _updated(Conv, 1, act="tanh"), "unknown activation 'tanh'"),
@@ -396,6 +406,7 @@ CASES = [
     Case("one batch norm", "chain", "fission", _another_site, "does not remember it"),
     Case("one batch norm", "chain", "fission", _no_scale, "is not the scale"),
     Case("one tensor", "chain", "fission", _swapped, "is no node's"),
+    Case("one tensor", "dense", "share-statistics", _swapped_behind, "different tensors"),
     Case("one tensor", "chain", "fission", _another_size, "is not the size"),
     Case("gate", "squeeze_excite", "fuse-normalise", _gated(gate=None), "without a gate"),
     Case("gate", "squeeze_excite", "fuse-normalise", _gated(act="identity"), "not the squeeze's"),

@@ -53,10 +53,9 @@ def test_fission(spatial: tuple[int, ...], affine: bool) -> None:
 def split_batch_norm(x: Tensor, gamma: Any, beta: Any, running_mean: Any = None, running_var: Any = None, act: str = "identity") -> Tensor:
     """What fission makes of a batch norm."""
     found = ops.statistics(x, backend="reference")
-    vectors = ops.finalize(
-        found.mean, found.var, found.size, gamma, beta, running_mean, running_var, None, MOMENTUM, EPS, backend="reference"
-    )
-    return ops.normalise(x, Transform(*vectors, act), backend="reference")[0]
+    running = ops.Running(running_mean, running_var)
+    vectors = ops.finalize(found.mean, found.var, found.size, gamma, beta, running, MOMENTUM, EPS, backend="reference")
+    return ops.normalise(x, Transform(*vectors[:3], act), backend="reference")[0]
 
 
 def test_pytorch_differentiates_the_same_definition() -> None:
@@ -87,6 +86,32 @@ def test_statistics(threaded: bool) -> None:
             return [mean, var, *([x] if threaded else [])]
 
         prove(s, original, rewritten, [x])
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_statistics_that_are_handed_on(behind: bool) -> None:
+    """Two batch norms read the same statistics, the second those of a concat: their gradients add up in the first's backward."""
+    s = symbolic()
+    with s.running():
+        inputs = [s.tensor("x", IMAGES, 17, 103, 107), *(s.tensor(name, 17) for name in ("gamma", "beta", "gamma_2", "beta_2"))]
+        inputs += [s.tensor("w", IMAGES, 19, 103, 107), s.tensor("gamma_w", 19), s.tensor("beta_w", 19)] if behind else []
+
+        def second_norm(x: Tensor, gamma: Tensor, beta: Tensor, w: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+            return (torch.cat([x, w[0]], 1), torch.cat([gamma, w[1]]), torch.cat([beta, w[2]])) if w else (x, gamma, beta)
+
+        def original(x: Tensor, gamma: Tensor, beta: Tensor, gamma_2: Tensor, beta_2: Tensor, *w: Tensor) -> list[Tensor]:
+            return [F.relu(_normed(x, gamma, beta)), F.relu(_normed(*second_norm(x, gamma_2, beta_2, w)))]
+
+        def rewritten(x: Tensor, gamma: Tensor, beta: Tensor, gamma_2: Tensor, beta_2: Tensor, *w: Tensor) -> list[Tensor]:
+            mean, var, size, _ = ops.statistics(x, backend="reference")
+            layer = ops.Running(), 0.0, EPS
+            *first, mean, var = ops.finalize(mean, var, size, gamma, beta, *layer, chain=True, backend="reference")
+            more = ops.Behind(*ops.statistics(w[0], backend="reference")[:2]) if w else ops.Behind()
+            whole, gamma_2, beta_2 = second_norm(x, gamma_2, beta_2, w)
+            *second, _, _ = ops.finalize(mean, var, size, gamma_2, beta_2, *layer, behind=more, backend="reference")
+            return [ops.normalise(z, Transform(*v, "relu"), backend="reference")[0] for z, v in ((x, first), (whole, second))]
+
+        prove(s, original, rewritten, inputs)
 
 
 @each_act
@@ -265,7 +290,7 @@ def _normed(y: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 def _vectors(found: Any, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """mean, scale and beta of a node's output."""
-    return ops.finalize(found.mean, found.var, found.size, gamma, beta, None, None, None, 0.0, EPS, backend="reference")
+    return ops.finalize(found.mean, found.var, found.size, gamma, beta, ops.Running(), 0.0, EPS, backend="reference")[:3]
 
 
 @pytest.mark.parametrize("act", ["relu", "identity", "silu"])

@@ -116,31 +116,39 @@ def test_statistics_backward(accumulate: bool) -> None:
 
 @pytest.mark.parametrize("counted", [False, True], ids=["number", "tensor"])
 @pytest.mark.parametrize("cumulative", [False, True], ids=["momentum", "cumulative"])
-def test_finalize(counted: bool, cumulative: bool) -> None:
+@pytest.mark.parametrize("first", [CHANNELS, CHANNELS - 1], ids=["whole", "in parts"])
+def test_finalize(counted: bool, cumulative: bool, first: int) -> None:
     vectors = mean, var, gamma, beta, old_mean, old_var = [
         unknowns(n, CHANNELS) for n in ("mean", "var", "gamma", "beta", "rm", "rv")
     ]
     m, eps, count = sp.symbols("m eps M", positive=True)
     memories = [Memory(list(v)) for v in vectors]
-    out, batches = Memory(3 * CHANNELS), Memory([sp.Symbol("batches", positive=True)])
+    in_parts = first < CHANNELS
+    before = [Memory(list(v[:first])) for v in (mean, var)]
+    behind = [Memory(list(v[first:])) if in_parts else None for v in (mean, var)]
+    out, batches = Memory((5 if in_parts else 3) * CHANNELS), Memory([sp.Symbol("batches", positive=True)])
     launch(
-        statistics._finalize_kernel, (1,), *memories[:2], Memory([count]) if counted else None, *memories[2:], batches, out, CHANNELS,
-        count / (count - 1), m, eps, CUMULATIVE=cumulative, BLOCK=4,
+        statistics._finalize_kernel, (1,), *before, *behind, Memory([count]) if counted else None, *memories[2:], batches, out, first,
+        CHANNELS, count / (count - 1), m, eps, CUMULATIVE=cumulative, BLOCK=4,
     )  # fmt: skip
     b = sp.Symbol("batches", positive=True)
     assert_equal(batches.array(-1), [b if cumulative else b + 1])
     m = 1 / b if cumulative else m
     root = np.array([1 / sp.sqrt(v + eps) for v in var], dtype=object)
-    assert_equal(out.array(-1), np.concatenate([root, gamma * root, beta]))
+    assert_equal(out.array(-1), np.concatenate([root, gamma * root, beta, *((mean, var) if in_parts else ())]))
     assert_equal(memories[4].array(-1), (1 - m) * old_mean + m * mean)
     assert_equal(memories[5].array(-1), (1 - m) * old_var + m * var * count / (count - 1))
 
 
-def test_finalize_backward() -> None:
+@pytest.mark.parametrize("handed_on", [False, True])
+def test_finalize_backward(handed_on: bool) -> None:
     dscale, dbeta, root, scale = given = [unknowns(name, CHANNELS) for name in ("dscale", "dbeta", "root", "scale")]
+    others = [unknowns(name, CHANNELS) if handed_on else None for name in ("dmean", "dvar")]
+    memories = (None if v is None else Memory(list(v)) for v in (*given, *others))
     out = Memory(3 * CHANNELS)
-    launch(statistics._finalize_backward_kernel, (1,), *(Memory(list(v)) for v in given), out, CHANNELS, BLOCK=4)
-    assert_equal(out.array(-1), np.concatenate([-dbeta * scale, -dscale * scale * root**2 / 2, dscale * root]))
+    launch(statistics._finalize_backward_kernel, (1,), *memories, out, CHANNELS, BLOCK=4)
+    dmean, dvar = (0 if v is None else v for v in others)
+    assert_equal(out.array(-1), np.concatenate([dmean - dbeta * scale, dvar - dscale * scale * root**2 / 2, dscale * root]))
 
 
 def _unknown_activation() -> dict[str, Callable[..., Any]]:

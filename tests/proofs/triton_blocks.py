@@ -79,6 +79,9 @@ class Block:
     def __lt__(self, other: Any) -> Any:
         return self._with(other, np.less)
 
+    def __ge__(self, other: Any) -> Any:
+        return self._with(other, np.greater_equal)
+
     def __and__(self, other: Any) -> Any:
         return self._with(other, np.logical_and)
 

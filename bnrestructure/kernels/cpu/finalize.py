@@ -24,12 +24,14 @@ _backward = declare("bnr_finalize_backward")
 
 
 def finalize_forward(call: FinalizeForward) -> FinalizeResult:
-    mean, keep = call.mean, Keep()
-    if mean.dtype is not torch.float32 or call.var.dtype is not torch.float32 or mean.dim() != 1:
+    mean, var, keep = call.mean, call.var, Keep()
+    if mean.dtype is not torch.float32 or var.dtype is not torch.float32 or mean.dim() != 1:
         raise UnsupportedCallError(unsupported(call) or "statistics of several dimensions")
+    if call.behind is not None:
+        mean, var = torch.cat((mean, call.behind[0])), torch.cat((var, call.behind[1]))
     a = FinalizeArguments()
     a.channels = channels = mean.shape[0]
-    a.mean, a.var = memory.vectors(keep, channels, mean, call.var)
+    a.mean, a.var = memory.vectors(keep, channels, mean, var)
     count = float(call.count)
     a.unbias = count / (count - 1) if count > 1 else math.inf
     a.eps = call.eps
@@ -42,7 +44,7 @@ def finalize_forward(call: FinalizeForward) -> FinalizeResult:
     beta, a.beta = memory.fresh_vector(channels)
     a.momentum = counted(call.batches, call.momentum)  # last: where the call is refused above, another kernel counts
     _forward.call(ctypes.byref(a))
-    return FinalizeResult(rstd, scale, beta)
+    return FinalizeResult(rstd, scale, beta, mean, var)
 
 
 def finalize_backward(call: FinalizeBackward) -> FinalizeGradients:
@@ -52,6 +54,7 @@ def finalize_backward(call: FinalizeBackward) -> FinalizeGradients:
     a = FinalizeArguments()
     a.channels = channels = rstd.shape[0]
     a.dscale, a.dbeta, a.rstd, a.scale = memory.vectors(keep, channels, call.dscale, call.dbeta, rstd, call.scale)
+    a.of_mean, a.of_var = (0 if v is None else memory.vectors(keep, channels, v)[0] for v in (call.dmean, call.dvar))
     dmean, a.dmean = memory.fresh_vector(channels)
     dvar, a.dvar = memory.fresh_vector(channels)
     dweight, a.dweight = memory.fresh_vector(channels)
@@ -71,8 +74,8 @@ def unsupported(call: FinalizeForward | FinalizeBackward) -> str | None:
     if isinstance(call, FinalizeBackward):
         return None
     running = call.running_mean, call.running_var
-    if call.var.dtype is not torch.float32:
-        return "a mean and a variance of different dtypes"
+    if any(v.dtype is not torch.float32 for v in (call.var, *(call.behind or ()))):
+        return "means and variances of different dtypes"
     if any(r is not None and not r.is_contiguous() for r in running):
         return "running statistics must be contiguous to be updated in place"
     for parameter in (call.weight, call.bias, *running):

@@ -80,7 +80,8 @@ class FinalizeArguments(ctypes.Structure):
     _fields_ = (
         ("channels", _INTEGER), *_of(_POINTER, "mean var"), *_of(_REAL, "unbias momentum eps"), *_of(_POINTER, "weight bias"),
         *_of(_INTEGER, "weight_element bias_element"), *_of(_POINTER, "running_mean running_var"),
-        *_of(_INTEGER, "running_mean_element running_var_element"), *_of(_POINTER, "rstd scale beta dscale dbeta dmean dvar dweight"),
+        *_of(_INTEGER, "running_mean_element running_var_element"),
+        *_of(_POINTER, "rstd scale beta dscale dbeta of_mean of_var dmean dvar dweight"),
     )  # fmt: skip
 
 

@@ -184,21 +184,28 @@ def _finalize_forward(call: FinalizeForward) -> str | None:
     running = call.running_mean, call.running_var
     if any(r is not None and not r.is_contiguous() for r in running):
         return "running statistics must be contiguous to be updated in place"
-    return _finalize(call.mean, (call.weight, call.bias, *running)) or _fits(call.mean, call.var)
+    behind, channels = None, call.mean.numel()
+    if call.behind is not None:
+        behind, channels = _vector(call.behind[0]) or _fits(*call.behind), channels + call.behind[0].numel()
+    return _vector(call.mean) or _fits(call.mean, call.var) or behind or _parameters(channels, call.weight, call.bias, *running)
 
 
 def _finalize_backward(call: FinalizeBackward) -> str | None:
-    return _finalize(call.rstd, ()) or _fits(call.rstd, call.dscale, call.dbeta, call.scale)
+    return _vector(call.rstd) or _fits(call.rstd, call.dscale, call.dbeta, call.scale, call.dmean, call.dvar)
 
 
-def _finalize(of: Tensor, parameters: tuple[Tensor | None, ...]) -> str | None:
+def _vector(of: Tensor) -> str | None:
     if of.dtype is not torch.float32 or of.dim() != 1 or of.numel() == 0:
         return f"batch statistics must be fp32 vectors with elements, not {of.dtype} {list(of.shape)}"
+    return None
+
+
+def _parameters(channels: int, *parameters: Tensor | None) -> str | None:
     for parameter in parameters:
         if parameter is not None and parameter.dtype not in ELEMENT_TYPES:
             return f"a batch norm's {parameter.dtype} parameters are none of fp32, bf16 and fp16"
-        if parameter is not None and parameter.numel() != of.numel():
-            return f"a parameter of {parameter.numel()} numbers for {of.numel()} channels"
+        if parameter is not None and parameter.numel() != channels:
+            return f"a parameter of {parameter.numel()} numbers for {channels} channels"
     return None
 
 

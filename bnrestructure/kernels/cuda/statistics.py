@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bnrestructure.kernels.calls import FinalizeBackward, FinalizeForward
+from bnrestructure.kernels.calls import FinalizeBackward, FinalizeForward, FinalizeGradients, FinalizeResult
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, pixels, vectors
@@ -93,15 +93,22 @@ def statistics_backward(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, accumulat
     return dx.tensor if accumulate is None or in_place else accumulate.add_(dx.tensor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("first",))
 def _finalize_kernel(
-    mean_ptr, var_ptr, count_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, batches_ptr, out_ptr,
-    channels, correction, momentum, eps, CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr,
+    mean_ptr, var_ptr, behind_mean_ptr, behind_var_ptr, count_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr,
+    batches_ptr, out_ptr, first, channels, correction, momentum, eps, CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = channel < channels
-    mean = tl.load(mean_ptr + channel, mask=valid, other=0.0)
-    var = tl.load(var_ptr + channel, mask=valid, other=1.0)
+    before = valid & (channel < first)
+    mean = tl.load(mean_ptr + channel, mask=before, other=0.0)
+    var = tl.load(var_ptr + channel, mask=before, other=1.0)
+    if behind_mean_ptr is not None:
+        behind = valid & (channel >= first)
+        mean = tl.where(behind, tl.load(behind_mean_ptr + (channel - first), mask=behind, other=0.0), mean)
+        var = tl.where(behind, tl.load(behind_var_ptr + (channel - first), mask=behind, other=1.0), var)
+        tl.store(out_ptr + 3 * channels + channel, mean, mask=valid)
+        tl.store(out_ptr + 4 * channels + channel, var, mask=valid)
     rstd = 1.0 / tl.sqrt_rn(var + eps)
     scale = rstd
     if weight_ptr is not None:
@@ -129,15 +136,16 @@ def _finalize_kernel(
         tl.store(running_var_ptr + channel, rounded(new, running_var_ptr.dtype.element_ty), mask=valid)
 
 
-def finalize_forward(call: FinalizeForward) -> tuple[Tensor, Tensor, Tensor]:
-    """(rstd, scale, beta), each [C] fp32; updates the running statistics and the counter in place.
+def finalize_forward(call: FinalizeForward) -> FinalizeResult:
+    """What the call tells, each [C] fp32; updates the running statistics and the counter in place.
 
     A ``count`` that is a tensor is read on the device, and so is the counter: the host does not wait for them.
     """
     mean, count, batches, momentum = call.mean, call.count, call.batches, call.momentum
-    channels = mean.shape[0]
-    out = torch.empty(3, channels, dtype=torch.float32, device=mean.device)
-    statistics, parameters = vectors(mean, call.var), (_contiguous(call.weight), _contiguous(call.bias))
+    first, behind = mean.shape[0], (None, None) if call.behind is None else call.behind
+    channels = first + (0 if behind[0] is None else behind[0].shape[0])
+    out = torch.empty(3 if call.behind is None else 5, channels, dtype=torch.float32, device=mean.device)
+    statistics, parameters = vectors(mean, call.var, *behind), (_contiguous(call.weight), _contiguous(call.bias))
     cumulative = momentum is None and batches is not None
     if batches is not None and (cumulative or batches.dtype is not torch.int64 or batches.numel() != 1):
         batches.add_(1)
@@ -150,35 +158,41 @@ def finalize_forward(call: FinalizeForward) -> tuple[Tensor, Tensor, Tensor]:
     launch(
         _finalize_kernel, (tiles.cdiv(channels, _BLOCK),),
         *statistics, on_device, *parameters,
-        call.running_mean, call.running_var, batches, out, channels, correction, float(momentum or 0), float(call.eps),
+        call.running_mean, call.running_var, batches, out, first, channels, correction, float(momentum or 0), float(call.eps),
         CUMULATIVE=cumulative, BLOCK=_BLOCK, warps=4,
     )  # fmt: skip
-    rstd, scale, beta = out.unbind()
-    return rstd, scale, beta
+    return FinalizeResult(*out.unbind(), *(() if call.behind is not None else (mean, call.var)))
 
 
 @triton.jit
-def _finalize_backward_kernel(dscale_ptr, dbeta_ptr, rstd_ptr, scale_ptr, out_ptr, channels, BLOCK: tl.constexpr):
+def _finalize_backward_kernel(
+    dscale_ptr, dbeta_ptr, rstd_ptr, scale_ptr, dmean_ptr, dvar_ptr, out_ptr, channels, BLOCK: tl.constexpr
+):  # fmt: skip
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = channel < channels
     dscale = tl.load(dscale_ptr + channel, mask=valid, other=0.0)
     rstd = tl.load(rstd_ptr + channel, mask=valid, other=0.0)
     scale = tl.load(scale_ptr + channel, mask=valid, other=0.0)
-    tl.store(out_ptr + channel, -scale * tl.load(dbeta_ptr + channel, mask=valid, other=0.0), mask=valid)
-    tl.store(out_ptr + channels + channel, dscale * scale * rstd * rstd * -0.5, mask=valid)
+    mean = -scale * tl.load(dbeta_ptr + channel, mask=valid, other=0.0)
+    var = dscale * scale * rstd * rstd * -0.5
+    if dmean_ptr is not None:
+        mean += tl.load(dmean_ptr + channel, mask=valid, other=0.0)
+    if dvar_ptr is not None:
+        var += tl.load(dvar_ptr + channel, mask=valid, other=0.0)
+    tl.store(out_ptr + channel, mean, mask=valid)
+    tl.store(out_ptr + channels + channel, var, mask=valid)
     tl.store(out_ptr + 2 * channels + channel, dscale * rstd, mask=valid)
 
 
-def finalize_backward(call: FinalizeBackward) -> tuple[Tensor, Tensor, Tensor]:
-    """(dmean, dvar, dweight), each [C] fp32, from the gradients of scale and beta."""
+def finalize_backward(call: FinalizeBackward) -> FinalizeGradients:
+    """What the call tells, each [C] fp32."""
     channels = call.rstd.shape[0]
     out = torch.empty(3, channels, dtype=torch.float32, device=call.rstd.device)
     launch(
         _finalize_backward_kernel, (tiles.cdiv(channels, _BLOCK),),
-        *vectors(call.dscale, call.dbeta, call.rstd, call.scale), out, channels, BLOCK=_BLOCK, warps=4,
+        *vectors(call.dscale, call.dbeta, call.rstd, call.scale, call.dmean, call.dvar), out, channels, BLOCK=_BLOCK, warps=4,
     )  # fmt: skip
-    dmean, dvar, dweight = out.unbind()
-    return dmean, dvar, dweight
+    return FinalizeGradients(*out.unbind())
 
 
 def _contiguous(parameter: Tensor | None) -> Tensor | None:

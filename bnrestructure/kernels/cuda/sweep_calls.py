@@ -57,14 +57,6 @@ def _max_pool_backward(c: calls.MaxPoolBackward) -> calls.SweepGradients:
     return calls.SweepGradients(*max_pool_backward(c.dy, c.index, c.x, c.transform, c.geometry, accumulate=c.accumulate))
 
 
-def _finalize_forward(c: calls.FinalizeForward) -> calls.FinalizeResult:
-    return calls.FinalizeResult(*finalize_forward(c))
-
-
-def _finalize_backward(c: calls.FinalizeBackward) -> calls.FinalizeGradients:
-    return calls.FinalizeGradients(*finalize_backward(c))
-
-
 RUN: dict[type[calls.Call[Any]], Callable[[Any], Any]] = {
     calls.StatisticsForward: _statistics_forward,
     calls.StatisticsBackward: _statistics_backward,
@@ -76,7 +68,7 @@ RUN: dict[type[calls.Call[Any]], Callable[[Any], Any]] = {
     calls.JoinBackward: _join_backward,
     calls.MaxPoolForward: _max_pool_forward,
     calls.MaxPoolBackward: _max_pool_backward,
-    calls.FinalizeForward: _finalize_forward,
-    calls.FinalizeBackward: _finalize_backward,
+    calls.FinalizeForward: finalize_forward,
+    calls.FinalizeBackward: finalize_backward,
     calls.OutputGradient: output_gradient_sweep,
 }

@@ -75,7 +75,7 @@ class Drawn:
     def _values(self, name: str, shape: list[int], dtype: torch.dtype) -> Tensor:
         """Values for a field: variances above zero, factors and channels' means away from it, gradients and products of middling size."""
         x = self._numbers(shape, dtype)
-        name = {"statistics[0]": "a", "statistics[1]": "b", "statistics[2]": "mean"}.get(name, name)
+        name = {"statistics[0]": "a", "statistics[1]": "b", "statistics[2]": "mean", "behind[1]": "var"}.get(name, name)
         match name:
             case "x" | "y" | "r" | "z" if len(shape) > 2:
                 return x + 2 * self._numbers([1, shape[1], *[1] * (len(shape) - 2)], dtype)

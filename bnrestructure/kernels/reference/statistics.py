@@ -48,6 +48,8 @@ def statistics_backward(call: StatisticsBackward) -> Tensor:
 def finalize_forward(call: FinalizeForward) -> FinalizeResult:
     """``rstd = 1 / sqrt(var + eps)``, ``scale = weight * rstd`` and beta, each [C]; the running statistics move in place."""
     mean, var, momentum = call.mean, call.var, counted(call.batches, call.momentum)
+    if call.behind is not None:
+        mean, var = (torch.cat(pair) for pair in zip((mean, var), call.behind, strict=True))
     rstd = torch.rsqrt(var + call.eps)
     scale = rstd.clone() if call.weight is None else call.weight.to(rstd.dtype) * rstd
     beta = torch.zeros_like(rstd) if call.bias is None else call.bias.to(rstd.dtype).clone()
@@ -55,7 +57,7 @@ def finalize_forward(call: FinalizeForward) -> FinalizeResult:
         _move(call.running_mean, mean, momentum)
     if call.running_var is not None:
         _move(call.running_var, var * (call.count / (call.count - 1)), momentum)
-    return FinalizeResult(rstd, scale, beta)
+    return FinalizeResult(rstd, scale, beta, mean, var)
 
 
 def _move(running: Tensor, value: Tensor, momentum: float) -> None:
@@ -70,7 +72,10 @@ def _move(running: Tensor, value: Tensor, momentum: float) -> None:
 def finalize_backward(call: FinalizeBackward) -> FinalizeGradients:
     """The gradients at mean, var and weight, each [C], from those at scale and beta."""
     dscale, rstd, scale = call.dscale, call.rstd, call.scale
-    return FinalizeGradients(-scale * call.dbeta, dscale * scale * rstd.pow(2) * -0.5, dscale * rstd)
+    mean, var = -scale * call.dbeta, dscale * scale * rstd.pow(2) * -0.5
+    return FinalizeGradients(
+        mean if call.dmean is None else mean + call.dmean, var if call.dvar is None else var + call.dvar, dscale * rstd
+    )
 
 
 #: What answers each call.

@@ -88,6 +88,8 @@ def _sweeps() -> Results:
         *run(JoinBackward(r, (a, b, mean), join, out)),
         *run(MaxPoolBackward(y, index, x, vectors, window)),
         *run(FinalizeForward(mean, var, 70, a, b, *running, 0.1, 1e-5, batches)), *run(FinalizeBackward(a, b, b, mean)),
+        *run(FinalizeForward(mean[:3], var[:3], 70, a, b, *running, 0.1, 1e-5, batches, (mean[3:], var[3:]))),
+        *run(FinalizeBackward(a, b, b, mean, a, b)),
         *run(OutputGradient(r, BackwardEdge(a, a, b, x, mean), x.dtype, bias=True)),
     ]  # fmt: skip
 

@@ -254,6 +254,24 @@ def test_finalize(affine: bool, dtype: torch.dtype) -> None:
     check(FinalizeBackward(torch.randn(c), torch.randn(c), *value[:2]))
 
 
+@pytest.mark.parametrize("first", [1, 256, 299])
+def test_finalize_of_a_concat_that_is_handed_on(first: int) -> None:
+    c = 300
+    mean, var = torch.randn(c), torch.rand(c) + 0.1
+    parameters = torch.randn(c), torch.randn(c)
+    ours = torch.randn(c), torch.rand(c)
+    theirs = tuple(r.clone() for r in ours)
+    call = FinalizeForward(mean[:first], var[:first], 8, *parameters, *ours, 0.1, 1e-5, None, (mean[first:], var[first:]))
+    whole = REFERENCE.run(FinalizeForward(mean, var, 8, *parameters, *theirs, 0.1, 1e-5))
+    found = KERNELS.run(call)
+    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(found.mean, mean)
+    assert torch.equal(found.var, var)
+    for others in ((torch.randn(c), torch.randn(c)), (torch.randn(c), None), (None, torch.randn(c))):
+        check(FinalizeBackward(torch.randn(c), torch.randn(c), whole.rstd, whole.scale, *others))
+
+
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 def test_finalize_counts_the_batch(momentum: float | None, dtype: torch.dtype) -> None:

@@ -114,6 +114,7 @@ struct FinalizeArguments {
     int64_t running_mean_element, running_var_element;
     float *rstd, *scale, *beta;     // [C]
     const float *dscale, *dbeta;    // [C]
+    const float *of_mean, *of_var;  // [C], or null: gradients that other readers have made
     float *dmean, *dvar, *dweight;  // [C]
 };
 

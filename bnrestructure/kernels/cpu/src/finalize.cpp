@@ -41,12 +41,12 @@ BNR_EXPORT void bnr_finalize_forward(const FinalizeArguments* a) {
     }
 }
 
-// dscale, dbeta, rstd and scale to dmean, dvar and dweight.
+// dscale, dbeta, rstd and scale to dmean, dvar and dweight; to the first two is added what other readers have made.
 BNR_EXPORT void bnr_finalize_backward(const FinalizeArguments* a) {
     for (int64_t c = 0; c < a->channels; c++) {
         const double r = a->rstd[c], scale = a->scale[c];
-        a->dmean[c] = float(-scale * a->dbeta[c]);
-        a->dvar[c] = float(-0.5 * a->dscale[c] * scale * r * r);
+        a->dmean[c] = float(-scale * a->dbeta[c] + (a->of_mean ? a->of_mean[c] : 0.0f));
+        a->dvar[c] = float(-0.5 * a->dscale[c] * scale * r * r + (a->of_var ? a->of_var[c] : 0.0f));
         a->dweight[c] = float(a->dscale[c] * r);
     }
 }

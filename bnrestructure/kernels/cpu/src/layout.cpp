@@ -66,7 +66,7 @@ std::string finalize() {
     return described("FinalizeArguments", sizeof(S), {
         F(channels), F(mean), F(var), F(unbias), F(momentum), F(eps), F(weight), F(bias), F(weight_element), F(bias_element),
         F(running_mean), F(running_var), F(running_mean_element), F(running_var_element), F(rstd), F(scale), F(beta), F(dscale), F(dbeta),
-        F(dmean), F(dvar), F(dweight)});
+        F(of_mean), F(of_var), F(dmean), F(dvar), F(dweight)});
 }
 
 }  // namespace

@@ -247,9 +247,13 @@ class StatisticsResult(NamedTuple):
 
 @record
 class StatisticsForward(Call[StatisticsResult]):
-    """The statistics of x over everything but the channel, from centred sums; zeros where there are no values."""
+    """The statistics of x over everything but the channel, from centred sums; zeros where there are no values.
+
+    x is copied to ``out``, of its shape and dtype, on the way.
+    """
 
     x: Tensor
+    out: Tensor | None = None
 
 
 @record

@@ -51,10 +51,9 @@ class Hybrid:
         z = self._transformed(call)
         bias = None if call.bias is None else readable(call.bias, z).to(dtype)
         y = in_channels_last(torch.convolution(z, _weight(call, z), bias, *call.geometry.aten_arguments))
-        if call.out is not None:
-            y = call.out.copy_(y)
-        mean, var = self._sweeps.run(StatisticsForward(y)) if call.statistics else (None, None)
-        return ConvResult(y, mean, var)
+        if not call.statistics:
+            return ConvResult(y if call.out is None else call.out.copy_(y), None, None)
+        return ConvResult(y if call.out is None else call.out, *self._sweeps.run(StatisticsForward(y, call.out)))
 
     @torch.no_grad()  # under create_graph=True autograd runs backward with gradients on, and would refuse ``out=``
     def backward(self, call: ConvBackward, site: Any = None) -> ConvGradients:

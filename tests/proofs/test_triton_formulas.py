@@ -51,11 +51,12 @@ def moments(x: Any) -> tuple[Any, Any]:
 def test_statistics_of_tiles() -> None:
     """Each tile's mean and M2, and what they merge to, in two rounds of one turn and of two: the statistics of all rows."""
     x = unknowns("x", ROWS, CHANNELS)
-    partial = Memory(3 * TILES * CHANNELS)
+    partial, copy = Memory(3 * TILES * CHANNELS), Memory(ROWS * (CHANNELS + 1))
     launch(
-        statistics._statistics_kernel, GRID, pitched(x, CHANNELS + 2), partial, CHANNELS + 2, ROWS, TILES, CHANNELS,
+        statistics._statistics_kernel, GRID, pitched(x, CHANNELS + 2), copy, partial, CHANNELS + 2, CHANNELS + 1, ROWS, TILES, CHANNELS,
         WIDE=False, UNIT=1, BR=BR, BC=BC,
     )  # fmt: skip
+    assert copy.values == pitched(x, CHANNELS + 1).values
     means, remainders, m2 = partial.array(3, TILES, CHANNELS)
     for tile in range(TILES):
         rows = x[tile * BR : (tile + 1) * BR]

@@ -112,7 +112,7 @@ def _delivered(dx: Tensor, accumulate: Tensor | None) -> Tensor:
 
 
 def statistics_forward(call: StatisticsForward) -> StatisticsResult:
-    x, keep = call.x, Keep()
+    x, keep = call.x if call.out is None else call.out.copy_(call.x), Keep()
     a = _sweep(x.shape, x.dtype)
     a.x, a.x_pitch = memory.pixels(x, x.shape, x.dtype, keep)
     mean, a.z_mean = memory.fresh_vector(a.channels)

@@ -168,7 +168,8 @@ def _of_x(call: NormaliseForward | NormaliseBackward | SqueezeForward | SqueezeB
 
 
 def _statistics_forward(call: StatisticsForward) -> str | None:
-    return _activation_tensor("the input", call.x)
+    other = None if call.out is None or call.out.dtype == call.x.dtype else f"a copy of {call.x.dtype} in {call.out.dtype}"
+    return _activation_tensor("the input", call.x) or other or _fits(call.x, call.out)
 
 
 def _statistics_backward(call: StatisticsBackward) -> str | None:

@@ -25,31 +25,37 @@ _BLOCK = 256
 
 @triton.jit(do_not_specialize=("rows", "row_tiles"))
 def _statistics_kernel(
-    x_ptr, partial_ptr, pitch, rows, row_tiles, channels,
+    x_ptr, copy_ptr, partial_ptr, pitch, copy_pitch, rows, row_tiles, channels,
     WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    pitch, channels = in_units(pitch, UNIT), in_units(channels, UNIT)
+    pitch, copy_pitch, channels = in_units(pitch, UNIT), in_units(copy_pitch, UNIT), in_units(channels, UNIT)
     tile, channel = tile_and_channels(channels, BC)
     row = tile * BR + tl.arange(0, BR)
     valid = channel < channels
     inside = (row < rows)[:, None] & valid[None, :]
-    x = tl.load(x_ptr + offset(row[:, None], pitch, WIDE) + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offset(row[:, None], pitch, WIDE) + channel[None, :], mask=inside, other=0.0)
+    if copy_ptr is not None:
+        tl.store(copy_ptr + offset(row[:, None], copy_pitch, WIDE) + channel[None, :], x, mask=inside)
     count = tl.minimum(rows - tile * BR, BR).to(tl.float32)
-    store_partial_statistics(partial_ptr, (x,), (inside,), tile, row_tiles, count, channel, channels, valid)
+    store_partial_statistics(partial_ptr, (x.to(tl.float32),), (inside,), tile, row_tiles, count, channel, channels, valid)
 
 
-def statistics_forward(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of x [N, C, H, W], each [C] fp32, from centred sums."""
-    source = pixels(x)
+def statistics_forward(x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of x [N, C, H, W], each [C] fp32, from centred sums; x is copied to ``out`` on the way."""
+    source, copy = pixels(x), None if out is None else destination(x, x.dtype, out)
+    pitches = source.pitch, 0 if copy is None else copy.pitch
     channels = x.shape[1]
     tile = tiles.statistics(channels)
     row_tiles = tiles.cdiv(source.rows, tile.rows)
     partial = partial_statistics(row_tiles, channels, x.device)
     launch(
         _statistics_kernel, (row_tiles * tiles.cdiv(channels, tile.channels),),
-        source.tensor, partial, source.pitch, source.rows, row_tiles, channels,
-        WIDE=source.wide, UNIT=unit_of(source.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
+        source.tensor, None if copy is None else copy.tensor, partial, *pitches, source.rows, row_tiles, channels,
+        WIDE=source.wide or (copy is not None and copy.wide), UNIT=unit_of(*pitches, channels),
+        BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
+    if copy is not None and out is not None and copy.tensor is not out:  # no kernel can address it
+        out.copy_(copy.tensor)
     return merge_statistics(partial, source.rows, tile.rows)
 
 

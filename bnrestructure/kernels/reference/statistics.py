@@ -27,7 +27,7 @@ __all__ = ["RUN", "statistics_forward"]
 
 def statistics_forward(call: StatisticsForward) -> StatisticsResult:
     """mean and biased var [C] of x, over all but the channel: the sum of centred squares, since E[x^2] - E[x]^2 cancels."""
-    x = call.x
+    x = call.x if call.out is None else call.out.copy_(call.x)
     if x.numel() == 0:
         zeros = x.new_zeros(x.shape[1], dtype=accumulation_dtype(x.dtype))
         return StatisticsResult(zeros, zeros.clone())

@@ -59,6 +59,20 @@ def test_statistics(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(StatisticsBackward(x, mean, torch.randn(shape[1]), torch.randn(shape[1])))
 
 
+@pytest.mark.parametrize("layout", ["slice", "contiguous"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_copy_on_the_way(layout: str, dtype: torch.dtype) -> None:
+    x = activation_tensor((3, 9, 5, 4), dtype)
+    buffer = torch.zeros(3, 20, 5, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    out = buffer[:, 8:17] if layout == "slice" else torch.zeros(x.shape, dtype=dtype)
+    check(StatisticsForward(x))
+    found = KERNELS.run(StatisticsForward(x, out))
+    assert all(torch.equal(one, other) for one, other in zip(found, KERNELS.run(StatisticsForward(x)), strict=True))
+    assert torch.equal(out, x)
+    assert not buffer[:, :8].any()
+    assert not buffer[:, 17:].any()
+
+
 def test_statistics_far_from_zero() -> None:
     """A mean 10^4 deviations away: sums of squares would leave nothing of the variance."""
     x = (torch.randn(4, 3, 8, 9) + 1e4).contiguous(memory_format=torch.channels_last)

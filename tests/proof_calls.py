@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from bnrestructure.core.edges import BackwardEdge, ConvGeometry, Join, PoolGeome
 from bnrestructure.kernels import calls
 from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward, NormaliseForward
 from bnrestructure.kernels.rounding import gradient_factor
+from bnrestructure.kernels.unmerged import Unmerged
 
 GEOMETRY = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
 
@@ -38,10 +40,13 @@ def every_call(dtype: torch.dtype) -> dict[str, Call[Any]]:
     pool = PoolGeometry((3, 3), (2, 2), (1, 1), False)
     buffer = torch.empty(3, 40, 9, 9, dtype=dtype).contiguous(memory_format=torch.channels_last)
     gradient = torch.empty(3, 16, dtype=torch.float32)
+    four = vector.clone(), vector, vector.clone(), vector.clone()
+    left, counted = Unmerged(torch.rand(3, 31, 16), 243, 8), Unmerged(torch.rand(3, 2, 3), counts=torch.rand(2))
     same = image(dtype=dtype)
     pooled = image(size=5, dtype=dtype)
     return {
         "conv": forward(dtype),
+        "conv, not merged": replace(forward(dtype), statistics="unmerged"),
         "conv into a slice": forward(dtype, out=buffer[:, 8:24]),
         "conv behind a join": ConvForward(torch.empty_like(x), Transform(), weight, None, GEOMETRY, dtype, True, join=join),
         "conv backward": ConvBackward(x, edge, x, t, weight, GEOMETRY, dtype, accumulate=image(dtype=dtype)),
@@ -51,10 +56,13 @@ def every_call(dtype: torch.dtype) -> dict[str, Call[Any]]:
         "expanded gradient": ConvBackward(x[:, :, :1, :1].expand(x.shape), edge, x, t, weight, GEOMETRY, dtype),
         "output gradient": calls.OutputGradient(x, edge, dtype, gradient_factor(True, dtype, torch.float32), bias=True),
         "join": calls.JoinForward(join, dtype, True),
+        "join, not merged": calls.JoinForward(join, dtype, "unmerged"),
         "join backward": calls.JoinBackward(x, (vector, vector, vector), join, z),
         "normalise": NormaliseForward(x, t, dtype, buffer[:, :16]),
         "normalise backward": calls.NormaliseBackward(z, x, t, image(dtype=dtype)),
         "statistics": calls.StatisticsForward(x),
+        "statistics, not merged": calls.StatisticsForward(x, unmerged=True),
+        "statistics, copying": calls.StatisticsForward(x, buffer[:, 16:32]),
         "statistics backward": calls.StatisticsBackward(x, vector, vector, vector),
         "squeeze": calls.SqueezeForward(x, t, dtype),
         "squeeze backward": calls.SqueezeBackward(gradient, same, x, t, same),
@@ -67,5 +75,11 @@ def every_call(dtype: torch.dtype) -> dict[str, Call[Any]]:
         "finalize, averaging": calls.FinalizeForward(
             vector, vector.clone(), 243, None, None, vector.clone(), vector.clone(), None, 1e-5, torch.tensor(4)
         ),
+        "finalize of a concat": calls.FinalizeForward(vector[:10], vector[:10], 243, *four, 0.1, 1e-5, None, (vector[10:], vector[10:])),
+        "finalize, merging": calls.FinalizeForward(vector, vector.clone(), 243, *four, 0.1, 1e-5, None, None, left),
+        "finalize of a concat, merging": calls.FinalizeForward(
+            vector[:6].clone(), vector[:6].clone(), 243, vector[:9], *[None] * 3, 0.1, 1e-5, None, tuple(torch.rand(2, 3)), counted
+        ),
         "finalize backward": calls.FinalizeBackward(vector, vector, vector, vector),
+        "finalize backward, handed on": calls.FinalizeBackward(vector, vector, vector, vector, vector.clone(), vector.clone()),
     }

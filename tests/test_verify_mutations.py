@@ -98,8 +98,8 @@ def biased_variance(original: Any, call: FinalizeForward) -> Any:
 
 
 def swapped_beta(original: Any, call: FinalizeForward) -> Any:
-    rstd, scale, beta = original(call)
-    return rstd, scale, beta.flip(0)
+    found = original(call)
+    return found._replace(beta=found.beta.flip(0))
 
 
 def wrong_eps(original: Any, call: FinalizeForward) -> Any:

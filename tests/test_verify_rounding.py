@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bnrestructure import VerificationReport, verify
 from bnrestructure.kernels import reference
-from bnrestructure.kernels.calls import FinalizeForward
+from bnrestructure.kernels.calls import FinalizeForward, FinalizeResult
 from bnrestructure.verification.judge import FLOAT64_LIMIT, judge_double, judge_training
 from bnrestructure.verification.rounding import RandomRounding
 from bnrestructure.verification.trial import Trial
@@ -46,9 +46,9 @@ def test_a_well_conditioned_model_keeps_the_limit() -> None:
 def test_a_broken_rewrite_of_an_ill_conditioned_model_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     original = reference.RUN[FinalizeForward]
 
-    def slightly_wrong(call: FinalizeForward) -> tuple[Tensor, Tensor, Tensor]:
-        rstd, scale, beta = original(call)
-        return rstd, scale, beta * (1 + 1e-5)
+    def slightly_wrong(call: FinalizeForward) -> FinalizeResult:
+        found: FinalizeResult = original(call)
+        return found._replace(beta=found.beta * (1 + 1e-5))
 
     monkeypatch.setitem(reference.RUN, FinalizeForward, slightly_wrong)
     report = check(1e-7)

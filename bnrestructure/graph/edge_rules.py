@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from bnrestructure.graph.invariant import Invariant, Look
-from bnrestructure.graph.ir import Conv, Finalize, Normalise, Reader, Residual, Squeeze, output_of
+from bnrestructure.graph.ir import Conv, Finalize, Normalise, Reader, Residual, Squeeze, Statistics, output_of
 from bnrestructure.graph.provenance import provenance
 
 __all__ = ["EDGE_RULES"]
@@ -113,6 +113,21 @@ def deferred(view: Squeeze, look: Look) -> str | None:
     return None if fits else f"{readers[0].name} reads a deferred tensor, and is no convolution or normalise with a gate"
 
 
+def unmerged(view: Conv | Residual | Statistics, look: Look) -> str | None:
+    """Statistics that are not merged go to one batch norm, which merges them first."""
+    outs = look.outs(view)
+    left = outs.get("unmerged")
+    if left is None:
+        return None
+    readers = {reader for name in ("mean", "var", "unmerged") if name in outs for reader in outs[name].users}
+    finalize = Finalize.of(next(iter(readers))) if len(readers) == 1 else None
+    if finalize is None or finalize.unmerged is not left:
+        return "its statistics are not merged, and are not those of one batch norm that merges them"
+    last = (finalize.mean, finalize.var) if finalize.behind_mean is None else (finalize.behind_mean, finalize.behind_var)
+    fits = last == (outs.get("mean"), outs.get("var")) and all(finalize.times_read(vector) == 1 for vector in last if vector is not None)
+    return None if fits else f"{finalize.node.name} merges them into others"
+
+
 def gain(view: Conv, look: Look) -> str | None:
     """A convolution that applies the scale in backward is told which, by the residual that alone reads its y."""
     if not view.gain:
@@ -156,6 +171,7 @@ EDGE_RULES = (
     Invariant("one tensor", (Finalize,), one_tensor),
     Invariant("gate", (Conv, Normalise), gate),
     Invariant("deferred", (Squeeze,), deferred),
+    Invariant("unmerged", (Conv, Residual, Statistics), unmerged),
     Invariant("gain", (Conv,), gain),
     Invariant("gain given", (Residual, Conv), gain_given),
 )

@@ -21,6 +21,7 @@ from bnrestructure import ops
 from bnrestructure.core.edges import ConvGeometry, PoolGeometry, Transform
 from bnrestructure.graph.layers import Number
 from bnrestructure.graph.view import Fused, Group, item_of
+from bnrestructure.kernels.unmerged import Wanted
 
 __all__ = [
     "FUSED",
@@ -54,7 +55,7 @@ _OF_READER = {"transform": Group(Transform)}
 _OF_NORMALISE = _OF_READER | {"slot": Group(ops.Slot)}
 _OF_CONV = _OF_NORMALISE | {"geometry": Group(ConvGeometry), "shortcut": Group(ops.Shortcut)}
 _OF_POOL = _OF_READER | {"geometry": Group(PoolGeometry)}
-_OF_FINALIZE = {"running": Group(ops.Running), "behind": Group(ops.Behind, "behind_")}
+_OF_FINALIZE = {"running": Group(ops.Running), "more": Group(ops.More)}
 _OF_RESIDUAL = _OF_READER | {"r_transform": Group(Transform, "r_")}
 
 
@@ -131,7 +132,7 @@ class Conv(Reader, Link, Writer, op=ops.conv, outputs=ops.ConvOutputs, groups=_O
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-    statistics: bool = False
+    statistics: Wanted = False
     gain: bool = False
     r: fx.Node | None = None
     r_mean: fx.Node | None = None
@@ -162,6 +163,7 @@ class Conv(Reader, Link, Writer, op=ops.conv, outputs=ops.ConvOutputs, groups=_O
 class Statistics(Link, op=ops.statistics, outputs=ops.StatisticsOutputs):
     """Batch statistics in a sweep of their own."""
 
+    unmerged: bool = False
     backend: str = "auto"
 
 
@@ -203,6 +205,7 @@ class Finalize(OfLayer, op=ops.finalize, outputs=ops.FinalizeOutputs, groups=_OF
     size: fx.Node
     behind_mean: fx.Node | None = None
     behind_var: fx.Node | None = None
+    unmerged: fx.Node | None = None
     chain: bool = False
     backend: str = "auto"
 
@@ -271,7 +274,7 @@ class Residual(Fused, op=ops.residual, outputs=ops.ResidualOutputs, groups=_OF_R
     act: str = "identity"
     gain: fx.Node | None = None
     r_gain: fx.Node | None = None
-    statistics: bool = False
+    statistics: Wanted = False
     backend: str = "auto"
 
     @property

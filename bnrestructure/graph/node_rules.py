@@ -91,6 +91,8 @@ def asked_for(view: Conv | Residual | Link | Squeeze | Finalize, look: Look) -> 
             asked = not isinstance(view, Conv | Residual) or view.statistics
         elif name.startswith("passed"):
             asked = isinstance(view, Link | Finalize) and view.chain
+        elif name == "unmerged":
+            asked = view.unmerged if isinstance(view, Statistics) else getattr(view, "statistics", None) == "unmerged"
         elif name == "deferred":
             asked = isinstance(view, Squeeze) and view.excite
         elif name == "buffer":
@@ -128,7 +130,7 @@ def remembers(view: Fused, look: Look) -> str | None:
     known = provenance(view.node)
     if isinstance(view, Finalize | BatchNorm):
         return "it does not remember its site" if known.site is None else None
-    takes = isinstance(view, Statistics) or (isinstance(view, Conv | Residual) and view.statistics)
+    takes = isinstance(view, Statistics) or (isinstance(view, Conv | Residual) and bool(view.statistics))
     if takes != bool(known.statistics_of):
         return "it takes statistics of no site" if takes else "it remembers statistics that it does not take"
     applies = isinstance(view, Normalise) or (isinstance(view, Reader | Residual) and view.mean is not None)

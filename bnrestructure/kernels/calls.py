@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, PoolGeometry, Transform
 from bnrestructure.core.records import record
+from bnrestructure.kernels.unmerged import Mean, Unmerged, Wanted
 
 __all__ = [
     "Call",
@@ -71,10 +72,13 @@ class Kernels(Protocol):
 
 
 class ConvResult(NamedTuple):
-    """y [N, C_out, *spatial_out] in the call's dtype; mean and biased var [C_out] of y *as stored*, or None."""
+    """y [N, C_out, *spatial_out] in the call's dtype; mean and biased var [C_out] of y *as stored*, or None.
+
+    Where the call has it so, the mean may be an Unmerged, and var is None then: here, in JoinResult and in StatisticsResult.
+    """
 
     y: Tensor
-    mean: Tensor | None
+    mean: Mean
     var: Tensor | None
 
 
@@ -93,7 +97,7 @@ class ConvForward(Call[ConvResult]):
     bias: Tensor | None
     geometry: ConvGeometry
     dtype: torch.dtype
-    statistics: bool = False
+    statistics: Wanted = False
     out: Tensor | None = None
     join: Join | None = None
     cast: Tensor | None = None
@@ -151,7 +155,7 @@ class JoinResult(NamedTuple):
     """z in the call's dtype; mean and biased var [C] of z as stored, or None."""
 
     z: Tensor
-    mean: Tensor | None
+    mean: Mean
     var: Tensor | None
 
 
@@ -161,7 +165,7 @@ class JoinForward(Call[JoinResult]):
 
     join: Join
     dtype: torch.dtype
-    statistics: bool = False
+    statistics: Wanted = False
     out: Tensor | None = None
 
     operand = property(attrgetter("join.y"))
@@ -241,8 +245,8 @@ class NormaliseBackward(Call[SweepGradients]):
 class StatisticsResult(NamedTuple):
     """Mean and biased variance, each [C]."""
 
-    mean: Tensor
-    var: Tensor
+    mean: Mean
+    var: Any
 
 
 @record
@@ -254,6 +258,7 @@ class StatisticsForward(Call[StatisticsResult]):
 
     x: Tensor
     out: Tensor | None = None
+    unmerged: bool = False
 
 
 @record
@@ -341,7 +346,8 @@ class FinalizeForward(Call[FinalizeResult]):
 
     ``count`` is the number of values of each channel. ``batches``, a layer's num_batches_tracked, is counted up by one, in place.
     ``momentum`` is this batch's share in the running statistics, None for all batches alike: 1 / batches. ``behind`` is (mean, var) of the
-    channels that follow those of ``mean`` and ``var``, where there are more: C counts all of them.
+    channels that follow those of ``mean`` and ``var``, where there are more: C counts all of them. With ``unmerged`` the last mean and var
+    are memory for what it merges to.
     """
 
     mean: Tensor
@@ -355,6 +361,7 @@ class FinalizeForward(Call[FinalizeResult]):
     eps: float
     batches: Tensor | None = None
     behind: tuple[Tensor, Tensor] | None = None
+    unmerged: Unmerged | None = None
 
     operand = property(attrgetter("mean"))
 

@@ -53,7 +53,8 @@ class Hybrid:
         y = in_channels_last(torch.convolution(z, _weight(call, z), bias, *call.geometry.aten_arguments))
         if not call.statistics:
             return ConvResult(y if call.out is None else call.out.copy_(y), None, None)
-        return ConvResult(y if call.out is None else call.out, *self._sweeps.run(StatisticsForward(y, call.out)))
+        found = self._sweeps.run(StatisticsForward(y, call.out, call.statistics == "unmerged"))
+        return ConvResult(y if call.out is None else call.out, *found)
 
     @torch.no_grad()  # under create_graph=True autograd runs backward with gradients on, and would refuse ``out=``
     def backward(self, call: ConvBackward, site: Any = None) -> ConvGradients:

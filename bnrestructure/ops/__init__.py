@@ -6,14 +6,14 @@ from bnrestructure.ops.conv import ConvOutputs, conv
 from bnrestructure.ops.conv_options import Shortcut
 from bnrestructure.ops.residual import ResidualOutputs, residual
 from bnrestructure.ops.slots import Slot
-from bnrestructure.ops.statistics import Behind, FinalizeOutputs, Running, StatisticsOutputs, batch_norm, finalize, statistics
+from bnrestructure.ops.statistics import FinalizeOutputs, More, Running, StatisticsOutputs, batch_norm, finalize, statistics
 from bnrestructure.ops.sweeps import NormaliseOutputs, PoolOutputs, SqueezeOutputs, max_pool, normalise, squeeze
 from bnrestructure.ops.synchronise import SynchroniseOutputs, synchronise
 
 __all__ = [
-    "Behind",
     "ConvOutputs",
     "FinalizeOutputs",
+    "More",
     "NormaliseOutputs",
     "PoolOutputs",
     "ResidualOutputs",

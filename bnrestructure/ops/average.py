@@ -46,7 +46,7 @@ def avg_pool(
         y, _, _ = library.conv(x, mean, scale, beta, act, None, weight, None, ones.flat, False, x.dtype, backend)
         return PoolOutputs(y, None)
     options = ConvOptions(act, ones, False, chain, False, 0, None, None, x.dtype, backend)
-    y, _, _, passed, _ = _AvgPool.apply(x, mean, scale, beta, None, weight, None, None, options)
+    y, _, _, passed, *_ = _AvgPool.apply(x, mean, scale, beta, None, weight, None, None, options)
     return PoolOutputs(y, passed)
 
 

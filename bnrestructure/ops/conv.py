@@ -15,10 +15,11 @@ from torch import Tensor
 from bnrestructure.core.edges import ConvGeometry, Transform, accumulation_dtype
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import ConvBackward, ConvForward
+from bnrestructure.kernels.unmerged import Unmerged, Wanted
 from bnrestructure.ops import library
 from bnrestructure.ops.casts import cast_weight
 from bnrestructure.ops.conv_options import ConvOptions, Shortcut, backward_edge, check_shapes, destination
-from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, in_format_of, passed_on
+from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, in_format_of, passed_on, with_room
 from bnrestructure.ops.gate import with_gate
 from bnrestructure.ops.join import JoinConv, join_is_fusible
 from bnrestructure.ops.residual import residual
@@ -34,6 +35,7 @@ class ConvOutputs(NamedTuple):
     y      [N, C_out, *spatial_out]; with ``slot``, the concat buffer that y was written into
     mean, var, size     biased batch statistics of y, [C_out], and the size of the tensor that they are of
     passed the input, for its next reader (``chain``); behind a residual join, its sum
+    unmerged what a finalize has to merge into mean and var before anyone reads them (``statistics="unmerged"``)
     gain   [C_out] whose values mean nothing: its *gradient* is the factor s of y's backward edge (``gain``)
     """
 
@@ -43,6 +45,7 @@ class ConvOutputs(NamedTuple):
     size: torch.Size | None
     passed: Tensor | None
     gain: Tensor | None
+    unmerged: Unmerged | None = None
 
 
 def conv(
@@ -52,7 +55,7 @@ def conv(
     bias: Tensor | None,
     geometry: ConvGeometry,
     *,
-    statistics: bool = False,
+    statistics: Wanted = False,
     chain: bool = False,
     gain: bool = False,
     slot: Slot | None = None,
@@ -85,12 +88,14 @@ def conv(
     dtype = compute_dtype(x)
     if x.dim() == weight.dim() - 1 and gate is None and slot is None:
         return ConvOutputs(*unbatched_conv(
-            x, transform, weight, bias, geometry, wants_statistics=statistics, chain=chain, gain=gain, backend=backend
+            x, transform, weight, bias, geometry, wants_statistics=bool(statistics), chain=chain, gain=gain, backend=backend
         ))  # fmt: skip
+    if torch.compiler.is_compiling():
+        statistics = bool(statistics)
     if torch.compiler.is_compiling() and not (chain or gain or slot is not None):
         check_shapes(x, weight, geometry)
         y, ymean, yvar = library.conv(
-            x, mean, scale, beta, act, gate, weight, bias, geometry.flat, statistics, dtype, backend
+            x, mean, scale, beta, act, gate, weight, bias, geometry.flat, bool(statistics), dtype, backend
         )  # fmt: skip
         if not statistics:
             return ConvOutputs(y, None, None, None, None, None)
@@ -98,11 +103,11 @@ def conv(
     into, offset, channels, visible = Slot() if slot is None else slot
     options = ConvOptions(act, geometry, statistics, chain, gain, offset, channels, visible, dtype, backend)
     if shortcut is None:
-        y, ymean, yvar, passed, edge_gain = PlainConv.apply(x, mean, scale, beta, gate, weight, bias, into, options)
+        y, ymean, yvar, passed, edge_gain, left = PlainConv.apply(x, mean, scale, beta, gate, weight, bias, into, options)
     else:
-        y, ymean, yvar, passed, edge_gain = JoinConv.apply(x, mean, scale, beta, *shortcut, weight, bias, into, options)
+        y, ymean, yvar, passed, edge_gain, left = JoinConv.apply(x, mean, scale, beta, *shortcut, weight, bias, into, options)
     size = torch.Size((y.shape[0], weight.shape[0], *y.shape[2:])) if statistics else None
-    return ConvOutputs(y, ymean, yvar, size, passed, edge_gain)
+    return ConvOutputs(y, ymean, yvar, size, passed, edge_gain, left)
 
 
 class PlainConv(torch.autograd.Function):
@@ -120,22 +125,23 @@ class PlainConv(torch.autograd.Function):
         bias: Tensor | None,
         into: Tensor | None,
         options: ConvOptions,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> Any:
         transform = Transform(mean, scale, beta, options.act, gate)
         buffer, out, written = destination(x, weight, into, options)
         cast = cast_weight(weight, options.dtype, options.geometry)
         call = ConvForward(x, transform, weight, bias, options.geometry, options.dtype, options.statistics, out, None, cast)
-        y, ymean, yvar = registry.run(options.backend, call)
+        y, *found = registry.run(options.backend, call)
+        ymean, yvar, left = with_room(*found)
         ctx.options, ctx.has_bias, ctx.written = options, bias is not None, written
         ctx.save_for_backward(x, mean, scale, beta, gate, weight, cast, y if options.statistics else None, ymean)
         ctx.set_materialize_grads(False)
         result = y if buffer is None else buffer
         passed = passed_on(ctx, x) if options.chain else None
         gain = torch.empty(weight.shape[0], dtype=accumulation_dtype(y.dtype), device=y.device) if options.gain else None
-        return result, ymean, yvar, passed, gain
+        return result, ymean, yvar, passed, gain, left
 
     @staticmethod
-    def backward(ctx: Any, dresult: Any, dmean: Any, dvar: Any, dpassed: Any, dgain: Any) -> Any:
+    def backward(ctx: Any, dresult: Any, dmean: Any, dvar: Any, dpassed: Any, dgain: Any, _: Any) -> Any:
         options: ConvOptions = ctx.options
         x, mean, scale, beta, gate, weight, cast, y, ymean = ctx.saved_tensors
         needs = ctx.needs_input_grad

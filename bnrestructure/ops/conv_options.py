@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bnrestructure.core.edges import BackwardEdge, ConvGeometry, statistics_count, statistics_factors
+from bnrestructure.kernels.unmerged import Wanted
 from bnrestructure.ops.slots import Slot, Written, opened
 
 __all__ = ["ConvOptions", "Shortcut", "backward_edge", "check_shapes", "destination"]
@@ -32,7 +33,7 @@ class ConvOptions(NamedTuple):
 
     act: str
     geometry: ConvGeometry
-    statistics: bool
+    statistics: Wanted
     chain: bool
     gain: bool
     offset: int | None

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from bnrestructure.core.aliases import alias
+from bnrestructure.kernels.unmerged import Mean, Unmerged
 
-__all__ = ["compute_dtype", "guard_second_derivative", "in_format_of", "passed_on"]
+__all__ = ["compute_dtype", "guard_second_derivative", "in_format_of", "passed_on", "with_room"]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -39,6 +40,14 @@ def passed_on(ctx: Any, x: Tensor) -> Tensor:
     if not ctx.needs_input_grad[0]:
         ctx.mark_non_differentiable(passed)
     return passed
+
+
+def with_room(mean: Mean, var: Tensor | None) -> tuple[Tensor | None, Tensor | None, Unmerged | None]:
+    """(mean, var, what is to be merged into them) of a node's statistics: memory, where they are not merged yet."""
+    if not isinstance(mean, Unmerged):
+        return mean, var, None
+    room = mean.partial.new_empty(2, mean.partial.shape[2])
+    return room[0], room[1], mean
 
 
 class _NoSecondDerivative(torch.autograd.Function):

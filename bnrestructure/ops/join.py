@@ -19,7 +19,7 @@ from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import ConvBackward, ConvForward, JoinBackward, JoinGradients
 from bnrestructure.ops.casts import cast_weight
 from bnrestructure.ops.conv_options import ConvOptions, Shortcut, backward_edge, destination
-from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative
+from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, with_room
 from bnrestructure.ops.residual import is_told_by_sum, operand_gradients
 from bnrestructure.ops.slots import incoming_gradient
 
@@ -59,13 +59,14 @@ class JoinConv(torch.autograd.Function):
         bias: Tensor | None,
         into: Tensor | None,
         options: ConvOptions,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> Any:
         buffer, out, written = destination(x, weight, into, options)
         join = Join(x, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), options.act)
         z = kept_activation(x.shape, options.dtype, x.device)
         cast = cast_weight(weight, options.dtype, options.geometry)
         call = ConvForward(z, Transform(), weight, bias, options.geometry, options.dtype, options.statistics, out, join, cast)
-        y, ymean, yvar = registry.run(options.backend, call)
+        y, *found = registry.run(options.backend, call)
+        ymean, yvar, left = with_room(*found)
         ctx.options, ctx.has_bias, ctx.written = options, bias is not None, written
         ctx.has_gain, ctx.has_r_gain = x_gain is not None, r_gain is not None
         kept = y if options.statistics else None
@@ -76,10 +77,10 @@ class JoinConv(torch.autograd.Function):
         gain = torch.empty(weight.shape[0], dtype=accumulation_dtype(y.dtype), device=y.device) if options.gain else None
         if options.chain and True not in ctx.needs_input_grad[:8]:
             ctx.mark_non_differentiable(z)  # as eager's sum of such operands: the weight's gradient is no reason for one at z
-        return y if buffer is None else buffer, ymean, yvar, z if options.chain else None, gain
+        return y if buffer is None else buffer, ymean, yvar, z if options.chain else None, gain, left
 
     @staticmethod
-    def backward(ctx: Any, dresult: Any, dmean: Any, dvar: Any, dz: Any, dgain: Any) -> Any:
+    def backward(ctx: Any, dresult: Any, dmean: Any, dvar: Any, dz: Any, dgain: Any, _: Any) -> Any:
         options: ConvOptions = ctx.options
         x, mean, scale, beta, r, r_mean, r_scale, r_beta, z, weight, cast, y, ymean = ctx.saved_tensors
         if ctx.by_sum:

@@ -15,8 +15,9 @@ from bnrestructure.core.edges import Join, Transform, per_channel, statistics_fa
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import JoinBackward, JoinForward, JoinGradients
 from bnrestructure.kernels.operands import readable
+from bnrestructure.kernels.unmerged import Unmerged, Wanted
 from bnrestructure.ops.concat import own_gradient
-from bnrestructure.ops.dispatch import guard_second_derivative, in_format_of
+from bnrestructure.ops.dispatch import guard_second_derivative, in_format_of, with_room
 from bnrestructure.ops.statistics import statistics as compute_statistics
 from bnrestructure.ops.sweeps import normalise
 
@@ -24,12 +25,13 @@ __all__ = ["ResidualOutputs", "is_told_by_sum", "operand_gradients", "residual"]
 
 
 class ResidualOutputs(NamedTuple):
-    """out [N, C, *spatial]; mean, var [C] and size of it when statistics were asked for."""
+    """out [N, C, *spatial]; mean, var [C] and size of it when statistics were asked for, and what is to be merged into them before that."""
 
     out: Tensor
     mean: Tensor | None
     var: Tensor | None
     size: torch.Size | None
+    unmerged: Unmerged | None = None
 
 
 def residual(
@@ -41,7 +43,7 @@ def residual(
     act: str = "identity",
     gain: Tensor | None = None,
     r_gain: Tensor | None = None,
-    statistics: bool = False,
+    statistics: Wanted = False,
     backend: str = "auto",
 ) -> ResidualOutputs:
     """``out = act((y - mean) * scale + beta + shortcut)``; the shortcut is r, or r normalised with its own vectors.
@@ -54,12 +56,14 @@ def residual(
     sets ``gain`` must have made sure. Without it y's gradient is a tensor of its own, scale * G. ``r_gain`` is the same for a normalised r.
     """
     if y.shape != r.shape:
-        return _broadcast_join(y, transform, r, r_transform, act, statistics, backend)
+        return _broadcast_join(y, transform, r, r_transform, act, bool(statistics), backend)
     if y.dtype != r.dtype:
         dtype = torch.promote_types(y.dtype, r.dtype)
         y, r = readable(y).to(dtype), readable(r).to(dtype)
-    out, omean, ovar = _Residual.apply(y, *transform[:3], r, *r_transform[:3], gain, r_gain, act, statistics, backend)
-    return ResidualOutputs(out, omean, ovar, out.shape if statistics else None)
+    if torch.compiler.is_compiling():
+        statistics = bool(statistics)
+    out, omean, ovar, left = _Residual.apply(y, *transform[:3], r, *r_transform[:3], gain, r_gain, act, statistics, backend)
+    return ResidualOutputs(out, omean, ovar, out.shape if statistics else None, left)
 
 
 def _broadcast_join(
@@ -98,11 +102,12 @@ class _Residual(torch.autograd.Function):
         gain: Tensor | None,
         r_gain: Tensor | None,
         act: str,
-        statistics: bool,
+        statistics: Wanted,
         backend: str,
     ) -> Any:
         join = Join(y, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), act)
-        out, omean, ovar = registry.run(backend, JoinForward(join, y.dtype, statistics))
+        out, *found = registry.run(backend, JoinForward(join, y.dtype, statistics))
+        omean, ovar, left = with_room(*found)
         ctx.act, ctx.backend = act, backend
         ctx.has_gain, ctx.has_r_gain = gain is not None, r_gain is not None
         # Backward reads out for its statistics alone (and under an activation eager would have saved it, too): without them the caller
@@ -112,10 +117,10 @@ class _Residual(torch.autograd.Function):
         kept_y, kept_r = (None, None) if ctx.by_sum else (y, r)
         ctx.save_for_backward(kept_y, mean, scale, beta, kept_r, r_mean, r_scale, r_beta, kept, omean)
         ctx.set_materialize_grads(False)
-        return out, omean, ovar
+        return out, omean, ovar, left
 
     @staticmethod
-    def backward(ctx: Any, dout: Any, dmean: Any, dvar: Any) -> Any:
+    def backward(ctx: Any, dout: Any, dmean: Any, dvar: Any, _: Any) -> Any:
         y, mean, scale, beta, r, r_mean, r_scale, r_beta, out, omean = ctx.saved_tensors
         statistics = None
         if dmean is not None or dvar is not None:

@@ -14,49 +14,58 @@ from bnrestructure.core.edges import statistics_factors, values_per_channel
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import FinalizeBackward, FinalizeForward, StatisticsBackward, StatisticsForward
 from bnrestructure.kernels.momentum import counted
+from bnrestructure.kernels.unmerged import Unmerged
 from bnrestructure.ops import library
-from bnrestructure.ops.dispatch import guard_second_derivative, in_format_of, passed_on
+from bnrestructure.ops.dispatch import guard_second_derivative, in_format_of, passed_on, with_room
 
-__all__ = ["Behind", "FinalizeOutputs", "Running", "StatisticsOutputs", "batch_norm", "finalize", "statistics"]
+__all__ = ["FinalizeOutputs", "More", "Running", "StatisticsOutputs", "batch_norm", "finalize", "statistics"]
 
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class StatisticsOutputs(NamedTuple):
-    """mean and var (biased) are [C] in the accumulation dtype, size is x's, passed is x for its next reader when chained."""
+    """mean and var (biased) are [C] in the accumulation dtype, size is x's, passed is x for its next reader when chained.
+
+    unmerged is what a finalize has to merge into mean and var before anyone reads them; mostly None, for they are merged.
+    """
 
     mean: Tensor
     var: Tensor
     size: torch.Size
     passed: Tensor | None
+    unmerged: Unmerged | None = None
 
 
-def statistics(x: Tensor, *, chain: bool = False, backend: str = "auto") -> StatisticsOutputs:
-    """Mean and biased variance of x [N, C, *spatial] over all but the channel, in one sweep (the paper's MVF, section 3.2)."""
-    if torch.compiler.is_compiling() and not chain:
+def statistics(x: Tensor, *, chain: bool = False, unmerged: bool = False, backend: str = "auto") -> StatisticsOutputs:
+    """Mean and biased variance of x [N, C, *spatial] over all but the channel, in one sweep (the paper's MVF, section 3.2).
+
+    ``unmerged`` allows the output of that name.
+    """
+    compiling = torch.compiler.is_compiling()
+    if compiling and not chain:
         mean, var = library.statistics(x, backend)
         return StatisticsOutputs(mean, var, x.shape, None)
-    mean, var, passed = _Statistics.apply(x, chain, backend)
-    return StatisticsOutputs(mean, var, x.shape, passed)
+    mean, var, passed, left = _Statistics.apply(x, chain, unmerged and not compiling, backend)
+    return StatisticsOutputs(mean, var, x.shape, passed, left)
 
 
 class _Statistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, chain: bool, backend: str) -> Any:
-        mean, var = registry.run(backend, StatisticsForward(x))
+    def forward(ctx: Any, x: Tensor, chain: bool, unmerged: bool, backend: str) -> Any:
+        mean, var, left = with_room(*registry.run(backend, StatisticsForward(x, unmerged=unmerged)))
         ctx.backend = backend
         ctx.save_for_backward(x, mean)
         ctx.set_materialize_grads(False)
-        return mean, var, passed_on(ctx, x) if chain else None
+        return mean, var, passed_on(ctx, x) if chain else None, left
 
     @staticmethod
-    def backward(ctx: Any, dmean: Any, dvar: Any, dpassed: Any) -> Any:
+    def backward(ctx: Any, dmean: Any, dvar: Any, dpassed: Any, _: Any) -> Any:
         x, mean = ctx.saved_tensors
         if dmean is None and dvar is None:
-            return guard_second_derivative((dpassed, None, None))
+            return guard_second_derivative((dpassed, None, None, None))
         dx = registry.run(ctx.backend, StatisticsBackward(x, mean, *statistics_factors(x, mean, dmean, dvar), dpassed))
-        return guard_second_derivative((in_format_of(x, dx), None, None))
+        return guard_second_derivative((in_format_of(x, dx), None, None, None))
 
 
 class Running(NamedTuple):
@@ -67,14 +76,17 @@ class Running(NamedTuple):
     num_batches_tracked: Tensor | None = None
 
 
-class Behind(NamedTuple):
-    """The mean and biased variance, each [C2], of channels that follow others in a concat; None where none do."""
+class More(NamedTuple):
+    """Mean and biased variance, each [C2], of channels that follow others in a concat, None where none do; and what is to be ``unmerged``
+    no longer: it is merged into these two, or where none follow into the first channels' mean and variance.
+    """
 
-    mean: Tensor | None = None
-    var: Tensor | None = None
+    behind_mean: Tensor | None = None
+    behind_var: Tensor | None = None
+    unmerged: Unmerged | None = None
 
 
-_NOTHING_BEHIND = Behind()
+_NO_MORE = More()
 
 
 class FinalizeOutputs(NamedTuple):
@@ -101,7 +113,7 @@ def finalize(
     momentum: float | None,
     eps: float,
     *,
-    behind: Behind = _NOTHING_BEHIND,
+    more: More = _NO_MORE,
     chain: bool = False,
     dimensions: tuple[int, ...] = (),
     backend: str = "auto",
@@ -109,7 +121,7 @@ def finalize(
     """The per-channel step between the halves of a batch norm: (mean, scale, beta), each [C], which are read together, in
     ``(x - mean) * scale + beta``. Running statistics and counter are updated in place.
 
-    With ``behind`` C counts its channels, too. ``chain`` returns the statistics for their next reader, whose gradients of them are added
+    With ``more`` channels C counts all of them. ``chain`` returns the statistics for their next reader, whose gradients of them are added
     to this one's.
     ``size`` is the size of the tensor that mean and var are of, or, for statistics merged across ranks, the number of values per
     channel as a tensor. ``momentum`` None is the cumulative average over ``num_batches_tracked``. The running variance takes the
@@ -127,7 +139,7 @@ def finalize(
     if num_batches_tracked is not None and (num_batches_tracked.device != mean.device or num_batches_tracked.requires_grad):
         momentum, num_batches_tracked = counted(num_batches_tracked, momentum), None
     count = size if isinstance(size, Tensor) else values_per_channel(size)
-    channels = mean.numel() + (0 if behind.mean is None else behind.mean.numel())
+    channels = mean.numel() + (0 if more.behind_mean is None else more.behind_mean.numel())
     try:
         _check_values(channels, size, count, eps)
         if isinstance(count, int) and count == 0:  # PyTorch's layer leaves the running statistics as they are, and looks at no dtype
@@ -139,7 +151,7 @@ def finalize(
             num_batches_tracked.add_(1)  # PyTorch's layer counts before it looks at anything else
         raise
     running = Running(running_mean, running_var, num_batches_tracked)
-    return FinalizeOutputs(*_Finalize.apply(mean, var, *behind, count, weight, bias, *running, momentum, eps, chain, backend))
+    return FinalizeOutputs(*_Finalize.apply(mean, var, *more, count, weight, bias, *running, momentum, eps, chain, backend))
 
 
 def _check_values(channels: int, size: torch.Size | Tensor, count: int | Tensor, eps: float) -> None:
@@ -217,6 +229,7 @@ class _Finalize(torch.autograd.Function):
         var: Tensor,
         behind_mean: Tensor | None,
         behind_var: Tensor | None,
+        unmerged: Unmerged | None,
         count: int | Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -229,7 +242,7 @@ class _Finalize(torch.autograd.Function):
         backend: str,
     ) -> Any:
         behind = None if behind_mean is None or behind_var is None else (behind_mean, behind_var)
-        call = FinalizeForward(mean, var, count, weight, bias, running_mean, running_var, momentum, eps, batches, behind)
+        call = FinalizeForward(mean, var, count, weight, bias, running_mean, running_var, momentum, eps, batches, behind, unmerged)
         rstd, scale, beta, whole_mean, whole_var = registry.run(backend, call)
         ctx.backend = backend
         ctx.channels = None if behind_mean is None else (mean.numel(), behind_mean.numel())
@@ -249,13 +262,13 @@ class _Finalize(torch.autograd.Function):
     def backward(ctx: Any, _: Any, dscale: Any, dbeta: Any, of_mean: Any, of_var: Any) -> Any:
         rstd, scale, weight = ctx.saved_tensors
         if dscale is None and dbeta is None:
-            return guard_second_derivative((*_halves(ctx.channels, of_mean, of_var), *[None] * 10))
+            return guard_second_derivative((*_halves(ctx.channels, of_mean, of_var), *[None] * 11))
         of_scale = torch.zeros_like(rstd) if dscale is None else dscale
         of_beta = torch.zeros_like(rstd) if dbeta is None else dbeta
         dmean, dvar, of_weight = registry.run(ctx.backend, FinalizeBackward(of_scale, of_beta, rstd, scale, of_mean, of_var))
         dweight = None if dscale is None or weight is None else of_weight.to(weight.dtype)
         dbias = None if dbeta is None or ctx.bias_dtype is None else dbeta.to(ctx.bias_dtype)
-        return guard_second_derivative((*_halves(ctx.channels, dmean, dvar), None, dweight, dbias, *[None] * 7))
+        return guard_second_derivative((*_halves(ctx.channels, dmean, dvar), None, None, dweight, dbias, *[None] * 7))
 
 
 def _halves(channels: tuple[int, int] | None, dmean: Tensor | None, dvar: Tensor | None) -> tuple[Tensor | None, ...]:

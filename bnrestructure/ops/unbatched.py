@@ -37,7 +37,7 @@ def unbatched_conv(
     y = _CONVOLUTIONS[len(geometry.stride)](z, weight, bias, *geometry)
     mean = var = size = ones = None
     if wants_statistics:
-        mean, var, size, _ = statistics(y, backend=backend)
+        mean, var, size, *_ = statistics(y, backend=backend)
     if gain:
         y, ones = _Gain.apply(y)
     return y, mean, var, size, x if chain else None, ones

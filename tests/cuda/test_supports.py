@@ -16,6 +16,7 @@ from bnrestructure.kernels import reference
 from bnrestructure.kernels.calls import ConvBackward, ConvForward, FinalizeBackward, FinalizeForward, MaxPoolForward
 from bnrestructure.kernels.cuda import KERNELS, CudaKernels
 from bnrestructure.kernels.cuda import limits as rules
+from bnrestructure.kernels.unmerged import Unmerged
 
 GEOMETRY = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
 
@@ -120,6 +121,11 @@ def test_finalize() -> None:
     assert "channels" in str(reason(behind=(two, two)))
     assert "fp32" in str(reason(**in_parts | {"behind": (two.double(), two)}))
     assert reason(**in_parts | {"behind": (two, v)}) is not None
+    assert reason(unmerged=Unmerged(torch.empty(3, 7, 3, device="meta"), 50, 8)) is None
+    assert reason(unmerged=Unmerged(torch.empty(3, 7, 3, device="meta"), counts=torch.empty(6, device="meta"))) is not None
+    assert reason(unmerged=Unmerged(torch.empty(3, 7, 4, device="meta"), 50, 8)) is not None
+    assert reason(unmerged=Unmerged(torch.empty(3, 9999, 3, device="meta"), 79992, 8)) is not None
+    assert reason(**in_parts | {"unmerged": Unmerged(torch.empty(3, 7, 2, device="meta"), 50, 8)}) is None
     backward = FinalizeBackward(v, v, v, v, v, v)
     assert KERNELS.supports(backward) is None
     assert KERNELS.supports(replace(backward, dvar=two)) is not None

@@ -222,7 +222,7 @@ def _finalize_node(rng: random.Random) -> _Node:
         size = torch.Size((2, c, 3, 3))
         found = ops.finalize(
             t["mean"], t["var"], size, t["weight"], t["bias"], ops.Running(*running, t["tracked"].clone()), momentum, eps,
-            behind=ops.Behind(t.get("behind_mean"), t.get("behind_var")), chain=chain, backend=backend,
+            more=ops.More(t.get("behind_mean"), t.get("behind_var")), chain=chain, backend=backend,
         )  # fmt: skip
         return *found[1:], *running
 

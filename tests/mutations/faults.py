@@ -74,6 +74,7 @@ PATTERNS = (
     Fault("has_hooks", "", "return False", "tests/test_semantics_changes.py"),
     Fault("_grown", "for part in parts[1:]:", "for part in reversed(parts[1:]):", "proofs:test_passes.py"),
     Fault("hand_on", 'behind_mean=behind_mean, behind_var=behind_var', 'behind_mean=behind_mean, behind_var=var', "proofs:test_passes.py"),
+    Fault("merged_alone", "[*mean.users] == [*var.users] == [node]", "True", "tests/passes/test_every_pass.py"),
     Fault("_with_private_gradient", "", "return match", "tests/test_semantics_joins.py"),
     Fault("with_gate", "if by_channel and (", "if (", "tests/passes/test_excitation.py"),
     Fault("_expanded_like", "len(factor.users) != 1 or ", "", "tests/passes/test_excitation.py"),

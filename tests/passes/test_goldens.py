@@ -114,7 +114,10 @@ REWRITES: dict[str, dict[str, Body]] = {
         "a branch beside a plain convolution": lambda m, x: torch.cat([m.conv(x), m.conv2(m.bn2(x.exp()))], 1),
     },
     "fuse-join": {"the first reader of the sum": lambda m, x: m.bn2(m.conv2(F.relu(m.bn(m.conv(x)) + x)))},
-    "select-kernels": {"a batch norm that fission split for nothing": lambda m, x: torch.tanh(m.bn(x))},
+    "select-kernels": {
+        "a batch norm that fission split for nothing": lambda m, x: torch.tanh(m.bn(x)),
+        "statistics that one batch norm reads": lambda m, x: m.conv2(m.bn(m.conv(x))),
+    },
 }
 
 

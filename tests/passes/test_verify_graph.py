@@ -220,6 +220,20 @@ def _handed_on_unasked(graph: fx.Graph) -> fx.Node:
     return next(finalize for finalize in Finalize.every(graph) if finalize.chain).update(chain=False).node
 
 
+def _second_reader_of_statistics(graph: fx.Graph) -> fx.Node:
+    conv = next(conv for conv in Conv.every(graph) if conv.statistics == "unmerged")
+    with graph.inserting_before(graph.output_node()):
+        graph.call_function(torch.relu, (conv.out("mean"),))
+    return conv.node
+
+
+def _merged_into_others(graph: fx.Graph) -> fx.Node:
+    finalize = next(finalize for finalize in Finalize.every(graph) if finalize.behind_mean is not None and finalize.unmerged is not None)
+    finalize.update(mean=finalize.behind_mean, behind_mean=finalize.mean, var=finalize.behind_var, behind_var=finalize.var)
+    assert finalize.unmerged is not None
+    return finalize.unmerged.args[0]  # type: ignore[return-value]
+
+
 def _swapped_behind(graph: fx.Graph) -> fx.Node:
     finalize = next(finalize for finalize in Finalize.every(graph) if finalize.behind_mean is not None)
     return finalize.update(var=finalize.behind_var, behind_var=finalize.var).node
@@ -406,6 +420,9 @@ CASES = [
     Case("one batch norm", "chain", "fission", _another_site, "does not remember it"),
     Case("one batch norm", "chain", "fission", _no_scale, "is not the scale"),
     Case("one tensor", "chain", "fission", _swapped, "is no node's"),
+    Case("unmerged", "chain", "select-kernels", _second_reader_of_statistics, "are not merged"),
+    Case("unmerged", "dense", "select-kernels", _merged_into_others, "merges them into others"),
+    Case("asked for", "chain", "select-kernels", _updated(Conv, statistics=True), "its output unmerged is read"),
     Case("one tensor", "dense", "share-statistics", _swapped_behind, "different tensors"),
     Case("one tensor", "chain", "fission", _another_size, "is not the size"),
     Case("gate", "squeeze_excite", "fuse-normalise", _gated(gate=None), "without a gate"),

@@ -78,7 +78,7 @@ def test_statistics(threaded: bool) -> None:
         x = s.tensor("x", IMAGES, 17, 103, 107)
 
         def rewritten(x: Tensor) -> list[Tensor | None]:
-            mean, var, _, passed = ops.statistics(x, chain=threaded, backend="reference")
+            mean, var, _, passed, _ = ops.statistics(x, chain=threaded, backend="reference")
             return [mean, var, passed]
 
         def original(x: Tensor) -> list[Tensor]:
@@ -103,12 +103,12 @@ def test_statistics_that_are_handed_on(behind: bool) -> None:
             return [F.relu(_normed(x, gamma, beta)), F.relu(_normed(*second_norm(x, gamma_2, beta_2, w)))]
 
         def rewritten(x: Tensor, gamma: Tensor, beta: Tensor, gamma_2: Tensor, beta_2: Tensor, *w: Tensor) -> list[Tensor]:
-            mean, var, size, _ = ops.statistics(x, backend="reference")
+            mean, var, size, *_ = ops.statistics(x, backend="reference")
             layer = ops.Running(), 0.0, EPS
             *first, mean, var = ops.finalize(mean, var, size, gamma, beta, *layer, chain=True, backend="reference")
-            more = ops.Behind(*ops.statistics(w[0], backend="reference")[:2]) if w else ops.Behind()
+            more = ops.More(*ops.statistics(w[0], backend="reference")[:2]) if w else ops.More()
             whole, gamma_2, beta_2 = second_norm(x, gamma_2, beta_2, w)
-            *second, _, _ = ops.finalize(mean, var, size, gamma_2, beta_2, *layer, behind=more, backend="reference")
+            *second, _, _ = ops.finalize(mean, var, size, gamma_2, beta_2, *layer, more=more, backend="reference")
             return [ops.normalise(z, Transform(*v, "relu"), backend="reference")[0] for z, v in ((x, first), (whole, second))]
 
         prove(s, original, rewritten, inputs)
@@ -151,7 +151,7 @@ def convolution(act: str, *, threaded: bool = False, dtype: torch.dtype = torch.
 
         def rewritten(x: Tensor, *rest: Tensor) -> list[Tensor | None]:
             *vectors, weight, bias = rest
-            y, mean, var, _, passed, _ = ops.conv(
+            y, mean, var, _, passed, *_ = ops.conv(
                 x, Transform(*vectors, act), weight, bias, same, statistics=True, chain=threaded, backend="reference"
             )  # fmt: skip
             return [y, mean, var, passed]
@@ -342,7 +342,7 @@ def join(act: str, shortcut: str, gained: bool, where: str) -> None:
                 )  # fmt: skip
                 return [joined.out, joined.mean, joined.var]
             shortcut = ops.Shortcut(r, *of_r, *gains)
-            y, mean, var, _, passed, _ = ops.conv(
+            y, mean, var, _, passed, *_ = ops.conv(
                 one.y, Transform(*vectors, act), reader, None, SAME, shortcut=shortcut, statistics=True, chain=True, backend="reference"
             )  # fmt: skip
             return [passed, y, mean, var]

@@ -127,18 +127,45 @@ def test_finalize(counted: bool, cumulative: bool, first: int) -> None:
     in_parts = first < CHANNELS
     before = [Memory(list(v[:first])) for v in (mean, var)]
     behind = [Memory(list(v[first:])) if in_parts else None for v in (mean, var)]
-    out, batches = Memory((5 if in_parts else 3) * CHANNELS), Memory([sp.Symbol("batches", positive=True)])
+    out, batches = Memory(3 * CHANNELS), Memory([sp.Symbol("batches", positive=True)])
+    whole = Memory(2 * CHANNELS) if in_parts else None
     launch(
-        statistics._finalize_kernel, (1,), *before, *behind, Memory([count]) if counted else None, *memories[2:], batches, out, first,
-        CHANNELS, count / (count - 1), m, eps, CUMULATIVE=cumulative, BLOCK=4,
+        statistics._finalize_kernel, (1,), *before, *behind, whole, None, None, Memory([count]) if counted else None, *memories[2:],
+        batches, out, first, CHANNELS, 0, 0, 0, count / (count - 1), m, eps, CUMULATIVE=cumulative, BT=1, BLOCK=4,
     )  # fmt: skip
     b = sp.Symbol("batches", positive=True)
     assert_equal(batches.array(-1), [b if cumulative else b + 1])
     m = 1 / b if cumulative else m
     root = np.array([1 / sp.sqrt(v + eps) for v in var], dtype=object)
-    assert_equal(out.array(-1), np.concatenate([root, gamma * root, beta, *((mean, var) if in_parts else ())]))
+    assert_equal(out.array(-1), np.concatenate([root, gamma * root, beta]))
+    if whole is not None:
+        assert_equal(whole.array(-1), np.concatenate([mean, var]))
     assert_equal(memories[4].array(-1), (1 - m) * old_mean + m * mean)
     assert_equal(memories[5].array(-1), (1 - m) * old_var + m * var * count / (count - 1))
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_finalize_merges_tiles(known: int) -> None:
+    """The statistics of all rows, of which tiles have found their own; what was known before them is left as it is."""
+    x, gamma, beta = unknowns("x", ROWS, CHANNELS), unknowns("gamma", known + CHANNELS), unknowns("beta", known + CHANNELS)
+    known_mean, known_var = unknowns("mean", known), unknowns("var", known)
+    partial = Memory(3 * TILES * CHANNELS)
+    launch(
+        statistics._statistics_kernel, GRID, pitched(x, CHANNELS + 2), None, partial, CHANNELS + 2, 0, ROWS, TILES, CHANNELS,
+        WIDE=False, UNIT=1, BR=BR, BC=BC,
+    )  # fmt: skip
+    eps = sp.Symbol("eps", positive=True)
+    room, out, blocks = (Memory(CHANNELS), Memory(CHANNELS)), Memory(3 * (known + CHANNELS)), -(-(known + CHANNELS) // BC)
+    launch(
+        statistics._finalize_kernel, (blocks,), Memory(list(known_mean)), Memory(list(known_var)), *room, None, partial, None, None,
+        Memory(list(gamma)), Memory(list(beta)), None, None, None, out, known, known + CHANNELS, TILES, ROWS, BR, 1, 0, eps,
+        CUMULATIVE=False, BT=2, BLOCK=BC,
+    )  # fmt: skip
+    mean, var = moments(x)
+    assert_equal(room[0].array(-1), mean)
+    assert_equal(room[1].array(-1), var)
+    root = np.array([1 / sp.sqrt(v + eps) for v in (*known_var, *room[1].array(-1))], dtype=object)
+    assert_equal(out.array(-1), np.concatenate([root, gamma * root, beta]))
 
 
 @pytest.mark.parametrize("handed_on", [False, True])

@@ -27,6 +27,8 @@ def finalize_forward(call: FinalizeForward) -> FinalizeResult:
     mean, var, keep = call.mean, call.var, Keep()
     if mean.dtype is not torch.float32 or var.dtype is not torch.float32 or mean.dim() != 1:
         raise UnsupportedCallError(unsupported(call) or "statistics of several dimensions")
+    if call.unmerged is not None:
+        raise UnsupportedCallError(str(unsupported(call)))
     if call.behind is not None:
         mean, var = torch.cat((mean, call.behind[0])), torch.cat((var, call.behind[1]))
     a = FinalizeArguments()
@@ -73,6 +75,8 @@ def unsupported(call: FinalizeForward | FinalizeBackward) -> str | None:
         return f"batch statistics must be fp32 vectors, not {of.dtype}"
     if isinstance(call, FinalizeBackward):
         return None
+    if call.unmerged is not None:
+        return "statistics of tiles are merged where they are found"
     running = call.running_mean, call.running_var
     if any(v.dtype is not torch.float32 for v in (call.var, *(call.behind or ()))):
         return "means and variances of different dtypes"

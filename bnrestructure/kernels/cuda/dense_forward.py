@@ -20,6 +20,7 @@ from bnrestructure.kernels.cuda.merge import merge_statistics, partial_statistic
 from bnrestructure.kernels.cuda.precision import in_units, is_swapped, multiply_rows, offset, representable, rounded
 from bnrestructure.kernels.cuda.problem import geometry_constants, is_gathered, is_heavy, is_padded, precision_of, unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_group
+from bnrestructure.kernels.unmerged import Mean, Unmerged, Wanted
 
 __all__ = ["conv_forward"]
 
@@ -132,10 +133,10 @@ def conv_forward(
     geometry: ConvGeometry,
     *,
     dtype: torch.dtype,
-    statistics: bool,
+    statistics: Wanted,
     out: Tensor | None = None,
     join: Join | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Mean, Tensor | None]:
     """(y, mean, var) as kernels/reference says, 2-D; x, the weight and ``dtype`` are fp32, bf16 or fp16.
 
     With ``join`` x, channels_last in ``dtype``, is written: the join's sum. Only where each pixel is read once: 1x1 kernels without
@@ -174,5 +175,4 @@ def conv_forward(
         GROUPS=geometry.groups, UNIT=unit_of(*sizes), BM=tile.m, BN=tile.n, BK=tile.k, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
     result = y.tensor if out is None or y.tensor is out else out.copy_(y.tensor)
-    found = (None, None) if partial is None else merge_statistics(partial, y.rows, tile.m)
-    return result, *found
+    return result, *merge_statistics(None if partial is None else Unmerged(partial, y.rows, tile.m), statistics)

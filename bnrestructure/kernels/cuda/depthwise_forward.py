@@ -19,6 +19,7 @@ from bnrestructure.kernels.cuda.patches import is_any_read, patches_in, tap_at, 
 from bnrestructure.kernels.cuda.precision import in_units, offset, representable
 from bnrestructure.kernels.cuda.problem import geometry_constants, is_padded, unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_channels
+from bnrestructure.kernels.unmerged import Mean, Unmerged, Wanted
 
 __all__ = ["conv_forward", "weight_by_tap"]
 
@@ -121,9 +122,9 @@ def conv_forward(
     geometry: ConvGeometry,
     *,
     dtype: torch.dtype,
-    statistics: bool,
+    statistics: Wanted,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Mean, Tensor | None]:
     """(y, mean, var) as kernels/reference says, 2-D; x, the weight and ``dtype`` are fp32, bf16 or fp16."""
     source = pixels(x)
     batch, channels, h, w = x.shape
@@ -146,5 +147,4 @@ def conv_forward(
         warps=tile.warps,
     )  # fmt: skip
     result = y.tensor if out is None or y.tensor is out else out.copy_(y.tensor)
-    found = (None, None) if partial is None else merge_statistics(partial, counts=counts)
-    return result, *found
+    return result, *merge_statistics(None if partial is None else Unmerged(partial, counts=counts), statistics)

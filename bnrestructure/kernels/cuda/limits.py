@@ -31,7 +31,9 @@ from bnrestructure.kernels.calls import (
     StatisticsBackward,
     StatisticsForward,
 )
+from bnrestructure.kernels.cuda.tiles import READ_BY_ONE
 from bnrestructure.kernels.operands import require_fit
+from bnrestructure.kernels.unmerged import Unmerged
 
 __all__ = ["ELEMENT_TYPES", "supports", "unavailable_reason"]
 
@@ -185,10 +187,21 @@ def _finalize_forward(call: FinalizeForward) -> str | None:
     running = call.running_mean, call.running_var
     if any(r is not None and not r.is_contiguous() for r in running):
         return "running statistics must be contiguous to be updated in place"
-    behind, channels = None, call.mean.numel()
+    behind, channels, last = None, call.mean.numel(), call.behind or (call.mean, call.var)
     if call.behind is not None:
         behind, channels = _vector(call.behind[0]) or _fits(*call.behind), channels + call.behind[0].numel()
-    return _vector(call.mean) or _fits(call.mean, call.var) or behind or _parameters(channels, call.weight, call.bias, *running)
+    tiles = None if call.unmerged is None else _tiles(call.unmerged, *last)
+    reason = _vector(call.mean) or _fits(call.mean, call.var) or behind or tiles
+    return reason or _parameters(channels, call.weight, call.bias, *running)
+
+
+def _tiles(found: Unmerged, mean: Tensor, var: Tensor) -> str | None:
+    partial, _, _, counts = found
+    if any(v is not None and (v.dtype is not torch.float32 or not v.is_contiguous()) for v in (*found, mean, var) if isinstance(v, Tensor)):
+        return "statistics of tiles that are not contiguous fp32"
+    if partial.dim() != 3 or partial.shape[1] > READ_BY_ONE:
+        return f"statistics of tiles {list(partial.shape)} where [3, at most {READ_BY_ONE}, channels] were expected"
+    return _fits(partial, partial, shape=(3, partial.shape[1], mean.numel())) or _fits(partial, counts, shape=partial.shape[1:2])
 
 
 def _finalize_backward(call: FinalizeBackward) -> str | None:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.launch import launch
+from bnrestructure.kernels.unmerged import Mean, Unmerged, Wanted
 
-__all__ = ["merge_statistics", "partial_statistics", "partial_sums", "store_partial_statistics"]
+__all__ = ["merge_statistics", "merged_tiles", "partial_statistics", "partial_sums", "store_partial_statistics"]
 
 
 def partial_sums(planes: int, count: int, channels: int, device: torch.device) -> Tensor:
@@ -53,22 +54,17 @@ def store_partial_statistics(
     tl.store(place + 2 * plane, m2, mask=valid)
 
 
-@triton.jit(do_not_specialize=("tiles", "rows", "unit", "span", "out_tiles"))
-def _merge_kernel(
-    partial_ptr, count_ptr, out_ptr, out_count_ptr, tiles, channels, rows, unit, span, out_tiles,
-    FINAL: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+@triton.jit
+def merged_tiles(
+    partial_ptr, count_ptr, first, last, tiles, channels, rows, unit, channel, valid, BT: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
-    group = tl.program_id(0)
-    first = group * span
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
-    valid = channel < channels
+    """(origin, mean - origin, M2, rows) of the tiles from ``first`` up to ``last``, for some channels."""
     plane = tiles * channels
     # Means are taken from the first tile's on: the differences are exact where the means agree in their leading digits.
     origin = tl.load(partial_ptr + first * channels + channel, mask=valid, other=0.0)
     total = tl.zeros((1,), dtype=tl.float32)
     shift = tl.zeros((BC,), dtype=tl.float32)
     m2 = tl.zeros((BC,), dtype=tl.float32)
-    last = tl.minimum(first + span, tiles)
     for start in range(first, last, BT):
         tile = start + tl.arange(0, BT)
         if count_ptr is not None:
@@ -90,6 +86,22 @@ def _merge_kernel(
         m2 += tl.sum(m2s + count * d * d, 0) + apart * apart * (total * share)
         shift += apart * share
         total += more
+    return origin, shift, m2, total
+
+
+@triton.jit(do_not_specialize=("tiles", "rows", "unit", "span", "out_tiles"))
+def _merge_kernel(
+    partial_ptr, count_ptr, out_ptr, out_count_ptr, tiles, channels, rows, unit, span, out_tiles,
+    FINAL: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0)
+    first = group * span
+    last = tl.minimum(first + span, tiles)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    valid = channel < channels
+    origin, shift, m2, total = merged_tiles(
+        partial_ptr, count_ptr, first, last, tiles, channels, rows, unit, channel, valid, BT, BC
+    )  # fmt: skip
     mean = origin + shift
     out = out_ptr + group * channels + channel
     plane = out_tiles * channels
@@ -103,14 +115,19 @@ def _merge_kernel(
             tl.store(out_count_ptr + group, tl.sum(total, 0))
 
 
-def merge_statistics(partial: Tensor, rows: int = 0, unit: int = 1, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(mean, biased variance), each [C] fp32, from ``partial`` [3, tiles, C] of tiles of ``counts`` [tiles] fp32 rows each, or of
-    ``unit`` of all ``rows``.
+def merge_statistics(found: Unmerged | None, wanted: Wanted = True) -> tuple[Mean, Tensor | None]:
+    """(mean, biased variance), each [C] fp32, of fp32 tiles; (None, None) without any. Where they may stay unmerged (what one launch can
+    merge, None).
     """
+    if found is None:
+        return None, None
+    partial, rows, unit, counts = found
     while True:
         _, count, channels = partial.shape
         tile, span = tiles.merge(count, channels)
         groups = tiles.cdiv(count, span)
+        if groups == 1 and wanted == "unmerged":
+            return Unmerged(partial, rows, unit, counts), None
         out = partial_sums(2 if groups == 1 else 3, groups, channels, partial.device)
         merged = None if counts is None or groups == 1 else torch.empty(groups, dtype=torch.float32, device=partial.device)
         launch(

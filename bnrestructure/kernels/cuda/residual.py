@@ -21,6 +21,7 @@ from bnrestructure.kernels.cuda.merge import (
 from bnrestructure.kernels.cuda.precision import dithered, in_units, offset, representable, rounded
 from bnrestructure.kernels.cuda.problem import unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_channels
+from bnrestructure.kernels.unmerged import Mean, Unmerged, Wanted
 
 __all__ = ["residual_backward", "residual_forward"]
 
@@ -59,9 +60,9 @@ def residual_forward(
     act: str,
     *,
     dtype: torch.dtype,
-    statistics: bool,
+    statistics: Wanted,
     into: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Mean, Tensor | None]:
     """``out = act(ty(y) + tr(r))`` in ``dtype``, and its statistics if asked for. ``into`` is channels_last in ``dtype``."""
     left, right = pixels(y), pixels(r)
     out = empty_pixels(tuple(y.shape), dtype, y.device) if into is None else pixels(into)
@@ -77,8 +78,7 @@ def residual_forward(
         **activation_constants(act), WIDE=left.wide or right.wide or out.wide,
         UNIT=unit_of(left.pitch, right.pitch, out.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
-    found = (None, None) if partial is None else merge_statistics(partial, out.rows, tile.rows)
-    return out.tensor, *found
+    return out.tensor, *merge_statistics(None if partial is None else Unmerged(partial, out.rows, tile.rows), statistics)
 
 
 @triton.jit(do_not_specialize=("rows", "row_tiles"))

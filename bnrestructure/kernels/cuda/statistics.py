@@ -13,10 +13,11 @@ from bnrestructure.kernels.calls import FinalizeBackward, FinalizeForward, Final
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, pixels, vectors
-from bnrestructure.kernels.cuda.merge import merge_statistics, partial_statistics, store_partial_statistics
+from bnrestructure.kernels.cuda.merge import merge_statistics, merged_tiles, partial_statistics, store_partial_statistics
 from bnrestructure.kernels.cuda.precision import dithered, in_units, offset, rounded
 from bnrestructure.kernels.cuda.problem import unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_channels
+from bnrestructure.kernels.unmerged import Mean, Unmerged, Wanted
 
 __all__ = ["finalize_backward", "finalize_forward", "statistics_backward", "statistics_forward"]
 
@@ -40,7 +41,7 @@ def _statistics_kernel(
     store_partial_statistics(partial_ptr, (x.to(tl.float32),), (inside,), tile, row_tiles, count, channel, channels, valid)
 
 
-def statistics_forward(x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def statistics_forward(x: Tensor, out: Tensor | None = None, wanted: Wanted = True) -> tuple[Mean, Tensor | None]:
     """Mean and biased variance of x [N, C, H, W], each [C] fp32, from centred sums; x is copied to ``out`` on the way."""
     source, copy = pixels(x), None if out is None else destination(x, x.dtype, out)
     pitches = source.pitch, 0 if copy is None else copy.pitch
@@ -56,7 +57,7 @@ def statistics_forward(x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Te
     )  # fmt: skip
     if copy is not None and out is not None and copy.tensor is not out:  # no kernel can address it
         out.copy_(copy.tensor)
-    return merge_statistics(partial, source.rows, tile.rows)
+    return merge_statistics(Unmerged(partial, source.rows, tile.rows), wanted)
 
 
 @triton.jit(do_not_specialize=("rows",))
@@ -99,22 +100,36 @@ def statistics_backward(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, accumulat
     return dx.tensor if accumulate is None or in_place else accumulate.add_(dx.tensor)
 
 
-@triton.jit(do_not_specialize=("first",))
+@triton.jit(do_not_specialize=("first", "tiles", "rows", "unit"))
 def _finalize_kernel(
-    mean_ptr, var_ptr, behind_mean_ptr, behind_var_ptr, count_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr,
-    batches_ptr, out_ptr, first, channels, correction, momentum, eps, CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr,
+    mean_ptr, var_ptr, behind_mean_ptr, behind_var_ptr, whole_ptr, partial_ptr, tile_count_ptr, count_ptr, weight_ptr, bias_ptr,
+    running_mean_ptr, running_var_ptr, batches_ptr, out_ptr, first, channels, tiles, rows, unit, correction, momentum, eps,
+    CUMULATIVE: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    end = (tl.program_id(0) + 1) * BLOCK
+    channel = end - BLOCK + tl.arange(0, BLOCK)
     valid = channel < channels
     before = valid & (channel < first)
     mean = tl.load(mean_ptr + channel, mask=before, other=0.0)
     var = tl.load(var_ptr + channel, mask=before, other=1.0)
     if behind_mean_ptr is not None:
         behind = valid & (channel >= first)
-        mean = tl.where(behind, tl.load(behind_mean_ptr + (channel - first), mask=behind, other=0.0), mean)
-        var = tl.where(behind, tl.load(behind_var_ptr + (channel - first), mask=behind, other=1.0), var)
-        tl.store(out_ptr + 3 * channels + channel, mean, mask=valid)
-        tl.store(out_ptr + 4 * channels + channel, var, mask=valid)
+        last = channel - first
+        if partial_ptr is None:
+            last_mean = tl.load(behind_mean_ptr + last, mask=behind, other=0.0)
+            last_var = tl.load(behind_var_ptr + last, mask=behind, other=1.0)
+        else:
+            to_merge = tl.where(end > first, tiles, 0)  # none for channels that are all known
+            origin, shift, m2, total = merged_tiles(
+                partial_ptr, tile_count_ptr, 0, to_merge, tiles, channels - first, rows, unit, last, behind, BT, BLOCK
+            )
+            last_mean, last_var = origin + shift, m2 / total
+            tl.store(behind_mean_ptr + last, last_mean, mask=behind)
+            tl.store(behind_var_ptr + last, last_var, mask=behind)
+        mean, var = tl.where(behind, last_mean, mean), tl.where(behind, last_var, var)
+    if whole_ptr is not None:
+        tl.store(whole_ptr + channel, mean, mask=valid)
+        tl.store(whole_ptr + channels + channel, var, mask=valid)
     rstd = 1.0 / tl.sqrt_rn(var + eps)
     scale = rstd
     if weight_ptr is not None:
@@ -150,6 +165,13 @@ def finalize_forward(call: FinalizeForward) -> FinalizeResult:
     mean, count, batches, momentum = call.mean, call.count, call.batches, call.momentum
     first, behind = mean.shape[0], (None, None) if call.behind is None else call.behind
     channels = first + (0 if behind[0] is None else behind[0].shape[0])
+    partial = counts = None
+    tile, to_merge, rows, unit = tiles.SweepTile(1, _BLOCK, 4), 0, 0, 0
+    if call.unmerged is not None:
+        first, behind = (0, (mean, call.var)) if call.behind is None else (first, behind)
+        partial, rows, unit, counts = call.unmerged
+        to_merge = partial.shape[1]
+        tile, _ = tiles.merge(to_merge, channels - first)
     out = torch.empty(3 if call.behind is None else 5, channels, dtype=torch.float32, device=mean.device)
     statistics, parameters = vectors(mean, call.var, *behind), (_contiguous(call.weight), _contiguous(call.bias))
     cumulative = momentum is None and batches is not None
@@ -162,10 +184,10 @@ def finalize_forward(call: FinalizeForward) -> FinalizeResult:
     elif count > 1:
         correction = count / (count - 1)
     launch(
-        _finalize_kernel, (tiles.cdiv(channels, _BLOCK),),
-        *statistics, on_device, *parameters,
-        call.running_mean, call.running_var, batches, out, first, channels, correction, float(momentum or 0), float(call.eps),
-        CUMULATIVE=cumulative, BLOCK=_BLOCK, warps=4,
+        _finalize_kernel, (tiles.cdiv(channels, tile.channels),),
+        *statistics, None if call.behind is None else out[3:], partial, counts, on_device, *parameters,
+        call.running_mean, call.running_var, batches, out, first, channels, to_merge, rows, unit, correction, float(momentum or 0),
+        float(call.eps), CUMULATIVE=cumulative, BT=tile.rows, BLOCK=tile.channels, warps=tile.warps,
     )  # fmt: skip
     return FinalizeResult(*out.unbind(), *(() if call.behind is not None else (mean, call.var)))
 

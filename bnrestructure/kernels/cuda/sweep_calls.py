@@ -16,7 +16,7 @@ __all__ = ["RUN"]
 
 
 def _statistics_forward(c: calls.StatisticsForward) -> calls.StatisticsResult:
-    return calls.StatisticsResult(*statistics_forward(c.x, c.out))
+    return calls.StatisticsResult(*statistics_forward(c.x, c.out, "unmerged" if c.unmerged else True))
 
 
 def _statistics_backward(c: calls.StatisticsBackward) -> Any:

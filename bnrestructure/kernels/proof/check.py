@@ -15,6 +15,7 @@ from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward, Kernels
 from bnrestructure.kernels.proof.draw import Drawn
 from bnrestructure.kernels.proof.kinds import mapped, precision
 from bnrestructure.kernels.reference import REFERENCE
+from bnrestructure.kernels.unmerged import Unmerged, merged
 
 __all__ = ["FACTOR", "KernelRaisedError", "NotJudgedError", "distance", "fault", "poisoned"]
 
@@ -72,7 +73,10 @@ def _results(kernels: Kernels, call: Call[Any]) -> dict[str, Tensor]:
         found = kernels.run(call)
     if isinstance(found, Tensor):
         return {"result": found}
-    return {name: x for name, x in found._asdict().items() if isinstance(x, Tensor)}
+    named = found._asdict()
+    if isinstance(left := named.get("mean"), Unmerged):
+        named["mean"], named["var"] = merged(left)
+    return {name: x for name, x in named.items() if isinstance(x, Tensor)}
 
 
 def _truth(blanks: Call[Any], device: torch.device) -> dict[str, Tensor]:

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward, JoinBackward, JoinForward, MaxPoolBackward, MaxPoolForward
+from bnrestructure.kernels.calls import (
+    Call,
+    ConvBackward,
+    ConvForward,
+    FinalizeForward,
+    JoinBackward,
+    JoinForward,
+    MaxPoolBackward,
+    MaxPoolForward,
+)
 from bnrestructure.kernels.operands import reach_of
 from bnrestructure.kernels.proof.kinds import Blank, mapped
 from bnrestructure.kernels.reference import REFERENCE
@@ -85,6 +94,10 @@ class Drawn:
                 return x.sign() * (1 + 0.2 * x.abs())
             case "var" | "running_var" | "rstd":
                 return 0.5 + x.abs()
+            case "partial":  # of means, small remainders and sums of squares
+                return torch.stack([x[0], 1e-8 * x[1], x[2].square()])
+            case "counts":
+                return 1 + x.abs().ceil()
             case "gate":
                 return x.sigmoid()
             case "dy" | "dz" | "dpooled" | "a" | "b":
@@ -127,6 +140,8 @@ def _written(call: Any) -> frozenset[str]:
     found = {"out", "accumulate", "running_mean", "running_var", "batches"}
     if isinstance(call, ConvForward) and call.join is not None:
         found.add("x")
+    if isinstance(call, FinalizeForward) and call.unmerged is not None:
+        found |= {"mean", "var"} if call.behind is None else {"behind[0]", "behind[1]"}
     if getattr(call, "accumulate", None) is not None and getattr(call, "dz", None) is call.accumulate:
         found.add("dz")
     return frozenset(found)

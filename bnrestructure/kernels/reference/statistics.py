@@ -21,6 +21,7 @@ from bnrestructure.kernels.calls import (
 )
 from bnrestructure.kernels.momentum import counted
 from bnrestructure.kernels.rounding import dithered
+from bnrestructure.kernels.unmerged import merged
 
 __all__ = ["RUN", "statistics_forward"]
 
@@ -48,6 +49,9 @@ def statistics_backward(call: StatisticsBackward) -> Tensor:
 def finalize_forward(call: FinalizeForward) -> FinalizeResult:
     """``rstd = 1 / sqrt(var + eps)``, ``scale = weight * rstd`` and beta, each [C]; the running statistics move in place."""
     mean, var, momentum = call.mean, call.var, counted(call.batches, call.momentum)
+    if call.unmerged is not None:
+        for room, found in zip(call.behind or (mean, var), merged(call.unmerged), strict=True):
+            room.copy_(found)
     if call.behind is not None:
         mean, var = (torch.cat(pair) for pair in zip((mean, var), call.behind, strict=True))
     rstd = torch.rsqrt(var + call.eps)

@@ -82,7 +82,8 @@ def _sweeps() -> Results:
     running, batches = (torch.zeros(c), torch.ones(c)), torch.tensor(3)
     return [
         z, pooled, out, mean, var, y, index, *running, batches,
-        *run(StatisticsForward(x)), *run(StatisticsForward(x, torch.empty_like(x))), run(StatisticsBackward(x, mean, a, b, x.clone(memory_format=torch.preserve_format))),
+        *run(StatisticsForward(x)), *run(StatisticsForward(x, torch.empty_like(x))),
+        run(StatisticsBackward(x, mean, a, b, x.clone(memory_format=torch.preserve_format))),
         *run(NormaliseBackward(r, x, vectors)), *run(NormaliseBackward(r, x, gated)), run(NormaliseForward(x, gated, x.dtype, r=r)),
         *run(SqueezeBackward(pooled, r.clone(memory_format=torch.preserve_format), x, vectors)),
         *run(JoinBackward(r, (a, b, mean), join, out)),

@@ -27,6 +27,7 @@ from bnrestructure.kernels.cuda import KERNELS
 from bnrestructure.kernels.cuda.merge import merge_statistics
 from bnrestructure.kernels.reference import REFERENCE
 from bnrestructure.kernels.rounding import gradient_factor
+from bnrestructure.kernels.unmerged import Unmerged
 
 ACTIVATIONS = (*PLAIN_ACTIVATIONS, "leaky_relu(0.1)")
 #: The last two: channels that are multiples of 8 and of 4 alone, in several tiles.
@@ -100,7 +101,7 @@ def test_merge(count: int, counted: bool, far: float) -> None:
     rounded = means.float()
     partial = torch.stack((rounded, (means - rounded.double()).float(), m2.float()))
     given = {"counts": rows} if counted else {"rows": unit * (count - 1) + last, "unit": unit}
-    mean, var = merge_statistics(partial, **given)
+    mean, var = merge_statistics(Unmerged(partial, **given))
     weights = rows.double()[:, None] / rows.double().sum()
     exact = (weights * means).sum(0)
     spread = (weights * (means - exact).square()).sum(0) + m2.sum(0) / rows.double().sum()
@@ -284,6 +285,33 @@ def test_finalize_of_a_concat_that_is_handed_on(first: int) -> None:
     assert torch.equal(found.var, var)
     for others in ((torch.randn(c), torch.randn(c)), (torch.randn(c), None), (None, torch.randn(c))):
         check(FinalizeBackward(torch.randn(c), torch.randn(c), whole.rstd, whole.scale, *others))
+
+
+@pytest.mark.parametrize("known", [0, 3, 40])
+@pytest.mark.parametrize("rows", [5, 70, 1100])
+@pytest.mark.parametrize("counted", [False, True])
+def test_finalize_merges_what_tiles_have_found(known: int, rows: int, counted: bool) -> None:
+    """As after a merge of its own; channels that are known already may lie before, in the same block and in another."""
+    c = 37
+    x = (torch.randn(1, c, rows, 1) + 10 * torch.randn(c)[:, None, None]).contiguous(memory_format=torch.channels_last)
+    left, none = KERNELS.run(StatisticsForward(x, unmerged=True))
+    assert isinstance(left, Unmerged)
+    assert none is None
+    if counted:
+        covered = left.rows - left.unit * torch.arange(left.partial.shape[1])
+        left = Unmerged(left.partial, counts=covered.clamp(max=left.unit).float())
+    found = KERNELS.run(StatisticsForward(x))
+    mean, var = (torch.cat([torch.rand(known), v]) for v in found)
+    weight, bias, running = torch.randn(known + c), torch.randn(known + c), torch.zeros(known + c)
+    expected = KERNELS.run(FinalizeForward(mean, var, rows, weight, bias, running.clone(), None, 1.0, 1e-5))
+    for kernels in (KERNELS, REFERENCE):
+        room = torch.full((c,), torch.nan), torch.full((c,), torch.nan)
+        parts = (room, None) if not known else ((mean[:known], var[:known]), room)
+        ours = running.clone()
+        value = kernels.run(FinalizeForward(*parts[0], rows, weight, bias, ours, None, 1.0, 1e-5, None, parts[1], left))
+        torch.testing.assert_close(room, found)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(ours, mean)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])

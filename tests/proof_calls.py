@@ -64,6 +64,7 @@ def every_call(dtype: torch.dtype) -> dict[str, Call[Any]]:
         "statistics, not merged": calls.StatisticsForward(x, unmerged=True),
         "statistics, copying": calls.StatisticsForward(x, buffer[:, 16:32]),
         "statistics backward": calls.StatisticsBackward(x, vector, vector, vector),
+        "statistics backward, to be divided": calls.StatisticsBackward(x, vector, torch.rand(16), torch.rand(16), None, 800_000),
         "squeeze": calls.SqueezeForward(x, t, dtype),
         "squeeze backward": calls.SqueezeBackward(gradient, same, x, t, same),
         "max pool": calls.MaxPoolForward(x, t, pool, dtype),

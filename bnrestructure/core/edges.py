@@ -27,6 +27,7 @@ __all__ = [
     "PoolGeometry",
     "Transform",
     "accumulation_dtype",
+    "divided",
     "per_channel",
     "statistics_count",
     "statistics_factors",
@@ -52,7 +53,7 @@ def values_per_channel(size: torch.Size) -> int:
 
 def statistics_factors(y: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None) -> tuple[Tensor, Tensor]:
     """The backward edge's a = 2 dvar / M and b = dmean / M, from the gradients (None is zero) of y's statistics. ``mean`` is y's."""
-    return _divided(
+    return divided(
         torch.zeros_like(mean) if dvar is None else dvar, torch.zeros_like(mean) if dmean is None else dmean, statistics_count(y)
     )
 
@@ -62,7 +63,8 @@ def statistics_count(y: Tensor) -> int:
     return max(values_per_channel(y.shape), 1)
 
 
-def _divided(dvar: Tensor, dmean: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def divided(dvar: Tensor, dmean: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The backward edge's a and b of a tensor with ``count`` values of each channel."""
     a, b = torch._foreach_div((dvar, dmean), (count / 2.0, float(count)))  # one kernel for both on a GPU
     return a, b
 
@@ -107,7 +109,7 @@ class BackwardEdge:
         """a and b of the formula, where there are any."""
         assert self.a is not None
         assert self.b is not None
-        return (self.a, self.b) if self.count is None else _divided(self.a, self.b, self.count)
+        return (self.a, self.b) if self.count is None else divided(self.a, self.b, self.count)
 
 
 @record

@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, PoolGeometry, Transform
+from bnrestructure.core.edges import BackwardEdge, ConvGeometry, ConvGradients, Join, PoolGeometry, Transform, divided
 from bnrestructure.core.records import record
 from bnrestructure.kernels.unmerged import Mean, Unmerged, Wanted
 
@@ -263,13 +263,19 @@ class StatisticsForward(Call[StatisticsResult]):
 
 @record
 class StatisticsBackward(Call[Tensor]):
-    """``a * (x - mean) + b`` in x's dtype, or added to ``accumulate``."""
+    """``a * (x - mean) + b`` in x's dtype, or added to ``accumulate``. With ``count`` a and b are what they are in a BackwardEdge."""
 
     x: Tensor
     mean: Tensor
     a: Tensor
     b: Tensor
     accumulate: Tensor | None = None
+    count: int | None = None
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """a and b of the formula."""
+        return (self.a, self.b) if self.count is None else divided(self.a, self.b, self.count)
 
 
 @record

@@ -59,7 +59,7 @@ class Hybrid:
     @torch.no_grad()  # under create_graph=True autograd runs backward with gradients on, and would refuse ``out=``
     def backward(self, call: ConvBackward, site: Any = None) -> ConvGradients:
         """The gradients."""
-        x, transform, weight, geometry, dtype = call.x, call.transform, call.weight, call.geometry, call.dtype
+        x, transform, geometry, dtype = call.x, call.transform, call.geometry, call.dtype
         need_x, need_weight, need_bias = call.needs
         join = call.join if need_x else None
         require_fit(x, transform, *(() if join is None else (join.ty, join.tr)))
@@ -73,13 +73,20 @@ class Hybrid:
         used, dw = _weight(call, d), None
         if need_weight:  # before the input's gradient, so that it and z are not in memory at the same time
             z = self._transformed(call)
-            dw = _weight_gradient(convolution_backward(d, z, used, geometry, need_input=False, need_weight=True)[1], weight, factor)
+            dw = convolution_backward(d, z, used, geometry, need_input=False, need_weight=True)[1]
             del z
-        if not need_x:
-            return ConvGradients(weight=dw, bias=db)
-        g, _ = convolution_backward(d, x.to(dtype), used, geometry, need_input=True, need_weight=False)
-        assert g is not None
+        g = None
+        if need_x:
+            g, _ = convolution_backward(d, x.to(dtype), used, geometry, need_input=True, need_weight=False)
         del d
+        return self.finish(call, factor, g, dw, db)
+
+    def finish(self, call: ConvBackward, factor: float, g: Tensor | None, dw: Tensor | None, db: Tensor | None) -> ConvGradients:
+        """The gradients, from those at the product's input and of its weight, ``factor`` times too large."""
+        x, transform, join = call.x, call.transform, call.join
+        dw = None if dw is None else _weight_gradient(dw, call.weight, factor)
+        if g is None:
+            return ConvGradients(weight=dw, bias=db)
         if join is not None:
             found = self._sweeps.run(JoinBackward(g, None, join, x, 1 / factor, call.accumulate))
             return ConvGradients(found.g, found.sum_p, found.sum_py, None, dw, db, found.sum_pr)
@@ -104,9 +111,8 @@ def _weight(call: ConvForward | ConvBackward, beside: Tensor) -> Tensor:
     return in_channels_last(readable(weight, beside).to(beside.dtype))
 
 
-def _weight_gradient(found: Tensor | None, weight: Tensor, factor: float) -> Tensor:
+def _weight_gradient(found: Tensor, weight: Tensor, factor: float) -> Tensor:
     """``found`` without the factor, in the weight's dtype and memory format."""
-    assert found is not None
     if factor == 1 and found.dtype == weight.dtype and found.stride() == weight.stride():
         return found
     # A tensor of one element decides the dtype that is multiplied in, which a number would not.

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from bnrestructure.core.activation import activate
 from bnrestructure.core.aliases import alias
-from bnrestructure.core.edges import statistics_factors, values_per_channel
+from bnrestructure.core.edges import statistics_count, statistics_factors, values_per_channel
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import FinalizeBackward, FinalizeForward, StatisticsBackward, StatisticsForward
 from bnrestructure.kernels.momentum import counted
@@ -64,7 +64,11 @@ class _Statistics(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         if dmean is None and dvar is None:
             return guard_second_derivative((dpassed, None, None, None))
-        dx = registry.run(ctx.backend, StatisticsBackward(x, mean, *statistics_factors(x, mean, dmean, dvar), dpassed))
+        if dmean is None or dvar is None:
+            call = StatisticsBackward(x, mean, *statistics_factors(x, mean, dmean, dvar), dpassed)
+        else:
+            call = StatisticsBackward(x, mean, dvar, dmean, dpassed, statistics_count(x))
+        dx = registry.run(ctx.backend, call)
         return guard_second_derivative((in_format_of(x, dx), None, None, None))
 
 

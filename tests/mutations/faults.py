@@ -8,8 +8,8 @@ __all__ = ["FAULTS"]
 
 #: The formulas, in core, ops and the reference kernels.
 FORMULAS = (
-    Fault("_divided", "count / 2.0", "(count - 1) / 2.0", "proofs:test_nodes.py"),
-    Fault("_divided", "float(count)", "-float(count)", "proofs:test_nodes.py"),
+    Fault("divided", "count / 2.0", "(count - 1) / 2.0", "proofs:test_nodes.py"),
+    Fault("divided", "float(count)", "-float(count)", "proofs:test_nodes.py"),
     Fault("reference:finalize_forward", "torch.rsqrt(var + call.eps)", "torch.rsqrt(var) + call.eps", "proofs:test_nodes.py"),
     Fault("reference:finalize_forward", "(call.count / (call.count - 1))", "((call.count - 1) / call.count)", "proofs:test_nodes.py"),
     Fault("reference:finalize_backward", "* -0.5", "* 0.5", "proofs:test_nodes.py"),
@@ -121,14 +121,14 @@ COMPILED = (
 
 #: The CUDA kernels, which run interpreted or on expressions here.
 CUDA = (
-    Fault("_merge_kernel", "count * d * d", "d * d", "proofs:test_triton_formulas.py"),
+    Fault("merged_tiles", "count * d * d", "d * d", "proofs:test_triton_formulas.py"),
     Fault("store_partial_statistics", "- count * remainder * remainder", "", "tests/cuda/interpreted/test_convolution.py"),
     Fault(
         "_residual_backward_kernel", "tl.where(inside, pull_back(g, u, ACT, SLOPE), 0.0)", "pull_back(g, u, ACT, SLOPE)",
         "proofs:test_triton_formulas.py",
     ),
     Fault("cuda/edges:output_gradient", "a *= 2.0 * rate", "a *= rate", "proofs:test_triton_formulas.py"),
-    Fault("_merge_kernel", "apart * apart * (total * share)", "apart * apart * share", "proofs:test_triton_formulas.py"),
+    Fault("merged_tiles", "apart * apart * (total * share)", "apart * apart * share", "proofs:test_triton_formulas.py"),
     Fault("_add_up", "(tile < count)[:, None]", "(tile <= count)[:, None]", "proofs:test_triton_formulas.py"),
     Fault("cuda/edges:output_gradient", "tl.fma(y - mean, a, d + b)", "tl.fma(y, a, d + b)", "proofs:test_triton_formulas.py"),
     Fault("_finalize_kernel", "tl.load(batches_ptr) + 1", "tl.load(batches_ptr)", "proofs:test_triton_formulas.py"),

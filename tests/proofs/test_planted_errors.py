@@ -40,13 +40,13 @@ JOIN_IN_CONVOLUTION = partial(nodes.join, "relu", "normalised", True, "convoluti
 
 #: (the function, what stands in it, what is put in its place, a proof that must fail).
 ERRORS: list[tuple[str, str, str, Proof]] = [
-    ("_divided", "count / 2.0", "count", STATISTICS),
-    ("_divided", "float(count)", "1.0", STATISTICS),
-    ("_divided", "(dvar, dmean), (", "(-dvar, dmean), (", CONVOLUTION),
+    ("divided", "count / 2.0", "count", STATISTICS),
+    ("divided", "float(count)", "1.0", STATISTICS),
+    ("divided", "(dvar, dmean), (", "(-dvar, dmean), (", CONVOLUTION),
     ("values_per_channel", "size.numel() // size[1]", "size.numel()", STATISTICS),
     ("statistics_forward", "correction=0", "correction=1", FISSION),
     ("statistics_forward", "if d != 1", "if d > 1", FISSION),
-    ("reference:statistics_backward", "per_channel(call.b, x)", "0 * per_channel(call.b, x)", FISSION),
+    ("reference:statistics_backward", "per_channel(b, x)", "0 * per_channel(b, x)", FISSION),
     ("reference:statistics_backward", "- per_channel(call.mean, x)", "+ per_channel(call.mean, x)", FISSION),
     ("reference:statistics_backward", "accumulate.to(d.dtype) + d", "d", THREADED_STATISTICS),
     ("finalize_forward", "var + call.eps", "var", FISSION),

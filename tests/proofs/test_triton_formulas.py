@@ -97,21 +97,23 @@ def test_sums_of_two_tensors() -> None:
     programs = 2 * -(-5 // 2)
     launch(
         sums._sums_kernel, (programs + 1,), Memory(list(first.ravel())), out, Memory(list(second.ravel())), other, programs, 3, 5, 4, 3,
-        A_BT=2, A_BC=2, B_BT=4, B_BC=4,
+        A_FACTOR=2.0, A_BT=2, A_BC=2, B_FACTOR=1.0, B_BT=4, B_BC=4,
     )  # fmt: skip
-    assert_equal(out.array(-1), first.sum(1))
+    assert_equal(out.array(-1), 2 * first.sum(1))
     assert_equal(other.array(-1), second.sum(1))
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_statistics_backward(accumulate: bool) -> None:
+@pytest.mark.parametrize("divided", [False, True])
+def test_statistics_backward(accumulate: bool, divided: bool) -> None:
     x, before = unknowns("x", ROWS, CHANNELS), unknowns("before", ROWS, CHANNELS)
     mean, a, b = (unknowns(name, CHANNELS) for name in ("mean", "a", "b"))
-    dx = Memory(list(before.ravel())) if accumulate else Memory(ROWS * CHANNELS)
+    dx, rate = Memory(list(before.ravel())) if accumulate else Memory(ROWS * CHANNELS), sp.Symbol("rate") if divided else None
     launch(
-        statistics._statistics_backward_kernel, GRID, pitched(x, CHANNELS + 1), *(Memory(list(v)) for v in (mean, a, b)), dx,
+        statistics._statistics_backward_kernel, GRID, pitched(x, CHANNELS + 1), *(Memory(list(v)) for v in (mean, a, b)), rate, dx,
         CHANNELS + 1, CHANNELS, ROWS, CHANNELS, ACCUMULATE=accumulate, WIDE=False, UNIT=1, BR=BR, BC=BC,
     )  # fmt: skip
+    a, b = (2 * rate * a, rate * b) if divided else (a, b)
     assert_equal(dx.array(-1), a * (x - mean) + b + (before if accumulate else 0))
 
 

@@ -16,6 +16,7 @@ from bnrestructure.kernels.cpu.library import declare
 from bnrestructure.kernels.cpu.memory import Keep
 from bnrestructure.kernels.cpu.structures import FinalizeArguments
 from bnrestructure.kernels.momentum import counted
+from bnrestructure.kernels.operands import readable
 
 __all__ = ["RUN", "unsupported"]
 
@@ -30,7 +31,7 @@ def finalize_forward(call: FinalizeForward) -> FinalizeResult:
     if call.unmerged is not None:
         raise UnsupportedCallError(str(unsupported(call)))
     if call.behind is not None:
-        mean, var = torch.cat((mean, call.behind[0])), torch.cat((var, call.behind[1]))
+        mean, var = (torch.cat((readable(v), readable(behind))) for v, behind in zip((mean, var), call.behind, strict=True))
     a = FinalizeArguments()
     a.channels = channels = mean.shape[0]
     a.mean, a.var = memory.vectors(keep, channels, mean, var)

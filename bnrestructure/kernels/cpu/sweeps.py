@@ -122,10 +122,10 @@ def statistics_forward(call: StatisticsForward) -> StatisticsResult:
 
 
 def statistics_backward(call: StatisticsBackward) -> Tensor:
-    x, keep = call.x, Keep()
+    x, factors, keep = call.x, call.factors, Keep()
     a = _sweep(x.shape, x.dtype)
     a.x, a.x_pitch = memory.pixels(x, x.shape, x.dtype, keep)
-    a.z_mean, a.a, a.b = memory.vectors(keep, a.channels, call.mean, call.a, call.b)
+    a.z_mean, a.a, a.b = memory.vectors(keep, a.channels, call.mean, *factors)
     dx = _to_dx(a, x, call.accumulate)
     _statistics_backward.call(_byref(a))
     return _delivered(dx, call.accumulate)

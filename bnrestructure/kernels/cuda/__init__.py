@@ -17,7 +17,6 @@ from bnrestructure.kernels.choice import Choice, Convolutions
 from bnrestructure.kernels.cuda import limits
 from bnrestructure.kernels.cuda.device import gpu_here, identify_machine
 from bnrestructure.kernels.cuda.rule import BACKWARD, CudaRule
-from bnrestructure.kernels.hybrid import Hybrid
 from bnrestructure.kernels.operands import checked_kind
 from bnrestructure.kernels.reference import Reference
 
@@ -39,8 +38,8 @@ class CudaKernels:
     @cached_property
     def convolutions(self) -> Convolutions:
         """The convolution nodes."""
-        fused = import_module(f"{__name__}.convolution")
-        implementations = {"fused": fused.Dense(), "depthwise": fused.Depthwise(), "hybrid": Hybrid(self), "reference": Reference()}
+        fused, hybrid = import_module(f"{__name__}.convolution"), import_module(f"{__name__}.hybrid").Hybrid(self)
+        implementations = {"fused": fused.Dense(), "depthwise": fused.Depthwise(), "hybrid": hybrid, "reference": Reference()}
         return Convolutions(self, self._rule, implementations, BACKWARD)
 
     @cached_property

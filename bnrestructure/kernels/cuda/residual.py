@@ -21,6 +21,7 @@ from bnrestructure.kernels.cuda.merge import (
 from bnrestructure.kernels.cuda.precision import dithered, in_units, offset, representable, rounded
 from bnrestructure.kernels.cuda.problem import unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_channels
+from bnrestructure.kernels.cuda.sums import Sums, totals
 from bnrestructure.kernels.unmerged import Mean, Unmerged, Wanted
 
 __all__ = ["residual_backward", "residual_forward"]
@@ -141,8 +142,12 @@ def residual_backward(
     *,
     factor: float = 1.0,
     more: Tensor | None = None,
+    sums: Sums | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(G, SP, SPY, SPR): see kernels/reference/sweeps.py. G is always fresh memory. The gradient is ``factor * dout + more``."""
+    """(G, SP, SPY, SPR): see kernels/reference/sweeps.py. G is always fresh memory. The gradient is ``factor * dout + more``.
+
+    The last three are due in ``sums``, where it is given.
+    """
     gradient, left, right, kept = pixels(dout), pixels(y), pixels(r), pixels(out)
     g = empty_pixels(tuple(out.shape), out.dtype, out.device)
     channels = out.shape[1]
@@ -161,5 +166,5 @@ def residual_backward(
         **activation_constants(act), WIDE=any(operand.wide for operand in operands),
         UNIT=unit_of(*pitches, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
-    sums = partial.sum(1)
-    return g.tensor, sums[0], None if ty.mean is None else sums[1], None if tr.mean is None else sums[-1]
+    found = totals(partial, sums)
+    return g.tensor, found[0], None if ty.mean is None else found[1], None if tr.mean is None else found[-1]

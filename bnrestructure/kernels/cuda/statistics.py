@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bnrestructure.kernels.calls import FinalizeBackward, FinalizeForward, FinalizeGradients, FinalizeResult
+from bnrestructure.kernels.calls import FinalizeBackward, FinalizeForward, FinalizeGradients, FinalizeResult, StatisticsBackward
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.launch import launch
 from bnrestructure.kernels.cuda.layout import destination, pixels, vectors
@@ -62,7 +62,7 @@ def statistics_forward(x: Tensor, out: Tensor | None = None, wanted: Wanted = Tr
 
 @triton.jit(do_not_specialize=("rows",))
 def _statistics_backward_kernel(
-    x_ptr, mean_ptr, a_ptr, b_ptr, dx_ptr, x_pitch, dx_pitch, rows, channels,
+    x_ptr, mean_ptr, a_ptr, b_ptr, rate, dx_ptr, x_pitch, dx_pitch, rows, channels,
     ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     x_pitch, dx_pitch, channels = in_units(x_pitch, UNIT), in_units(dx_pitch, UNIT), in_units(channels, UNIT)
@@ -75,6 +75,9 @@ def _statistics_backward_kernel(
     mean = tl.load(mean_ptr + channel, mask=valid, other=0.0)
     a = tl.load(a_ptr + channel, mask=valid, other=0.0)
     b = tl.load(b_ptr + channel, mask=valid, other=0.0)
+    if rate is not None:
+        a *= 2.0 * rate
+        b *= rate
     d = tl.fma(x - mean, a, tl.broadcast_to(b, (BR, BC)))
     place = dx_ptr + offset(row, dx_pitch, WIDE) + channel
     if ACCUMULATE:
@@ -84,8 +87,9 @@ def _statistics_backward_kernel(
         tl.store(place, rounded(d, dx_ptr.dtype.element_ty), mask=inside)
 
 
-def statistics_backward(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, accumulate: Tensor | None) -> Tensor:
+def statistics_backward(call: StatisticsBackward) -> Tensor:
     """``a * (x - mean) + b``, in x's dtype, or added in place to ``accumulate``, [N, C, H, W]."""
+    x, accumulate = call.x, call.accumulate
     source = pixels(x)
     dx = destination(x, x.dtype, accumulate)
     in_place = accumulate is not None and dx.tensor is accumulate
@@ -93,7 +97,8 @@ def statistics_backward(x: Tensor, mean: Tensor, a: Tensor, b: Tensor, accumulat
     tile = tiles.sweep(channels)
     launch(
         _statistics_backward_kernel, (tiles.cdiv(source.rows, tile.rows) * tiles.cdiv(channels, tile.channels),),
-        source.tensor, *vectors(mean, a, b), dx.tensor, source.pitch, dx.pitch, source.rows, channels,
+        source.tensor, *vectors(call.mean, call.a, call.b), None if call.count is None else 1.0 / call.count,
+        dx.tensor, source.pitch, dx.pitch, source.rows, channels,
         ACCUMULATE=in_place, WIDE=source.wide or dx.wide,
         UNIT=unit_of(source.pitch, dx.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip

@@ -12,14 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bnrestructure.core.constants import constant
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.launch import launch
 
-__all__ = ["Sums"]
+__all__ = ["Sums", "totals"]
 
 
 @triton.jit
-def _add_up(partial_ptr, out_ptr, program, count, inner, BT: tl.constexpr, BC: tl.constexpr):
+def _add_up(partial_ptr, out_ptr, program, count, inner, FACTOR: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     blocks = tl.cdiv(inner, BC)
     outer = program // blocks
     column = (program - outer * blocks) * BC + tl.arange(0, BC)
@@ -28,27 +29,32 @@ def _add_up(partial_ptr, out_ptr, program, count, inner, BT: tl.constexpr, BC: t
     for start in range(0, count, BT):
         tile = start + tl.arange(0, BT)
         place = partial_ptr + (tile.to(tl.int64)[:, None] + outer * count) * inner + column[None, :]
-        total += tl.sum(tl.load(place, mask=(tile < count)[:, None] & valid[None, :], other=0.0), 0)
+        total += tl.sum(tl.load(place, mask=(tile < count)[:, None] & valid[None, :], other=0.0).to(tl.float32), 0)
+    if FACTOR != 1.0:
+        total *= FACTOR
     tl.store(out_ptr + outer * inner + column, total, mask=valid)
 
 
 @triton.jit(do_not_specialize=("a_programs", "a_count", "b_count"))
 def _sums_kernel(
     a_ptr, a_out_ptr, b_ptr, b_out_ptr, a_programs, a_count, a_inner, b_count, b_inner,
-    A_BT: tl.constexpr, A_BC: tl.constexpr, B_BT: tl.constexpr, B_BC: tl.constexpr,
+    A_FACTOR: tl.constexpr, A_BT: tl.constexpr, A_BC: tl.constexpr, B_FACTOR: tl.constexpr, B_BT: tl.constexpr, B_BC: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < a_programs:
-        _add_up(a_ptr, a_out_ptr, program, a_count, a_inner, A_BT, A_BC)
+        _add_up(a_ptr, a_out_ptr, program, a_count, a_inner, A_FACTOR, A_BT, A_BC)
     else:
-        _add_up(b_ptr, b_out_ptr, program - a_programs, b_count, b_inner, B_BT, B_BC)
+        _add_up(b_ptr, b_out_ptr, program - a_programs, b_count, b_inner, B_FACTOR, B_BT, B_BC)
 
 
 class _Due(NamedTuple):
-    """``partial`` [outer, count, inner], contiguous; the sums over the middle go to ``out``, contiguous, [outer, inner]; both fp32."""
+    """``partial`` [outer, count, inner], contiguous; the sums over the middle go to ``out``, contiguous, [outer, inner], fp32. Of one alone
+    ``factor`` times it.
+    """
 
     partial: Tensor
     out: Tensor
+    factor: float = 1.0
 
 
 class Sums:
@@ -76,6 +82,16 @@ class Sums:
             torch.sum(partial, 0, out=flat)
         return gradient
 
+    def restored(self, found: Tensor, weight: Tensor, factor: float) -> Tensor:
+        """A weight's gradient ``found``, ``factor`` times too large, in the weight's dtype and memory format."""
+        gradient = torch.empty_like(weight)
+        flat, given = gradient.permute(0, 2, 3, 1), found.permute(0, 2, 3, 1)
+        if weight.dtype is torch.float32 and flat.is_contiguous() and given.is_contiguous():
+            self._due.append(_Due(given.view(1, 1, -1), flat.view(1, -1), 1 / factor))
+        else:
+            torch.mul(found, constant(1 / factor, found.device), out=gradient)  # its dtype decides in which one, too: a number's would not
+        return gradient
+
     def finish(self) -> None:
         """Make them, two by one launch."""
         while len(self._due) > 1:
@@ -86,10 +102,14 @@ class Sums:
             launch(
                 _sums_kernel, (a_programs + b_outer * tiles.cdiv(b_inner, b_tile.channels),),
                 a.partial, a.out, b.partial, b.out, a_programs, a_count, a_inner, b_count, b_inner,
-                A_BT=a_tile.rows, A_BC=a_tile.channels, B_BT=b_tile.rows, B_BC=b_tile.channels, warps=a_tile.warps,
+                A_FACTOR=a.factor, A_BT=a_tile.rows, A_BC=a_tile.channels, B_FACTOR=b.factor, B_BT=b_tile.rows, B_BC=b_tile.channels,
+                warps=a_tile.warps,
             )  # fmt: skip
-        for partial, out in self._due:
-            torch.sum(partial, 1, out=out)
+        for partial, out, factor in self._due:
+            if partial.shape[1] == 1:
+                torch.mul(partial[:, 0], constant(factor, out.device), out=out)
+            else:
+                torch.sum(partial, 1, out=out)
         self._due.clear()
 
     def _add(self, partial: Tensor, out: Tensor) -> None:
@@ -98,3 +118,8 @@ class Sums:
             self._due.append(_Due(partial, out))
         else:
             torch.sum(partial, 1, out=out)
+
+
+def totals(partial: Tensor, sums: Sums | None) -> Tensor:
+    """[planes, C] of ``partial`` [planes, tiles, C]: now, or due in ``sums``."""
+    return partial.sum(1) if sums is None else sums.of(partial)

@@ -19,10 +19,6 @@ def _statistics_forward(c: calls.StatisticsForward) -> calls.StatisticsResult:
     return calls.StatisticsResult(*statistics_forward(c.x, c.out, "unmerged" if c.unmerged else True))
 
 
-def _statistics_backward(c: calls.StatisticsBackward) -> Any:
-    return statistics_backward(c.x, c.mean, c.a, c.b, c.accumulate)
-
-
 def _normalise_forward(c: calls.NormaliseForward) -> Any:
     return normalise_forward(c.x, c.transform, dtype=c.dtype, out=c.out, r=c.r)
 
@@ -59,7 +55,7 @@ def _max_pool_backward(c: calls.MaxPoolBackward) -> calls.SweepGradients:
 
 RUN: dict[type[calls.Call[Any]], Callable[[Any], Any]] = {
     calls.StatisticsForward: _statistics_forward,
-    calls.StatisticsBackward: _statistics_backward,
+    calls.StatisticsBackward: statistics_backward,
     calls.NormaliseForward: _normalise_forward,
     calls.NormaliseBackward: _normalise_backward,
     calls.SqueezeForward: _squeeze_forward,

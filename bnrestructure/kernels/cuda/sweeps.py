@@ -24,10 +24,11 @@ from bnrestructure.kernels.cuda.merge import partial_sums
 from bnrestructure.kernels.cuda.precision import in_units, offset, rounded
 from bnrestructure.kernels.cuda.problem import unit_of
 from bnrestructure.kernels.cuda.programs import tile_and_channels
+from bnrestructure.kernels.cuda.sums import Sums, totals
 
 __all__ = ["normalise_backward", "normalise_forward", "squeeze_backward", "squeeze_forward"]
 
-Sums = tuple[Tensor, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 @triton.jit(do_not_specialize=("rows", "positions"))
@@ -110,7 +111,8 @@ def _backward(
     add: bool,
     factor: float = 1.0,
     factors: Tensor | None = None,
-) -> Sums:
+    sums: Sums | None = None,
+) -> Gradients:
     """Writes ``dx``, or adds to it, from the gradient at z, ``factor * factors * dz + dpooled / positions``; returns (dx, SP, SPX)."""
     source, gradient = pixels(x), None if dz is None else pixels(dz)
     pooled = None if dpooled is None else dpooled.to(torch.float32).contiguous()
@@ -128,7 +130,7 @@ def _backward(
         WIDE=source.wide or dx.wide or (gradient is not None and gradient.wide),
         UNIT=unit_of(*pitches, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
-    sum_p, sum_px = (None, None) if partial is None else partial.sum(1).unbind()
+    sum_p, sum_px = (None, None) if partial is None else totals(partial, sums).unbind()
     return dx.tensor, sum_p, sum_px
 
 
@@ -140,6 +142,7 @@ def normalise_backward(
     accumulate: Tensor | None = None,
     factor: float = 1.0,
     factors: Tensor | None = None,
+    sums: Sums | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, SP, SPX, the gate's gradient) from the gradient at z, ``factor * factors * dz``.
 
@@ -149,7 +152,7 @@ def normalise_backward(
     in_place = accumulate is not None and dx.tensor is accumulate
     sum_p = sum_px = gate = None
     if transform.gate is None:
-        found, sum_p, sum_px = _backward(dz, None, x, transform, dx, in_place, factor, factors)
+        found, sum_p, sum_px = _backward(dz, None, x, transform, dx, in_place, factor, factors, sums)
     else:
         found, gate = _gated_backward(dz, x, transform, dx, in_place, factor)
     return found if accumulate is None or in_place else accumulate.add_(found), sum_p, sum_px, gate
@@ -235,7 +238,7 @@ def squeeze_forward(x: Tensor, transform: Transform, *, dtype: torch.dtype) -> T
 
 def squeeze_backward(
     dpooled: Tensor, dz: Tensor | None, x: Tensor, transform: Transform, *, accumulate: Tensor | None = None
-) -> Sums:
+) -> Gradients:
     """(dx, SP, SPX) from the gradient at z, ``dpooled / positions + dz``.
 
     dx is added in place to ``accumulate`` when given; one that is ``dz`` itself is overwritten.

@@ -138,6 +138,7 @@ def _sweeps() -> None:
     run = KERNELS.run
     mean, var = run(StatisticsForward(x))
     run(StatisticsForward(x, torch.empty_like(x)))
+    run(StatisticsBackward(x, mean, a, b, None, 3136))
     run(StatisticsBackward(x, a, b, c, torch.empty_like(x)))
     z = run(NormaliseForward(x, _transform(256, "relu"), x.dtype))
     run(NormaliseBackward(z, x, _transform(256, "relu")))

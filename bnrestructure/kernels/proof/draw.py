@@ -18,6 +18,7 @@ from bnrestructure.kernels.calls import (
     JoinForward,
     MaxPoolBackward,
     MaxPoolForward,
+    StatisticsBackward,
 )
 from bnrestructure.kernels.operands import reach_of
 from bnrestructure.kernels.proof.kinds import Blank, mapped
@@ -118,7 +119,7 @@ def _consistent(call: Any) -> Any:
     That is a cast weight, an edge's gradients of statistics by their count, a join's sum behind that join, the places of a pool's maxima.
     """
     with torch.no_grad():
-        edge = getattr(call, "edge", None)
+        edge = call if isinstance(call, StatisticsBackward) else getattr(call, "edge", None)
         if edge is not None and edge.count is not None:  # what is still to be divided must weigh something when it has been
             edge.a.mul_(edge.count / 2)
             edge.b.mul_(edge.count)

@@ -20,6 +20,7 @@ from bnrestructure.kernels.calls import (
     StatisticsResult,
 )
 from bnrestructure.kernels.momentum import counted
+from bnrestructure.kernels.operands import readable
 from bnrestructure.kernels.rounding import dithered
 from bnrestructure.kernels.unmerged import merged
 
@@ -39,8 +40,8 @@ def statistics_forward(call: StatisticsForward) -> StatisticsResult:
 
 def statistics_backward(call: StatisticsBackward) -> Tensor:
     """``a * (x - mean) + b``, the gradient at x of its mean and variance, added to ``accumulate`` where it is given."""
-    x, a, accumulate = call.x, call.a, call.accumulate
-    d = per_channel(a, x) * (x.to(a.dtype) - per_channel(call.mean, x)) + per_channel(call.b, x)
+    x, (a, b), accumulate = call.x, call.factors, call.accumulate
+    d = per_channel(a, x) * (x.to(a.dtype) - per_channel(call.mean, x)) + per_channel(b, x)
     if accumulate is None:
         return d.to(x.dtype)
     return accumulate.copy_(dithered(accumulate.to(d.dtype) + d, accumulate.dtype))
@@ -53,7 +54,7 @@ def finalize_forward(call: FinalizeForward) -> FinalizeResult:
         for room, found in zip(call.behind or (mean, var), merged(call.unmerged), strict=True):
             room.copy_(found)
     if call.behind is not None:
-        mean, var = (torch.cat(pair) for pair in zip((mean, var), call.behind, strict=True))
+        mean, var = (torch.cat((readable(v), readable(behind))) for v, behind in zip((mean, var), call.behind, strict=True))
     rstd = torch.rsqrt(var + call.eps)
     scale = rstd.clone() if call.weight is None else call.weight.to(rstd.dtype) * rstd
     beta = torch.zeros_like(rstd) if call.bias is None else call.bias.to(rstd.dtype).clone()

@@ -57,6 +57,25 @@ def test_any_number(count: int, launches: list[object]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_weight_gradient_of_a_product_of_its_own(
+    beside: bool, layout: torch.memory_format, dtype: torch.dtype, launches: list[object]
+) -> None:
+    """Without the factor that it was computed with, in the weight's dtype and strides, and by the launch that adds up other sums."""
+    weight = torch.randn(6, 5, 3, 3).to(dtype).contiguous(memory_format=layout)
+    found, other = torch.randn(6, 5, 3, 3).to(torch.bfloat16).contiguous(memory_format=torch.channels_last), torch.randn(2, 7, 5)
+    due = Sums()
+    gradient = due.restored(found, weight, 256.0)
+    total = due.of(other) if beside else None
+    due.finish()
+    assert total is None or close(total, other) is None
+    assert (gradient.shape, gradient.dtype, gradient.stride()) == (weight.shape, dtype, weight.stride())
+    assert torch.equal(gradient, (found.double() / 256).to(dtype))
+    assert len(launches) == (beside and dtype is torch.float32 and layout is torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_weight_gradients(kernel: int, layout: torch.memory_format, dtype: torch.dtype) -> None:
     """In the weight's own shape, dtype and strides."""

@@ -58,6 +58,7 @@ def test_statistics(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = activation_tensor(shape, dtype)
     mean, _ = check(StatisticsForward(x))
     check(StatisticsBackward(x, mean, torch.randn(shape[1]), torch.randn(shape[1])))
+    check(StatisticsBackward(x, mean, torch.randn(shape[1]), torch.randn(shape[1]), None, 3))
 
 
 @pytest.mark.parametrize("layout", ["slice", "contiguous"])

@@ -90,8 +90,6 @@ def conv(
         return ConvOutputs(*unbatched_conv(
             x, transform, weight, bias, geometry, wants_statistics=bool(statistics), chain=chain, gain=gain, backend=backend
         ))  # fmt: skip
-    if torch.compiler.is_compiling():
-        statistics = bool(statistics)
     if torch.compiler.is_compiling() and not (chain or gain or slot is not None):
         check_shapes(x, weight, geometry)
         y, ymean, yvar = library.conv(
@@ -130,8 +128,10 @@ class PlainConv(torch.autograd.Function):
         buffer, out, written = destination(x, weight, into, options)
         cast = cast_weight(weight, options.dtype, options.geometry)
         call = ConvForward(x, transform, weight, bias, options.geometry, options.dtype, options.statistics, out, None, cast)
-        y, *found = registry.run(options.backend, call)
-        ymean, yvar, left = with_room(*found)
+        y, ymean, yvar = registry.run(options.backend, call)
+        left = None
+        if type(ymean) is Unmerged:
+            ymean, yvar, left = with_room(ymean)
         ctx.options, ctx.has_bias, ctx.written = options, bias is not None, written
         ctx.save_for_backward(x, mean, scale, beta, gate, weight, cast, y if options.statistics else None, ymean)
         ctx.set_materialize_grads(False)

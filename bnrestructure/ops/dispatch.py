@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnrestructure.core.aliases import alias
-from bnrestructure.kernels.unmerged import Mean, Unmerged
+from bnrestructure.kernels.unmerged import Unmerged
 
 __all__ = ["compute_dtype", "guard_second_derivative", "in_format_of", "passed_on", "with_room"]
 
@@ -42,12 +42,10 @@ def passed_on(ctx: Any, x: Tensor) -> Tensor:
     return passed
 
 
-def with_room(mean: Mean, var: Tensor | None) -> tuple[Tensor | None, Tensor | None, Unmerged | None]:
-    """(mean, var, what is to be merged into them) of a node's statistics: memory, where they are not merged yet."""
-    if not isinstance(mean, Unmerged):
-        return mean, var, None
-    room = mean.partial.new_empty(2, mean.partial.shape[2])
-    return room[0], room[1], mean
+def with_room(unmerged: Unmerged) -> tuple[Tensor, Tensor, Unmerged]:
+    """Memory for a mean and a variance, and what is to be merged into them."""
+    room = unmerged.partial.new_empty(2, unmerged.partial.shape[2])
+    return room[0], room[1], unmerged
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -17,6 +17,7 @@ from bnrestructure.core.edges import Join, Transform, accumulation_dtype
 from bnrestructure.core.kept import kept_activation
 from bnrestructure.kernels import registry
 from bnrestructure.kernels.calls import ConvBackward, ConvForward, JoinBackward, JoinGradients
+from bnrestructure.kernels.unmerged import Unmerged
 from bnrestructure.ops.casts import cast_weight
 from bnrestructure.ops.conv_options import ConvOptions, Shortcut, backward_edge, destination
 from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, with_room
@@ -65,8 +66,10 @@ class JoinConv(torch.autograd.Function):
         z = kept_activation(x.shape, options.dtype, x.device)
         cast = cast_weight(weight, options.dtype, options.geometry)
         call = ConvForward(z, Transform(), weight, bias, options.geometry, options.dtype, options.statistics, out, join, cast)
-        y, *found = registry.run(options.backend, call)
-        ymean, yvar, left = with_room(*found)
+        y, ymean, yvar = registry.run(options.backend, call)
+        left = None
+        if type(ymean) is Unmerged:
+            ymean, yvar, left = with_room(ymean)
         ctx.options, ctx.has_bias, ctx.written = options, bias is not None, written
         ctx.has_gain, ctx.has_r_gain = x_gain is not None, r_gain is not None
         kept = y if options.statistics else None

@@ -60,8 +60,6 @@ def residual(
     if y.dtype != r.dtype:
         dtype = torch.promote_types(y.dtype, r.dtype)
         y, r = readable(y).to(dtype), readable(r).to(dtype)
-    if torch.compiler.is_compiling():
-        statistics = bool(statistics)
     out, omean, ovar, left = _Residual.apply(y, *transform[:3], r, *r_transform[:3], gain, r_gain, act, statistics, backend)
     return ResidualOutputs(out, omean, ovar, out.shape if statistics else None, left)
 
@@ -106,8 +104,10 @@ class _Residual(torch.autograd.Function):
         backend: str,
     ) -> Any:
         join = Join(y, Transform(mean, scale, beta), r, Transform(r_mean, r_scale, r_beta), act)
-        out, *found = registry.run(backend, JoinForward(join, y.dtype, statistics))
-        omean, ovar, left = with_room(*found)
+        out, omean, ovar = registry.run(backend, JoinForward(join, y.dtype, statistics))
+        left = None
+        if type(omean) is Unmerged:
+            omean, ovar, left = with_room(omean)
         ctx.act, ctx.backend = act, backend
         ctx.has_gain, ctx.has_r_gain = gain is not None, r_gain is not None
         # Backward reads out for its statistics alone (and under an activation eager would have saved it, too): without them the caller

@@ -42,18 +42,20 @@ def statistics(x: Tensor, *, chain: bool = False, unmerged: bool = False, backen
 
     ``unmerged`` allows the output of that name.
     """
-    compiling = torch.compiler.is_compiling()
-    if compiling and not chain:
+    if torch.compiler.is_compiling() and not chain:
         mean, var = library.statistics(x, backend)
         return StatisticsOutputs(mean, var, x.shape, None)
-    mean, var, passed, left = _Statistics.apply(x, chain, unmerged and not compiling, backend)
+    mean, var, passed, left = _Statistics.apply(x, chain, unmerged, backend)
     return StatisticsOutputs(mean, var, x.shape, passed, left)
 
 
 class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, chain: bool, unmerged: bool, backend: str) -> Any:
-        mean, var, left = with_room(*registry.run(backend, StatisticsForward(x, unmerged=unmerged)))
+        mean, var = registry.run(backend, StatisticsForward(x, unmerged=unmerged))
+        left = None
+        if type(mean) is Unmerged:
+            mean, var, left = with_room(mean)
         ctx.backend = backend
         ctx.save_for_backward(x, mean)
         ctx.set_materialize_grads(False)
@@ -272,7 +274,8 @@ class _Finalize(torch.autograd.Function):
         dmean, dvar, of_weight = registry.run(ctx.backend, FinalizeBackward(of_scale, of_beta, rstd, scale, of_mean, of_var))
         dweight = None if dscale is None or weight is None else of_weight.to(weight.dtype)
         dbias = None if dbeta is None or ctx.bias_dtype is None else dbeta.to(ctx.bias_dtype)
-        return guard_second_derivative((*_halves(ctx.channels, dmean, dvar), None, None, dweight, dbias, *[None] * 7))
+        halves = (dmean, dvar, None, None) if ctx.channels is None else _halves(ctx.channels, dmean, dvar)
+        return guard_second_derivative((*halves, None, None, dweight, dbias, None, None, None, None, None, None, None))
 
 
 def _halves(channels: tuple[int, int] | None, dmean: Tensor | None, dvar: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -57,7 +57,10 @@ def finalize_backward(call: FinalizeBackward) -> FinalizeGradients:
     a = FinalizeArguments()
     a.channels = channels = rstd.shape[0]
     a.dscale, a.dbeta, a.rstd, a.scale = memory.vectors(keep, channels, call.dscale, call.dbeta, rstd, call.scale)
-    a.of_mean, a.of_var = (0 if v is None else memory.vectors(keep, channels, v)[0] for v in (call.dmean, call.dvar))
+    if call.dmean is not None:
+        (a.of_mean,) = memory.vectors(keep, channels, call.dmean)
+    if call.dvar is not None:
+        (a.of_var,) = memory.vectors(keep, channels, call.dvar)
     dmean, a.dmean = memory.fresh_vector(channels)
     dvar, a.dvar = memory.fresh_vector(channels)
     dweight, a.dweight = memory.fresh_vector(channels)

@@ -42,16 +42,16 @@ def merged_alone(node: fx.Node) -> tuple[Finalize, Conv | Residual | Statistics]
     finalize = Finalize.of(node)
     if finalize is None or finalize.unmerged is not None:
         return None
-    mean, var = (finalize.mean, finalize.var) if finalize.behind_mean is None else (finalize.behind_mean, finalize.behind_var)
+    mean, var = finalize.last_part
     (maker, name), (other, other_name) = maker_of(mean), maker_of(var)
-    if not isinstance(maker, Conv | Residual | Statistics) or other is None or other.node is not maker.node or mean is None or var is None:
+    if not isinstance(maker, Conv | Residual | Statistics) or other is None or other.node is not maker.node:
         return None
     alone = (name, other_name) == ("mean", "var") and [*mean.users] == [*var.users] == [node]
     return (finalize, maker) if alone and finalize.times_read(mean) == finalize.times_read(var) == 1 else None
 
 
 def merge_in_finalize(match: tuple[Finalize, Conv | Residual | Statistics]) -> None:
-    """Let the batch norm merge the statistics that tiles have found: of a device's kernels, one less."""
+    """Let the batch norm merge the statistics that tiles have found, so that no launch of its own does."""
     finalize, maker = match
     maker = maker.update(unmerged=True) if isinstance(maker, Statistics) else maker.update(statistics="unmerged")
     finalize.update(unmerged=maker.out("unmerged"))

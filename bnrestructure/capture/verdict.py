@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 __all__ = ["heard", "is_heard", "of_several", "tell"]
 
+
 def is_heard() -> bool:
     """Whether this process is one of several, and not the first one."""
     return of_several() and dist.get_rank() > 0

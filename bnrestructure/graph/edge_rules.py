@@ -123,8 +123,8 @@ def unmerged(view: Conv | Residual | Statistics, look: Look) -> str | None:
     finalize = Finalize.of(next(iter(readers))) if len(readers) == 1 else None
     if finalize is None or finalize.unmerged is not left:
         return "its statistics are not merged, and are not those of one batch norm that merges them"
-    last = (finalize.mean, finalize.var) if finalize.behind_mean is None else (finalize.behind_mean, finalize.behind_var)
-    fits = last == (outs.get("mean"), outs.get("var")) and all(finalize.times_read(vector) == 1 for vector in last if vector is not None)
+    last = finalize.last_part
+    fits = last == (outs.get("mean"), outs.get("var")) and all(finalize.times_read(vector) == 1 for vector in last)
     return None if fits else f"{finalize.node.name} merges them into others"
 
 

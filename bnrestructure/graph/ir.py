@@ -207,6 +207,13 @@ class Finalize(OfLayer, op=ops.finalize, outputs=ops.FinalizeOutputs, groups=_OF
     behind_var: fx.Node | None = None
     unmerged: fx.Node | None = None
     chain: bool = False
+
+    @property
+    def last_part(self) -> tuple[fx.Node, fx.Node]:
+        """The mean and the variance into which ``unmerged`` is merged: those behind the others, where there are such."""
+        if self.behind_mean is None or self.behind_var is None:
+            return self.mean, self.var
+        return self.behind_mean, self.behind_var
     backend: str = "auto"
 
 

@@ -30,7 +30,7 @@ from bnrestructure.kernels.calls import (
 from bnrestructure.kernels.operands import readable, require_fit, weight_of
 from bnrestructure.kernels.rounding import gradient_factor
 
-__all__ = ["Hybrid"]
+__all__ = ["Hybrid", "weight_gradient"]
 
 
 class Hybrid:
@@ -84,7 +84,7 @@ class Hybrid:
     def finish(self, call: ConvBackward, factor: float, g: Tensor | None, dw: Tensor | None, db: Tensor | None) -> ConvGradients:
         """The gradients, from those at the product's input and of its weight, ``factor`` times too large."""
         x, transform, join = call.x, call.transform, call.join
-        dw = None if dw is None else _weight_gradient(dw, call.weight, factor)
+        dw = None if dw is None else weight_gradient(dw, call.weight, factor)
         if g is None:
             return ConvGradients(weight=dw, bias=db)
         if join is not None:
@@ -111,7 +111,7 @@ def _weight(call: ConvForward | ConvBackward, beside: Tensor) -> Tensor:
     return in_channels_last(readable(weight, beside).to(beside.dtype))
 
 
-def _weight_gradient(found: Tensor, weight: Tensor, factor: float) -> Tensor:
+def weight_gradient(found: Tensor, weight: Tensor, factor: float) -> Tensor:
     """``found`` without the factor, in the weight's dtype and memory format."""
     if factor == 1 and found.dtype == weight.dtype and found.stride() == weight.stride():
         return found

@@ -83,8 +83,9 @@ class Running(NamedTuple):
 
 
 class More(NamedTuple):
-    """Mean and biased variance, each [C2], of channels that follow others in a concat, None where none do; and what is to be ``unmerged``
-    no longer: it is merged into these two, or where none follow into the first channels' mean and variance.
+    """Mean and biased variance, each [C2], of channels that follow others in a concat; None where none do.
+
+    ``unmerged`` statistics are merged into these two, or, where none follow, into the first channels' mean and variance.
     """
 
     behind_mean: Tensor | None = None
@@ -274,8 +275,7 @@ class _Finalize(torch.autograd.Function):
         dmean, dvar, of_weight = registry.run(ctx.backend, FinalizeBackward(of_scale, of_beta, rstd, scale, of_mean, of_var))
         dweight = None if dscale is None or weight is None else of_weight.to(weight.dtype)
         dbias = None if dbeta is None or ctx.bias_dtype is None else dbeta.to(ctx.bias_dtype)
-        halves = (dmean, dvar, None, None) if ctx.channels is None else _halves(ctx.channels, dmean, dvar)
-        return guard_second_derivative((*halves, None, None, dweight, dbias, None, None, None, None, None, None, None))
+        return guard_second_derivative((*_halves(ctx.channels, dmean, dvar), None, None, dweight, dbias, *[None] * 7))
 
 
 def _halves(channels: tuple[int, int] | None, dmean: Tensor | None, dvar: Tensor | None) -> tuple[Tensor | None, ...]:

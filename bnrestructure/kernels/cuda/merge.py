@@ -116,8 +116,9 @@ def _merge_kernel(
 
 
 def merge_statistics(found: Unmerged | None, wanted: Wanted = True) -> tuple[Mean, Tensor | None]:
-    """(mean, biased variance), each [C] fp32, of fp32 tiles; (None, None) without any. Where they may stay unmerged (what one launch can
-    merge, None).
+    """(mean, biased variance), each [C] fp32, of fp32 tiles; (None, None) without any.
+
+    Tiles that may stay unmerged are merged until one launch can do the rest: (what is left to merge, None) then.
     """
     if found is None:
         return None, None

@@ -163,7 +163,7 @@ def _finalize_kernel(
 
 
 def finalize_forward(call: FinalizeForward) -> FinalizeResult:
-    """What the call tells, each [C] fp32; updates the running statistics and the counter in place.
+    """See the call; each vector is [C] fp32. Updates the running statistics and the counter in place.
 
     A ``count`` that is a tensor is read on the device, and so is the counter: the host does not wait for them.
     """
@@ -218,7 +218,7 @@ def _finalize_backward_kernel(
 
 
 def finalize_backward(call: FinalizeBackward) -> FinalizeGradients:
-    """What the call tells, each [C] fp32."""
+    """See the call; each vector is [C] fp32."""
     channels = call.rstd.shape[0]
     out = torch.empty(3, channels, dtype=torch.float32, device=call.rstd.device)
     launch(

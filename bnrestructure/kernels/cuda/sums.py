@@ -15,6 +15,7 @@ from torch import Tensor
 from bnrestructure.core.constants import constant
 from bnrestructure.kernels.cuda import tiles
 from bnrestructure.kernels.cuda.launch import launch
+from bnrestructure.kernels.hybrid import weight_gradient
 
 __all__ = ["Sums", "totals"]
 
@@ -48,8 +49,9 @@ def _sums_kernel(
 
 
 class _Due(NamedTuple):
-    """``partial`` [outer, count, inner], contiguous; the sums over the middle go to ``out``, contiguous, [outer, inner], fp32. Of one alone
-    ``factor`` times it.
+    """``partial`` [outer, count, inner], contiguous; the sums over the middle go to ``out``, contiguous, [outer, inner], fp32.
+
+    Where the middle is one tile, what goes there is ``factor`` times it.
     """
 
     partial: Tensor
@@ -84,12 +86,12 @@ class Sums:
 
     def restored(self, found: Tensor, weight: Tensor, factor: float) -> Tensor:
         """A weight's gradient ``found``, ``factor`` times too large, in the weight's dtype and memory format."""
+        alike = all(w.permute(0, 2, 3, 1).is_contiguous() for w in (found, weight))
+        if not alike or weight.dtype is not torch.float32 or found.dtype is torch.float32:
+            return weight_gradient(found, weight, factor)
         gradient = torch.empty_like(weight)
         flat, given = gradient.permute(0, 2, 3, 1), found.permute(0, 2, 3, 1)
-        if weight.dtype is torch.float32 and flat.is_contiguous() and given.is_contiguous():
-            self._due.append(_Due(given.view(1, 1, -1), flat.view(1, -1), 1 / factor))
-        else:
-            torch.mul(found, constant(1 / factor, found.device), out=gradient)  # its dtype decides in which one, too: a number's would not
+        self._due.append(_Due(given.view(1, 1, -1), flat.view(1, -1), 1 / factor))
         return gradient
 
     def finish(self) -> None:

@@ -19,7 +19,7 @@ from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.kernels import join, tuning
 from bnrestructure.kernels.calls import ConvBackward, ConvForward, ConvResult, Kernels
 
-__all__ = ["BACKWARD", "Choice", "Convolutions", "Implementation", "Node", "Rule", "Site", "call_of"]
+__all__ = ["BACKWARD", "Alternatives", "Choice", "Convolutions", "Implementation", "Node", "Rule", "Site", "call_of"]
 
 #: The candidates for a dense backward pass: the implementation of the input gradient and of the weight gradient. Where only one
 #: of them is needed, or both are the same, the name has one word.
@@ -62,6 +62,23 @@ class Node(NamedTuple):
         return self.geometry.output_size(self.x[2:], self.weight[2:])
 
 
+class Alternatives(NamedTuple):
+    """What may answer a product, for those who choose by proofs and times.
+
+    node       its node's name in the file of measurements
+    names      the candidates
+    chosen     the one that answers now
+    measured   whether it is chosen by a measurement
+    decides    whether this call's times are the node's: those of a backward pass with one of its gradients are not
+    """
+
+    node: str
+    names: tuple[str, ...]
+    chosen: str
+    measured: bool
+    decides: bool
+
+
 class Rule(Protocol):
     """What a device knows of its implementations without having measured them."""
 
@@ -88,6 +105,9 @@ class Rule(Protocol):
 
     def timer(self, x: Tensor) -> Callable[[Callable[[], Any]], float]:
         """A clock for work on x's device."""
+
+    def prepared(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        """The run as it is timed beside others: where a device can, without what the host takes to ask for it."""
 
 
 class Implementation(Protocol):
@@ -179,6 +199,14 @@ class Convolutions:
         if (found := self._measured(node, direction, device)) is not None:
             return Choice(found.choice, found.reason)
         return self.rule.choose(node, direction)
+
+    def alternatives(self, call: ConvForward | ConvBackward, device: torch.device) -> Alternatives:
+        """Those of a call on this device. Of its tensors sizes and dtypes are looked at."""
+        node, direction = self.node_of(call), "backward" if isinstance(call, ConvBackward) else "forward"
+        measured = self._measured(node, direction, device)
+        chosen = self.rule.choose(node, direction).implementation if measured is None else measured.choice
+        name, names = call_of(node, direction, self.rule.prefix), tuple(self.rule.candidates(node, direction))
+        return Alternatives(name, names, chosen, measured is not None, isinstance(call, ConvForward) or (call.needs[0] and call.needs[1]))
 
     def node_of(self, call: ConvForward | ConvBackward) -> Node:
         """What the choice for this call depends on."""

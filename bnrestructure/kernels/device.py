@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Protocol
 
 from bnrestructure.kernels.calls import ConvForward, Kernels
-from bnrestructure.kernels.choice import Choice
+from bnrestructure.kernels.choice import Choice, Convolutions
 
 __all__ = ["DeviceKernels"]
 
 
 class DeviceKernels(Kernels, Protocol):
     """Kernels for the tensors of one type of device."""
+
+    @property
+    def convolutions(self) -> Convolutions:
+        """The convolution nodes, with a choice of implementations."""
 
     def __hash__(self) -> int:
         """Answers are remembered by it."""

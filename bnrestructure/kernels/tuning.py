@@ -14,9 +14,9 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = [
     "cache_file",
     "cache_folder",
     "choices_digest",
+    "decided",
     "discard",
     "forget",
     "is_measuring",
@@ -37,8 +38,10 @@ __all__ = [
     "measure",
     "measured",
     "measuring",
+    "note",
     "renew",
     "set_machine",
+    "shortest_times",
     "wall_clock",
     "where_kept",
 ]
@@ -51,16 +54,22 @@ _MARGIN = 0.97
 
 @dataclass(frozen=True)
 class Measurement:
-    """The fastest candidate for one ``call`` (kernel, dtype, sizes, threads), and the shortest milliseconds of each: noise only adds."""
+    """The fastest candidate for one ``call`` (kernel, dtype, sizes, threads), and the shortest milliseconds of each: noise only adds.
+
+    ``faults``: candidates that could not be timed, being wrong, and what is wrong with them. Times are missing where one alone is right.
+    """
 
     call: str
     choice: str
     milliseconds: dict[str, float]
+    faults: dict[str, str] = field(default_factory=dict)
 
     @property
     def reason(self) -> str:
         """``measured: fused 1.20 ms, hybrid 1.51 ms``."""
-        return "measured: " + ", ".join(f"{name} {ms:.3g} ms" for name, ms in self.milliseconds.items())
+        times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in self.milliseconds.items())
+        wrong = "; ".join(f"{name} is wrong here: {fault}" for name, fault in self.faults.items())
+        return "; ".join(part for part in (f"measured: {times}" if times else "no other is right here", wrong) if part)
 
 
 _machine: dict[str, str] = {}
@@ -94,8 +103,8 @@ def machine_facts() -> dict[str, str]:
 
 
 def machine_digest() -> str:
-    """Of the machine, and of what is chosen on it."""
-    return f"{_digest()}-{choices_digest()}"
+    """Of what :func:`set_machine` was told."""
+    return _digest()
 
 
 def choices_digest() -> str:
@@ -198,9 +207,23 @@ def measure(
     first: then nothing could run, and torch.OutOfMemoryError is raised.
     """
     assert _recorder is not None
+    found = decided(call, shortest_times(candidates, timer))
+    measured(call)  # reads the file, if it was not read yet
+    assert _known is not None
+    _known[call] = found
+    _recorder.append(found)
+    if _listener is not None:
+        _listener(found)
+    return found
+
+
+def shortest_times(
+    candidates: dict[str, Callable[[], Any]], timer: Callable[[Callable[[], Any]], float], turns: int = _TURNS
+) -> dict[str, float]:
+    """The shortest milliseconds of each candidate; errors are those of :func:`measure`."""
     first = next(iter(candidates))
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(_TURNS):
+    for turn in range(turns):
         for name in list(times):
             try:
                 taken = timer(candidates[name])
@@ -211,17 +234,24 @@ def measure(
                 continue
             if turn:
                 times[name].append(taken)
-    shortest = {name: min(values) for name, values in times.items()}
+    return {name: min(values) for name, values in times.items()}
+
+
+def decided(call: str, shortest: dict[str, float], faults: dict[str, str] | None = None) -> Measurement:
+    """The first candidate, or one that is clearly faster."""
+    first = next(iter(shortest))
     fastest = min(shortest, key=lambda name: shortest[name])
     choice = fastest if shortest[fastest] < _MARGIN * shortest[first] else first
-    found = Measurement(call, choice, {name: round(ms, 4) for name, ms in shortest.items()})
-    measured(call)  # reads the file, if it was not read yet
+    return Measurement(call, choice, {name: round(ms, 4) for name, ms in shortest.items()}, faults or {})
+
+
+def note(found: Iterable[Measurement]) -> None:
+    """Choose by these from now on, in later processes too."""
+    measured("")  # reads the file, if it was not read yet
     assert _known is not None
-    _known[call] = found
-    _recorder.append(found)
-    if _listener is not None:
-        _listener(found)
-    return found
+    _known.update({one.call: one for one in found})
+    _write(cache_file())
+    renew()
 
 
 def _read(path: Path | None) -> dict[str, Measurement]:

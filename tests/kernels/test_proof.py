@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ import torch
 from needs import needs_kernels
 from planted_kernels import KERNELS as PLANTED
 from proof_calls import GEOMETRY, every_call, forward, image, transform
+from proving import proving
 from torch import Tensor
 
 from bnrestructure.core.errors import UnsupportedCallError
-from bnrestructure.kernels import tuning
 from bnrestructure.kernels.calls import Call, ConvForward, NormaliseForward
 from bnrestructure.kernels.cpu import KERNELS
-from bnrestructure.kernels.proof import prover
+from bnrestructure.kernels.proof import pool
 from bnrestructure.kernels.proof.check import NotJudgedError, _difference, distance, fault
 from bnrestructure.kernels.proof.draw import Drawn
 from bnrestructure.kernels.proof.kinds import blanked, key_of, text_of
@@ -134,20 +134,7 @@ def test_of_a_million_values_one_may_be_on_the_other_side_of_a_kink() -> None:
 # --- in processes ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def prove(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Proved]]:
-    """Planted kernels that have to be proved: ``prove("wrong ConvForward")``."""
-    monkeypatch.setenv("BNRESTRUCTURE_CACHE", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    tuning.forget()
-
-    def make(planted: str = "", seconds: float = 120.0) -> Proved:
-        monkeypatch.setenv("BNR_PLANTED", planted)
-        PLANTED.answered.clear()
-        return Proved(PLANTED, "planted_kernels", seconds=seconds)
-
-    yield make
-    tuning.forget()
+prove = pytest.fixture(proving)
 
 
 def refused(kernels: Proved, call: Call[Any]) -> str:
@@ -169,7 +156,8 @@ def test_a_kind_answers_once_it_is_proved_and_later_processes_know(prove: Callab
     assert kernels.outstanding == 1
     kernels.wait()
     assert kernels.run(call).y.shape == (3, 16, 9, 9)
-    assert list(entries(tmp_path).values()) == [None]
+    assert sorted(text.split(" ")[2] for text in entries(tmp_path)) == ["fused:", "hybrid:", "winograd:"]
+    assert set(entries(tmp_path).values()) == {None}
     later = prove()
     assert "is being proved" in refused(later, call)  # the first kind from disk is held against this process
     later.wait()
@@ -182,7 +170,7 @@ def test_a_kind_answers_once_it_is_proved_and_later_processes_know(prove: Callab
     [
         ("wrong ConvForward", "from float64", True), ("crashes ConvForward", "ended with status -6", True),
         ("raises ConvForward", "ptxas does not like it", True), ("short ConvForward", "out of memory", False),
-        ("hangs ConvForward", "no result within", False), ("killed ConvForward", "ended with status -9", False),
+        ("hangs ConvForward fused", "no result within", False), ("killed ConvForward", "ended with status -9", False),
     ],
 )  # fmt: skip
 def test_a_fault_is_found_outside_of_the_training_process(
@@ -193,11 +181,14 @@ def test_a_fault_is_found_outside_of_the_training_process(
     for one in (call, other):
         refused(kernels, one)
     kernels.wait()
+    assert kernels.complete is kept
     assert said in refused(kernels, call)
     assert [said in fault for fault in kernels.faults().values()] == [True]
     kernels.run(other)  # whatever fails, fails alone
     assert PLANTED.answered == {"NormaliseForward": 1}
-    assert len(entries(tmp_path)) == (2 if kept else 1)
+    found = entries(tmp_path)
+    assert [said in str(fault) for text, fault in found.items() if "by fused" in text] == ([True] if kept else [])
+    assert [fault for text, fault in found.items() if " by " not in text] == [None]
 
 
 def test_what_was_right_and_is_wrong_now_discredits_everything_on_disk(prove: Callable[..., Proved], tmp_path: Path) -> None:
@@ -213,7 +204,9 @@ def test_what_was_right_and_is_wrong_now_discredits_everything_on_disk(prove: Ca
     assert "is being proved" in refused(later, other)
     later.wait()
     later.run(other)
-    assert sorted(fault is None for fault in entries(tmp_path).values()) == [False, True]
+    found = entries(tmp_path)
+    assert {fault is None for text, fault in found.items() if "ConvForward" in text} == {False}
+    assert [fault for text, fault in found.items() if "ConvForward" not in text] == [None]
 
 
 def test_those_who_judge_wait(prove: Callable[..., Proved]) -> None:
@@ -238,9 +231,9 @@ def test_a_kind_that_the_kernels_do_not_answer_is_not_proved(prove: Callable[...
 
 
 def test_processes_end(prove: Callable[..., Proved], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prover, "_IDLE_SECONDS", 0.1)
-    kernels, before = prove(), set(prover._open)
+    monkeypatch.setattr(pool, "_IDLE_SECONDS", 0.1)
+    kernels, before = prove(), set(pool.open_workers)
     refused(kernels, forward())
     kernels.wait()
-    (worker,) = set(prover._open) - before
-    worker.process.wait(30)
+    for worker in set(pool.open_workers) - before:
+        worker.process.wait(30)

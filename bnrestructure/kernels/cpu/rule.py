@@ -82,6 +82,10 @@ class CpuRule:
         """The host's clock."""
         return tuning.wall_clock
 
+    def prepared(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        """The run itself."""
+        return run
+
 
 def rule(node: Node, direction: str, isa: str) -> Choice:
     """The choice where nothing was measured; benchmarks/convolution_grid.py holds it against measurements."""

@@ -12,8 +12,10 @@ import torch
 from bnrestructure.core.files import digest_of
 from bnrestructure.kernels import tuning
 
-__all__ = ["event_timer", "gpu_here", "gpu_of", "identify_machine", "uses_tf32"]
+__all__ = ["event_timer", "gpu_here", "gpu_of", "graph_of", "identify_machine", "uses_tf32"]
 
+#: Runs before one is recorded: compilers, tables of tiles and cuDNN's own search must be through.
+_WARMED_BY = 3
 #: Written before each timed run, several times over: more than any second-level cache holds, and the device is busy with it
 #: while the host gets ahead, so that what is timed is the kernels and not Python.
 _FLUSHED_BYTES, _FLUSHES = 2**28, 4
@@ -85,3 +87,19 @@ def event_timer(device: torch.device) -> Callable[[Callable[[], object]], float]
             return start.elapsed_time(end)
 
     return milliseconds
+
+
+def graph_of(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A replay of the run as a CUDA graph: kernels one behind the other, however slow the host is. Raises what the run raises."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARMED_BY):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+    replay: Callable[[], None] = graph.replay
+    return replay

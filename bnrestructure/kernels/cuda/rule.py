@@ -26,7 +26,7 @@ from bnrestructure.kernels import tuning
 from bnrestructure.kernels.calls import ConvBackward, ConvForward
 from bnrestructure.kernels.choice import BACKWARD as DENSE_BACKWARD
 from bnrestructure.kernels.choice import Choice, Node
-from bnrestructure.kernels.cuda.device import event_timer, gpu_here, gpu_of, identify_machine, uses_tf32
+from bnrestructure.kernels.cuda.device import event_timer, gpu_here, gpu_of, graph_of, identify_machine, uses_tf32
 
 __all__ = ["BACKWARD", "ISSUED", "ISSUED_BY_WGRAD", "CudaRule", "forms_sum", "rule", "step_cycles"]
 
@@ -106,6 +106,10 @@ class CudaRule:
     def timer(self, x: Tensor) -> Callable[[Callable[[], Any]], float]:
         """The GPU's clock; the host's where kernels are interpreted."""
         return event_timer(x.device) if x.is_cuda else tuning.wall_clock
+
+    def prepared(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        """A replay of the run's CUDA graph; the run itself where kernels are interpreted."""
+        return graph_of(run, device) if device.type == "cuda" else run
 
 
 def forms_sum(node: Node) -> bool:

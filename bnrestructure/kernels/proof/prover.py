@@ -1,46 +1,39 @@
-"""Which kinds of calls a device's kernels may answer, and the processes that find out."""
+"""Which kinds of calls a device's kernels may answer, and which of a convolution's implementations is the fastest of those that are right.
+
+A kind is proved for the implementation that is chosen for it. Then the others are proved, the right ones are timed beside each other
+(race.py), and once all that is known the choices are made anew: a kind whose choice is another one then is proved for that.
+"""
 
 from __future__ import annotations
 
-import atexit
 import base64
-import os
 import pickle
-import queue
-import signal
-import subprocess
-import sys
 import threading
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from bnrestructure.core.errors import UnsupportedCallError
-from bnrestructure.core.workers import Worker
 from bnrestructure.kernels import tuning
-from bnrestructure.kernels.calls import Call, Kernels
+from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward, Kernels
+from bnrestructure.kernels.choice import Alternatives
 from bnrestructure.kernels.device import DeviceKernels
 from bnrestructure.kernels.folded import for_dimensions
+from bnrestructure.kernels.proof.comparison import Comparison
 from bnrestructure.kernels.proof.kinds import blanked, key_of, name_of, precision, text_of
 from bnrestructure.kernels.proof.ledger import Ledger
+from bnrestructure.kernels.proof.pool import MOST_WORKERS, Pool, Urgency
 
 __all__ = ["Proved", "set_precision", "trusting", "waiting_for_proofs", "waits_for_proofs"]
 
 R = TypeVar("R")
+_Then = Callable[[dict[str, Any]], None]
 
-#: Seconds that a kind may take: compilers are slow, and what hangs must not hold the others up for ever.
 _SECONDS = 300.0
-_WORKERS = 4
-#: Seconds that a process waits for the next kind: it takes some to start.
-_IDLE_SECONDS = 10.0
-_MODULE = "bnrestructure.kernels.proof.worker"
-#: What a process ends with that a kernel has brought down. Others were ended by somebody.
-_CRASHES = frozenset({-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGFPE, -signal.SIGILL, -getattr(signal, "SIGBUS", signal.SIGSEGV)})
-_open: weakref.WeakSet[Worker] = weakref.WeakSet()
-_closing = threading.Event()
 _waiting = [0]
 
 
@@ -64,6 +57,20 @@ def set_precision(value: str) -> None:
     torch.backends.cudnn.conv.fp32_precision = value  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """One that was met. ``text``: what the ledger knows it by, with the implementation that is chosen for it; ``name``: for people."""
+
+    blanks: Call[Any]
+    device: torch.device
+    alternatives: Alternatives | None
+    text: str
+
+    @property
+    def name(self) -> str:
+        return name_of(self.blanks)
+
+
 class Proved:
     """A device's kernels, for calls of kinds that were proved; others are refused (:class:`bnrestructure.kernels.calls.Kernels`).
 
@@ -73,14 +80,16 @@ class Proved:
 
     def __init__(self, kernels: DeviceKernels, source: str, *, seconds: float = _SECONDS) -> None:
         self.kernels, self.trusted = kernels, False
-        self._source, self._seconds = source, seconds
-        self._most_workers = max(1, min(_WORKERS, (os.cpu_count() or 1) - 1))
+        self._source = source
+        self._pool = Pool(seconds)
         self._ledger = Ledger()
-        self._proved: set[Any] = set()
-        self._asked: dict[Any, tuple[str, str]] = {}  # key -> (text, name), of every kind that was met
+        self._met: dict[Any, _Kind] = {}  # by key
+        self._proved: set[Any] = set()  # keys
+        self._pending: dict[str, list[_Then]] = {}  # by text that a process is asked about: who wants to know
+        self._comparisons: dict[str, Comparison] = {}  # by node
+        self._measurements: list[tuning.Measurement] = []  # made, and not chosen by yet
         self._passing = False  # whether something was not proved for want of memory, say
-        self._requests: queue.SimpleQueue[tuple[Any, dict[str, Any]]] = queue.SimpleQueue()
-        self._outstanding, self._workers = 0, 0
+        self._outstanding = 0
         self._again: str | None = None  # the kind whose proof from disk is being held against this process, "" when that is done
         self._generation = -1
         self._lock = threading.RLock()
@@ -106,7 +115,7 @@ class Proved:
 
     @property
     def outstanding(self) -> int:
-        """How many kinds are being proved."""
+        """How many proofs and comparisons are under way."""
         return self._outstanding
 
     @property
@@ -123,151 +132,186 @@ class Proved:
         """Kind, in words -> what is wrong with the kernels' answers, of the kinds that were met."""
         known = self._ledger.faults
         with self._lock:
-            return {name: fault for text, name in self._asked.values() if (fault := known.get(text)) is not None}
+            return {kind.name: fault for kind in self._met.values() if (fault := known.get(kind.text)) is not None}
 
     def steps(self, program: str) -> dict[str, float] | None:
         """The seconds of a step each way that a process kept of this program on this machine, or None."""
         with self._lock:
             self._refresh()
-            return self._ledger.steps.get(program)
+            return self._ledger.steps.get(_chosen(program))
 
     def keep_steps(self, program: str, seconds: dict[str, float]) -> None:
         """Note them for later processes."""
-        self._ledger.put_steps(program, seconds)
+        self._ledger.put_steps(_chosen(program), seconds)
 
     def wait(self) -> None:
-        """Until nothing is being proved: at most the seconds that each kind may take."""
+        """Until nothing is being proved or compared: at most the seconds that each request may take."""
         with self._settled:
             self._settled.wait_for(lambda: not self._outstanding)
 
-    # --- finding out ---------------------------------------------------------------------------------------------------
+    # --- kinds ---------------------------------------------------------------------------------------------------------
 
     def _meet(self, key: Any, call: Call[R], kernels: Kernels) -> R:
         """A call of a kind that is not known to be proved: answered if the ledger knows it, refused and asked about otherwise."""
         if (reason := kernels.supports(call)) is not None:
             raise UnsupportedCallError(reason)
-        self._look_up(key, call)
+        with self._lock:
+            self._refresh()
+            if key not in self._met:
+                self._consider(key, blanked(call), call.operand.device)
         if waits_for_proofs():
             with self._settled:
                 self._settled.wait_for(lambda: self._is_known(key))
         with self._lock:
             usable = key in self._proved
-            fault = self._ledger.faults.get(self._asked[key][0]) if key in self._asked else None
+            fault = self._ledger.faults.get(self._met[key].text) if key in self._met else None
         if usable:
             return kernels.run(call)
         raise UnsupportedCallError(fault or "it is being proved on this device")
 
-    def _look_up(self, key: Any, call: Call[Any]) -> None:
-        """See what the ledger knows of a kind, and ask where it knows nothing."""
-        with self._lock:
-            self._refresh()
-            if key in self._proved or key in self._asked:
-                return
-            blanks = blanked(call)
-            text = f"{_device_name(call.operand.device)} {text_of(blanks)}"
-            self._asked[key] = text, name_of(blanks)
-            known, fault = text in self._ledger.faults, self._ledger.faults.get(text)
-            if known and fault is None and self._again is None:  # the first of those from disk: is it still so?
-                self._again, known = text, False
-            if not known:
-                self._ask(key, call, blanks)
-            elif fault is None:
-                self._proved.add(key)
-
     def _is_known(self, key: Any) -> bool:
-        text = self._asked[key][0] if key in self._asked else ""
-        return key in self._proved or key not in self._asked or (text in self._ledger.faults and text != self._again)
+        text = self._met[key].text if key in self._met else ""
+        return key in self._proved or key not in self._met or (text in self._ledger.faults and text != self._again)
 
     def _refresh(self) -> None:
-        """Forget what was proved of kernels that are not the ones any more: there are new choices among them."""
-        if self._generation != tuning.generation:
-            self._generation = tuning.generation
-            self.kernels.description()  # says what machine this is
-            if self._ledger.refresh():
-                self._proved, self._asked = set(), {}
+        """See again what is proved where there are other choices; forget everything where it is another machine."""
+        if self._generation == tuning.generation:
+            return
+        self._generation = tuning.generation
+        self.kernels.description()  # says what machine this is
+        met, self._met, self._proved = self._met, {}, set()
+        if self._ledger.refresh():
+            self._comparisons = {}
+            return
+        for key, kind in met.items():
+            self._consider(key, kind.blanks, kind.device)
 
-    def _ask(self, key: Any, call: Call[Any], blanks: Call[Any]) -> None:
-        self.kernels.description()  # says what machine this is: its choices are meant
+    def _consider(self, key: Any, blanks: Call[Any], device: torch.device) -> None:
+        """See what the ledger knows of a kind, and ask where it knows nothing."""
+        alternatives = None
+        if isinstance(blanks, ConvForward | ConvBackward) and len(blanks.x.shape) == 4:
+            alternatives = self.kernels.convolutions.alternatives(blanks, device)
+        text = _text(blanks, device, alternatives.chosen if alternatives else None)
+        kind = self._met[key] = _Kind(blanks, device, alternatives, text)
+        known, fault = text in self._ledger.faults, self._ledger.faults.get(text)
+        if known and fault is None and self._again is None:  # the first of those from disk: is it still so?
+            self._again, known = text, False
+        if not known:
+            self._ask(text, kind, Urgency.NEEDED, partial(self._judge, key, text))
+            return
+        if fault is None:
+            self._proved.add(key)
+        self._compare(kind)
+
+    def _judge(self, key: Any, text: str, answer: dict[str, Any]) -> None:
+        """What was found of the implementation that was chosen for this kind when it was asked about."""
+        kind, fault, passing = self._met.get(key), answer["fault"], answer.get("passing", False)
+        self._passing = self._passing or passing
+        if fault is not None and text == self._again and not passing:  # it was right once: nothing on disk is believed any more
+            self._ledger.clear()
+            self._proved.clear()
+            self._comparisons = {}
+            self._met = {key: kind} if kind is not None else {}
+        if text == self._again:
+            self._again = ""
+        self._ledger.put(text, fault, keep=not passing)
+        if kind is not None and kind.text == text:
+            if fault is None:
+                self._proved.add(key)
+            if not passing:
+                self._compare(kind)
+
+    # --- implementations -----------------------------------------------------------------------------------------------
+
+    def _compare(self, kind: _Kind) -> None:
+        """Prove the other implementations of a product's node, and time those that are right: once, by the first kind that can tell."""
+        of = kind.alternatives
+        if of is None or of.measured or not of.decides or len(of.names) == 1 or of.node in self._comparisons:
+            return
+        comparison = self._comparisons[of.node] = Comparison(of)
+        for name in of.names:
+            text = _text(kind.blanks, kind.device, name)
+            if name == "reference":
+                comparison.tell(name, None)
+            elif text in self._ledger.faults:
+                comparison.tell(name, self._ledger.faults[text])
+            else:
+                self._ask(text, kind, Urgency.CANDIDATE, partial(self._tell, comparison, kind, name, text), name)
+        self._race(comparison, kind)
+
+    def _tell(self, comparison: Comparison, kind: _Kind, name: str, text: str, answer: dict[str, Any]) -> None:
+        passing = answer.get("passing", False)
+        self._ledger.put(text, answer["fault"], keep=not passing)
+        comparison.tell(name, answer["fault"], passing=passing)
+        self._race(comparison, kind)
+
+    def _race(self, comparison: Comparison, kind: _Kind) -> None:
+        """Time the right ones beside each other, once they are known."""
+        if not comparison.ready or self._comparisons.get(comparison.node) is not comparison:
+            return
+        if len(comparison.right) > 1:
+            self._send(kind, Urgency.ALONE, partial(self._finish, comparison), race=comparison.right)
+        else:
+            self._finish(comparison, {})
+
+    def _finish(self, comparison: Comparison, answer: dict[str, Any]) -> None:
+        measurement = comparison.measurement(answer.get("milliseconds", {}))
+        if measurement is not None:
+            self._measurements.append(measurement)
+        elif comparison.right:
+            self._passing = True
+
+    def _choose(self) -> None:
+        """Choose by what was measured. Only now that all is known: choices that change one by one would have kinds proved in vain."""
+        self.kernels.description()  # says what machine this is
+        tuning.note(self._measurements)
+        self._measurements = []
+        self._refresh()
+
+    # --- processes -----------------------------------------------------------------------------------------------------
+
+    def _ask(self, text: str, kind: _Kind, urgency: Urgency, then: _Then, name: str | None = None) -> None:
+        """Have a process prove a kind's call by the implementation of this name, by default the chosen one."""
+        self._pending.setdefault(text, []).append(then)
+        if len(self._pending[text]) == 1:
+            self._send(kind, urgency, partial(self._tell_all, text), by=name)
+
+    def _tell_all(self, text: str, answer: dict[str, Any]) -> None:
+        for then in self._pending.pop(text):
+            then(answer)
+
+    def _send(self, kind: _Kind, urgency: Urgency, then: _Then, by: str | None = None, race: list[str] | None = None) -> None:
+        chosen = kind.alternatives.chosen if kind.alternatives else None
         request = {
-            "call": base64.b64encode(pickle.dumps(blanks)).decode(), "kernels": self._source, "device": str(call.operand.device),
-            "share": 0.8 / self._most_workers, "precision": precision(), "choices": tuning.choices_digest(),
+            "call": base64.b64encode(pickle.dumps(kind.blanks)).decode(), "kernels": self._source, "device": str(kind.device),
+            "share": 0.8 / MOST_WORKERS, "precision": precision(), "by": by or chosen, "race": race, "threads": torch.get_num_threads(),
+            "benchmark": torch.backends.cudnn.benchmark, "choices": None if chosen else tuning.choices_digest(),
         }  # fmt: skip
         self._outstanding += 1
-        self._requests.put((key, request))
-        if self._workers < min(self._most_workers, self._outstanding):
-            self._workers += 1
-            threading.Thread(target=self._work, daemon=True, name="bnrestructure proofs").start()
+        self._pool.ask(request, urgency, partial(self._answered, then))
 
-    def _work(self) -> None:
-        """Have requests answered by a process, while any come."""
-        worker: Worker | None = None
-        while True:
-            try:
-                key, request = self._requests.get(timeout=_IDLE_SECONDS)
-            except queue.Empty:
-                with self._lock:
-                    if not self._requests.empty():
-                        continue
-                    self._workers -= 1
-                break
-            try:
-                if worker is None or not worker.lives:
-                    worker = _started()
-                answer = worker.ask(request, self._seconds)
-                if "error" in answer:  # it crashed, hung, or was ended
-                    answer = {"fault": answer["error"], "passing": answer["status"] not in _CRASHES, "last": True}
-                if answer["last"]:
-                    worker.end()
-                    worker = None
-            except Exception as error:  # whoever waits must not wait for ever
-                worker, answer = None, {"fault": f"it could not be proved: {type(error).__name__}: {error}", "passing": True}
-            self._note(key, answer)
-        if worker is not None:
-            worker.end()
-
-    def _note(self, key: Any, answer: dict[str, Any]) -> None:
+    def _answered(self, then: _Then, answer: dict[str, Any]) -> None:
         with self._settled:
             try:
-                known = self._asked.get(key)
-                if known is not None and not _closing.is_set():
-                    self._believe(key, known, answer["fault"], passing=answer.get("passing", False))
+                then(answer)
+                if self._outstanding == 1 and self._measurements:
+                    self._choose()
             finally:
                 self._outstanding -= 1
                 self._settled.notify_all()
 
-    def _believe(self, key: Any, known: tuple[str, str], fault: str | None, *, passing: bool) -> None:
-        text = known[0]
-        self._passing = self._passing or passing
-        if fault is None:
-            self._proved.add(key)
-        elif text == self._again and not passing:  # it was right once: nothing on disk is believed any more
-            self._ledger.clear()
-            self._proved.clear()
-            self._asked = {key: known}
-        if text == self._again:
-            self._again = ""
-        self._ledger.put(text, fault, keep=not passing)
+
+def _text(blanks: Call[Any], device: torch.device, name: str | None) -> str:
+    """What a kind is known by: the device, the implementation, for products of views all choices that may be in it, and the kind."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if name is None and isinstance(blanks, ConvForward | ConvBackward):
+        name = tuning.choices_digest()
+    return " ".join([where, *([f"by {name}:"] if name else []), text_of(blanks)])
 
 
-def _started() -> Worker:
-    """A process that finds the packages that this one finds. Raises RuntimeError where this one is no Python interpreter."""
-    if getattr(sys, "frozen", False) or not sys.executable:
-        raise RuntimeError("this program is no Python interpreter that could start another one")
-    paths = os.pathsep.join(path for path in sys.path if path)
-    worker = Worker([sys.executable, "-P", "-m", _MODULE], {"PYTHONPATH": paths}, subprocess.DEVNULL, apart=True)
-    _open.add(worker)
-    return worker
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-@atexit.register
-def _end_workers() -> None:
-    _closing.set()
-    for worker in list(_open):
-        worker.end()
+def _chosen(program: str) -> str:
+    """A program by the kernels that are chosen now."""
+    return f"{program} {tuning.choices_digest()}"
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """A proving process: ``python -m bnrestructure.kernels.proof.worker`` takes kinds of calls, a line of JSON each, and answers what is wrong.
 
 A request is {"call": a pickled call of blanks in base64, "kernels": a module, "device", "share" (of its free memory), "precision",
-"choices"}, an answer {"fault": null or a line}, with "passing": true where the next process may find otherwise (memory). After any error
-the process ends, and says "last": true; the device may be of no more use to it.
+"threads", "benchmark" (cuDNN's), "by": the implementation that is to answer, "race": those that are timed instead, "choices"}. An answer
+is {"fault": null or a line}, with "passing": true where the next process may find otherwise (memory), or {"milliseconds": those of each}.
+After any error the process ends, and says "last": true; the device may be of no more use to it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bnrestructure.kernels.folded import for_dimensions
 from bnrestructure.kernels.proof.check import KernelRaisedError, fault
 from bnrestructure.kernels.proof.kinds import precision
 from bnrestructure.kernels.proof.prover import set_precision
+from bnrestructure.kernels.proof.race import race
 
 __all__ = ["main"]
 
@@ -52,10 +54,18 @@ def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], bool]:
             set_precision(request["precision"])
         kernels = importlib.import_module(request["kernels"]).KERNELS
         kernels.description()  # says what machine this is, whose choices are compared next
-        if tuning.choices_digest() != request["choices"]:
+        if request["choices"] not in (None, tuning.choices_digest()):
+            tuning.forget()
+        if request["choices"] not in (None, tuning.choices_digest()):
             return {"fault": "this process would choose other kernels: measured choices are not kept on disk", "passing": True}, True
+        torch.set_num_threads(request["threads"])
+        torch.backends.cudnn.benchmark = request["benchmark"]
         call = pickle.loads(base64.b64decode(request["call"]))
-        return {"fault": fault(for_dimensions(kernels, len(call.operand.shape)), call, device)}, True
+        if request["race"] is not None:
+            return {"fault": None, "milliseconds": race(kernels.convolutions, request["race"], call, device)}, True
+        by = request["by"]
+        one = for_dimensions(kernels, len(call.operand.shape)) if by is None else kernels.convolutions.by(by)
+        return {"fault": fault(one, call, device)}, True
     except Exception as error:  # what is not the kernels' own: a device for one process alone, a package that this one does not find
         traceback.print_exc()
         if is_out_of_memory(error) or "NOT_INITIALIZED" in str(error):  # so cuBLAS puts it

@@ -2,7 +2,8 @@
 
 ``conv(act(normalise(y)))`` -> ``conv(y, mean, scale, beta, act)``: the normalised tensor never reaches memory.
 
-First each normalise takes the activation behind it, and a concat of normalised tensors becomes the normalise of a concat. Then every
+First each normalise takes the activation behind it, a split of a normalised tensor becomes the normalises of its parts, and a concat of
+normalised tensors the normalise of a concat. Then every
 reader that can apply the normalise itself does: convolutions, pools, global averages, what is behind a squeeze-excite's gate. On a
 graph without fission it is the paper's RCF: bare activations move into the convolutions that read them.
 """
@@ -19,10 +20,12 @@ from bnrestructure.graph.provenance import carry, take_halves
 from bnrestructure.graph.view import Fused
 from bnrestructure.passes.base import Pass, Rule, erase_dead
 from bnrestructure.passes.normalise_after_concat import normalise_after_concat
+from bnrestructure.passes.normalise_after_split import normalise_after_split
 from bnrestructure.passes.to_fused import to_fused
 from bnrestructure.patterns.base import Found
 from bnrestructure.patterns.excitation import Excitation, excitation
 from bnrestructure.patterns.normalised_concat import normalised_concat
+from bnrestructure.patterns.normalised_split import normalised_split
 from bnrestructure.patterns.pairs import ACTIVATION_CONV, NORMALISE_ACTIVATION, NORMALISE_CONV, NORMALISE_POOL
 
 __all__ = ["FUSE_NORMALISE"]
@@ -108,6 +111,7 @@ FUSE_NORMALISE = Pass(
     "fuse-normalise",
     (
         Rule(NORMALISE_ACTIVATION, activate),
+        Rule(normalised_split, normalise_after_split),
         Rule(normalised_concat, normalise_after_concat),
         Rule(excitation, excite, at=Normalise),
         Rule(NORMALISE_CONV, into_conv),

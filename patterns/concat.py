@@ -19,7 +19,7 @@ from bnrestructure.graph.targets import called_name
 from bnrestructure.ops.formats import returned
 from bnrestructure.patterns.base import Refusal
 
-__all__ = ["BranchConcat", "ConcatStatistics", "GrowingConcat", "branch_concat", "concat_statistics", "growing_concat"]
+__all__ = ["BranchConcat", "ConcatStatistics", "GrowingConcat", "branch_concat", "concat_statistics", "growing_concat", "keeps_for_all"]
 
 #: Eager copies what these lay out anew. A buffer may be laid out so already.
 _LAYS_OUT = {"contiguous", "to", "type", "type_as"}
@@ -166,6 +166,12 @@ def _writes_for_all(segment: fx.Node, concat: fx.Node) -> Normalise | None:
     if others and _gets_out(concat):
         return None
     return normalise if all(_takes_any_strides(reader) for reader in others) else None
+
+
+def keeps_for_all(z: fx.Node) -> bool:
+    """Whether a normalised tensor is to be a slice of a concat that all its readers can read."""
+    concats = [reader for reader in z.users if concat_of(reader) is not None]
+    return bool(concats) and not any(map(_gets_out, concats)) and all(map(_takes_any_strides, z.users))
 
 
 def _takes_any_strides(reader: fx.Node) -> bool:

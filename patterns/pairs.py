@@ -9,11 +9,13 @@ from torch import fx
 
 from bnrestructure.core.activation import is_homogeneous
 from bnrestructure.graph.activations import Activation, activation_of
-from bnrestructure.graph.ir import Conv, Finalize, Normalise, Residual, Statistics
+from bnrestructure.graph.ir import Conv, Normalise, Residual, Statistics
 from bnrestructure.graph.layers import ConvLayer, conv_of
 from bnrestructure.graph.operations import AveragePooling, GlobalAverage, Pooling, concat_of, pooling_of
+from bnrestructure.graph.splits import batch_norm_scaling_by
 from bnrestructure.graph.words import describe
 from bnrestructure.patterns.base import Pair, Refusal
+from bnrestructure.patterns.concat import keeps_for_all
 
 __all__ = [
     "ACTIVATION_CONV",
@@ -91,6 +93,15 @@ def fused_bare_conv(node: fx.Node) -> Conv | None:
     return conv if conv is not None and conv.is_bare and conv.times_read(conv.x) == 1 else None
 
 
+def _need_not_be_made(normalise: Normalise, conv: Conv | ConvLayer) -> bool:
+    """Whether a convolution had better normalise what it reads.
+
+    Where a concat keeps the normalised tensor a fused convolution reads a slice of that: it has as much to read, and no activation to
+    compute for each of its taps.
+    """
+    return isinstance(conv, ConvLayer) or not keeps_for_all(normalise.outs()["z"])
+
+
 def can_normalise(normalise: Normalise, pooling: Pooling) -> bool:
     """Whether a pool of a tensor [N, C, H, W] could apply this normalise itself, the normalised tensor being needed by nobody else."""
     is_4d = _is_4d(normalise)
@@ -112,7 +123,7 @@ def _is_4d(normalise: Normalise) -> bool | None:
 
     A 2-D pool takes [N, C, L] for one image of N channels.
     """
-    finalize = Finalize.making(normalise.scale, "scale")
+    finalize = batch_norm_scaling_by(normalise.scale)
     if finalize is not None and finalize.dimensions:
         return finalize.dimensions == (4,)
     sizes = {_spatial_dimensions(segment) for segment in concat_of(normalise.x) or [normalise.x]} - {None}
@@ -130,7 +141,7 @@ CONV_STATISTICS = Pair(conv_making, Statistics.of)
 RESIDUAL_STATISTICS = Pair(residual_making, Statistics.of)
 # RCF and BNFF: normalisation and activation as the prologue of what reads the tensor.
 NORMALISE_ACTIVATION = Pair(plain_normalise, activation_of, alone=True)
-NORMALISE_CONV = Pair(normalise_making, bare_conv)
+NORMALISE_CONV: Pair[Normalise, Conv | ConvLayer] = Pair(normalise_making, bare_conv, when=_need_not_be_made)
 ACTIVATION_CONV = Pair(activation_for_convs, bare_conv)
 NORMALISE_POOL = Pair(normalise_making, pooling_of, when=can_normalise)
 # ICF: the sum of a residual formed by the convolution that reads it.

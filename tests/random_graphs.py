@@ -255,6 +255,34 @@ class Writer:
         if self.chance(0.7):
             self.preact(made)
 
+    def parts(self) -> None:
+        """CSPNet's, YOLO's and Res2Net's: a tensor in parts, of which some go on and some are concatenated, or added, as they are."""
+        x = self.conv_norm_act(self.pick(), self.rng.choice((4, 6)))
+        third = x.channels // 3 if x.channels % 3 == 0 and self.chance(0.4) else None
+        even = ("{}.chunk(2, 1)", "torch.chunk({}, 2, dim=1)", f"torch.split({{}}, {x.channels // 2}, 1)", "{}.split({}.shape[1] // 2, 1)")
+        uneven = (f"torch.split({{}}, [1, {x.channels - 1}], dim=1)", f"{{}}.split(({x.channels - 1}, 1), 1)")
+        if third is not None:
+            form, sizes = f"{{}}.chunk({x.channels // third}, dim=1)", [third] * (x.channels // third)
+        elif self.chance(0.7):
+            form, sizes = self.rng.choice(even), [x.channels // 2] * 2
+        else:
+            form = self.rng.choice(uneven)
+            sizes = [1, x.channels - 1] if form.startswith("torch") else [x.channels - 1, 1]
+        split = self.name("s")
+        self.lines.append(f"{split} = {form.replace('{}', x.name)}")
+        made = [self.assign(f"{split}[{i}]", size, x.size, x) for i, size in enumerate(sizes)]
+        last = made[-1]
+        for _ in range(self.rng.choice((1, 1, 2))):
+            grown = self.conv_norm_act(last, last.channels)
+            if grown.size == last.size and self.chance(0.5):
+                grown = self.assign(f"{last.name} + {grown.name}", last.channels, last.size, last, grown, fresh=True)
+            made, last = [*made, grown], grown
+        kept = [v for v in made if v.size == x.size and self.chance(0.85)]
+        if len(kept) > 1:
+            joined = self.assign(f"torch.cat([{', '.join(v.name for v in kept)}], 1)", sum(v.channels for v in kept), x.size, *kept)
+            if self.chance(0.8):
+                self.conv_norm_act(joined)
+
     def aggregation(self) -> None:
         """Layers that read each other, and all of them concatenated: in one concat, or with a concat inside it."""
         features = [self.pick()]
@@ -352,8 +380,8 @@ class Writer:
         self.conv_norm_act(self.vars[0], stride=self.rng.choice((1, 1, 2)))
         for _ in range(self.rng.randint(3, 8)):
             statement = self.rng.choices(
-                ("conv", "preact", "join", "concat", "dense", "aggregation", "se", "sum", "bottleneck", "other", "down", "python"),
-                (4, 2, 4, 3, 1, 1, 2, 2, 1, 3, 1, 4),
+                ("conv", "preact", "join", "concat", "dense", "aggregation", "se", "sum", "bottleneck", "parts", "other", "down", "python"),
+                (4, 2, 4, 3, 1, 1, 2, 2, 1, 1, 3, 1, 4),
             )[0]
             if statement == "conv":
                 self.conv_norm_act(self.pick())
@@ -371,6 +399,8 @@ class Writer:
                 self.squeeze_excite()
             elif statement == "bottleneck":
                 self.bottleneck()
+            elif statement == "parts":
+                self.parts()
             elif statement == "sum":
                 self.plain_sum()
             elif statement == "python":

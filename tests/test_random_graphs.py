@@ -56,7 +56,7 @@ def test_generator_repeats_itself_and_covers_what_it_should() -> None:
     for part in (
         "torch.cat", "+=", "F.batch_norm", "inplace=True", "MaxPool2d", "adaptive_avg_pool2d", ".eval()", "momentum=None",
         "isinstance", "except TypeError", "Tripled.apply", "halves(", "register_forward_hook", "bernoulli_", "nn.GRU", "F.pad",
-        ".expand_as", "torch.linspace",
+        ".expand_as", "torch.linspace", ".split((",
     ):  # fmt: skip
         assert part in text
 

@@ -6,9 +6,10 @@ from torch import fx, nn
 
 from bnrestructure.graph.activations import MODULES
 from bnrestructure.graph.ir import Conv, Link, OwnGradient, Reader, Residual, maker_of, output_of
-from bnrestructure.graph.layers import ConvLayer, arguments_of, conv_of, input_of, module_of, shape_of
+from bnrestructure.graph.layers import ConvLayer, conv_of, input_of, module_of, shape_of
 from bnrestructure.graph.operations import concat_of, pooling_of
 from bnrestructure.graph.provenance import guarded_tensor, known_tensor
+from bnrestructure.graph.splits import part_of
 from bnrestructure.graph.targets import called_name, is_custom_call
 
 __all__ = ["channels_of"]
@@ -68,23 +69,13 @@ def _of_both(node: fx.Node) -> int | None:
 
 def _of_part(node: fx.Node) -> int | None:
     """Channels of one of the parts that a tensor is split into."""
-    parts, index = node.args
-    name = called_name(parts) if isinstance(parts, fx.Node) else None
-    if not isinstance(parts, fx.Node) or name not in ("chunk", "split") or not isinstance(index, int):
+    part = part_of(node)
+    if part is None or part[0].dim != 1:
         return None
-    given = arguments_of(parts, ("input", "how", "dim"), {"dim": 0})
-    how = given.get("how", given.get("chunks", given.get("split_size_or_sections", given.get("split_size"))))
-    source = input_of(parts)
-    whole = None if source is None else channels_of(source)
-    if given["dim"] != 1 or whole is None:
-        return None
-    if isinstance(how, list | tuple):
-        return how[index] if index < len(how) and all(isinstance(size, int) for size in how) else None
-    if not isinstance(how, int) or how < 1:
-        return None
-    size = min(-(-whole // how), whole) if name == "chunk" else min(how, whole)
-    sizes = [min(size, whole - start) for start in range(0, whole, size)]
-    return sizes[index] if -len(sizes) <= index < len(sizes) else None
+    split, index = part
+    whole = channels_of(split.input)
+    sizes = None if whole is None else split.sizes(whole)
+    return sizes[index] if sizes is not None and -len(sizes) <= index < len(sizes) else None
 
 
 def _source_of(node: fx.Node) -> fx.Node | None:

@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import fx
 
+from bnrestructure.graph.chains import passed_tensor
 from bnrestructure.graph.invariant import Invariant, Look
 from bnrestructure.graph.ir import Conv, Finalize, Normalise, Reader, Residual, Squeeze, Statistics, output_of
 from bnrestructure.graph.provenance import provenance
+from bnrestructure.graph.splits import batch_norm_scaling_by, part_of
 
 __all__ = ["EDGE_RULES"]
 
-Vectors = tuple[fx.Node | None, fx.Node | None, fx.Node | None]
+class _Edge(NamedTuple):
+    """The vectors of an edge at which a node reads a tensor."""
+
+    mean: fx.Node | None
+    scale: fx.Node | None
+    beta: fx.Node | None
+    tensor: fx.Node | None
 
 
-def _edges(view: Reader | Residual) -> list[Vectors]:
-    """The vectors of the edges at which a node reads: x's or y's, and the shortcut's."""
-    edges: list[Vectors] = [(view.mean, view.scale, view.beta)]
+def _edges(view: Reader | Residual) -> list[_Edge]:
+    """The edges at which a node reads: x's or y's, and the shortcut's."""
+    edges = [_Edge(view.mean, view.scale, view.beta, view.y if isinstance(view, Residual) else view.x)]
     if isinstance(view, Residual | Conv):
-        edges.append((view.r_mean, view.r_scale, view.r_beta))
+        edges.append(_Edge(view.r_mean, view.r_scale, view.r_beta, view.r))
     return edges
 
 
 def whole_edge(view: Reader | Residual, look: Look) -> str | None:
     """The vectors of an edge are all there or none; a shortcut has none without a tensor, and none where the branch has none."""
     first, *rest = _edges(view)
-    for mean, scale, beta in (first, *rest):
+    for mean, scale, beta, _ in (first, *rest):
         if not (mean is None) == (scale is None) == (beta is None):
             return "an edge has some of mean, scale and beta, and not all"
     adds = isinstance(view, Residual) or (isinstance(view, Conv) and view.forms_residual)
-    if adds and first[0] is None and rest[0][0] is not None:
+    if adds and first.mean is None and rest[0].mean is not None:
         return "a residual has a batch norm in its shortcut, and none in its branch"
-    if isinstance(view, Conv) and not adds and rest[0][0] is not None:
+    if isinstance(view, Conv) and not adds and rest[0].mean is not None:
         return "there are vectors of a shortcut that is not there"
     return None
 
 
 def one_batch_norm(view: Reader | Residual, look: Look) -> str | None:
-    """The vectors of an edge are those of one batch norm, and the node remembers it; or of several whose tensors are concatenated.
+    """The vectors of an edge are those of one batch norm, and the node remembers it; or of several whose tensors are concatenated. For a
+    part of a tensor they are the same part of each vector.
 
     The mean, too, is finalize's: statistics' own would have its gradient twice, from the reader and from finalize.
     """
-    for mean, scale, beta in _edges(view):
+    for mean, scale, beta, tensor in _edges(view):
         if mean is None or scale is None or beta is None:
             continue
         owners = [_owner(part, "scale") for part in _parts(scale)]
@@ -51,9 +60,11 @@ def one_batch_norm(view: Reader | Residual, look: Look) -> str | None:
             return f"{scale.name} is not the scale of a batch norm"
         if any([_owner(part, name) for part in _parts(vector)] != owners for name, vector in (("mean", mean), ("beta", beta))):
             return f"mean, scale and beta of {scale.name} are of different batch norms"
-        finalize = Finalize.making(scale, "scale")
+        finalize = batch_norm_scaling_by(scale)
         if finalize is None:
             continue
+        if _which_part(scale) not in (None, _which_part(_read_by(tensor))):
+            return f"{scale.name} is not of the channels that it normalises"
         site = provenance(finalize.node).site
         applies_itself = not (isinstance(view, Squeeze) and view.excite)
         if applies_itself and site not in provenance(view.node).normalises:
@@ -84,11 +95,31 @@ def _parts(vector: fx.Node | None) -> list[fx.Node]:
 
 
 def _owner(vector: fx.Node, *names: str) -> object:
-    """The node whose output of one of these names a vector is, or None. A concat stands for any: its own parts were looked at before."""
+    """The node whose output of one of these names a vector is, or None. A concat stands for any: its own parts were looked at before.
+
+    Of a part of a split vector: that of the vector, how it was split, and which part it is.
+    """
     if vector.target is torch.cat:
         return torch.cat
+    if (part := part_of(vector)) is not None:
+        owner = _owner(part[0].input, *names)
+        return None if owner is None else (owner, _which_part(vector))
     output = output_of(vector)
     return output[0] if output is not None and output[1] in names else None
+
+
+def _which_part(node: fx.Node | None) -> object:
+    """How a tensor or vector was split, and which part of it this is; None of one that is whole."""
+    part = None if node is None else part_of(node)
+    return None if part is None else (part[0].operation, str(part[0].how), part[1])
+
+
+def _read_by(tensor: fx.Node | None) -> fx.Node | None:
+    """The tensor that is read, in front of what passed it on or deferred it."""
+    if tensor is None:
+        return None
+    squeeze = Squeeze.making(tensor, "deferred")
+    return passed_tensor(tensor if squeeze is None else squeeze.x)
 
 
 def gate(view: Conv | Normalise, look: Look) -> str | None:

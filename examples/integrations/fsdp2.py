@@ -14,6 +14,7 @@ Started without torchrun it is a group of one.
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
@@ -45,6 +46,9 @@ def main() -> None:
     if rank == 0:
         print(f"{ranks} rank(s), loss {loss.item():.3f}")
         print(bnrestructure.explain(model))
+    # Gloo's threads end with the last tensor that they were given: before Python does, or PyTorch may abort at the very end.
+    del model, block, optimizer, loss
+    gc.collect()
     distributed.destroy_process_group()
 
 

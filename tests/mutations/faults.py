@@ -89,6 +89,8 @@ PATTERNS = (
     Fault("_is_known_elsewhere", "", "return False", "tests/test_semantics_inplace.py"),
     Fault("SizeLog.decide", "self.decided = True", "self.decided = False", "tests/test_semantics_python.py"),
     Fault("still_hold", "", "return True", "tests/test_semantics_python.py"),
+    Fault("normalise_after_split", "act=whole.act", "act='identity'", "tests/passes/test_normalised_splits.py"),
+    Fault("_part", "parts, number", "parts, 0", "tests/passes/test_normalised_splits.py"),
     Fault("_is_4d", "", "return True", "tests/passes/test_must_not_fire.py"),
     Fault("is_homogeneous", "", "return True", "tests/passes/test_normalised_concats.py"),
 )  # fmt: skip

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 import bnrestructure
 from bnrestructure import ops
 from bnrestructure.core.edges import Transform
-from bnrestructure.graph.ir import ConcatBuffer, Normalise, OwnGradient
+from bnrestructure.graph.chains import passed_tensor
+from bnrestructure.graph.ir import ConcatBuffer, Conv, Normalise, OwnGradient
 from bnrestructure.passes.pipeline import PASSES
 
 
@@ -206,3 +207,28 @@ def test_forward_keeps_no_segment_beside_the_concat() -> None:
     sizes = list(kept.values())
     assert sizes.count(torch.Size((4, 16, 16, 12))) == 1  # the concat, which the last convolution reads
     assert sizes.count(torch.Size((4, 8, 16, 12))) == 3  # what the three batch norms normalise
+
+
+def _readers_of_the_first(body: Callable[[_Net, Tensor, Tensor], object]) -> tuple[Normalise, Conv]:
+    """The normalise that writes a slice of the concat, and the convolution behind it that has a batch norm."""
+    graph = after(_Net(body), *PASSES).graph
+    (written,) = [normalise for normalise in Normalise.every(graph) if normalise.in_buffer][:1]
+    (conv,) = [conv for conv in Conv.every(graph) if conv.statistics and "conv2" in str(conv.weight)]
+    return written, conv
+
+
+def test_a_convolution_reads_the_slice_that_the_concat_keeps() -> None:
+    written, conv = _readers_of_the_first(_ghost)
+    assert conv.mean is None
+    assert passed_tensor(conv.x) is written.outs()["z"]
+
+
+def test_it_normalises_itself_where_the_concat_gets_out() -> None:
+    """As GhostNet spells it: a slice of the concat. The normalised tensor is a slice of it then for nobody else."""
+    written, conv = _readers_of_the_first(lambda m, x, y: _ghost_in_part(m, F.relu(y)))
+    assert conv.mean is not None
+    assert "z" not in written.outs()
+
+
+def _ghost_in_part(m: _Net, z: Tensor) -> Tensor:
+    return _cat(z, m.second(z))[:, :16].tanh()

@@ -39,6 +39,11 @@ class _Layers(nn.Module):
         return self.body(self, x)
 
 
+def _split(m: Any, x: Tensor) -> Any:
+    one, other = F.relu(m.bn8(torch.cat([x, x.exp()], 1))).chunk(2, 1)
+    return m.conv(one), other
+
+
 def _gated(m: Any, x: Tensor) -> Tensor:
     z = F.silu(m.bn(x))
     return m.conv2(z * m.conv(F.adaptive_avg_pool2d(z, 1)).sigmoid())
@@ -84,6 +89,7 @@ REWRITES: dict[str, dict[str, Body]] = {
     "fuse-normalise": {
         "an activation": lambda m, x: F.relu(m.bn(x)),
         "a concat": lambda m, x: m.wide(torch.cat([m.bn(x), m.bn2(x.exp())], 1)),
+        "a split": _split,
         "squeeze-excite": _gated,
         "squeeze-excite that no convolution reads": _gated_alone,
         "a convolution": lambda m, x: m.conv(m.bn(x)),

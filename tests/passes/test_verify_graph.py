@@ -40,6 +40,7 @@ class _Net(nn.Module):
         super().__init__()
         self.conv = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
         self.bn = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(4))
+        self.halved = nn.ModuleList(nn.Conv2d(2, 4, 1) for _ in range(2))
         self.body = body
 
     def forward(self, x: Tensor) -> Any:
@@ -184,6 +185,23 @@ def _forgetful(view: Any, **forgotten: Any) -> Callable[[fx.Graph], fx.Node]:
 def _another_beta(graph: fx.Graph) -> fx.Node:
     first, second = Normalise.every(graph)[:2]
     return second.update(beta=first.beta).node
+
+
+def _halves(m: Any, x: Tensor) -> Any:
+    """A normalised tensor in halves, each read by a convolution."""
+    one, other = m.layer(1, x).chunk(2, 1)
+    return m.halved[0](one), m.halved[1](other)
+
+
+def _another_part(graph: fx.Graph) -> fx.Node:
+    """A convolution's vectors are those of the other half."""
+    one, other = (conv for conv in Conv.every(graph) if conv.mean is not None)
+    return other.update(mean=one.mean, scale=one.scale, beta=one.beta).node
+
+
+def _part_of_the_mean(graph: fx.Graph) -> fx.Node:
+    one, other = (conv for conv in Conv.every(graph) if conv.mean is not None)
+    return other.update(mean=one.mean).node
 
 
 def _mean_of_statistics(graph: fx.Graph) -> fx.Node:
@@ -417,6 +435,8 @@ CASES = [
     Case("one batch norm", "chain", "fission", _another_beta, "of different batch norms"),
     Case("one batch norm", "chain", "fission", _mean_of_statistics, "of different batch norms"),
     Case("one batch norm", "inception", "fuse-normalise", _mean_of_statistics_in_a_concat, "of different batch norms"),
+    Case("one batch norm", _halves, "fuse-normalise", _another_part, "is not of the channels that it normalises"),
+    Case("one batch norm", _halves, "fuse-normalise", _part_of_the_mean, "of different batch norms"),
     Case("one batch norm", "chain", "fission", _another_site, "does not remember it"),
     Case("one batch norm", "chain", "fission", _no_scale, "is not the scale"),
     Case("one tensor", "chain", "fission", _swapped, "is no node's"),

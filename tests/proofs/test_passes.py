@@ -107,9 +107,26 @@ class Slots(nn.Module):
         return self.after(torch.cat([one, torch.sigmoid(x), one + F.silu(self.two(one + self.bare(x)))], 1))
 
 
-OWN = {"slots": Slots, "dense": Dense, "mixed": Mixed, "shared": Shared, "handed": Handed, "residual": Residual}
+class Parts(nn.Module):
+    """CSPNet's: a normalised tensor in two parts, one kept for the concat, the other read by a convolution and added to what that makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.four, self.five, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 5, 1), nn.BatchNorm2d(9)
+        self.one, self.two, self.after = conv_bn(5, 5), conv_bn(4, 6), nn.Conv2d(15, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = F.silu(self.norm(torch.cat([self.four(x), self.five(x)], 1)))
+        left, right = torch.split(whole, [4, 5], 1)
+        return self.after(torch.cat([self.two(left), right + self.one(right), left], 1))
+
+
+OWN = {"parts": Parts, "slots": Slots, "dense": Dense, "mixed": Mixed, "shared": Shared, "handed": Handed, "residual": Residual}
 #: Widths that only a concat has, with its segments' widths.
-CONCATS = {"dense": {7: (4, 3), 10: (4, 3, 3)}, "mixed": {11: (4, 5, 2)}, "slots": {13: (4, 5, 4)}, "inception": {13: (3, 5, 3, 2)}}
+CONCATS = {
+    "parts": {9: (4, 5), 15: (6, 5, 4)}, "dense": {7: (4, 3), 10: (4, 3, 3)},
+    "mixed": {11: (4, 5, 2)}, "slots": {13: (4, 5, 4)}, "inception": {13: (3, 5, 3, 2)},
+}  # fmt: skip
 SHAPES = {"video": (IMAGES, 3, 83, 101, 109)}
 MODELS = (*OWN, "chain", "preact", "inception", "inverted", "squeeze_excite", "functional", "strange", "video")
 
@@ -142,7 +159,7 @@ SHOWN = {
     "fission": ("chain", "shared"),
     "share-statistics": ("dense", "shared"),
     "fuse-statistics": ("chain", "preact"),
-    "fuse-normalise": ("chain", "dense", "mixed", "squeeze_excite", "strange"),
+    "fuse-normalise": ("chain", "dense", "mixed", "parts", "squeeze_excite", "strange"),
     "fuse-residual": ("residual", "video"),
     "chain-readers": ("preact", "inception"),
     "eliminate-concat": ("dense", "mixed", "slots"),
@@ -174,6 +191,7 @@ WRONG_GRAPHS = [
     ("chain", "fuse-normalise", "conv", "act", "identity"),
     ("chain", "fuse-normalise", "conv", "mean", "= beta"),
     ("strange", "fuse-normalise", "conv", "act", "gelu"),
+    ("parts", "fuse-normalise", "conv", "scale", "= beta"),
     ("squeeze_excite", "fuse-normalise", "squeeze", "act", "identity"),
     ("squeeze_excite", "fuse-normalise", "conv", "scale", "= beta"),
     ("dense", "fuse-normalise", "avg_pool", "act", "identity"),

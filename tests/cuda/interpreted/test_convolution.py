@@ -280,3 +280,13 @@ def test_the_same_bits_every_time() -> None:
     p, edge = draw_edge(case, torch.float32)
     first, second = (run_backward(FUSED, p, edge, a, case, torch.float32) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True) if x is not None)
+
+
+def test_a_variance_beside_a_mean_a_million_times_its_deviation() -> None:
+    """The mean of a tile is rounded by a part of the deviation. What the squares are then too large by is taken away again."""
+    values = 4_000_000 + torch.randint(-3, 4, (2, 16, 8, 16)).float()  # whole numbers, of which float32 has every one
+    weight = torch.eye(16).view(16, 16, 1, 1)
+    geometry = ConvGeometry((1, 1), (0, 0), (1, 1), 1)
+    result = FUSED.run(ConvForward(values, Transform(), weight, None, geometry, torch.float32, True))
+    truth = values.double().var((0, 2, 3), unbiased=False)
+    assert ((result.var - truth).abs() / truth).max() < 1e-3

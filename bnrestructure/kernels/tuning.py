@@ -26,8 +26,10 @@ from bnrestructure.core.files import replace_file
 
 __all__ = [
     "Measurement",
+    "adopt",
     "cache_file",
     "cache_folder",
+    "choices",
     "choices_digest",
     "decided",
     "discard",
@@ -107,13 +109,25 @@ def machine_digest() -> str:
     return _digest()
 
 
-def choices_digest() -> str:
-    """Of what is chosen by measurements on this machine: another one where any kernel call may be answered otherwise."""
+def choices() -> dict[str, str]:
+    """What is chosen by measurements on this machine, by call."""
     global _known
     if _known is None:
         _known = _read(cache_file())
-    chosen = sorted((call, found.choice) for call, found in _known.items())
-    return hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:12]
+    return {call: found.choice for call, found in _known.items()}
+
+
+def choices_digest() -> str:
+    """Of :func:`choices`: another one where any kernel call may be answered otherwise."""
+    return hashlib.sha256(json.dumps(sorted(choices().items())).encode()).hexdigest()[:12]
+
+
+def adopt(chosen: dict[str, str]) -> None:
+    """Choose in this process as another one does, whatever is on disk."""
+    global _known
+    if chosen != choices():
+        _known = {call: Measurement(call, choice, {}) for call, choice in chosen.items()}
+        renew()
 
 
 def cache_folder() -> Path | None:
@@ -247,7 +261,7 @@ def decided(call: str, shortest: dict[str, float], faults: dict[str, str] | None
 
 def note(found: Iterable[Measurement]) -> None:
     """Choose by these from now on, in later processes too."""
-    measured("")  # reads the file, if it was not read yet
+    choices()  # reads the file, if it was not read yet
     assert _known is not None
     _known.update({one.call: one for one in found})
     _write(cache_file())

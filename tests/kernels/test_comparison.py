@@ -16,6 +16,7 @@ from proof_calls import every_call, forward
 from proving import proving
 from torch import Tensor
 
+from bnrestructure.core.edges import ConvGeometry
 from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.kernels import tuning
 from bnrestructure.kernels.calls import Call
@@ -118,6 +119,18 @@ def test_other_calls_of_a_node_are_proved_for_its_new_choice_before_that_answers
     for call in calls:
         kernels.run(call)
     assert ("ConvForward", "fused") not in PLANTED.chosen
+
+
+def test_processes_choose_as_this_one_though_nothing_is_kept(prove: Callable[..., Proved], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BNRESTRUCTURE_CACHE", "off")
+    kernels, flat = prove(), forward()
+    sequence = replace(
+        flat, x=flat.x[..., 0], weight=flat.weight[..., 0].contiguous(), geometry=ConvGeometry((1,), (1,), (1,), 1)
+    )  # fmt: skip
+    tuning.note([tuning.Measurement("conv forward of something else", "hybrid", {})])
+    settled(kernels, sequence)
+    assert kernels.complete
+    assert kernels.run(sequence).y.shape == (3, 16, 9)
 
 
 def test_a_gradient_alone_says_nothing_of_the_whole_pass(prove: Callable[..., Proved]) -> None:

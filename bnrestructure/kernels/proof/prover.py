@@ -285,7 +285,7 @@ class Proved:
         request = {
             "call": base64.b64encode(pickle.dumps(kind.blanks)).decode(), "kernels": self._source, "device": str(kind.device),
             "share": 0.8 / MOST_WORKERS, "precision": precision(), "by": by or chosen, "race": race, "threads": torch.get_num_threads(),
-            "benchmark": torch.backends.cudnn.benchmark, "choices": None if chosen else tuning.choices_digest(),
+            "benchmark": torch.backends.cudnn.benchmark, "choices": None if chosen else tuning.choices(),
         }  # fmt: skip
         self._outstanding += 1
         self._pool.ask(request, urgency, partial(self._answered, then))

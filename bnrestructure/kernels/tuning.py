@@ -221,7 +221,7 @@ def measure(
     first: then nothing could run, and torch.OutOfMemoryError is raised.
     """
     assert _recorder is not None
-    found = decided(call, shortest_times(candidates, timer))
+    found = decided(call, shortest_times(candidates, timer, _TURNS))
     measured(call)  # reads the file, if it was not read yet
     assert _known is not None
     _known[call] = found
@@ -232,9 +232,9 @@ def measure(
 
 
 def shortest_times(
-    candidates: dict[str, Callable[[], Any]], timer: Callable[[Callable[[], Any]], float], turns: int = _TURNS
+    candidates: dict[str, Callable[[], Any]], timer: Callable[[Callable[[], Any]], float], turns: int
 ) -> dict[str, float]:
-    """The shortest milliseconds of each candidate; errors are those of :func:`measure`."""
+    """The shortest milliseconds of each candidate in so many turns, the first one left out; errors are those of :func:`measure`."""
     first = next(iter(candidates))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(turns):

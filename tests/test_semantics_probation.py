@@ -84,14 +84,19 @@ class Training:
 
 @pytest.fixture
 def plant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Proved]]:
-    """As if the CPU were such a device, with this fault: ``plant("wrong ConvForward")``."""
+    """As if the CPU were such a device, with this fault: ``plant("wrong ConvForward")``. ``compare``: convolutions' other implementations
+    are proved and timed, too, which takes a while, and is what kernels/test_comparison.py is about.
+    """
     monkeypatch.setenv("BNRESTRUCTURE_CACHE", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setattr(registry, "_PROVED_FIRST", {"cpu"})
     monkeypatch.setitem(registry._DEVICES, "cpu", "planted_kernels")
     monkeypatch.setattr(probation, "_MARGIN", 1e9)  # the turns of a net this small say nothing
 
-    def make(planted: str = "") -> Proved:
+    compared = Proved._compare
+
+    def make(planted: str = "", *, compare: bool = False) -> Proved:
+        monkeypatch.setattr(Proved, "_compare", compared if compare else lambda self, kind: None)
         monkeypatch.setenv("BNR_PLANTED", planted)
         tuning.forget()
         registry.forget_answers()
@@ -107,7 +112,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
 
 
 def test_until_kernels_are_proved_the_own_forward_runs_and_then_they_do(plant: Callable[..., Proved]) -> None:
-    kernels, training = plant(), Training()
+    kernels, training = plant(compare=True), Training()
     training.steps(3)
     assert kernels.outstanding
     assert not PLANTED.answered
@@ -121,6 +126,8 @@ def test_until_kernels_are_proved_the_own_forward_runs_and_then_they_do(plant: C
     assert all(site.ran for site in training.plan.sites)
     assert "its kernels were proved on this device" in str(training.plan)
     assert not kernels.faults()
+    chosen = bnrestructure.explain(training.model, torch.randn(4, 3, 8, 8)).kernels
+    assert {kernel.forward_reason.partition(":")[0] for kernel in chosen} == {"measured"}
 
 
 @pytest.mark.parametrize("planted", ["wrong ConvForward", "wrong ConvBackward", "crashes FinalizeForward", "raises ConvBackward"])
@@ -179,8 +186,7 @@ def test_who_asks_for_it_gets_it_however_slow(
     assert all(site.ran for site in training.plan.sites)
 
 
-def test_other_sizes_are_proved_apart_and_not_without_end(plant: Callable[..., Proved], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Proved, "_compare", lambda self, kind: None)  # of ten sizes' implementations
+def test_other_sizes_are_proved_apart_and_not_without_end(plant: Callable[..., Proved]) -> None:
     kernels, training = plant(), Training(backend="cpu")
     training.steps(1, size=8)
     kernels.wait()

@@ -3,9 +3,9 @@
 ``conv(act(normalise(y)))`` -> ``conv(y, mean, scale, beta, act)``: the normalised tensor never reaches memory.
 
 First each normalise takes the activation behind it, a split of a normalised tensor becomes the normalises of its parts, and a concat of
-normalised tensors the normalise of a concat. Then every
-reader that can apply the normalise itself does: convolutions, pools, global averages, what is behind a squeeze-excite's gate. On a
-graph without fission it is the paper's RCF: bare activations move into the convolutions that read them.
+normalised tensors the normalise of a concat. Then every reader that can apply the normalise itself does: convolutions, pools, global
+averages, what is behind a squeeze-excite's gate. On a graph without fission it is the paper's RCF: bare activations move into the
+convolutions that read them.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def _writes_for_all(segment: fx.Node, concat: fx.Node) -> Normalise | None:
 def keeps_for_all(z: fx.Node) -> bool:
     """Whether a normalised tensor is to be a slice of a concat that all its readers can read."""
     concats = [reader for reader in z.users if concat_of(reader) is not None]
-    return bool(concats) and not any(map(_gets_out, concats)) and all(map(_takes_any_strides, z.users))
+    return bool(concats) and all(_writes_for_all(z, concat) is not None for concat in concats)
 
 
 def _takes_any_strides(reader: fx.Node) -> bool:

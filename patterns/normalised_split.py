@@ -27,8 +27,8 @@ class NormalisedSplit:
 def normalised_split(node: fx.Node) -> NormalisedSplit | None:
     """YOLO's C2f, CSPNet's stages and Res2Net's: only splits read the normalised tensor, and at least one part need not be made.
 
-    That is one whose readers are all convolutions, pools, concats or sums: they normalise what they read, or what the part is written by
-    writes where they read it.
+    The readers of such a part are convolutions, pools, concats and sums: some normalise what they read, for others the part is written
+    once, where a concat or a sum wants it.
     """
     split = split_of(node)
     normalise = None if split is None else normalise_making(split.input)

@@ -258,11 +258,11 @@ class Writer:
     def parts(self) -> None:
         """CSPNet's, YOLO's and Res2Net's: a tensor in parts, of which some go on and some are concatenated, or added, as they are."""
         x = self.conv_norm_act(self.pick(), self.rng.choice((4, 6)))
-        third = x.channels // 3 if x.channels % 3 == 0 and self.chance(0.4) else None
+        in_three = x.channels % 3 == 0 and self.chance(0.4)
         even = ("{}.chunk(2, 1)", "torch.chunk({}, 2, dim=1)", f"torch.split({{}}, {x.channels // 2}, 1)", "{}.split({}.shape[1] // 2, 1)")
         uneven = (f"torch.split({{}}, [1, {x.channels - 1}], dim=1)", f"{{}}.split(({x.channels - 1}, 1), 1)")
-        if third is not None:
-            form, sizes = f"{{}}.chunk({x.channels // third}, dim=1)", [third] * (x.channels // third)
+        if in_three:
+            form, sizes = "{}.chunk(3, dim=1)", [x.channels // 3] * 3
         elif self.chance(0.7):
             form, sizes = self.rng.choice(even), [x.channels // 2] * 2
         else:

@@ -15,6 +15,7 @@ from bnrestructure.graph.splits import batch_norm_scaling_by, part_of
 
 __all__ = ["EDGE_RULES"]
 
+
 class _Edge(NamedTuple):
     """The vectors of an edge at which a node reads a tensor."""
 

@@ -207,6 +207,7 @@ class Finalize(OfLayer, op=ops.finalize, outputs=ops.FinalizeOutputs, groups=_OF
     behind_var: fx.Node | None = None
     unmerged: fx.Node | None = None
     chain: bool = False
+    backend: str = "auto"
 
     @property
     def last_part(self) -> tuple[fx.Node, fx.Node]:
@@ -214,7 +215,6 @@ class Finalize(OfLayer, op=ops.finalize, outputs=ops.FinalizeOutputs, groups=_OF
         if self.behind_mean is None or self.behind_var is None:
             return self.mean, self.var
         return self.behind_mean, self.behind_var
-    backend: str = "auto"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -107,7 +107,7 @@ class Rule(Protocol):
         """A clock for work on x's device."""
 
     def prepared(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        """The run as it is timed beside others: where a device can, without what the host takes to ask for it."""
+        """The run in the form in which it is timed: a replay that the host asks for at once, where the device has such a thing."""
 
 
 class Implementation(Protocol):
@@ -201,12 +201,12 @@ class Convolutions:
         return self.rule.choose(node, direction)
 
     def alternatives(self, call: ConvForward | ConvBackward, device: torch.device) -> Alternatives:
-        """Those of a call on this device. Of its tensors sizes and dtypes are looked at."""
+        """What may answer a call on this device, by the sizes and dtypes of its tensors."""
         node, direction = self.node_of(call), "backward" if isinstance(call, ConvBackward) else "forward"
-        measured = self._measured(node, direction, device)
-        chosen = self.rule.choose(node, direction).implementation if measured is None else measured.choice
+        measured = self._measured(node, direction, device) is not None
+        chosen = self.choose(node, direction, device).implementation
         name, names = call_of(node, direction, self.rule.prefix), tuple(self.rule.candidates(node, direction))
-        return Alternatives(name, names, chosen, measured is not None, isinstance(call, ConvForward) or (call.needs[0] and call.needs[1]))
+        return Alternatives(name, names, chosen, measured, isinstance(call, ConvForward) or (call.needs[0] and call.needs[1]))
 
     def node_of(self, call: ConvForward | ConvBackward) -> Node:
         """What the choice for this call depends on."""

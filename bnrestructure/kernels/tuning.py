@@ -89,13 +89,14 @@ def set_machine(**facts: str) -> None:
     """What times depend on beside the sizes; measurements made under other facts are not used."""
     global _known
     if facts != _machine:
-        _others[_digest()] = _known
+        _others[machine_digest()] = _known
         _machine.clear()
         _machine.update(facts)
-        _known = _others.get(_digest())
+        _known = _others.get(machine_digest())
 
 
-def _digest() -> str:
+def machine_digest() -> str:
+    """Of what :func:`set_machine` was told."""
     return hashlib.sha256(json.dumps(_machine, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -104,17 +105,9 @@ def machine_facts() -> dict[str, str]:
     return dict(_machine)
 
 
-def machine_digest() -> str:
-    """Of what :func:`set_machine` was told."""
-    return _digest()
-
-
 def choices() -> dict[str, str]:
     """What is chosen by measurements on this machine, by call."""
-    global _known
-    if _known is None:
-        _known = _read(cache_file())
-    return {call: found.choice for call, found in _known.items()}
+    return {call: found.choice for call, found in _loaded().items()}
 
 
 def choices_digest() -> str:
@@ -141,7 +134,7 @@ def cache_folder() -> Path | None:
 def cache_file() -> Path | None:
     """Where this machine's measurements are kept, or None for nowhere."""
     folder = cache_folder()
-    return None if folder is None else folder / f"choices-{_digest()}.json"
+    return None if folder is None else folder / f"choices-{machine_digest()}.json"
 
 
 def where_kept() -> str:
@@ -154,10 +147,7 @@ def where_kept() -> str:
 
 def measured(call: str) -> Measurement | None:
     """The measurement of this call on this machine, or None."""
-    global _known
-    if _known is None:
-        _known = _read(cache_file())
-    return _known.get(call)
+    return _loaded().get(call)
 
 
 def discard(call: str) -> None:
@@ -222,9 +212,7 @@ def measure(
     """
     assert _recorder is not None
     found = decided(call, shortest_times(candidates, timer, _TURNS))
-    measured(call)  # reads the file, if it was not read yet
-    assert _known is not None
-    _known[call] = found
+    _loaded()[call] = found
     _recorder.append(found)
     if _listener is not None:
         _listener(found)
@@ -261,11 +249,17 @@ def decided(call: str, shortest: dict[str, float], faults: dict[str, str] | None
 
 def note(found: Iterable[Measurement]) -> None:
     """Choose by these from now on, in later processes too."""
-    choices()  # reads the file, if it was not read yet
-    assert _known is not None
-    _known.update({one.call: one for one in found})
+    _loaded().update({one.call: one for one in found})
     _write(cache_file())
     renew()
+
+
+def _loaded() -> dict[str, Measurement]:
+    """This machine's measurements, from the file where it was not read yet."""
+    global _known
+    if _known is None:
+        _known = _read(cache_file())
+    return _known
 
 
 def _read(path: Path | None) -> dict[str, Measurement]:

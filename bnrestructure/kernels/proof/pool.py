@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from bnrestructure.core.workers import Worker
 
-__all__ = ["MOST_WORKERS", "Pool", "Urgency", "closing", "open_workers"]
+__all__ = ["MOST_WORKERS", "Pool", "Urgency", "open_workers"]
 
 _MOST = 4
 #: How many processes work at once: the training process keeps a core.
@@ -28,7 +28,7 @@ _MODULE = "bnrestructure.kernels.proof.worker"
 #: What a process ends with that a kernel has brought down. Others were ended by somebody.
 _CRASHES = frozenset({-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGFPE, -signal.SIGILL, -getattr(signal, "SIGBUS", signal.SIGSEGV)})
 open_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
-closing = threading.Event()
+_closing = threading.Event()
 
 
 class Urgency(IntEnum):
@@ -84,7 +84,7 @@ class Pool:
             except Exception as error:  # whoever waits must not wait for ever
                 worker, answer = None, {"fault": f"it could not be proved: {type(error).__name__}: {error}", "passing": True}
             try:
-                if not closing.is_set():
+                if not _closing.is_set():
                     request.then(answer)
             finally:
                 self._done()
@@ -126,6 +126,6 @@ def _started() -> Worker:
 
 @atexit.register
 def _end_workers() -> None:
-    closing.set()
+    _closing.set()
     for worker in list(open_workers):
         worker.end()

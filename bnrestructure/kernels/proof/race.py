@@ -35,7 +35,7 @@ def race(convolutions: Convolutions, names: Sequence[str], blanks: Any, device: 
         try:
             run()
             runs[name] = convolutions.rule.prepared(run, device)
-        except Exception as error:
+        except Exception as error:  # of memory, by the names that Triton, cuDNN and CUDA graphs have for it; the rest is raised again
             if not (isinstance(error, UnsupportedCallError) or is_out_of_memory(error)):
                 raise
     if not runs:

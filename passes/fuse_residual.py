@@ -1,8 +1,8 @@
 """fuse-residual: normalise + add (+ the shortcut's normalise) + activation -> one sweep (ICF across residuals).
 
-``act(normalise(y) + shortcut)`` -> one residual node; the statistics of its sum ride along where a batch norm follows. So do those of
-``act(y + shortcut)``, where neither has a batch norm. A branch that is activated before it is added, ``act(normalise(x)) + shortcut``, is
-one sweep, too, and so is one that stochastic depth multiplies by a factor of each image.
+``act(normalise(y) * gate + shortcut)``, mostly without a gate -> one residual node; the statistics of its sum ride along where a batch norm
+follows. So do those of ``act(y + shortcut)``, where neither has a batch norm. A branch that is activated before it is added,
+``act(normalise(x)) + shortcut``, is one sweep, too, and so is one that stochastic depth multiplies by a factor of each image.
 
 Where nothing but the residual reads a convolution's y, the residual hands its gradient back unscaled and the convolution applies the
 scale: both operands then share one gradient tensor.
@@ -35,7 +35,7 @@ def into_residual(match: ResidualMatch) -> None:
     main, other = match.normalise, match.other
     shortcut = {"r": match.shortcut} if other is None else _prefixed(other.edge)
     last = match.activation or match.add
-    vectors = {} if main is None else {name: main.edge[name] for name in ("mean", "scale", "beta")}
+    vectors = {} if main is None else {name: getattr(main, name) for name in ("mean", "scale", "beta", "gate")}
     made = Residual.create(before=last, y=match.y, **vectors, **shortcut, act=match.act)
     normalises = [normalise for normalise in (main, other) if normalise is not None]
     out = made.out("out")

@@ -26,7 +26,8 @@ _NEW = ("empty", "ones", "zeros", "full", "rand", "randn", "new_empty", "new_one
 
 @dataclass(frozen=True)
 class ResidualMatch:
-    """``act(y + shortcut)``; ``normalise`` and ``other`` are the normalise that make y and the shortcut, if there are any.
+    """``act(y + shortcut)``; ``normalise`` and ``other`` are the normalise that make y and the shortcut, if there are any. That of y may
+    have a gate.
 
     The activation is a node of its own, or what all readers, ``activating`` convolutions, apply in their prologues.
     """
@@ -46,13 +47,32 @@ def residual(node: fx.Node) -> ResidualMatch | None:
     operands = add_of(node)
     if operands is None:
         return None
+    activated = _activated(node)
     branches = [(normalise, operand) for operand in operands if (normalise := _normalise_for_add(operand)) is not None]
-    if not branches:
+    gated = _gated_branches(node, activated[-1])
+    if not branches and not gated:
         return None
-    normalise, z = max(branches, key=lambda branch: branch[0].node)  # an older operand is the shortcut
+    normalise, z = max(gated or branches, key=lambda branch: branch[0].node)  # an older operand is the shortcut
     other = next((n for n, _ in branches if n.node is not normalise.node), None)
     shortcut = next(operand for operand in operands if operand is not z)
-    return ResidualMatch(node, normalise.x, normalise, shortcut, other, *_activated(node))
+    return ResidualMatch(node, normalise.x, normalise, shortcut, other, *activated)
+
+
+def _gated_branches(add: fx.Node, act: str) -> list[tuple[Normalise, fx.Node]]:
+    """The operands of an add that are normalised and gated, and nothing else, with the normalise that makes each: a squeeze-excite's.
+
+    None where the sum is all that is wanted: the sweep that gates the branch adds the shortcut then, and hands on the sum's gradient.
+    """
+    if act == "identity" and not _has_statistics(add):
+        return []
+    operands = add_of(add) or ()
+    made = [(Normalise.making(operand, "z"), operand) for operand in operands if len(operand.users) == 1]
+    alone = [(n, z) for n, z in made if n is not None and n.gate is not None and n.is_alone and n.act == "identity"]
+    return alone if all(_is_like(operand, add) for operand in operands) else []
+
+
+def _has_statistics(tensor: fx.Node) -> bool:
+    return any(Statistics.of(reader) is not None for reader in tensor.users)
 
 
 def plain_sum(node: fx.Node) -> ResidualMatch | None:
@@ -68,7 +88,7 @@ def plain_sum(node: fx.Node) -> ResidualMatch | None:
     if y is None:
         return None
     activation, activating, act = _activated(node)
-    followed = any(Statistics.of(reader) is not None for reader in node.users) and Normalise.making(y, "z") is None
+    followed = _has_statistics(node) and Normalise.making(y, "z") is None
     if act != "relu" and (act != "identity" or not followed):
         return None
     shortcut = next(operand for operand in operands if operand is not y)

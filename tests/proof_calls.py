@@ -37,6 +37,7 @@ def every_call(dtype: torch.dtype) -> dict[str, Call[Any]]:
     edge = BackwardEdge(vector, vector, vector, x, vector)
     undivided = BackwardEdge(vector.clone(), torch.rand(16), torch.rand(16), x, vector.clone(), 800_000)
     join = Join(image(dtype=dtype), transform(act="identity"), image(dtype=dtype), Transform(), "relu")
+    gated = replace(join, ty=join.ty._replace(gate=torch.rand(3, 16)), tr=transform(act="identity"))
     pool = PoolGeometry((3, 3), (2, 2), (1, 1), False)
     buffer = torch.empty(3, 40, 9, 9, dtype=dtype).contiguous(memory_format=torch.channels_last)
     gradient = torch.empty(3, 16, dtype=torch.float32)
@@ -58,6 +59,10 @@ def every_call(dtype: torch.dtype) -> dict[str, Call[Any]]:
         "join": calls.JoinForward(join, dtype, True),
         "join, not merged": calls.JoinForward(join, dtype, "unmerged"),
         "join backward": calls.JoinBackward(x, (vector, vector, vector), join, z),
+        "join, gated": calls.JoinForward(gated, dtype),
+        "join backward, gated": calls.JoinBackward(x, None, gated, z),
+        "conv behind a gated join": ConvForward(torch.empty_like(x), Transform(), weight, None, GEOMETRY, dtype, join=gated),
+        "conv backward behind a gated join": ConvBackward(x, edge, x, Transform(), weight, GEOMETRY, dtype, join=gated),
         "normalise": NormaliseForward(x, t, dtype, buffer[:, :16]),
         "normalise backward": calls.NormaliseBackward(z, x, t, image(dtype=dtype)),
         "statistics": calls.StatisticsForward(x),

@@ -303,7 +303,7 @@ class Writer:
             self.conv_norm_act(made)
 
     def squeeze_excite(self) -> None:
-        x = self.conv_norm_act(self.pick())
+        x = self.conv_norm_act(self.pick()) if self.chance(0.6) else self.norm(self.conv(self.pick()))[0]
         pool = self.rng.choice(("F.adaptive_avg_pool2d({}, 1)", "{}.mean((2, 3), keepdim=True)", "MODULE"))
         pool = self.layer("nn.AdaptiveAvgPool2d(1)") + "({})" if pool == "MODULE" else pool
         average = self.name("s")
@@ -316,9 +316,15 @@ class Writer:
         made = self.assign(product, x.channels, x.size, x)
         if self.chance(0.5):
             self.norm(self.conv(made))
-        elif self.chance(0.6):
+        elif self.chance(0.7):
             y = self.pick(made.channels, made.size)
-            self.assign(f"F.relu({made.name} + {y.name})", made.channels, made.size, made, y)
+            if self.chance(0.3):
+                y = self.norm(self.conv(y, made.channels, 3))[0]
+            total = f"{made.name} + {y.name}" if y.size == made.size and y.channels == made.channels else made.name
+            act = self.rng.choice(("F.relu({})", "F.relu({})", "F.silu({})", "({})"))
+            joined = self.assign(act.format(total), made.channels, made.size, made, y)
+            if self.chance(0.5):
+                self.norm(self.conv(joined))
 
     def bottleneck(self) -> None:
         """Darknet's: the branch is activated before it is added."""

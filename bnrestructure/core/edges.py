@@ -114,9 +114,9 @@ class BackwardEdge:
 
 @record
 class Join:
-    """A residual join: ``z = act((y - ty.mean) * ty.scale + ty.beta + (r - tr.mean) * tr.scale + tr.beta)``.
+    """A residual join: ``z = act(((y - ty.mean) * ty.scale + ty.beta) * ty.gate + (r - tr.mean) * tr.scale + tr.beta)``.
 
-    ``ty`` and ``tr`` are affine or the identity; the activation is the join's.
+    ``ty`` and ``tr`` are affine or the identity, and ``ty`` may have a gate; the activation is the join's.
     """
 
     y: Tensor
@@ -124,6 +124,11 @@ class Join:
     r: Tensor
     tr: Transform
     act: str
+
+    @property
+    def sums_y(self) -> bool:
+        """Whether backward sums the gradient at the sum against y. With a gate those sums are another's: see ops/residual.py."""
+        return self.ty.mean is not None and self.ty.gate is None
 
     @property
     def operands(self) -> tuple[Tensor, Transform, Tensor, Transform, str]:

@@ -123,14 +123,16 @@ def _read_by(tensor: fx.Node | None) -> fx.Node | None:
     return passed_tensor(tensor if squeeze is None else squeeze.x)
 
 
-def gate(view: Conv | Normalise, look: Look) -> str | None:
+def gate(view: Conv | Normalise | Residual, look: Look) -> str | None:
     """A node with a gate reads what a squeeze defers, through the very edge of the squeeze: its gradient is that at the gate."""
-    squeeze = Squeeze.making(view.x, "deferred")
+    squeeze = Squeeze.making(view.input, "deferred")
     if view.gate is None:
         return None if squeeze is None else "it reads a deferred tensor without a gate"
     if squeeze is None:
         return "its gate is on a tensor that no squeeze defers"
-    same = all(view.edge[name] is squeeze.edge[name] for name in ("mean", "scale", "beta")) and view.act == squeeze.act
+    is_of_sum = isinstance(view, Residual) or (isinstance(view, Conv) and view.forms_residual)
+    act = "identity" if is_of_sum else view.act
+    same = all(getattr(view, name) is squeeze.edge[name] for name in ("mean", "scale", "beta")) and act == squeeze.act
     return None if same else "its edge is not the squeeze's"
 
 
@@ -140,9 +142,9 @@ def deferred(view: Squeeze, look: Look) -> str | None:
     readers = [] if tensor is None else list(tensor.users)
     if tensor is None or not readers:
         return "it defers a tensor that nobody reads" if view.excite else None
-    reader = Conv.of(readers[0]) or Normalise.of(readers[0])
-    fits = len(readers) == 1 and reader is not None and reader.x is tensor and reader.times_read(tensor) == 1
-    return None if fits else f"{readers[0].name} reads a deferred tensor, and is no convolution or normalise with a gate"
+    reader = Conv.of(readers[0]) or Normalise.of(readers[0]) or Residual.of(readers[0])
+    fits = len(readers) == 1 and reader is not None and reader.input is tensor and reader.times_read(tensor) == 1
+    return None if fits else f"{readers[0].name} reads a deferred tensor, and is no convolution, normalise or residual with a gate"
 
 
 def unmerged(view: Conv | Residual | Statistics, look: Look) -> str | None:
@@ -201,7 +203,7 @@ EDGE_RULES = (
     Invariant("whole edge", (Reader, Residual), whole_edge),
     Invariant("one batch norm", (Reader, Residual), one_batch_norm),
     Invariant("one tensor", (Finalize,), one_tensor),
-    Invariant("gate", (Conv, Normalise), gate),
+    Invariant("gate", (Conv, Normalise, Residual), gate),
     Invariant("deferred", (Squeeze,), deferred),
     Invariant("unmerged", (Conv, Residual, Statistics), unmerged),
     Invariant("gain", (Conv,), gain),

@@ -268,12 +268,15 @@ class Squeeze(Reader, op=ops.squeeze, outputs=ops.SqueezeOutputs, groups=_OF_REA
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Residual(Fused, op=ops.residual, outputs=ops.ResidualOutputs, groups=_OF_RESIDUAL):
-    """``act(normalise(y) + shortcut)``, the shortcut being r, or r normalised; ``act(y + r)`` without vectors."""
+    """``act(normalise(y) * gate + shortcut)``, the shortcut being r, or r normalised; ``act(y + r)`` without vectors. With a gate, y is
+    what a squeeze defers.
+    """
 
     y: fx.Node
     mean: fx.Node | None = None
     scale: fx.Node | None = None
     beta: fx.Node | None = None
+    gate: fx.Node | None = None
     r: fx.Node
     r_mean: fx.Node | None = None
     r_scale: fx.Node | None = None

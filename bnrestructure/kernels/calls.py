@@ -174,7 +174,7 @@ class JoinForward(Call[JoinResult]):
 class JoinGradients(NamedTuple):
     """G in z's dtype, the gradient at the sum and the P of both operands; sum_p = sum G, sum_py = sum G * (y - ty.mean), sum_pr of r.
 
-    A sum against an operand is None where that has no mean.
+    A sum against an operand is None where that has no mean, or a gate: its sums are then those of a sweep that reads G.
     """
 
     g: Tensor

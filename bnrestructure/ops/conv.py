@@ -20,7 +20,7 @@ from bnrestructure.ops import library
 from bnrestructure.ops.casts import cast_weight
 from bnrestructure.ops.conv_options import ConvOptions, Shortcut, backward_edge, check_shapes, destination
 from bnrestructure.ops.dispatch import compute_dtype, guard_second_derivative, in_format_of, passed_on, with_room
-from bnrestructure.ops.gate import with_gate
+from bnrestructure.ops.gate import gated_operand, with_gate
 from bnrestructure.ops.join import JoinConv, join_is_fusible
 from bnrestructure.ops.residual import residual
 from bnrestructure.ops.slots import Slot, incoming_gradient
@@ -68,8 +68,8 @@ def conv(
     which x is what a squeeze deferred; weight [C_out, C_in / groups, *kernel]. x [C_in, *spatial], one image without a batch dimension,
     runs in its parts (ops/unbatched.py), and not into a slot. ``statistics`` adds y's biased mean and variance. ``chain`` returns x for its
     next reader, whose gradient this node's dgrad then accumulates into in place. ``slot`` is a place for y in a concat's buffer. With
-    ``shortcut`` the prologue is a residual join, ``z = act((x - mean) * scale + beta + shortcut)``. z is stored: ``chain`` returns it in
-    place of x.
+    ``shortcut`` the prologue is a residual join, ``z = act(((x - mean) * scale + beta) * gate + shortcut)``. z is stored: ``chain`` returns
+    it in place of x.
 
     Raises RuntimeError, in the words of PyTorch's convolution, on shapes or dtypes that do not fit.
     """
@@ -79,7 +79,9 @@ def conv(
         joined = residual(x, transform, r, r_transform, act=transform.act, gain=x_gain, r_gain=r_gain, backend=backend)
         x, transform, shortcut = joined.out, Transform(), None
     autocast = torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
-    if transform.gate is not None:
+    if transform.gate is not None and shortcut is not None:
+        x, transform = gated_operand(x, transform, backend)
+    elif transform.gate is not None:
         x, transform = with_gate(x, transform, backend, casts=autocast)
     mean, scale, beta, act, gate = transform
     if not autocast and (x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype)):
@@ -103,7 +105,7 @@ def conv(
     if shortcut is None:
         y, ymean, yvar, passed, edge_gain, left = PlainConv.apply(x, mean, scale, beta, gate, weight, bias, into, options)
     else:
-        y, ymean, yvar, passed, edge_gain, left = JoinConv.apply(x, mean, scale, beta, *shortcut, weight, bias, into, options)
+        y, ymean, yvar, passed, edge_gain, left = JoinConv.apply(x, mean, scale, beta, gate, *shortcut, weight, bias, into, options)
     size = torch.Size((y.shape[0], weight.shape[0], *y.shape[2:])) if statistics else None
     return ConvOutputs(y, ymean, yvar, size, passed, edge_gain, left)
 

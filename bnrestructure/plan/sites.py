@@ -24,9 +24,10 @@ __all__ = ["kept_site", "sites_of"]
 # (3), its backward reads gradient and input twice and writes (5); an activation out of place adds 2 and 3.
 _BEFORE_BATCH_NORM, _BEFORE_ACTIVATION = 8, 5
 # After: an epilogue costs nothing forward and one read of y in backward; a prologue one read of x in the dgrad epilogue; sweeps of their
-# own read and write (statistics 1 + 3, normalise 2 + 3), of which a concat would do the forward part anyway.
+# own read and write (statistics 1 + 3, normalise 2 + 3), of which a concat would do the forward part anyway. Behind a residual with a gate
+# one more sweep has the gate's gradient (3).
 _AFTER_STATISTICS = {"epilogue": 1, "shared": 0, "sweep": 4}
-_AFTER_NORMALISE = {"prologue": 1, "concat": 3, "sweep": 5}
+_AFTER_NORMALISE = {"prologue": 1, "concat": 3, "gated sum": 4, "sweep": 5}
 
 _LONELY = "neither half has a neighbour to ride on: no convolution before it, and none (nor a pool or a residual join) after it"
 
@@ -76,6 +77,7 @@ def _site(name: str, statistics: list[fx.Node], normalises: list[fx.Node], refus
     act = getattr(readers[0], "act", "identity") if readers else "identity"
     alone = [view for view in readers if isinstance(view, Normalise) and view.is_alone]
     in_concat = any(isinstance(view, Normalise) and view.in_buffer for view in readers)
+    in_gated_sum = any(_is_residual(view) and getattr(view, "gate", None) is not None for view in readers)
     for normalise in alone:
         z = normalise.outs().get("z")
         wanted = sorted({describe(reader) for reader in readers_along_chain(z)}) if z is not None else []
@@ -83,7 +85,8 @@ def _site(name: str, statistics: list[fx.Node], normalises: list[fx.Node], refus
         reasons.append(f"its {what} tensor is kept in memory for {', '.join(wanted) or 'nobody'}")
     rides_statistics, rides_normalise = not own_sweeps, not alone and bool(readers)
     before = _BEFORE_BATCH_NORM + (0 if act == "identity" else _BEFORE_ACTIVATION)
-    after = _AFTER_STATISTICS[where] + _AFTER_NORMALISE["sweep" if alone else "concat" if in_concat else "prologue"]
+    applied = "sweep" if alone else "gated sum" if in_gated_sum else "concat" if in_concat else "prologue"
+    after = _AFTER_STATISTICS[where] + _AFTER_NORMALISE[applied]
     return Site(
         name=name,
         pattern=_pattern(statistics, shared, act, readers),

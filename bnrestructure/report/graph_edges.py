@@ -42,7 +42,7 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
         case Conv():
             read = [view.x, view.r, view.gate, view.into if view.appends else None]
         case Residual():
-            read = [view.y, view.r]
+            read = [view.y, view.gate, view.r]
         case Normalise():
             read = [view.x, view.gate, view.factor, view.r, view.into if view.appends else None]
         case Reader() | Statistics() | ConcatBuffer():

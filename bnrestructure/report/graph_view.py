@@ -191,11 +191,12 @@ class _Builder:
 def _prologue(view: Fused, sites: str) -> str | None:
     """What a node applies to its input as it reads it; ``sites`` are the names of the batch norms."""
     parts = [f"{sites} norm"] if sites else []
+    gate = " * gate" if isinstance(view, Conv | Normalise | Residual) and view.gate is not None else ""
     if isinstance(view, Conv) and view.forms_residual:
-        parts.append("shortcut")
+        parts = [*(f"{part}{gate}" for part in parts), "shortcut"]
+        gate = ""
     if isinstance(view, Reader) and view.act != "identity":
         parts.append(view.act)
-    gated = isinstance(view, Conv | Normalise) and view.gate is not None
     drawn = " * factor" if isinstance(view, Normalise) and view.factor is not None else ""
     added = " + shortcut" if isinstance(view, Normalise) and view.r is not None else ""
-    return f"{' + '.join(parts)}{' * gate' if gated else ''}{drawn}{added}".strip() or None
+    return f"{' + '.join(parts)}{gate}{drawn}{added}".strip() or None

@@ -169,6 +169,9 @@ def test_residual(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> No
         check(JoinForward(join, dtype, out=values(shape, dtype)))
         check(JoinBackward(dout, statistics, join, out))
         check(JoinBackward(dout, None, replace(join, act="identity"), out))
+        gated = replace(join, ty=ty._replace(gate=torch.rand(shape[:2])))
+        check(JoinForward(gated, dtype, True))
+        check(JoinBackward(dout, statistics, gated, out))
 
 
 # x, outputs, kernel, stride, padding, dilation, groups

@@ -87,18 +87,22 @@ def make_case(
     act: str,
     *,
     shortcut: bool,
+    gated: bool = False,
     edge: bool = True,
     into: str | None = None,
     layout: str = "channels_last",
 ) -> Case:
-    """Random arguments. The shortcut has a batch norm of its own or not; ``into``: the layout of what is accumulated to."""
+    """Random arguments. The shortcut has a batch norm of its own or not, the other operand a gate; ``into``: the layout of what is
+    accumulated to.
+    """
     n, c, out, size, k, stride, padding, groups = SHAPES[name]
     geometry = ConvGeometry((stride,) * 2, (padding,) * 2, (1, 1), groups)
     size_out = geometry.output_size(size, (k, k))
     weight = torch.randn(out, c // groups, k, k)
     y, r = (in_layout(torch.randn(n, c, *size).to(dtype), layout) for _ in range(2))
     dy, result = (in_layout(torch.randn(n, out, *size_out).to(dtype), "channels_last") for _ in range(2))
-    ty, tr = Transform(*vectors(c)), Transform(*vectors(c)) if shortcut else Transform()
+    ty = Transform(*vectors(c), gate=torch.rand(n, c) + 0.2 if gated else None)
+    tr = Transform(*vectors(c)) if shortcut else Transform()
     r = in_layout(away_from_kinks(y, ty, r, tr, act), layout)
     a, b, mean, s = torch.randn(4, out).unbind()
     return Case(
@@ -133,6 +137,18 @@ def test_shapes(name: str, dtype: torch.dtype, isa: str) -> None:
                 check(f"{shortcut=}, {into=}", make_case(name, dtype, "relu", shortcut=shortcut, into=into))
 
 
+@pytest.mark.parametrize("isa", library.available_isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_gate(name: str, dtype: torch.dtype, isa: str) -> None:
+    """One factor a channel of each image: tiles of several images have several."""
+    with library.use(isa):
+        for shortcut in (False, True):
+            case = make_case(name, dtype, "relu", shortcut=shortcut, gated=True, into="channels_last")
+            check(f"{shortcut=}", case)
+            assert case.backward(CPU, case.forward(CPU)[0])[2] is None
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("act", ["identity", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh", "leaky_relu(0.2)"])
 def test_activations(act: str, dtype: torch.dtype) -> None:
@@ -140,10 +156,11 @@ def test_activations(act: str, dtype: torch.dtype) -> None:
         check(act, make_case(name, dtype, act, shortcut=True, into="channels_last"))
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str, dtype: torch.dtype) -> None:
-    check(layout, make_case("1x1 odd", dtype, "relu", shortcut=True, edge=False, layout=layout))
+def test_layouts(layout: str, dtype: torch.dtype, gated: bool) -> None:
+    check(layout, make_case("1x1 odd", dtype, "relu", shortcut=True, gated=gated, edge=False, layout=layout))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

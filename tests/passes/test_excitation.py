@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import bnrestructure
 from bnrestructure import ops
 from bnrestructure.core.edges import ConvGeometry, Transform
-from bnrestructure.graph.ir import Normalise, Squeeze
+from bnrestructure.graph.ir import Normalise, Residual, Squeeze
 from bnrestructure.passes.pipeline import PASSES
 
 Gated = Callable[["_Block", Tensor], Tensor]
@@ -73,7 +73,8 @@ def test_the_normalised_tensor_is_not_kept(spelling: str, reader: str) -> None:
     graph = after(model, *PASSES).graph
     assert [squeeze.excite for squeeze in Squeeze.every(graph)] == [True]
     assert all(normalise.gate is not None for normalise in Normalise.every(graph))
-    assert len(Normalise.every(graph)) == (reader != "a convolution")
+    assert len(Normalise.every(graph)) == (reader not in ("a convolution", "a residual"))
+    assert [residual.gate is not None for residual in Residual.every(graph)] == ([True] if reader == "a residual" else [])
     assert_same_training(model, torch.randn(4, 8, 9, 7, dtype=torch.float64))
 
 
@@ -118,7 +119,7 @@ def test_gates_of_any_shape(gate: str, reader: str) -> None:
     x = torch.randn(4, 8, 9, 7, dtype=torch.float64)
     assert_same_training(model, x)
     (site,) = [site for site in bnrestructure.explain(model, x).sites if site.name == "bn2"]
-    assert site.status == ("fused" if excites and reader == "a convolution" else "partial")
+    assert site.status == ("fused" if excites else "partial")
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 1, 1), (4, 1, 1, 1), (1, 8, 1, 1), (), (4, 8, 9, 7), (9, 1)], ids=str)
@@ -145,6 +146,44 @@ def test_the_nodes_take_a_gate_of_any_shape(reader: str, shape: tuple[int, ...])
     found = []
     for function in (plain, fused):
         inputs = [x.clone().requires_grad_(), gate.clone().requires_grad_()]
+        y = function(*inputs)
+        found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for expected, value in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 1, 1), (4, 1, 1, 1), (1, 8, 1, 1), (), (4, 8, 9, 7), (9, 1)], ids=str)
+@pytest.mark.parametrize("act", ["relu", "silu"])
+@pytest.mark.parametrize("normalised", [False, True], ids=["shortcut", "normalised shortcut"])
+@pytest.mark.parametrize("reader", ["sum", "convolution of the sum"])
+def test_a_join_takes_a_gate_of_any_shape(reader: str, normalised: bool, act: str, shape: tuple[int, ...]) -> None:
+    x, r = torch.randn(2, 4, 8, 9, 7, dtype=torch.float64).unbind()
+    gate, weight = torch.rand(shape, dtype=torch.float64), torch.randn(5, 8, 1, 1, dtype=torch.float64)
+    of_x, of_r = torch.randn(2, 3, 8, dtype=torch.float64).unbind()
+
+    def affine(x: Tensor, vectors: Tensor) -> Tensor:
+        mean, scale, beta = vectors.view(3, -1, 1, 1)
+        return (x - mean) * scale + beta
+
+    def plain(x: Tensor, r: Tensor, gate: Tensor) -> Tensor:
+        z = affine(x, of_x)
+        shortcut = affine(r, of_r) if normalised else r
+        joined = getattr(F, act)(z * (gate * z.mean((2, 3), keepdim=True).sigmoid().mean()) + shortcut)
+        return joined if reader == "sum" else F.conv2d(joined, weight)
+
+    def fused(x: Tensor, r: Tensor, gate: Tensor) -> Tensor:
+        transform = Transform(*of_x.unbind())
+        pooled, z = ops.squeeze(x, transform, excite=True, backend="reference")
+        transform = transform._replace(act=act, gate=gate * pooled.sigmoid().mean())
+        vectors = of_r.unbind() if normalised else (None, None, None)
+        if reader == "sum":
+            return ops.residual(z, transform, r, Transform(*vectors), act=act, backend="reference").out
+        geometry, shortcut = ConvGeometry((1, 1), (0, 0), (1, 1), 1), ops.Shortcut(r, *vectors)
+        return ops.conv(z, transform, weight, None, geometry, shortcut=shortcut, backend="reference").y
+
+    found = []
+    for function in (plain, fused):
+        inputs = [t.clone().requires_grad_() for t in (x, r, gate)]
         y = function(*inputs)
         found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
     for expected, value in zip(*found, strict=True):

@@ -105,6 +105,7 @@ REWRITES: dict[str, dict[str, Body]] = {
         "statistics of the sum": lambda m, x: m.bn2(m.bn(m.conv(x)) + x),
         "statistics of a sum without a batch norm": lambda m, x: m.bn2(m.conv(m.bn(x)) + x),
         "a branch that is activated before it is added": lambda m, x: F.silu(m.bn(m.conv(x))) + x,
+        "a branch that squeeze-excite gates": lambda m, x: F.relu(_gated_alone(m, x) + x),
         "a ReLU behind a sum without a batch norm": lambda m, x: F.relu(m.conv(m.bn(x)) + x),
     },
     "chain-readers": {

@@ -448,7 +448,7 @@ CASES = [
     Case("gate", "squeeze_excite", "fuse-normalise", _gated(gate=None), "without a gate"),
     Case("gate", "squeeze_excite", "fuse-normalise", _gated(act="identity"), "not the squeeze's"),
     Case("gate", "squeeze_excite", "fuse-normalise", _gate_elsewhere, "no squeeze defers"),
-    Case("deferred", "squeeze_excite", "fuse-normalise", _deferred_read_as_it_is, "no convolution or normalise with a gate"),
+    Case("deferred", "squeeze_excite", "fuse-normalise", _deferred_read_as_it_is, "normalise or residual with a gate"),
     Case("gain", "residual", "fuse-residual", _gain_dropped, "not one residual gives"),
     Case("gain", "residual", "fuse-residual", _second_reader, "others read its y"),
     Case("gain given", _shortcut_with_another_reader, "chain-readers", _gain_of_nobody, "is not the gain of the convolution"),

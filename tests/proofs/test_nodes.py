@@ -350,6 +350,45 @@ def join(act: str, shortcut: str, gained: bool, where: str) -> None:
         prove(s, original, rewritten, [x, r, reader, *rest])
 
 
+@pytest.mark.parametrize("act", ["relu", "silu"])
+@pytest.mark.parametrize("shortcut", ["tensor", "normalised"])
+@pytest.mark.parametrize("where", ["sweep", "convolution"])
+def test_join_of_a_gated_branch(act: str, shortcut: str, where: str) -> None:
+    """A squeeze-excite's product, add, activation, and the statistics of the sum, or the convolution that forms the sum."""
+    s = symbolic(defined=False)
+    both = shortcut == "normalised"
+    with s.running():
+        inputs = [s.tensor(name, IMAGES, 17, 103, 107) for name in ("x", "r")]
+        inputs += [s.tensor(name, 17) for name in ("mean", "scale", "beta", *(("r_mean", "r_scale", "r_beta") if both else ()))]
+        weight = s.tensor("w_next", 19, 17, 3, 3)
+
+        def original(weight: Tensor, x: Tensor, r: Tensor, *vectors: Tensor) -> list[Tensor]:
+            u = applied(x, *vectors[:3])
+            pooled = u.mean((2, 3))
+            gated = u * torch.sigmoid(pooled).view(*pooled.shape, 1, 1)
+            z = activate(gated + (applied(r, *vectors[3:]) if both else r), act)
+            y = z if where == "sweep" else F.conv2d(z, weight, padding=1)
+            var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+            return [y, mean, var, pooled, z]
+
+        def rewritten(weight: Tensor, x: Tensor, r: Tensor, *vectors: Tensor) -> list[Tensor | None]:
+            transform = Transform(*vectors[:3])
+            pooled, deferred = ops.squeeze(x, transform, excite=True, backend="reference")
+            transform = transform._replace(act=act, gate=torch.sigmoid(pooled).view(*pooled.shape, 1, 1))
+            if where == "sweep":
+                found = ops.residual(
+                    deferred, transform, r, Transform(*vectors[3:]), act=act, statistics=True, backend="reference"
+                )  # fmt: skip
+                return [found.out, found.mean, found.var, pooled, found.out]
+            shortcut = ops.Shortcut(r, *vectors[3:])
+            y, mean, var, _, z, *_ = ops.conv(
+                deferred, transform, weight, None, SAME, shortcut=shortcut, statistics=True, chain=True, backend="reference"
+            )  # fmt: skip
+            return [y, mean, var, pooled, z]
+
+        prove(s, original, rewritten, [weight, *inputs])
+
+
 @pytest.mark.parametrize("threaded", [False, True])
 @pytest.mark.parametrize("act", ["relu", "silu"])
 def test_sum_of_an_activated_branch(act: str, threaded: bool) -> None:

@@ -37,6 +37,8 @@ JOIN = partial(nodes.join, "relu", "normalised", False, "sweep")
 JOIN_OF_ANY_VECTORS = partial(nodes.test_residual_join_of_any_vectors, "relu")
 SHARED_JOIN = partial(nodes.join, "relu", "normalised", True, "sweep")
 JOIN_IN_CONVOLUTION = partial(nodes.join, "relu", "normalised", True, "convolution")
+GATED_JOIN = partial(nodes.test_join_of_a_gated_branch, "relu", "tensor", "sweep")
+GATED_JOIN_IN_CONVOLUTION = partial(nodes.test_join_of_a_gated_branch, "relu", "tensor", "convolution")
 
 #: (the function, what stands in it, what is put in its place, a proof that must fail).
 ERRORS: list[tuple[str, str, str, Proof]] = [
@@ -61,7 +63,7 @@ ERRORS: list[tuple[str, str, str, Proof]] = [
     ("finalize_backward", "-scale * call.dbeta", "scale * call.dbeta", FISSION),
     ("affine", "(u - per_channel(t.mean, x))", "u", NORMALISE),
     ("affine", "+ per_channel(t.beta, x)", "- per_channel(t.beta, x)", NORMALISE),
-    ("apply_transform", "z = z * t.gate", "z = z + t.gate", EXCITE),
+    ("_times_gate", "z * t.gate", "z + t.gate", EXCITE),
     ("output_gradient", "d = d * per_channel(edge.s, p)", "pass", SHARED_JOIN),
     ("output_gradient", "+ per_channel(b, p)", "", CONVOLUTION),
     ("output_gradient", "edge.y.to(d.dtype) - per_channel(edge.mean, p)", "edge.y.to(d.dtype)", CONVOLUTION),
@@ -83,10 +85,16 @@ ERRORS: list[tuple[str, str, str, Proof]] = [
     ("PlainConv.backward", "-scale * dbeta", "dbeta", CONVOLUTION),
     ("PlainConv.backward", "backward_edge(dgain,", "backward_edge(None,", SHARED_JOIN),
     ("backward_edge", "(dgain, dvar, dmean,", "(dgain, dmean, dvar,", CONVOLUTION),
-    ("reference:join_forward", "+ affine(join.r, join.tr)", "+ join.r", JOIN),
+    ("joined", "+ affine(join.r, join.tr)", "+ join.r", JOIN),
+    ("joined", "_times_gate(affine(join.y, join.ty), join.ty)", "affine(join.y, join.ty)", GATED_JOIN),
+    ("gated_operand", "_replace(act=transform.act)", "_replace()", GATED_JOIN_IN_CONVOLUTION),
+    ("operand_gradients", "None, gated.gate", "None, None", GATED_JOIN),
+    ("_Residual.backward", "NormaliseBackward(found.g, x, transform)", "NormaliseBackward(dout, x, transform)", GATED_JOIN),
+    ("JoinConv.backward", "NormaliseBackward(gradients.g, x, transform)", "NormaliseBackward(z, x, transform)", GATED_JOIN_IN_CONVOLUTION),
+    ("is_told_by_sum", "and join.tr.mean is None", "", partial(nodes.test_join_of_a_gated_branch, "relu", "normalised", "sweep")),
     ("reference:join_backward", "per_channel(a, z) * (z.to(acc) - per_channel(mean, z))", "per_channel(a, z) * z.to(acc)", JOIN),
     ("reference:join_backward", "+ per_channel(b, z)", "", JOIN),
-    ("reference:join_backward", "affine(y, ty) + affine(r, tr), join.act)", "affine(y, ty), join.act)", JOIN),
+    ("reference:join_backward", "joined(join), join.act)", "affine(y, ty), join.act)", JOIN),
     ("reference:join_backward", "(r.to(acc) - per_channel(tr.mean, r))", "(r.to(acc) - per_channel(ty.mean, r))", JOIN),
     ("operand_gradients", "-scale * sum_g", "scale * sum_g", JOIN_OF_ANY_VECTORS),
     ("operand_gradients", "-r_scale * sum_g", "-scale * sum_g", JOIN_OF_ANY_VECTORS),
@@ -105,8 +113,8 @@ ERRORS: list[tuple[str, str, str, Proof]] = [
     ("reference:normalise_backward", "* call.factors.reshape", "+ call.factors.reshape", nodes.test_stochastic_depth),
     ("_Normalise.backward", "transform, dpassed,", "transform, None,", partial(nodes.test_sum_of_an_activated_branch, "silu", True)),
     ("normalise_forward", "+ call.r.to(exact)", "- call.r.to(exact)", ACTIVATED_BRANCH),
-    ("operand_gradients", "in_format_of(r, g), *[None] * 5", "None, *[None] * 5", PLAIN_SUM),
-    ("_Residual.backward", "y = r = out", "y = r = -out", PLAIN_SUM),
+    ("operand_gradients", "return *of_y, in_format_of(r, g),", "return *of_y, None,", PLAIN_SUM),
+    ("_Residual.backward", "if out is None else out", "if out is None else -out", PLAIN_SUM),
     ("is_told_by_sum", '("identity", "relu")', '("identity", "relu", "silu")', partial(nodes.test_sum_without_a_batch_norm, "silu")),
     ("squeeze_forward", ".mean(2)", ".sum(2)", GLOBAL),
     ("squeeze_backward", "/ positions", "", GLOBAL),

@@ -24,6 +24,9 @@ from bnrestructure.kernels.cuda import edges, merge, residual, statistics, sums
 ROWS, CHANNELS, BR, BC = 5, 3, 2, 2
 TILES, CHANNEL_TILES = -(-ROWS // BR), -(-CHANNELS // BC)
 GRID = (TILES * CHANNEL_TILES,)
+#: Of the rows, which are two images' pixels, the second one's cut off: the image of each.
+POSITIONS, IMAGES = 3, 2
+IMAGE_OF_ROW = [row // POSITIONS for row in range(ROWS)]
 
 
 def unknowns(name: str, *shape: int) -> Any:
@@ -195,35 +198,39 @@ def slope_at(u: Any) -> Any:
     return np.vectorize(lambda e: sp.Function("slope")(sp.expand(e)), otypes=[object])(u)
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("normalised", [False, True])
-def test_residual_backward(normalised: bool) -> None:
-    """G with its statistics' backward, and the three sums, tile by tile, for an unknown activation."""
+def test_residual_backward(normalised: bool, gated: bool) -> None:
+    """G with its statistics' backward, and the three sums (two with a gate), tile by tile, for an unknown activation."""
     dout, y, r, out = (unknowns(name, ROWS, CHANNELS) for name in ("d", "y", "r", "out"))
     a, b, mean, y_mean, y_scale, y_beta, r_mean, r_scale, r_beta = (
         unknowns(name, CHANNELS) for name in ("a", "b", "mean", "ym", "ys", "yb", "rm", "rs", "rb")
     )
     of_r = [Memory(list(v)) for v in (r_mean, r_scale, r_beta)] if normalised else [None] * 3
     vectors = [Memory(list(v)) for v in (a, b, mean)], [Memory(list(v)) for v in (y_mean, y_scale, y_beta)]
-    planes = 3 if normalised else 2
+    gate = unknowns("gate", IMAGES, CHANNELS)
+    planes = 1 + normalised + (not gated)
     g, partial = Memory(ROWS * CHANNELS), Memory(planes * TILES * CHANNELS)
     pitch = CHANNELS + 1
     launch(
         residual._residual_backward_kernel, GRID, pitched(dout, pitch), None, *vectors[0], *(pitched(v, pitch) for v in (y, r, out)),
-        *vectors[1], *of_r, g, partial, pitch, 0, pitch, pitch, pitch, CHANNELS, ROWS, TILES, CHANNELS,
+        *vectors[1], Memory(list(gate.ravel())) if gated else None, *of_r, g, partial,
+        pitch, 0, pitch, pitch, pitch, CHANNELS, ROWS, TILES, POSITIONS, CHANNELS,
         FACTOR=1.0, ACT="unknown", SLOPE=0.0, WIDE=False, UNIT=1, BR=BR, BC=BC, replaced=_unknown_activation(),
     )  # fmt: skip
     total = dout + a * (out - mean) + b
-    u = (y - y_mean) * y_scale + y_beta + ((r - r_mean) * r_scale + r_beta if normalised else r)
+    u = ((y - y_mean) * y_scale + y_beta) * (gate[IMAGE_OF_ROW] if gated else 1)
+    u = u + ((r - r_mean) * r_scale + r_beta if normalised else r)
     expected = total * slope_at(u)
     assert_equal(g.array(-1), expected)
-    sums = [expected, expected * (y - y_mean), expected * (r - r_mean)][:planes]
+    sums = [expected, *([] if gated else [expected * (y - y_mean)]), *([expected * (r - r_mean)] if normalised else [])]
     assert_equal(partial.array(planes, TILES, CHANNELS).sum(1), [s.sum(0) for s in sums])
 
 
 tl: Any = None  # launch() gives the kernels below theirs
-output_gradient, input_gradient, store_sums, store_join_gradient, load_raw, load_vector, by_pixel, by_channel = (
+output_gradient, input_gradient, store_sums, store_join_gradient, load_gate, load_raw, load_vector, by_pixel, by_channel = (
     edges.output_gradient, edges.input_gradient, edges.store_sums, edges.store_join_gradient,
-    edges.load_raw, edges.load_vector, edges.by_pixel, edges.by_channel,
+    edges.load_gate, edges.load_raw, edges.load_vector, edges.by_pixel, edges.by_channel,
 )  # fmt: skip
 
 
@@ -295,8 +302,9 @@ def test_input_gradient(gated: bool, axis: int) -> None:
 
 
 def _join_kernel(  # type: ignore[no-untyped-def]
-    g_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, r_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, dx_ptr, sums_ptr, pitch, rows, channels, AXIS
-):
+    g_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, gate_ptr, r_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, dx_ptr, sums_ptr,
+    pitch, rows, positions, channels, AXIS
+):  # fmt: skip
     row, channel = tl.arange(0, 8), tl.arange(0, 4)
     row_valid, valid = row < rows, channel < channels
     inside = by_pixel(row_valid, AXIS) & by_channel(valid, AXIS)
@@ -306,27 +314,32 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     mean, r_mean = load_vector(mean_ptr, channel, valid, AXIS), load_vector(r_mean_ptr, channel, valid, AXIS)
     scale, r_scale = load_vector(scale_ptr, channel, valid, AXIS), load_vector(r_scale_ptr, channel, valid, AXIS)
     beta, r_beta = load_vector(beta_ptr, channel, valid, AXIS), load_vector(r_beta_ptr, channel, valid, AXIS)
+    gate = load_gate(gate_ptr, row // positions, channels, channel, row_valid, valid, AXIS)
     store_join_gradient(
-        g, y, mean, scale, beta, r, r_mean, r_scale, r_beta, dx_ptr, sums_ptr, channels,
+        g, y, mean, scale, beta, gate, r, r_mean, r_scale, r_beta, dx_ptr, sums_ptr, channels,
         row, channel, row_valid, valid, 0, 1, channels, "unknown", 0.0, True, False, AXIS,
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_join_gradient(axis: int) -> None:
-    """What a convolution's dgrad finishes of the join's: the other readers' gradient added, the mask, the three sums."""
+def test_join_gradient(axis: int, gated: bool) -> None:
+    """What a convolution's dgrad finishes of the join's: the other readers' gradient added, the mask, the three sums (two with a gate)."""
     g, more, y, r = (unknowns(name, ROWS, CHANNELS) for name in ("g", "more", "y", "r"))
     vectors = [unknowns(name, CHANNELS) for name in ("ym", "ys", "yb", "rm", "rs", "rb")]
     memories = [Memory(list(v)) for v in vectors]
-    dx, sums, pitch = Memory(list(more.ravel())), Memory(3 * CHANNELS), CHANNELS + 1
+    gate, planes = unknowns("gate", IMAGES, CHANNELS), 2 if gated else 3
+    dx, sums, pitch = Memory(list(more.ravel())), Memory(planes * CHANNELS), CHANNELS + 1
     launch(
-        _join_kernel, (1,), Memory(list(g.ravel())), pitched(y, pitch), *memories[:3], pitched(r, pitch), *memories[3:], dx, sums,
-        pitch, ROWS, CHANNELS, axis, replaced=_unknown_activation(),
+        _join_kernel, (1,), Memory(list(g.ravel())), pitched(y, pitch), *memories[:3], Memory(list(gate.ravel())) if gated else None,
+        pitched(r, pitch), *memories[3:], dx, sums, pitch, ROWS, POSITIONS, CHANNELS, axis, replaced=_unknown_activation(),
     )  # fmt: skip
     y_mean, y_scale, y_beta, r_mean, r_scale, r_beta = vectors
-    p = (g + more) * slope_at((y - y_mean) * y_scale + y_beta + (r - r_mean) * r_scale + r_beta)
+    factor = gate[IMAGE_OF_ROW] if gated else 1
+    p = (g + more) * slope_at(((y - y_mean) * y_scale + y_beta) * factor + (r - r_mean) * r_scale + r_beta)
     assert_equal(dx.array(-1), p)
-    assert_equal(sums.array(3, CHANNELS), [p.sum(0), (p * (y - y_mean)).sum(0), (p * (r - r_mean)).sum(0)])
+    of_y = [] if gated else [(p * (y - y_mean)).sum(0)]
+    assert_equal(sums.array(planes, CHANNELS), [p.sum(0), *of_y, (p * (r - r_mean)).sum(0)])
 
 
 @pytest.mark.parametrize(
@@ -343,4 +356,4 @@ def test_an_error_in_a_kernel_has_no_proof(old: str, new: str, monkeypatch: pyte
     wrong = edited(old, new)(residual._residual_backward_kernel.fn)
     monkeypatch.setattr(residual, "_residual_backward_kernel", SimpleNamespace(fn=wrong))
     with pytest.raises(NotProved):
-        test_residual_backward(True)
+        test_residual_backward(True, False)

@@ -128,9 +128,12 @@ def parameter(v: Tensor | None, channels: int, keep: Keep | None) -> tuple[int, 
 
 def join(j: Join, shape: tuple[int, ...], dtype: torch.dtype, keep: Keep) -> JoinArguments:
     """A residual join whose sum has this shape and dtype."""
-    if j.ty.gate is not None or j.tr.gate is not None:
-        raise UnsupportedCallError("a gate is applied by convolutions and by the normalise alone")
+    if j.tr.gate is not None:
+        raise UnsupportedCallError("a gate on a join's second operand")
     a = JoinArguments()
+    a.gate_pitch, a.image_pixels = shape[1], shape[2] * shape[3]
+    if j.ty.gate is not None:
+        a.gate = vector(j.ty.gate, keep, *shape[:2])
     a.y, a.y_pitch = pixels(j.y, shape, dtype, keep)
     a.r, a.r_pitch = pixels(j.r, shape, dtype, keep)
     a.y_mean, a.y_scale, a.y_beta = vectors(keep, shape[1], j.ty.mean, j.ty.scale, j.ty.beta)

@@ -34,7 +34,8 @@ class JoinArguments(ctypes.Structure):
     """A residual join."""
 
     _fields_ = (
-        ("y", _POINTER), ("y_pitch", _INTEGER), *_of(_POINTER, "y_mean y_scale y_beta"),
+        ("y", _POINTER), ("y_pitch", _INTEGER), *_of(_POINTER, "y_mean y_scale y_beta gate"),
+        *_of(_INTEGER, "gate_pitch image_pixels"),
         ("r", _POINTER), ("r_pitch", _INTEGER), *_of(_POINTER, "r_mean r_scale r_beta"),
         ("activation", _INTEGER), ("slope", _REAL),
     )  # fmt: skip

@@ -226,7 +226,7 @@ def join_backward(call: JoinBackward) -> JoinGradients:
     sum_py, a.sum_px = memory.fresh_vector(a.channels)
     sum_pr, a.sum_pr = memory.fresh_vector(a.channels)
     _join_backward.call(_byref(a))
-    return JoinGradients(g, sum_p, None if join.ty.mean is None else sum_py, None if join.tr.mean is None else sum_pr)
+    return JoinGradients(g, sum_p, sum_py if join.sums_y else None, None if join.tr.mean is None else sum_pr)
 
 
 def _with_join(join: Any, dtype: torch.dtype, keep: Keep) -> SweepArguments:
@@ -236,7 +236,7 @@ def _with_join(join: Any, dtype: torch.dtype, keep: Keep) -> SweepArguments:
         raise UnsupportedCallError("the tensors of one sweep must have one dtype")
     a = _sweep(y.shape, dtype)
     j = memory.join(join, y.shape, dtype, keep)
-    a.x, a.x_pitch, a.mean, a.scale, a.beta = j.y, j.y_pitch, j.y_mean, j.y_scale, j.y_beta
+    a.x, a.x_pitch, a.mean, a.scale, a.beta, a.gate = j.y, j.y_pitch, j.y_mean, j.y_scale, j.y_beta, j.gate
     a.r, a.r_pitch, a.r_mean, a.r_scale, a.r_beta = j.r, j.r_pitch, j.r_mean, j.r_scale, j.r_beta
     a.activation, a.slope = j.activation, j.slope
     return a
@@ -310,7 +310,7 @@ RUN: dict[type[Call[Any]], Any] = {
     OutputGradient: output_gradient,
 }
 
-_GATE = "a gate is applied by convolutions and by the normalise alone"
+_GATE = "a gate is applied by convolutions, the normalise and to the first operand of a join alone"
 
 
 def unsupported(call: Call[Any]) -> str | None:
@@ -323,7 +323,7 @@ def unsupported(call: Call[Any]) -> str | None:
         join = call.join
         if join.r.dtype != x.dtype or dtype != x.dtype:
             return "the tensors of one sweep must have one dtype"
-        return unsupported_activation(join.act)
+        return _GATE if join.tr.gate is not None else unsupported_activation(join.act)
     transform = getattr(call, "transform", None)
     if transform is not None:
         if transform.gate is not None and not isinstance(call, NormaliseForward | NormaliseBackward):

@@ -23,6 +23,7 @@ from bnrestructure.kernels.cuda.edges import (
     EdgePixels,
     input_gradient,
     is_input_needed,
+    load_gate,
     load_raw,
     load_vector,
     output_gradient,
@@ -138,6 +139,7 @@ def _dense_dgrad_kernel(
         r_mean = load_vector(r_mean_ptr, in_channel, column_valid, AXIS)
         r_scale = load_vector(r_scale_ptr, in_channel, column_valid, AXIS)
         r_beta = load_vector(r_beta_ptr, in_channel, column_valid, AXIS)
+        gate = load_gate(gate_ptr, n, inputs, in_channel, row_valid, column_valid, AXIS)
     total = tl.zeros((BN, BM) if SWAPPED else (BM, BN), dtype=tl.float32)
     for step in range(0, taps_h * taps_w * blocks):
         if POINTWISE:
@@ -171,8 +173,10 @@ def _dense_dgrad_kernel(
     if x is not None:
         x = beside(x.to(tl.float32), total)
     if r_ptr is not None:  # x is the join's operand y
+        if gate is not None:
+            gate = beside(gate, total)
         store_join_gradient(
-            total, x, mean, scale, beta, beside(r.to(tl.float32), total), r_mean, r_scale, r_beta, dx_ptr, partial_ptr, dx_pitch,
+            total, x, mean, scale, beta, gate, beside(r.to(tl.float32), total), r_mean, r_scale, r_beta, dx_ptr, partial_ptr, dx_pitch,
             pixel, in_channel, row_valid, column_valid, first_tile + tile, all_tiles, inputs, ACT, SLOPE, ACCUMULATE, WIDE, AXIS,
         )  # fmt: skip
     else:
@@ -214,7 +218,7 @@ def dgrad(
     if join is not None and accumulate is not None and dx.tensor is not accumulate:  # the mask comes after the sum
         accumulate = dx.tensor.copy_(accumulate)
     in_place = accumulate is not None and dx.tensor is accumulate
-    gated = transform.gate is not None
+    gated = transform.gate is not None and join is None  # a join's gate takes its gradient elsewhere
     rows_of = [_classes(h, kh, geometry.stride[0], geometry.padding[0], geometry.dilation[0]),
                _classes(w, kw, geometry.stride[1], geometry.padding[1], geometry.dilation[1])]  # fmt: skip
     # What meets no tap gains nothing: three quarters of the pixels before a 1x1 kernel of stride 2. A join's mask is for all of them.
@@ -232,7 +236,8 @@ def dgrad(
     ]  # fmt: skip
     all_tiles = sum(row_tiles)
     has_sums = (transform.mean is not None or join is not None) and not gated
-    planes = 1 + (transform.mean is not None) + (r_vectors.mean is not None)
+    has_px = transform.mean is not None and transform.gate is None
+    planes = 1 + has_px + (r_vectors.mean is not None)
     partial = partial_sums(planes, all_tiles, inputs, x.device) if has_sums else None
     gate_partial = partial_sums(1, all_tiles, inputs, x.device) if gated else None
     mean, scale, beta, gate = vectors(transform.mean, transform.scale, transform.beta, transform.gate)
@@ -261,8 +266,8 @@ def dgrad(
     result = dx.tensor if accumulate is None or in_place else accumulate.add_(dx.tensor)
     if totals is None:
         return InputGradient(result, None, None, dgate)
-    sum_px, sum_pr = (None if of.mean is None else totals[i] for of, i in ((transform, 1), (r_vectors, -1)))
-    return InputGradient(result, totals[0], sum_px, dgate, sum_pr)
+    sum_pr = None if r_vectors.mean is None else totals[-1]
+    return InputGradient(result, totals[0], totals[1] if has_px else None, dgate, sum_pr)
 
 
 def _leaves(c: _Class, size: int) -> bool:

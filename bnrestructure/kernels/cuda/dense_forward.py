@@ -90,11 +90,13 @@ def _dense_forward_kernel(
         x = tl.load(x_ptr + offset(pixel, x_pitch, WIDE) + in_channel, mask=inside, other=0.0)
         if TRANSFORMED:
             u = pre_activation(x.to(tl.float32), mean_ptr, scale_ptr, beta_ptr, in_channel, k_valid[None, :])
+            if gate_ptr is not None and r_ptr is not None:  # of the join's operand y
+                u *= tl.load(gate_ptr + n[:, None] * inputs + in_channel, mask=inside, other=0.0)
             if r_ptr is not None:
                 r = tl.load(r_ptr + offset(pixel, r_pitch, WIDE) + in_channel, mask=inside, other=0.0).to(tl.float32)
                 u += pre_activation(r, r_mean_ptr, r_scale_ptr, r_beta_ptr, in_channel, k_valid[None, :])
             z = activate(u, ACT, SLOPE)
-            if gate_ptr is not None:
+            if gate_ptr is not None and r_ptr is None:
                 z *= tl.load(gate_ptr + n[:, None] * inputs + in_channel, mask=inside, other=0.0)
             if PADDED:  # padding is zero *after* the activation; rows beyond the last are never stored
                 z = tl.where(inside, z, 0.0)

@@ -14,8 +14,8 @@ from bnrestructure.kernels.cuda.layout import Pixels, pixels, vectors
 from bnrestructure.kernels.cuda.precision import dithered, offset, rounded
 
 __all__ = [
-    "EdgePixels", "by_channel", "by_pixel", "edge_pixels", "input_gradient", "is_input_needed", "load_raw", "load_vector",
-    "output_gradient", "store_gradient", "store_input_gradient", "store_join_gradient", "store_sums",
+    "EdgePixels", "by_channel", "by_pixel", "edge_pixels", "input_gradient", "is_input_needed", "load_gate", "load_raw",
+    "load_vector", "output_gradient", "store_gradient", "store_input_gradient", "store_join_gradient", "store_sums",
 ]  # fmt: skip
 
 
@@ -110,6 +110,14 @@ def load_vector(v_ptr, channel, valid, AXIS: tl.constexpr = 0):
 
 
 @triton.jit
+def load_gate(gate_ptr, image, channels, channel, row_valid, valid, AXIS: tl.constexpr = 0):
+    """A block of a gate [N, C], the pixels being of these images; None for None."""
+    stored = by_pixel(row_valid, AXIS) & by_channel(valid, AXIS)
+    place = gate_ptr + by_pixel(image, AXIS) * channels + by_channel(channel, AXIS) if gate_ptr is not None else None
+    return tl.load(place, mask=stored, other=0.0) if gate_ptr is not None else None
+
+
+@triton.jit
 def input_gradient(
     g, x, mean, scale, beta, gate_ptr, channel, row_valid, valid, image, channels,
     ACT: tl.constexpr, SLOPE: tl.constexpr, AXIS: tl.constexpr = 0,
@@ -194,24 +202,27 @@ def store_input_gradient(
 
 @triton.jit
 def store_join_gradient(
-    g, y, mean, scale, beta, r, r_mean, r_scale, r_beta, dx_ptr, partial_ptr, dx_pitch,
+    g, y, mean, scale, beta, gate, r, r_mean, r_scale, r_beta, dx_ptr, partial_ptr, dx_pitch,
     pixel, channel, row_valid, valid, tile, tiles, channels,
     ACT: tl.constexpr, SLOPE: tl.constexpr, ACCUMULATE: tl.constexpr, WIDE: tl.constexpr, AXIS: tl.constexpr = 0,
 ):  # fmt: skip
     """From ``g`` in fp32, the gradient at a residual join's sum (what dx holds is added first), to what both of its operands share, stored
-    to dx. The operands y and r in fp32 and their vectors are blocks like g. Its sums SP, SPY and SPR are tile ``tile``'s in
-    ``partial_ptr`` [planes, tiles, channels].
+    to dx. The operands y and r in fp32, their vectors and y's gate are blocks like g. Its sums SP, SPY (not with a gate) and SPR are tile
+    ``tile``'s in ``partial_ptr`` [planes, tiles, channels].
     """
     stored = by_pixel(row_valid, AXIS) & by_channel(valid, AXIS)
     place = dx_ptr + offset(by_pixel(pixel, AXIS), dx_pitch, WIDE) + by_channel(channel, AXIS)
     if ACCUMULATE:
         g += tl.load(place, mask=stored, other=0.0).to(tl.float32)
-    u = normalised(y, mean, scale, beta) + normalised(r, r_mean, r_scale, r_beta)
+    u = normalised(y, mean, scale, beta)
+    if gate is not None:
+        u *= gate
+    u += normalised(r, r_mean, r_scale, r_beta)
     g = tl.where(stored, pull_back(g, u, ACT, SLOPE), 0.0)
     tl.store(place, rounded(g, dx_ptr.dtype.element_ty), mask=stored)
     sums = partial_ptr + tile * channels + channel
     tl.store(sums, tl.sum(g, AXIS), mask=valid)
-    if mean is not None:
+    if mean is not None and gate is None:
         sums += tiles * channels
         tl.store(sums, tl.sum(g * (y - mean), AXIS), mask=valid)
     if r_mean is not None:

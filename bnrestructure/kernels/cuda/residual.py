@@ -27,10 +27,10 @@ from bnrestructure.kernels.unmerged import Mean, Unmerged, Wanted
 __all__ = ["residual_backward", "residual_forward"]
 
 
-@triton.jit(do_not_specialize=("rows", "row_tiles"))
+@triton.jit(do_not_specialize=("rows", "row_tiles", "positions"))
 def _residual_kernel(
-    y_ptr, r_ptr, y_mean_ptr, y_scale_ptr, y_beta_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, out_ptr, partial_ptr,
-    y_pitch, r_pitch, out_pitch, rows, row_tiles, channels,
+    y_ptr, r_ptr, y_mean_ptr, y_scale_ptr, y_beta_ptr, gate_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, out_ptr, partial_ptr,
+    y_pitch, r_pitch, out_pitch, rows, row_tiles, positions, channels,
     ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     y_pitch, r_pitch = in_units(y_pitch, UNIT), in_units(r_pitch, UNIT)
@@ -43,6 +43,8 @@ def _residual_kernel(
     y = tl.load(y_ptr + offset(row, y_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(r_ptr + offset(row, r_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
     u = pre_activation(y, y_mean_ptr, y_scale_ptr, y_beta_ptr, channel, valid)
+    if gate_ptr is not None:
+        u *= tl.load(gate_ptr + row // positions * channels + channel, mask=inside, other=0.0)
     u += pre_activation(r, r_mean_ptr, r_scale_ptr, r_beta_ptr, channel, valid)
     out = representable(activate(u, ACT, SLOPE), out_ptr.dtype.element_ty)
     tl.store(out_ptr + offset(row, out_pitch, WIDE) + channel, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -67,26 +69,26 @@ def residual_forward(
     """``out = act(ty(y) + tr(r))`` in ``dtype``, and its statistics if asked for. ``into`` is channels_last in ``dtype``."""
     left, right = pixels(y), pixels(r)
     out = empty_pixels(tuple(y.shape), dtype, y.device) if into is None else pixels(into)
-    channels = y.shape[1]
+    _, channels, h, w = y.shape
     tile = tiles.sweep(channels)
     row_tiles = tiles.cdiv(out.rows, tile.rows)
     partial = partial_statistics(row_tiles, channels, y.device) if statistics else None
     launch(
         _residual_kernel, (row_tiles * tiles.cdiv(channels, tile.channels),),
-        left.tensor, right.tensor, *vectors(ty.mean, ty.scale, ty.beta, tr.mean, tr.scale, tr.beta),
+        left.tensor, right.tensor, *vectors(ty.mean, ty.scale, ty.beta, ty.gate, tr.mean, tr.scale, tr.beta),
         out.tensor, partial,
-        left.pitch, right.pitch, out.pitch, out.rows, row_tiles, channels,
+        left.pitch, right.pitch, out.pitch, out.rows, row_tiles, h * w, channels,
         **activation_constants(act), WIDE=left.wide or right.wide or out.wide,
         UNIT=unit_of(left.pitch, right.pitch, out.pitch, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
     return out.tensor, *merge_statistics(None if partial is None else Unmerged(partial, out.rows, tile.rows), statistics)
 
 
-@triton.jit(do_not_specialize=("rows", "row_tiles"))
+@triton.jit(do_not_specialize=("rows", "row_tiles", "positions"))
 def _residual_backward_kernel(
     dout_ptr, more_ptr, a_ptr, b_ptr, mean_ptr, y_ptr, r_ptr, out_ptr,
-    y_mean_ptr, y_scale_ptr, y_beta_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, g_ptr, partial_ptr,
-    dout_pitch, more_pitch, y_pitch, r_pitch, out_pitch, g_pitch, rows, row_tiles, channels,
+    y_mean_ptr, y_scale_ptr, y_beta_ptr, gate_ptr, r_mean_ptr, r_scale_ptr, r_beta_ptr, g_ptr, partial_ptr,
+    dout_pitch, more_pitch, y_pitch, r_pitch, out_pitch, g_pitch, rows, row_tiles, positions, channels,
     FACTOR: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -111,6 +113,8 @@ def _residual_backward_kernel(
     y = tl.load(y_ptr + offset(row, y_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(r_ptr + offset(row, r_pitch, WIDE) + channel, mask=inside, other=0.0).to(tl.float32)
     u = pre_activation(y, y_mean_ptr, y_scale_ptr, y_beta_ptr, channel, valid)
+    if gate_ptr is not None:
+        u *= tl.load(gate_ptr + row // positions * channels + channel, mask=inside, other=0.0)
     u += pre_activation(r, r_mean_ptr, r_scale_ptr, r_beta_ptr, channel, valid)
     g = tl.where(inside, pull_back(g, u, ACT, SLOPE), 0.0)
     place = g_ptr + offset(row, g_pitch, WIDE) + channel
@@ -120,7 +124,7 @@ def _residual_backward_kernel(
         tl.store(place, rounded(g, g_ptr.dtype.element_ty), mask=inside)
     place = partial_ptr + tile * channels + columns
     tl.store(place, tl.sum(g, 0), mask=columns < channels)
-    if y_mean_ptr is not None:
+    if y_mean_ptr is not None and gate_ptr is None:
         place += row_tiles * channels
         centred = y - tl.load(y_mean_ptr + channel, mask=valid, other=0.0)
         tl.store(place, tl.sum(g * centred, 0), mask=columns < channels)
@@ -150,10 +154,11 @@ def residual_backward(
     """
     gradient, left, right, kept = pixels(dout), pixels(y), pixels(r), pixels(out)
     g = empty_pixels(tuple(out.shape), out.dtype, out.device)
-    channels = out.shape[1]
+    _, channels, h, w = out.shape
     tile = tiles.sweep(channels)
     row_tiles = tiles.cdiv(g.rows, tile.rows)
-    partial = partial_sums(1 + (ty.mean is not None) + (tr.mean is not None), row_tiles, channels, out.device)
+    has_py, has_pr = ty.mean is not None and ty.gate is None, tr.mean is not None
+    partial = partial_sums(1 + has_py + has_pr, row_tiles, channels, out.device)
     added = None if more is None else pixels(more)
     operands = (gradient, *([] if added is None else [added]), left, right, kept, g)
     pitches = (gradient.pitch, 0 if added is None else added.pitch, left.pitch, right.pitch, kept.pitch, g.pitch)
@@ -161,10 +166,10 @@ def residual_backward(
         _residual_backward_kernel, (row_tiles * tiles.cdiv(channels, tile.channels),),
         gradient.tensor, None if added is None else added.tensor, *vectors(*(statistics or (None, None, None))),
         left.tensor, right.tensor, kept.tensor,
-        *vectors(ty.mean, ty.scale, ty.beta, tr.mean, tr.scale, tr.beta), g.tensor, partial,
-        *pitches, g.rows, row_tiles, channels, FACTOR=factor,
+        *vectors(ty.mean, ty.scale, ty.beta, ty.gate, tr.mean, tr.scale, tr.beta), g.tensor, partial,
+        *pitches, g.rows, row_tiles, h * w, channels, FACTOR=factor,
         **activation_constants(act), WIDE=any(operand.wide for operand in operands),
         UNIT=unit_of(*pitches, channels), BR=tile.rows, BC=tile.channels, warps=tile.warps,
     )  # fmt: skip
     found = totals(partial, sums)
-    return g.tensor, found[0], None if ty.mean is None else found[1], None if tr.mean is None else found[-1]
+    return g.tensor, found[0], found[1] if has_py else None, found[-1] if has_pr else None

@@ -6,7 +6,7 @@ Shapes are those of real networks at batch 256, because the tiles depend on them
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -109,6 +109,7 @@ def _join(
     dtype: torch.dtype = torch.bfloat16,
     act: str = "relu",
     stride: int = 1,
+    gated: bool = False,
     quick: bool = False,
     implementation: str = "fused",
 ) -> Variant:
@@ -119,7 +120,7 @@ def _join(
         y, r, z = (_pixels(c, size, dtype) for _ in range(3))
         weight, cast = _weight(out, c, kernel, dtype)
         for shortcut in (Transform(), _transform(c, "identity")):
-            join = Join(y, _transform(c, "identity"), r, shortcut, act)
+            join = Join(y, _transform(c, "identity", gated), r, shortcut, act)
             forms = join if kernel == stride == 1 and implementation == "fused" else None
             forward = ConvForward(z, Transform(), weight, None, geometry, dtype, True, join=forms, cast=cast)
             made, mean, _ = KERNELS.convolutions.by(implementation).run(forward)
@@ -153,6 +154,8 @@ def _sweeps() -> None:
         join = Join(x, own, z, shortcut, "relu")
         out, *_ = run(JoinForward(join, x.dtype, True))
         run(JoinBackward(out, (a, b, c), join, out))
+        run(JoinForward(replace(join, ty=gated), x.dtype))
+        run(JoinBackward(out, None, replace(join, ty=gated), out))
     pooled = run(SqueezeForward(x, _transform(256, "silu"), x.dtype))
     run(SqueezeBackward(pooled, z, x, _transform(256, "silu"), z))
     window = PoolGeometry((3, 3), (2, 2), (1, 1), False)

@@ -37,7 +37,8 @@ def images_of(folding: Folding, call: ConvForward | ConvBackward, view: View) ->
     x, gate, join = call.x, call.transform.gate, call.join
     if (reason := call.geometry.misfit(x.shape, call.weight.shape)) is not None:
         raise UnsupportedCallError(reason)
-    if gate is not None and gate.shape != x.shape[:2]:
+    gates = (gate, None if join is None else join.ty.gate)
+    if any(g is not None and g.shape != x.shape[:2] for g in gates):
         raise UnsupportedCallError("the gate is not one factor a channel of each image")
     fold = folding.fold
     common: dict[str, Any] = {
@@ -46,7 +47,9 @@ def images_of(folding: Folding, call: ConvForward | ConvBackward, view: View) ->
         "weight": folding.weight(call.weight),
         "cast": None if call.cast is None else folding.weight(call.cast),
         "geometry": folding.geometry,
-        "join": None if join is None else replace(join, y=view(join.y, fold), r=view(join.r, fold)),
+        "join": None if join is None else replace(
+            join, y=view(join.y, fold), ty=folding.transform(join.ty, x.shape), r=view(join.r, fold)
+        ),
     }
     if isinstance(call, ConvForward):
         return replace(call, out=None if call.out is None else view(call.out, fold), **common)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from bnrestructure.core.activation import activate, activation_gradient
-from bnrestructure.core.edges import BackwardEdge, Transform, accumulation_dtype, per_channel
+from bnrestructure.core.edges import BackwardEdge, Join, Transform, accumulation_dtype, per_channel
 
-__all__ = ["affine", "apply_transform", "channel_sum", "gated", "input_gradient", "output_gradient", "write"]
+__all__ = ["affine", "apply_transform", "channel_sum", "gated", "input_gradient", "joined", "output_gradient", "write"]
 
 
 def affine(x: Tensor, t: Transform) -> Tensor:
@@ -23,10 +23,16 @@ def apply_transform(x: Tensor, t: Transform, dtype: torch.dtype) -> Tensor:
     """``z = act((x - mean) * scale + beta) * gate``, computed in the accumulation dtype and rounded once to ``dtype``."""
     if t.is_identity:
         return x.to(dtype)
-    z = activate(affine(x, t), t.act)
-    if t.gate is not None:
-        z = z * t.gate.view(*t.gate.shape, *([1] * (x.dim() - 2)))
-    return z.to(dtype)
+    return _times_gate(activate(affine(x, t), t.act), t).to(dtype)
+
+
+def _times_gate(z: Tensor, t: Transform) -> Tensor:
+    return z if t.gate is None else z * t.gate.view(*t.gate.shape, *([1] * (z.dim() - 2)))
+
+
+def joined(join: Join) -> Tensor:
+    """A join's sum in the accumulation dtype: its activation's input."""
+    return _times_gate(affine(join.y, join.ty), join.ty) + affine(join.r, join.tr)
 
 
 def output_gradient(p: Tensor, edge: BackwardEdge) -> Tensor:

@@ -27,7 +27,7 @@ from bnrestructure.kernels.calls import (
     StatisticsForward,
     SweepGradients,
 )
-from bnrestructure.kernels.reference.elementwise import affine, apply_transform, channel_sum, gated, input_gradient, write
+from bnrestructure.kernels.reference.elementwise import affine, apply_transform, channel_sum, gated, input_gradient, joined, write
 from bnrestructure.kernels.reference.statistics import statistics_forward
 from bnrestructure.kernels.rounding import dithered
 
@@ -59,8 +59,7 @@ def normalise_backward(call: NormaliseBackward) -> SweepGradients:
 
 def join_forward(call: JoinForward) -> JoinResult:
     """``act(u + r)``: the sum of two transformed tensors, and its statistics where they are wanted."""
-    join = call.join
-    z = activate(affine(join.y, join.ty) + affine(join.r, join.tr), join.act).to(call.dtype)
+    z = activate(joined(call.join), call.join.act).to(call.dtype)
     if call.out is not None:
         z = call.out.copy_(z)
     mean, var = statistics_forward(StatisticsForward(z)) if call.statistics else (None, None)
@@ -82,8 +81,8 @@ def join_backward(call: JoinBackward) -> JoinGradients:
         assert z is not None
         a, b, mean = call.statistics
         g = g + per_channel(a, z) * (z.to(acc) - per_channel(mean, z)) + per_channel(b, z)
-    g = activation_gradient(g, affine(y, ty) + affine(r, tr), join.act)
-    spy = None if ty.mean is None else channel_sum(g * (y.to(acc) - per_channel(ty.mean, y)))
+    g = activation_gradient(g, joined(join), join.act)
+    spy = None if not join.sums_y else channel_sum(g * (y.to(acc) - per_channel(ty.mean, y)))
     spr = None if tr.mean is None else channel_sum(g * (r.to(acc) - per_channel(tr.mean, r)))
     stored = g.to(dtype) if call.statistics is None else dithered(g, dtype)
     return JoinGradients(stored, channel_sum(g), spy, spr)

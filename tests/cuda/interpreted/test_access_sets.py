@@ -49,11 +49,12 @@ def _convolution(name: str, *, implementation: str = "fused", gated: bool = Fals
     return [y, mean, var, *found, added.dx.clone()]  # pixels that meet no tap are left as they were
 
 
-def _join(name: str) -> Results:
+def _join(name: str, gated: bool = False) -> Results:
     case, dtype = CASES[name], torch.float32
     torch.manual_seed(1)
     y, r = (torch.randn(case.n, case.c, *case.size).contiguous(memory_format=torch.channels_last) for _ in range(2))
     own, shortcut = (Transform(torch.randn(case.c), torch.rand(case.c), torch.randn(case.c)) for _ in range(2))
+    own = own._replace(gate=torch.rand(case.n, case.c)) if gated else own
     join = Join(y, own, r, shortcut, "relu")
     weight = torch.randn(case.out, case.c, *case.kernel)
     z = torch.empty_like(y)
@@ -74,6 +75,7 @@ def _sweeps() -> Results:
     a, b = torch.randn(c), torch.randn(c)
     run: Any = KERNELS.run
     join = Join(x, plain, r, plain, "relu")
+    gated_join = Join(x, plain._replace(gate=gated.gate), r, plain, "relu")
     z = run(NormaliseForward(x, vectors, x.dtype))
     pooled = run(SqueezeForward(x, vectors, x.dtype))
     out, mean, var = run(JoinForward(join, x.dtype, True))
@@ -87,6 +89,7 @@ def _sweeps() -> Results:
         *run(NormaliseBackward(r, x, vectors)), *run(NormaliseBackward(r, x, gated)), run(NormaliseForward(x, gated, x.dtype, r=r)),
         *run(SqueezeBackward(pooled, r.clone(memory_format=torch.preserve_format), x, vectors)),
         *run(JoinBackward(r, (a, b, mean), join, out)),
+        *run(JoinForward(gated_join, x.dtype, True)), *run(JoinBackward(r, (a, b, mean), gated_join, out)),
         *run(MaxPoolBackward(y, index, x, vectors, window)),
         *run(FinalizeForward(mean, var, 70, a, b, *running, 0.1, 1e-5, batches)), *run(FinalizeBackward(a, b, b, mean)),
         *run(FinalizeForward(mean[:3], var[:3], 70, a, b, *running, 0.1, 1e-5, batches, (mean[3:], var[3:]))),
@@ -106,6 +109,7 @@ CALLS: dict[str, Callable[[], Results]] = {
     "hybrid 3x3": lambda: _convolution("3x3", implementation="hybrid"),
     "join 1x1": lambda: _join("1x1"),
     "join 3x3": lambda: _join("3x3"),
+    "join 1x1, gate": lambda: _join("1x1", gated=True),
     "sweeps": _sweeps,
 }  # fmt: skip
 

@@ -71,6 +71,9 @@ def test_sweeps(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     plain = transform_of(x, "identity")
     check(JoinForward(Join(x, plain, dz, Transform(), "relu"), dtype, True))
     check(JoinBackward(dz, None, Join(x, plain, dz, Transform(), "silu"), values(shape, dtype)))
+    gated = plain._replace(gate=torch.rand(shape[:2]))
+    check(JoinForward(Join(x, gated, dz, Transform(), "relu"), dtype))
+    check(JoinBackward(dz, None, Join(x, gated, dz, Transform(), "silu"), values(shape, dtype)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -25,11 +25,12 @@ from bnrestructure.kernels.reference import REFERENCE
 POINT = ("1x1", "1x1, one channel")
 
 
-def draw(case: Case, act: str, dtype: torch.dtype, *, shortcut: bool) -> tuple[Join, Tensor]:
+def draw(case: Case, act: str, dtype: torch.dtype, *, shortcut: bool, gated: bool = False) -> tuple[Join, Tensor]:
     """The join and the weight: r is moved where the sum lies at a kink, on whose two sides the derivative differs."""
     y, r = (torch.randn(case.n, case.c, *case.size).to(dtype) for _ in range(2))
     ty, tr = (Transform(torch.randn(case.c), torch.rand(case.c) + 0.5, torch.randn(case.c)) for _ in range(2))
     tr = tr if shortcut else Transform()
+    ty = ty._replace(gate=torch.rand(case.n, case.c) + 0.2) if gated else ty
     u, _, _ = REFERENCE.run(to_double(JoinForward(Join(y, ty, r, tr, "identity"), dtype)))
     near = sum((u - kink).abs() < 0.06 for kink in (0.0, 3.0, -3.0, 6.0)).bool()
     weight = torch.randn(case.out, case.c // case.groups, *case.kernel).to(dtype)
@@ -52,9 +53,10 @@ def backward(
 
 
 def check(
-    case: Case, act: str, dtype: torch.dtype, *, shortcut: bool = True, into: str | None = "channels_last", by: Any = KERNELS
-) -> None:
-    a = draw(case, act, dtype, shortcut=shortcut)
+    case: Case, act: str, dtype: torch.dtype, *, shortcut: bool = True, gated: bool = False, into: str | None = "channels_last",
+    by: Any = KERNELS,
+) -> None:  # fmt: skip
+    a = draw(case, act, dtype, shortcut=shortcut, gated=gated)
     exact, bias = to_double(a), torch.randn(case.out)
     truth = forward(REFERENCE, exact, case, torch.float64, bias.double())
     assert_as_good("forward", *(forward(k, a, case, dtype, bias) for k in (by, REFERENCE)), truth)
@@ -76,6 +78,18 @@ def test_shapes(name: str) -> None:
     assert forms_sum(node) == (name in POINT)
     for shortcut in (False, True):
         check(CASES[name], "relu", torch.float32, shortcut=shortcut)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [*POINT, "1x1, stride 2", "3x3", "3x3, groups", "depthwise 3x3"])
+def test_a_gate(name: str, dtype: torch.dtype) -> None:
+    for shortcut in (False, True):
+        check(CASES[name], "relu", dtype, shortcut=shortcut, gated=True)
+
+
+@pytest.mark.own_tiles
+def test_a_gate_in_the_rules_own_tiles() -> None:
+    check(CASES["1x1"], "silu", torch.bfloat16, gated=True)
 
 
 @pytest.mark.parametrize("into", [None, "slice", "nchw"])
@@ -103,6 +117,7 @@ def test_each_implementation(implementation: str) -> None:
     forward, backward = KERNELS.convolutions.by(one_word), KERNELS.convolutions.by(implementation)
     by = SimpleNamespace(run=lambda call: (forward if isinstance(call, ConvForward) else backward).run(call))
     check(CASES[name], "relu", torch.float32, by=by)
+    check(CASES[name], "relu", torch.float32, gated=True, by=by)
 
 
 @pytest.mark.own_tiles

@@ -28,11 +28,13 @@ struct Problem {
     bool bfloat16() const { return y_element != 0; }
 };
 
-// The residual join whose sum a convolution reads: x = act(ty(y) + tr(r)). With one, Problem's own transform is the identity.
+// The residual join whose sum a convolution reads: x = act(ty(y) * gate + tr(r)). With one, Problem's own transform is the identity.
 struct Join {
     const void* y;                  // null: there is none
     int64_t y_pitch;
     const float *y_mean, *y_scale, *y_beta;   // [C_in], all or none
+    const float* gate;              // [N, C_in], or null
+    int64_t gate_pitch, image_pixels;   // C_in and H * W
     const void* r;
     int64_t r_pitch;
     const float *r_mean, *r_scale, *r_beta;
@@ -81,7 +83,7 @@ struct SweepArguments {
     int64_t x_pitch;
     const float *mean, *scale, *beta;     // [C], all or none
     const float* gate;              // [N, C]
-    const void* r;                  // or null; a join's other operand: z = act(tx(x) + tr(r))
+    const void* r;                  // or null; a join's other operand: z = act(tx(x) * gate + tr(r))
     int64_t r_pitch;
     const float *r_mean, *r_scale, *r_beta;
     void* z;                        // written forward; read backward where statistics were taken of it

@@ -21,12 +21,29 @@ struct OperandVectors {
     BNR_INLINE vf operator()(vf x) const { return affine(x, mean, scale, beta); }
 };
 
+// Of pixels of one image, where there is a gate.
 template <class Lanes>
 struct JoinVectors {
     OperandVectors<Lanes> ty, tr;
-    BNR_INLINE JoinVectors(const Join& j, int64_t c, Lanes lanes)
-        : ty(j.y_mean, j.y_scale, j.y_beta, c, lanes), tr(j.r_mean, j.r_scale, j.r_beta, c, lanes) {}
+    vf gate = set1(1.0f);
+    BNR_INLINE JoinVectors(const Join& j, const float* gates, int64_t c, Lanes lanes)
+        : ty(j.y_mean, j.y_scale, j.y_beta, c, lanes), tr(j.r_mean, j.r_scale, j.r_beta, c, lanes) {
+        if (gates) gate = load(gates + c, lanes);
+    }
+    BNR_INLINE vf sum(vf y, vf r) const { return fma(ty(y), gate, tr(r)); }
 };
+
+// f(first pixel, pixels, their gates or null) for the parts of the pixels that lie in one image; for all of them without a gate.
+template <class F>
+BNR_INLINE void for_each_image(const Join& join, int64_t pixel, int64_t pixels, F&& f) {
+    if (!join.gate) return f(pixel, pixels, nullptr);
+    for (const int64_t end = pixel + pixels; pixel < end;) {
+        const int64_t image = pixel / join.image_pixels;
+        const int64_t next = std::min(end, (image + 1) * join.image_pixels);
+        f(pixel, next - pixel, join.gate + image * join.gate_pitch);
+        pixel = next;
+    }
+}
 
 template <Act A>
 BNR_INLINE Activation activation_of(const Join& join) {
@@ -46,7 +63,8 @@ BNR_INLINE void add_to(float* sum, vf value, Lanes lanes) {
 }
 
 template <Act A, class T>
-BNR_FLATTEN void join_run(const Join& join, int64_t pixel, int64_t pixels, int64_t channels, T* z, int64_t ldz, Moments* moments) {
+BNR_FLATTEN void join_run(const Join& join, const float* gates, int64_t pixel, int64_t pixels, int64_t channels, T* z, int64_t ldz,
+                          Moments* moments) {
     const int64_t ldy = join.y_pitch, ldr = join.r_pitch;
     const T* y = static_cast<const T*>(join.y) + pixel * ldy;
     const T* r = static_cast<const T*>(join.r) + pixel * ldr;
@@ -54,13 +72,12 @@ BNR_FLATTEN void join_run(const Join& join, int64_t pixel, int64_t pixels, int64
     for (int64_t begin = 0; begin < pixels; begin += kFew) {
         const int64_t end = std::min(pixels, begin + kFew);
         for_each_vector(channels, [&](int64_t c, auto lanes) {
-            const JoinVectors<decltype(lanes)> v(join, c, lanes);
+            const JoinVectors<decltype(lanes)> v(join, gates, c, lanes);
             const vf shift = moments ? load(moments->shift + c) : zero();
             vf sum = zero(), square = zero();
             for (int64_t i = begin; i < end; i++) {
                 request<0>(y, ldy, i, c), request<0>(r, ldr, i, c), request<1>(z, ldz, i, c);
-                const vf u = v.ty(load(y + i * ldy + c, lanes)) + v.tr(load(r + i * ldr + c, lanes));
-                const vf result = activate<A>(u, act);
+                const vf result = activate<A>(v.sum(load(y + i * ldy + c, lanes), load(r + i * ldr + c, lanes)), act);
                 store(z + i * ldz + c, result, lanes);
                 const vf d = stored<T>(result) - shift;
                 sum = sum + d;
@@ -74,9 +91,9 @@ BNR_FLATTEN void join_run(const Join& join, int64_t pixel, int64_t pixels, int64
 }
 
 template <Act A, class T, class Gradient>
-BNR_FLATTEN void join_gradient_run(const Gradient* g, int64_t ldg, const Join& join, int64_t pixel, int64_t channel, int64_t pixels,
-                                   int64_t channels, float factor, T* dx, int64_t lddx, bool accumulate, const JoinSums& sums,
-                                   const StatisticsEdge* edge) {
+BNR_FLATTEN void join_gradient_run(const Gradient* g, int64_t ldg, const Join& join, const float* gates, int64_t pixel, int64_t channel,
+                                   int64_t pixels, int64_t channels, float factor, T* dx, int64_t lddx, bool accumulate,
+                                   const JoinSums& sums, const StatisticsEdge* edge) {
     const int64_t ldy = join.y_pitch, ldr = join.r_pitch, ldz = edge ? edge->ldz : 0;
     const T* y = static_cast<const T*>(join.y) + pixel * ldy + channel;
     const T* r = static_cast<const T*>(join.r) + pixel * ldr + channel;
@@ -85,7 +102,7 @@ BNR_FLATTEN void join_gradient_run(const Gradient* g, int64_t ldg, const Join& j
     for (int64_t begin = 0; begin < pixels; begin += kFew) {
         const int64_t end = std::min(pixels, begin + kFew);
         for_each_vector(channels, [&](int64_t c, auto lanes) {
-            const JoinVectors<decltype(lanes)> v(join, channel + c, lanes);
+            const JoinVectors<decltype(lanes)> v(join, gates, channel + c, lanes);
             const vf a = edge ? load(edge->a + channel + c, lanes) : zero(), b = edge ? load(edge->b + channel + c, lanes) : zero();
             const vf mean = edge ? load(edge->mean + channel + c, lanes) : zero();
             vf sp = zero(), spy = zero(), spr = zero();
@@ -97,7 +114,7 @@ BNR_FLATTEN void join_gradient_run(const Gradient* g, int64_t ldg, const Join& j
                 if (accumulate) p = p + load(to, lanes);
                 if (edge) p = p + fma(a, load(z + i * ldz + c, lanes) - mean, b);
                 vf state;
-                activate<A>(v.ty(vy) + v.tr(vr), act, state);
+                activate<A>(v.sum(vy, vr), act, state);
                 p = pull_back<A>(p, state, act);
                 sp = sp + p;
                 spy = fma(p, vy - v.ty.mean, spy);
@@ -113,8 +130,11 @@ BNR_FLATTEN void join_gradient_run(const Gradient* g, int64_t ldg, const Join& j
 
 template <class T>
 void join_pixels(const Join& join, int64_t pixel, int64_t pixels, int64_t channels, T* z, int64_t ldz, Moments* moments) {
-    with_activation(static_cast<Act>(join.activation),
-                    [&](auto act) { join_run<decltype(act)::value>(join, pixel, pixels, channels, z, ldz, moments); });
+    with_activation(static_cast<Act>(join.activation), [&](auto act) {
+        for_each_image(join, pixel, pixels, [&](int64_t first, int64_t count, const float* gates) {
+            join_run<decltype(act)::value>(join, gates, first, count, channels, z + (first - pixel) * ldz, ldz, moments);
+        });
+    });
 }
 
 template <class T, class Gradient>
@@ -122,7 +142,11 @@ void join_gradient_pixels(const Gradient* g, int64_t ldg, const Join& join, int6
                           int64_t channels, float factor, T* dx, int64_t lddx, bool accumulate, const JoinSums& sums,
                           const StatisticsEdge* edge) {
     with_activation(static_cast<Act>(join.activation), [&](auto act) {
-        join_gradient_run<decltype(act)::value>(g, ldg, join, pixel, channel, pixels, channels, factor, dx, lddx, accumulate, sums, edge);
+        for_each_image(join, pixel, pixels, [&](int64_t first, int64_t count, const float* gates) {
+            const int64_t skipped = first - pixel;
+            join_gradient_run<decltype(act)::value>(g + skipped * ldg, ldg, join, gates, first, channel, count, channels, factor,
+                                                    dx + skipped * lddx, lddx, accumulate, sums, edge);
+        });
     });
 }
 

@@ -35,7 +35,8 @@ std::string problem() {
 std::string join() {
     using S = Join;
     return described("Join", sizeof(S), {
-        F(y), F(y_pitch), F(y_mean), F(y_scale), F(y_beta), F(r), F(r_pitch), F(r_mean), F(r_scale), F(r_beta), F(activation), F(slope)});
+        F(y), F(y_pitch), F(y_mean), F(y_scale), F(y_beta), F(gate), F(gate_pitch), F(image_pixels), F(r), F(r_pitch), F(r_mean), F(r_scale),
+        F(r_beta), F(activation), F(slope)});
 }
 
 std::string forward() {

@@ -6,7 +6,8 @@ namespace bnr::sweep {
 namespace {
 
 Join join_of(const SweepArguments& a) {
-    return {a.x, a.x_pitch, a.mean, a.scale, a.beta, a.r, a.r_pitch, a.r_mean, a.r_scale, a.r_beta, a.activation, a.slope};
+    return {a.x, a.x_pitch, a.mean, a.scale, a.beta, a.gate, a.channels, a.height * a.width,
+            a.r, a.r_pitch, a.r_mean, a.r_scale, a.r_beta, a.activation, a.slope};
 }
 
 template <class T>
@@ -55,7 +56,7 @@ void join_gradient(const SweepArguments& a) {
 
 using namespace bnr;
 
-// x, r, their vectors and the activation to z, and z's statistics where there is room for them.
+// x, r, their vectors, the gate and the activation to z, and z's statistics where there is room for them.
 BNR_EXPORT void bnr_join_forward(const SweepArguments* a) {
     with_element(a->element, [&](auto* type) { sweep::join<std::remove_pointer_t<decltype(type)>>(*a); });
 }

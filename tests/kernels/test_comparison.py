@@ -19,9 +19,10 @@ from torch import Tensor
 from bnrestructure.core.edges import ConvGeometry
 from bnrestructure.core.errors import UnsupportedCallError
 from bnrestructure.kernels import tuning
-from bnrestructure.kernels.calls import Call
+from bnrestructure.kernels.calls import Call, ConvForward
 from bnrestructure.kernels.choice import Alternatives
 from bnrestructure.kernels.cpu import KERNELS
+from bnrestructure.kernels.folded import FoldedKernels
 from bnrestructure.kernels.proof import pool
 from bnrestructure.kernels.proof.comparison import Comparison
 from bnrestructure.kernels.proof.kinds import blanked
@@ -40,6 +41,18 @@ def settled(kernels: Proved, *calls: Call[Any]) -> None:
         with pytest.raises(UnsupportedCallError):
             kernels.run(call)
     kernels.wait()
+
+
+def with_frames(call: Any) -> Any:
+    """The same call of videos of two frames, with a kernel over one frame."""
+    def frames(x: Tensor) -> Tensor:
+        return torch.stack([x, x.roll(1, 0)], 2).contiguous(memory_format=torch.channels_last_3d)
+
+    geometry = ConvGeometry(*((one, *pair) for one, pair in zip((1, 0, 1), call.geometry[:3], strict=True)), 1)  # type: ignore[misc]
+    common = {"x": frames(call.x), "weight": call.weight.unsqueeze(2), "geometry": geometry}
+    if isinstance(call, ConvForward):
+        return replace(call, **common)
+    return replace(call, dy=frames(call.dy), edge=replace(call.edge, y=frames(call.edge.y)), accumulate=None, **common)
 
 
 def chosen(call: Any) -> Alternatives:
@@ -131,6 +144,22 @@ def test_processes_choose_as_this_one_though_nothing_is_kept(prove: Callable[...
     settled(kernels, sequence)
     assert kernels.complete
     assert kernels.run(sequence).y.shape == (3, 16, 9)
+
+
+@pytest.mark.parametrize("kind", ["ConvForward", "ConvBackward"])
+def test_convolutions_of_other_dimensions_are_compared_as_those_of_images(kind: str, prove: Callable[..., Proved]) -> None:
+    flat = next(call for call in every_call(torch.float32).values() if type(call).__name__ == kind)
+    video: Any = with_frames(flat)
+    images = FoldedKernels(PLANTED).of_images(video)  # type: ignore[arg-type]
+    by_rule = chosen(images)
+    kernels = prove(f"slow {kind} {by_rule.chosen}")
+    settled(kernels, video)
+    assert chosen(images).measured
+    assert chosen(images).chosen != by_rule.chosen
+    kernels.run(video)
+    assert (kind, by_rule.chosen) not in PLANTED.chosen
+    assert not kernels.outstanding
+    assert kernels.complete
 
 
 def test_a_gradient_alone_says_nothing_of_the_whole_pass(prove: Callable[..., Proved]) -> None:

@@ -103,6 +103,20 @@ class FoldedKernels:
         result: R = found
         return result
 
+    def of_images(self, call: Call[Any]) -> ConvForward | ConvBackward | None:
+        """The 2-D convolution of images that a convolution is done by; None of a call that is none, or is done otherwise.
+
+        What is accumulated to is left out.
+        """
+        if not isinstance(call, ConvForward | ConvBackward):
+            return None
+        folding = folding_of(call.weight.shape[2:], call.geometry)
+        if folding is None:
+            return None
+        alone = call if convolution.joins(folding) else replace(call, join=None)  # else the join has a sweep of its own
+        found: ConvForward | ConvBackward = convolution.images_of(folding, alone, folded)
+        return found
+
     def convolution_choices(self, call: ConvForward) -> tuple[Choice, Choice]:
         """(forward, backward): what a convolution node like this one will run, and why; tensors may be on the meta device."""
         folding = folding_of(call.weight.shape[2:], call.geometry)

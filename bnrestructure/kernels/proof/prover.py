@@ -22,7 +22,7 @@ from bnrestructure.kernels import tuning
 from bnrestructure.kernels.calls import Call, ConvBackward, ConvForward, Kernels
 from bnrestructure.kernels.choice import Alternatives
 from bnrestructure.kernels.device import DeviceKernels
-from bnrestructure.kernels.folded import for_dimensions
+from bnrestructure.kernels.folded import FoldedKernels, for_dimensions
 from bnrestructure.kernels.proof.comparison import Comparison
 from bnrestructure.kernels.proof.kinds import blanked, key_of, name_of, precision, text_of
 from bnrestructure.kernels.proof.ledger import Ledger
@@ -84,6 +84,7 @@ class Proved:
         self._pool = Pool(seconds)
         self._ledger = Ledger()
         self._met: dict[Any, _Kind] = {}  # by key
+        self._called: set[Any] = set()  # keys of kinds that were met in a call, and not for a comparison alone
         self._proved: set[Any] = set()  # keys
         self._pending: dict[str, list[_Then]] = {}  # by text that a process is asked about: who wants to know
         self._comparisons: dict[str, Comparison] = {}  # by node
@@ -129,10 +130,11 @@ class Proved:
         return not self._outstanding and not self._passing
 
     def faults(self) -> dict[str, str]:
-        """Kind, in words -> what is wrong with the kernels' answers, of the kinds that were met."""
+        """Kind, in words -> what is wrong with the kernels' answers, of the kinds that were called."""
         known = self._ledger.faults
         with self._lock:
-            return {kind.name: fault for kind in self._met.values() if (fault := known.get(kind.text)) is not None}
+            called = [kind for key, kind in self._met.items() if key in self._called]
+            return {kind.name: fault for kind in called if (fault := known.get(kind.text)) is not None}
 
     def steps(self, program: str) -> dict[str, float] | None:
         """The seconds of a step each way that a process kept of this program on this machine, or None."""
@@ -157,8 +159,10 @@ class Proved:
             raise UnsupportedCallError(reason)
         with self._lock:
             self._refresh()
+            self._called.add(key)
             if key not in self._met:
                 self._consider(key, blanked(call), call.operand.device)
+                self._consider_images(call, kernels)
         if waits_for_proofs():
             with self._settled:
                 self._settled.wait_for(lambda: self._is_known(key))
@@ -168,6 +172,12 @@ class Proved:
         if usable:
             return kernels.run(call)
         raise UnsupportedCallError(fault or "it is being proved on this device")
+
+    def _consider_images(self, call: Call[Any], kernels: Kernels) -> None:
+        """Consider the 2-D convolution that one of other dimensions is done by, whose implementations can be compared."""
+        images = kernels.of_images(call) if isinstance(kernels, FoldedKernels) else None
+        if images is not None and self.kernels.supports(images) is None and (key := key_of(images)) not in self._met:
+            self._consider(key, blanked(images), call.operand.device)
 
     def _is_known(self, key: Any) -> bool:
         text = self._met[key].text if key in self._met else ""

@@ -28,9 +28,9 @@ from bnrestructure.capture.spelling import (
     PLAIN_FUNCTIONS,
     READS_VALUES,
     REFUSED,
-    SAME_SHAPE,
     VALUES,
     article,
+    call_keeps_shape,
     name_of,
     shown,
     spelt,
@@ -142,7 +142,7 @@ class Recorder(TorchFunctionMode):
         if args and isinstance(args[0], Tensor):
             if name in ("size", "numel", "nelement", "__len__"):
                 return self._size(name, args, kwargs)
-            if name in ("is_contiguous", "stride", "storage_offset"):
+            if name in ("is_contiguous", "stride"):
                 return self._decided(func, args, kwargs)
         if (name in PLAIN_ANSWERS and len(args) == 1 and not kwargs) or name in PLAIN_FUNCTIONS:
             return func(*self._concrete(args), **self._concrete(kwargs))
@@ -202,7 +202,7 @@ class Recorder(TorchFunctionMode):
         gradients = torch.is_grad_enabled()
         depends = learns or any(self._requires.get(i, False) for i in given)
         self.check_modes(depends)
-        requires = gradients and depends and not takes_no_gradient(target, args)
+        requires = gradients and depends and not takes_no_gradient(op, target, args)
         torch._C._set_grad_enabled(False)
         try:
             with self.fake:
@@ -217,7 +217,7 @@ class Recorder(TorchFunctionMode):
         node = self.graph.create_node(op, target, nodes, named)  # now, for an error that the forward catches leaves no node
         node.meta["nn_module_stack"] = self.trail.stack()
         result = self._results(node, result, given, requires)
-        if values and (shape_stays or getattr(target, "__name__", target) in SAME_SHAPE):
+        if values and (shape_stays or call_keeps_shape(op, target)):
             self._note_shape(result, values[0])
         return node, result
 
@@ -374,9 +374,12 @@ class Recorder(TorchFunctionMode):
         if isinstance(result, Tensor) and isinstance(source, Tensor) and result is not source:
             self._shaped_like[id(result)] = self._shaped_like.get(id(source), source)
 
-    def _shape(self, tensor: Tensor) -> TracedSize:
+    def _shape(self, tensor: Tensor) -> TracedSize | torch.Size:
         fake = self._fake_of(tensor)
         source = self._shaped_like.get(id(fake), fake)
+        if self.sizes.plain:
+            self.sizes.decide()
+            return fake.shape
         return TracedSize(self._number(int(n), source, i) for i, n in enumerate(fake.shape))
 
     def _size(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

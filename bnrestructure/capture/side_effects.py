@@ -37,11 +37,13 @@ def _snapshots(value: Any, seen: set[int], depth: int = DEPTH) -> Iterator[Snaps
 
 
 class Around:
-    """What the forwards of a module tree find around them, at one moment; ``going_on`` are iterators and generators of random numbers."""
+    """What the forwards of a module tree find around them, at one moment; ``going_on`` are iterators and generators of random numbers,
+    ``asks_type`` is whether they may ask for the type of a number.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         found = surroundings_of([m for m in root.modules() if not is_library_leaf(m)], kept=True)
-        self.going_on = found.going_on
+        self.going_on, self.asks_type = found.going_on, found.asks_type
         self._variables: list[Variable | Missing] = [*found.variables, *found.missing]
         self._generators = [state for generator in found.going_on if (state := state_of(generator)) is not None]
         self._caches = [(cached, cached.cache_info().misses) for cached in found.caches]

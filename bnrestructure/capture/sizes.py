@@ -7,6 +7,7 @@ inputs of these sizes alone (:attr:`SizeLog.decided`).
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from bnrestructure.capture.messages import is_for_a_message
 from bnrestructure.core.errors import CaptureError
 
 __all__ = ["Computed", "InputSize", "SizeLog", "TracedInt", "TracedSize", "is_traced", "still_hold"]
@@ -48,11 +50,13 @@ class SizeLog:
 
     conditions    what followed from the sizes of the forward's tensors, and the answer that the code got
     decided    whether anything else decided
+    plain    whether sizes are Python's own numbers, all of which decide: for code that may ask for their type
     uncertain    path of a part whose results' sizes follow from values: from then on nothing but the forward's tensors' may decide
     """
 
     def __init__(self) -> None:
         self.decided = False
+        self.plain = False
         self.uncertain: str | None = None
         self.conditions: dict[InputSize | Computed, Any] = {}
 
@@ -114,6 +118,9 @@ class _Traced:
         values = [a.value if is_traced(a) else a for a in arguments]
         if not all(isinstance(v, int | float) for v in values):
             return NotImplemented
+        last = arguments[-1]
+        if function in _DIVISIONS and is_traced(last) and last.origin is not None:
+            self._log.note(bool, (last,), bool(last.value))  # by zero it is an error, which code may catch
         value = function(*values)
         kind = TracedInt if type(value) is int else TracedFloat
         origins = tuple(a.origin if is_traced(a) else a for a in arguments)
@@ -124,14 +131,22 @@ class _Traced:
         nodes = tuple(a.fx_node if is_traced(a) else a for a in arguments)
         return next(n for n in nodes if isinstance(n, fx.Node)).graph.call_function(function, nodes)
 
-    def __repr__(self) -> str:  # an assertion's message decides nothing
-        return repr(self.value)
+    def __repr__(self) -> str:
+        return repr(self._told())
 
     def __format__(self, spec: str) -> str:
-        return format(self.value, spec)
+        return format(self._told(), spec)
+
+    def _told(self) -> Any:
+        """The value, for text: a message decides nothing, any other text may."""
+        return self.value if is_for_a_message() else self.decide()
 
     def __hash__(self) -> int:
         return hash(self.decide())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """For numpy's functions of numbers: numpy is there if it asks."""
+        return importlib.import_module("numpy").asarray(self.decide(), dtype)
 
 
 class TracedFloat(_Traced):
@@ -212,6 +227,7 @@ def _deciding(name: str) -> None:
     setattr(_Traced, f"__{name}__", answered)
 
 
+_DIVISIONS = {operator.truediv, operator.floordiv, operator.mod}
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     _binary(_name, getattr(operator, _name))

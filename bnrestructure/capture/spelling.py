@@ -14,9 +14,9 @@ __all__ = [
     "PLAIN_FUNCTIONS",
     "READS_VALUES",
     "REFUSED",
-    "SAME_SHAPE",
     "VALUES",
     "article",
+    "call_keeps_shape",
     "name_of",
     "shown",
     "spelt",
@@ -36,7 +36,8 @@ REFUSED = {
     "backward": "runs a backward pass", "grad": "reads a gradient", "grad_fn": "asks how a tensor came about",
     "is_leaf": "asks how a tensor came about",
     "_version": "asks for a tensor's version", "set_": "gives a tensor new memory", "untyped_storage": "reaches for a tensor's memory",
-    "storage": "reaches for a tensor's memory", "requires_grad_": "changes requires_grad",
+    "storage": "reaches for a tensor's memory",
+    "storage_offset": "asks where in its memory a tensor begins", "requires_grad_": "changes requires_grad",
 }  # fmt: skip
 #: Questions whose answer no size decides: properties, and methods without arguments.
 PLAIN_ANSWERS = {
@@ -63,7 +64,7 @@ _REFLECTED = {
     "__rmod__": operator.mod, "__rmul__": operator.mul, "__radd__": operator.add,
 }  # fmt: skip
 #: Functions whose result has the shape of their first argument.
-SAME_SHAPE = {
+_SAME_SHAPE = {
     "batch_norm", "relu", "relu6", "silu", "hardswish", "gelu", "leaky_relu", "elu", "hardtanh", "mish", "sigmoid", "hardsigmoid",
     "dropout", "clone", "contiguous", "detach",
 }  # fmt: skip
@@ -77,11 +78,31 @@ def name_of(func: Any) -> str:
     return name
 
 
-def takes_no_gradient(target: Any, args: tuple[Any, ...]) -> bool:
-    """Whether the result of a node with this target needs no gradient, whatever it is called with."""
+def takes_no_gradient(op: str, target: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the result of such a node needs no gradient, whatever it is called with."""
     if target is getattr and len(args) == 2 and args[1] == "data":
         return True
-    return str(getattr(target, "__name__", target)).endswith(_CONSTANT_RESULTS) or "new_" in str(target)
+    name = _name_in_pytorch(op, target)
+    return name.endswith(_CONSTANT_RESULTS) or name.startswith("new_")
+
+
+def call_keeps_shape(op: str, target: Any) -> bool:
+    """Whether the result of such a node has the shape of its first argument, whatever it is called with. It knows nothing of layers."""
+    return _name_in_pytorch(op, target) in _SAME_SHAPE
+
+
+def _name_in_pytorch(op: str, target: Any) -> str:
+    """The name of a function or method of PyTorch's own that a node calls; "" of any other, and of a layer, whose target is its path."""
+    if op == "call_method":
+        return str(target)
+    is_operator = isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    foreign = not str(target).startswith("aten.") if is_operator else not _is_pytorchs(target)
+    return "" if op != "call_function" or foreign else str(getattr(target, "__name__", "")).partition(".")[0]
+
+
+def _is_pytorchs(function: Any) -> bool:
+    package = (getattr(function, "__module__", None) or "torch").partition(".")[0]
+    return package in ("torch", "_operator", "operator", "builtins", "math")
 
 
 def spelt(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, tuple[Any, ...], Callable[..., Any]]:

@@ -36,6 +36,7 @@ class Spelt(NamedTuple):
     any_attribute   whether it may ask some object for attributes of any name
     any_own         whether it may ask ``self`` for such: what a module is asked for is seen while it runs
     any_variable    whether it may read any global variable
+    asks_type       whether it may ask whether a number is an ``int``, and nothing that passes for one, or sizes a ``torch.Size``
     """
 
     variables: frozenset[str]
@@ -44,6 +45,7 @@ class Spelt(NamedTuple):
     any_attribute: bool
     any_own: bool
     any_variable: bool
+    asks_type: bool
 
 
 def codes(code: CodeType) -> Iterator[CodeType]:
@@ -75,6 +77,7 @@ def spelt_names(code: CodeType) -> Spelt:
     return Spelt(
         _open(variables), _open(attributes), frozenset(imported),
         any_attribute=bool(any_attribute), any_own=_Owner.SELF in asked, any_variable=bool(variables & {"globals", *_ANYTHING}),
+        asks_type="type" in variables and bool({"int", "Size"} & (variables | attributes)),
     )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ class _Row(NamedTuple):
     children: tuple[Any, ...]
     hooked: bool
     nones: tuple[tuple[str, str], ...]
-    layout: bool | None
+    layout: tuple[torch.Size, bool] | None
     tensors: tuple[_Tensor, ...]
     of_class: tuple[_OfClass, ...]
 
@@ -124,7 +124,7 @@ class _Row(NamedTuple):
             "its class": type(self.module) is self.cls,
             "its hooks": has_hooks(state) == self.hooked,
             "its submodules": (*state["_modules"], *state["_modules"].values()) == self.children,
-            "the layout of its weight": _layout_of_weight(self.module) == self.layout,
+            "the sizes or the layout of its weight": _layout_of_weight(self.module) == self.layout,
             **{name: name not in state for name in self.absent},
             **{name: state[kind].get(name) is None for kind, name in self.nones},
             **{t.name: t.is_as_it_was() for t in self.tensors},
@@ -139,14 +139,16 @@ def _equal(a: Any, b: Any) -> bool:
     return a is b or (is_simple(a) and contents(a) == contents(b))
 
 
-def _layout_of_weight(module: nn.Module) -> bool | None:
-    """Whether a convolution's weight has its channels last in memory, on which the layout of its output depends."""
+def _layout_of_weight(module: nn.Module) -> tuple[torch.Size, bool] | None:
+    """The sizes of a convolution's weight, on which those of its output depend, and whether it has its channels last in memory, on which
+    the layout of its output does.
+    """
     if not isinstance(module, nn.modules.conv._ConvNd):
         return None
     weight = module._parameters.get("weight")
     if weight is None or is_lazy(weight) or weight.layout is not torch.strided:
         return None
-    return weight.stride(1) == 1
+    return weight.shape, weight.stride(1) == 1
 
 
 def _watched(module: nn.Module, reads: Reads) -> set[str]:

@@ -123,12 +123,15 @@ class Missing(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What code names, and what it does not find; the caches that it goes through; iterators, and generators of random numbers."""
+    """What code names, and what it does not find; the caches that it goes through; iterators, and generators of random numbers; and
+    whether it may ask for the type of a number.
+    """
 
     variables: list[Variable]
     missing: list[Missing]
     caches: list[Any]
     going_on: list[Any]
+    asks_type: bool
 
 
 def surroundings_of(modules: Iterable[nn.Module], values: Iterable[Any] = (), *, kept: bool = False) -> Found:
@@ -158,6 +161,7 @@ class _Survey:
         self._of_objects: set[FunctionType] = set()  # methods of other classes than modules'
         self._caches: list[Any] = []
         self._going_on: list[Any] = []
+        self._asks_type = False
         self._seen: dict[int, Any] = {}  # by identity; kept alive, so that nothing else gets it
         self._left: list[Any] = []
 
@@ -193,7 +197,7 @@ class _Survey:
             if "get_last_lr" in self._names:
                 self._names.add("_last_lr")
         missing = [Missing(home, frozenset(self._names - _values_of(home).keys())) for home in self._holders]
-        return Found(list(self._found.values()), missing, self._caches, self._going_on)
+        return Found(list(self._found.values()), missing, self._caches, self._going_on, self._asks_type)
 
     def _known(self) -> tuple[int, int, bool]:
         return len(self._names), len(self._holders), self._any_name
@@ -281,6 +285,7 @@ class _Survey:
         is_the_users = _is_the_users(values)
         for code in codes(function.__code__):
             named = spelt_names(code)
+            self._asks_type |= named.asks_type
             for name in [name for name in _variables_of(named, values, is_the_users) if name in values]:
                 if is_the_users or is_simple(values[name]):
                     self._add(name, values, values[name])

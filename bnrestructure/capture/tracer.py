@@ -126,6 +126,7 @@ class _Session:
         self.wrote_around = False
         self.reads = Reads()
         self.recorder = Recorder(root, FaithfulFakeMode(allow_non_fake_inputs=True))
+        self.recorder.sizes.plain = around.asks_type
         self.random_before = _random_state()
         self.blamed: nn.Module | None = None  # the submodule to call as it is, if an error is its own
         self._error: BaseException | None = None  # the last one that left a module, and

@@ -48,7 +48,7 @@ def tune(
     model fails on these inputs.
     """
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-    device = _device(model, arguments)
+    device = _device(model, arguments, "tune")
 
     def listen(found: Measurement) -> None:
         if progress is not None:
@@ -75,7 +75,7 @@ def prove(
     Arguments and errors are those of :func:`tune`.
     """
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-    device = _device(model, arguments)
+    device = _device(model, arguments, "prove")
     kernels = registry.proved(device)
     if kernels is None:
         return {}
@@ -105,15 +105,15 @@ def _step(
             raise UsageError(f"the model fails on these inputs: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _device(model: nn.Module, arguments: tuple[Any, ...]) -> str:
-    """The type of the one device that the model and its inputs are on, if there is something to choose from on it."""
+def _device(model: nn.Module, arguments: tuple[Any, ...], purpose: str) -> str:
+    """The type of the one device that the model and its inputs are on, if there are kernels for this purpose, a verb, on it."""
     tensors = [*model.parameters(), *(t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor))]
     devices = sorted({str(t.device) for t in tensors})
     if len(devices) > 1:
-        raise UsageError(f"kernels are tuned on one device, and the model and its inputs are on {' and '.join(devices)}")
+        raise UsageError(f"there is nothing to {purpose} on one device: the model and its inputs are on {' and '.join(devices)}")
     device = devices[0].partition(":")[0] if devices else "cpu"
     if device not in ("cpu", "cuda"):
-        raise UsageError(f"there is nothing to tune: there are no {device} kernels")
+        raise UsageError(f"there is nothing to {purpose}: there are no {device} kernels")
     if (reason := registry.unavailable_reason(device)) is not None:
-        raise UsageError(f"there is nothing to tune: {reason}")
+        raise UsageError(f"there is nothing to {purpose}: {reason}")
     return device

@@ -106,7 +106,7 @@ def test_plan(models: str, capsys: pytest.CaptureFixture[str]) -> None:
         capsys, "plan", f"{models}:net", "--backend", "reference", "--batch", "2", "--input-size", "10"
     )
     assert status == 0
-    assert "Sequential: 1 BN layers, 1 fused, 0 partial, 0 kept; coverage 100%" in out
+    assert "Sequential: 1 BN layers, 1 fused, 0 partial, 0 kept (100% fully fused)" in out
     assert "2x4x8x8 float32" in out
     assert "conv-bn-relu-conv" in out
     assert "13 -> 2" in out

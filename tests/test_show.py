@@ -262,6 +262,14 @@ def test_check_looks_at_every_graph_of_the_pipeline(capsys: pytest.CaptureFixtur
     assert all(stage["violations"] == [] for stage in region["passes"])
 
 
+def test_check_is_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "checks.json"
+    show(capsys, "Residual", "--check", "--format", "json", "--output", str(file))
+    assert json.loads(file.read_text())["ok"] is True
+    for options in (("--check", "--format", "svg"), ("--check", "--output", str(file)), ("--json", "--format", "dot")):
+        assert main(["show", f"{__file__}:Residual", *options]) == 2
+
+
 def test_check_fails_where_a_pass_breaks_a_rule(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from bnrestructure.passes import fission
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
     from bnrestructure.models.models import load_model
 
     form = "json" if arguments.json else arguments.format
+    if arguments.json and arguments.format not in ("text", "json"):
+        raise UsageError(f"--json and --format {arguments.format} ask for two things")
+    if arguments.check and (form not in ("text", "json") or (form == "text" and arguments.output is not None)):
+        raise UsageError("--check prints a table; with --format json, JSON, which --output writes to a file")
     if form == "html" and (arguments.before or arguments.backward):
         raise UsageError("--format html shows both graphs, and what each box does in backward: without --before and --backward")
     with progress(arguments.model) as say:
@@ -54,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         model = load_model(arguments.model)
         with listening(say, say.expect):
             if arguments.check:
-                return _check(arguments, model)
+                return _check(arguments, model, form)
             if form == "html":
                 return _write(arguments, _html(arguments, model))
             plan, views = _views(arguments, model)
@@ -80,10 +85,10 @@ def _write(arguments: argparse.Namespace, document: str) -> int:
     return 0
 
 
-def _check(arguments: argparse.Namespace, model: nn.Module) -> int:
+def _check(arguments: argparse.Namespace, model: nn.Module, form: str) -> int:
     """Rewrite every region once more, look at the graph after each pass, and say what was seen."""
     from bnrestructure.api import _options
-    from bnrestructure.cli.output import print_json, stdout
+    from bnrestructure.cli.output import stdout
     from bnrestructure.plan.survey import take_survey
     from bnrestructure.report.graph_check import check_region, print_checks
 
@@ -91,9 +96,9 @@ def _check(arguments: argparse.Namespace, model: nn.Module) -> int:
     regions = take_survey(model, replace(options, passes=(), backend="auto")).regions
     stages = {region.path: check_region(region.after, options.passes, options.backend) for region in regions}
     ok = not any(stage.violations for of in stages.values() for stage in of)
-    if arguments.json:
+    if form == "json":
         seen = [{"path": path, "passes": [stage.to_json() for stage in of]} for path, of in stages.items()]
-        print_json({"model": arguments.model, "ok": ok, "regions": seen})
+        _write(arguments, json.dumps({"model": arguments.model, "ok": ok, "regions": seen}, indent=1))
     else:
         print_checks(stdout(), arguments.model, stages)
     return 0 if ok else 1
@@ -165,8 +170,6 @@ def _stage(arguments: argparse.Namespace) -> str:
 
 
 def _document(form: str, arguments: argparse.Namespace, plan: Plan, views: list[RegionView]) -> str:
-    import json
-
     title = f"{arguments.model}, {_stage(arguments)}"
     if form == "json":
         data: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """How models spell activations: one table, for the patterns that fuse them and for what makes in-place ones plain.
 
-A new activation that kernels know (core/activation.py) is one more line here.
+A new activation that kernels know (core/activation.py) is one more line here: it is fused then. Tables elsewhere (capture/layers.py,
+capture/spelling.py, graph/channels.py) make its capture faster, and need no line for it.
 """
 
 from __future__ import annotations

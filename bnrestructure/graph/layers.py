@@ -116,6 +116,7 @@ def per_dimension(value: Any, dimensions: int) -> tuple[int, ...] | None:
 
 _CONV_MODULES: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _CONV_FUNCTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+_UNEVEN = "the convolution pads asymmetrically (padding='same' with an even kernel)"
 _CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
@@ -153,7 +154,7 @@ def _conv_module(node: fx.Node, module: nn.modules.conv._ConvNd) -> ConvLayer | 
     if isinstance(padding, str):
         padding = _same_padding(module.kernel_size, module.dilation) if padding == "same" else (0,) * len(module.stride)
         if padding is None:
-            return "the convolution pads asymmetrically (padding='same' with an even kernel)"
+            return _UNEVEN
     path = str(node.target)
     return ConvLayer(
         node=node,
@@ -170,13 +171,18 @@ def _conv_module(node: fx.Node, module: nn.modules.conv._ConvNd) -> ConvLayer | 
 
 def _conv_function(node: fx.Node, dimensions: int) -> ConvLayer | str:
     values = arguments_of(node, _CONV_NAMES, {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
-    stride, padding, dilation = (per_dimension(values[k], dimensions) for k in ("stride", "padding", "dilation"))
+    weight = values["weight"]
+    shape = shape_of(weight) if isinstance(weight, fx.Node) else None
+    stride, dilation = (per_dimension(values[k], dimensions) for k in ("stride", "dilation"))
+    padding = per_dimension(0 if values["padding"] == "valid" else values["padding"], dimensions)
+    if values["padding"] == "same" and dilation is not None:
+        padding = None if shape is None else _same_padding(shape[2:], dilation)
+        if padding is None:
+            return _UNEVEN if shape is not None else "the convolution's padding='same' is of a weight that is computed in the graph"
     if stride is None or padding is None or dilation is None or not isinstance(values["groups"], int):
         return "the convolution's stride, padding, dilation or groups are computed in the graph"
-    if not isinstance(values["input"], fx.Node) or not isinstance(values["weight"], fx.Node):
+    if not isinstance(values["input"], fx.Node) or not isinstance(weight, fx.Node):
         return "the convolution's input or weight is not a tensor of the graph"
-    weight = values["weight"]
-    shape = shape_of(weight)
     return ConvLayer(
         node, values["input"], weight, values["bias"], stride, padding, dilation, values["groups"], None if shape is None else shape[0]
     )

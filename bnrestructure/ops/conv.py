@@ -156,10 +156,9 @@ class PlainConv(torch.autograd.Function):
         edge = backward_edge(dgain, dmean, dvar, y, ymean)
         if dy is None:
             dy = torch.zeros_like(y)
-        own = None if dpassed is None or dpassed.dtype != x.dtype else dpassed
         transform = Transform(mean, scale, beta, options.act, gate)
         wanted = needs_x, needs[5], ctx.has_bias and needs[6]
-        call = ConvBackward(dy, edge, x, transform, weight, options.geometry, options.dtype, wanted, own, None, cast)
+        call = ConvBackward(dy, edge, x, transform, weight, options.geometry, options.dtype, wanted, dpassed, None, cast)
         gradients = registry.run(options.backend, call)
         dx = in_format_of(x, gradients.dx) if needs_x else dpassed
         dmu = dscale = dbeta = None

@@ -56,7 +56,7 @@ def _print_summary(console: Console, plan: Plan) -> None:
     counts = plan.counts
     parts = [f"[{STATUS_STYLE[status]}]{counts[status]} {status}[/]" for status in counts]
     console.print(
-        f"[bold]{escape(plan.model)}[/]: {len(plan.sites)} BN layers, {', '.join(parts)}; coverage {plan.coverage:.0%}"
+        f"[bold]{escape(plan.model)}[/]: {len(plan.sites)} BN layers, {', '.join(parts)} ({plan.coverage:.0%} fully fused)"
     )
     for reason, count in plan.reasons.items():
         console.print(f"  {count} x {escape(reason)}")

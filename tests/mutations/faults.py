@@ -36,7 +36,7 @@ FORMULAS = (
 
 #: What nodes do with memory and with each other's gradients.
 NODES = (
-    Fault("PlainConv.backward", "wanted, own,", "wanted, None,", "proofs:test_nodes.py"),
+    Fault("PlainConv.backward", "wanted, dpassed,", "wanted, None,", "proofs:test_nodes.py"),
     Fault("JoinConv.backward", "wanted, dz, join", "wanted, None, join", "proofs:test_nodes.py"),
     Fault("incoming_gradient", "narrow(1, written.offset, written.channels)", "narrow(1, 0, written.channels)", "proofs:test_passes.py"),
     Fault("_ConcatBuffer.backward", "copy=ctx.own", "copy=False", "proofs:test_passes.py"),

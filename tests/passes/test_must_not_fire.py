@@ -71,6 +71,7 @@ CASES: list[tuple[str, str, Body]] = [
     ("fuse-statistics", "transposed", lambda m, x: m.bn1(m.up(x))),
     ("fuse-statistics", "reflecting", lambda m, x: m.bn1(m.reflecting(x))),
     ("fuse-statistics", "asymmetric padding", lambda m, x: m.bn1(m.uneven(x))),
+    ("fuse-statistics", "asymmetric padding of a function", lambda m, x: m.bn1(F.conv2d(x, m.uneven.weight, padding="same"))),
     ("fuse-statistics", "parametrized", lambda m, x: m.bn1(m.norm(x))),
     ("fuse-statistics", "an activation between", lambda m, x: m.bn1(F.relu(m.conv1(x)))),
     ("fuse-statistics", "the input's own", lambda m, x: m.bn1(x)),

@@ -170,9 +170,13 @@ def _bits(x: Tensor) -> Tensor:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fresh memory is full of NaN: what a kernel should have written and did not is seen."""
+    """Fresh memory is full of NaN: what a kernel should have written and did not is seen.
+
+    PyTorch has that for deterministic algorithms alone, so cuDNN's part of a hybrid is proved with those: two of its others may differ.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,7 +1,7 @@
 """What has been found of kinds of calls on this machine, kept on disk for later processes beside the measured choices.
 
-``proofs-<digest>.json``: the digest is of the machine, the versions, the sources of kernels and proofs, and the choices among kernels.
-Entries are written one by one, merged with what other processes wrote meanwhile.
+``proofs-<digest>.json``: the digest is of the machine, the versions, and the sources of kernels and proofs; which implementation answered
+is a part of an entry's text. Entries are written one by one, merged with what other processes wrote meanwhile.
 """
 
 from __future__ import annotations

@@ -144,6 +144,7 @@ class Proved:
 
     def keep_steps(self, program: str, seconds: dict[str, float]) -> None:
         """Note them for later processes."""
+        self._identify()
         self._ledger.put_steps(_chosen(program), seconds)
 
     def wait(self) -> None:
@@ -185,16 +186,20 @@ class Proved:
 
     def _refresh(self) -> None:
         """See again what is proved where there are other choices; forget everything where it is another machine."""
+        self._identify()
         if self._generation == tuning.generation:
             return
         self._generation = tuning.generation
-        self.kernels.description()  # says what machine this is
         met, self._met, self._proved = self._met, {}, set()
         if self._ledger.refresh():
-            self._comparisons = {}
+            self._comparisons, self._again = {}, None
             return
         for key, kind in met.items():
             self._consider(key, kind.blanks, kind.device)
+
+    def _identify(self) -> None:
+        """Tell kernels/tuning.py what machine this is: of a process that trains on a CPU, too, another one may have been told last."""
+        self.kernels.description()
 
     def _consider(self, key: Any, blanks: Call[Any], device: torch.device) -> None:
         """See what the ledger knows of a kind, and ask where it knows nothing."""
@@ -273,7 +278,7 @@ class Proved:
 
     def _choose(self) -> None:
         """Choose by what was measured. Only now that all is known: choices that change one by one would have kinds proved in vain."""
-        self.kernels.description()  # says what machine this is
+        self._identify()
         tuning.note(self._measurements)
         self._measurements = []
         self._refresh()
@@ -292,6 +297,7 @@ class Proved:
 
     def _send(self, kind: _Kind, urgency: Urgency, then: _Then, by: str | None = None, race: list[str] | None = None) -> None:
         chosen = kind.alternatives.chosen if kind.alternatives else None
+        self._identify()
         request = {
             "call": base64.b64encode(pickle.dumps(kind.blanks)).decode(), "kernels": self._source, "device": str(kind.device),
             "share": 0.8 / MOST_WORKERS, "precision": precision(), "by": by or chosen, "race": race, "threads": torch.get_num_threads(),

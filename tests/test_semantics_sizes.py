@@ -56,9 +56,6 @@ DECIDING: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "text in text": lambda m, x, y: m.h6(y) if "8" in repr(x.shape) else m.h8(y),
     "a message that is looked at": lambda m, x, y: m.h6(y) if len(f"size {x.shape[2] * 10}") > 8 and f"{x.shape[3]}" == "8" else m.h8(y),
     "a division by zero": _division,
-    "the type of a size": lambda m, x, y: m.h6(y) if type(x.shape[2]) is int else m.h8(y),
-    "the type of a size, elsewhere": lambda m, x, y: m.h6(F.interpolate(y, _pair(x.shape[2]), mode="nearest")),
-    "the type of all sizes": lambda m, x, y: m.h6(y) if type(x.shape) is torch.Size else m.h8(y),
     "numpy": lambda m, x, y: m.h6(y) * float(np.sqrt(x.shape[2]) + np.prod(y.shape[1:])),
 }
 
@@ -75,6 +72,93 @@ def test_a_size_decides_for_sizes_like_it(body: str) -> None:
     assert plan.sites[0].ran  # the stem; of the heads one runs at a time
 
 
+def _merged(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """As a U-Net adds what has lost a row on its way down."""
+    up = F.interpolate(F.max_pool2d(y, 2), scale_factor=2.0)
+    try:
+        y = y + up
+    except RuntimeError:
+        y = y + F.pad(up, (0, 1, 0, 1))
+    return m.h6(y)
+
+
+@pytest.mark.parametrize("sides", [(6, 7, 6), (7, 6, 7)], ids=str)
+def test_what_a_size_raises_may_be_caught(sides: tuple[int, ...]) -> None:
+    model = _Net(_merged).double()
+    rewritten = restructured_copy(model)
+    for side in sides:
+        x = torch.randn(3, 3, side, side, dtype=torch.float64)
+        assert_same_values(training_step(rewritten, x), training_step(model, x))
+    assert bnrestructure.explain(rewritten).captures["the whole model"] == 2
+
+
+def _repeated(m: Any, parts: Any) -> Tensor:
+    return torch.cat([m.h6(part) for part in parts])
+
+
+#: What goes through the parts of a tensor, as many as follow from a size.
+PARTS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "images": lambda m, x, y: _repeated(m, [t[None] for t in y]),
+    "images, unbound": lambda m, x, y: _repeated(m, [t[None] for t in y.unbind()]),
+    "images, with their number": lambda m, x, y: _repeated(m, [t[None] * (i + 1) for i, t in enumerate(torch.unbind(y, 0))]),
+    "twos of images": lambda m, x, y: _repeated(m, y.split(2)),
+    "chunks of images": lambda m, x, y: _repeated(m, torch.chunk(y, 3, dim=0)),
+    "rows": lambda m, x, y: m.h6(torch.stack(y.unbind(2), 2)),
+}
+
+
+@pytest.mark.parametrize("body", PARTS)
+def test_the_number_of_parts_follows_from_a_size(body: str) -> None:
+    model = _Net(PARTS[body]).double()
+    rewritten = restructured_copy(model)
+    for n, side in ((4, 6), (6, 6), (3, 8), (4, 6)):
+        x = torch.randn(n, 3, side, side, dtype=torch.float64)
+        assert_same_values(training_step(rewritten, x), training_step(model, x))
+
+
+def _attention(m: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Heads and channels are as many as the layers have, whatever the size."""
+    n, c, h, w = y.shape
+    q, k, v = m.qkv(y.flatten(2).transpose(1, 2)).reshape(n, h * w, 3, 2, 2).permute(2, 0, 3, 1, 4).unbind(0)
+    one, other = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c).transpose(1, 2).view(n, c, h, w), y
+    left, right = m.h8(y).chunk(2, 1)
+    return m.h6(one + other) + torch.cat([right, left], 1)
+
+
+def test_parts_that_follow_from_layers_need_no_other_capture() -> None:
+    model = _Net(_attention)
+    model.qkv = nn.Linear(4, 12)
+    model = model.double()
+    rewritten = restructured_copy(model)
+    for side in (6, 8, 10):
+        x = torch.randn(3, 3, side, side, dtype=torch.float64)
+        assert_same_values(training_step(rewritten, x), training_step(model, x))
+    assert bnrestructure.explain(rewritten).captures["the whole model"] == 1
+
+
+#: What asks for the type of a tensor or of a size.
+KINDS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "a size": lambda m, x, y: m.h6(y) if type(x.shape[2]) is int else m.h8(y),
+    "a size, elsewhere": lambda m, x, y: m.h6(F.interpolate(y, _pair(x.shape[2]), mode="nearest")),
+    "all sizes": lambda m, x, y: m.h6(y) if type(x.shape) is torch.Size else m.h8(y),
+    "the input": lambda m, x, y: m.h6(y) if type(x) is Tensor else m.h8(y),
+    "a result": lambda m, x, y: {Tensor: m.h6, list: m.h8}[type(y)](y),
+    "a module": lambda m, x, y: m.h6(y) if type(m.h6) is nn.Sequential and isinstance(type(m.h6), type) else m.h8(y),
+    "a number": lambda m, x, y: m.h6(y) if type(3) is int and type("") is not type(None) else m.h8(y),
+}
+
+
+@pytest.mark.parametrize("body", KINDS)
+def test_a_type_is_what_it_is_in_eager_mode(body: str) -> None:
+    model = _Net(KINDS[body]).double()
+    rewritten = restructured_copy(model)
+    for side in (6, 8):
+        x = torch.randn(3, 3, side, side, dtype=torch.float64)
+        assert_same_values(training_step(rewritten, x), training_step(model, x))
+    assert bnrestructure.explain(rewritten).captures["the whole model"] == 1
+    assert "type" not in globals()
+
+
 def _logged(m: Any, x: Tensor, y: Tensor) -> Tensor:
     logging.getLogger(__name__).warning("sizes %s", x.shape)
     return m.h6(y)
@@ -88,8 +172,8 @@ def _warned(m: Any, x: Tensor, y: Tensor) -> Tensor:
 def _raising(m: Any, x: Tensor, y: Tensor) -> Tensor:
     try:
         if x.dim() == 4:
-            raise ValueError("sizes {} and {}".format(x.shape, y.shape[2]))  # noqa: UP032
-    except ValueError:
+            raise KeyError("sizes {} and {}".format(x.shape, y.shape[2]))  # noqa: UP032
+    except KeyError:
         y = y * 2
     return m.h6(y)
 

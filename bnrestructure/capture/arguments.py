@@ -29,7 +29,7 @@ class Arguments:
 
     Two calls with equal ``key`` share a graph, unless sizes decided something in it (capture/sizes.py). The key holds the structure, the
     constants, and of each tensor what Python code can ask and does not change from batch to batch. Leaves that are neither constants,
-    plain tensors, nor stand-ins for tensors raise CaptureError.
+    plain tensors, nor stand-ins for tensors raise CaptureError; so do tensors with attributes that are no constants.
     """
 
     key: tuple[Any, ...] = ()
@@ -68,7 +68,17 @@ class Arguments:
 
 
 def _facts(t: Tensor) -> tuple[Any, ...]:
-    return t.dim(), t.dtype, t.device, t.requires_grad, _layout(t)
+    return type(t), t.dim(), t.dtype, t.device, t.requires_grad, t.is_neg(), _layout(t), _attributes(t)
+
+
+def _attributes(t: Tensor) -> Any:
+    """What somebody has put on a tensor, which a forward may ask for."""
+    own = t.__dict__
+    if not own:
+        return None
+    if not all(isinstance(value, _CONSTANTS) for value in own.values()):
+        raise CaptureError("an argument is a tensor with attributes of its own, which are no plain constants")
+    return tuple([(name, _hashable(value)) for name, value in sorted(own.items())])
 
 
 def _layout(t: Tensor) -> Any:

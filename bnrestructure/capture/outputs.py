@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from bnrestructure.capture.containers import tensors_in
 from bnrestructure.capture.recorder import Recorder
 from bnrestructure.capture.sizes import is_traced
 from bnrestructure.core.errors import CaptureError
@@ -19,12 +21,18 @@ __all__ = ["as_output"]
 
 Rebuild = Callable[[Sequence[Any]], Any]
 
+with FakeTensorMode():
+    #: What a fake tensor has of its own.
+    _OWN = vars(torch.empty(0)).keys() | {"_is_param", "grad_fn"}
+
 
 def as_output(result: Any, recorder: Recorder) -> tuple[Any, Rebuild | None]:
     """(what the graph's output node holds, what makes the forward's result of that; None where it is the result).
 
     Raises CaptureError for an object that a tensor may be hidden in.
     """
+    if any(vars(t).keys() - _OWN for t in tensors_in(result)):
+        raise CaptureError("its forward puts an attribute on a tensor that it returns")
     if _fx_keeps(result):
         return recorder.lowered(result, "return"), None
     leaves, spec = pytree.tree_flatten(result, is_leaf=_is_object)

@@ -18,10 +18,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.overrides import TorchFunctionMode
 
+from bnrestructure.capture.ambient import parametrizations_are_cached, saved_tensors_hooks
 from bnrestructure.capture.calls import Constant
 from bnrestructure.capture.containers import items, rebuilt, tensors_in
 from bnrestructure.capture.own_tensors import OwnTensors
-from bnrestructure.capture.side_effects import Attributes, ambient_modes
+from bnrestructure.capture.side_effects import ambient_modes
 from bnrestructure.capture.sizes import InputSize, SizeLog, TracedInt, TracedSize, is_traced
 from bnrestructure.capture.spelling import (
     PLAIN_ANSWERS,
@@ -36,12 +37,13 @@ from bnrestructure.capture.spelling import (
     spelt,
     takes_no_gradient,
 )
+from bnrestructure.capture.trail import Trail
 from bnrestructure.core.errors import CaptureError
 from bnrestructure.core.plain import plain
 from bnrestructure.graph.provenance import provenance, remember
 from bnrestructure.graph.targets import is_custom_call
 
-__all__ = ["Recorder", "Trail"]
+__all__ = ["Recorder"]
 
 _CONSTANTS = (
     int, float, bool, complex, str, type(None), type(Ellipsis), torch.dtype, torch.device, torch.memory_format, torch.layout,
@@ -56,17 +58,6 @@ class _Place:
     steps: tuple[Any, ...] = ()
 
 
-class Trail:
-    """The modules that the forward is inside of, outermost first, as (path, module)."""
-
-    def __init__(self) -> None:
-        self.modules: list[tuple[str, nn.Module]] = []
-
-    def stack(self) -> dict[str, tuple[str, type]]:
-        """As ``nn_module_stack`` of torch.fx has it."""
-        return {path: (path, type(module)) for path, module in self.modules}
-
-
 class Recorder(TorchFunctionMode):
     """Adds a node to ``graph`` for each PyTorch function called while it is the active mode; ``call`` is for calls of other kinds."""
 
@@ -77,7 +68,7 @@ class Recorder(TorchFunctionMode):
         self.sizes = SizeLog()
         self.trail = Trail()
         self.depth = 0
-        self._modes, self._turned = ambient_modes(), False
+        self._modes, self._turned, self._hooks = ambient_modes(), False, saved_tensors_hooks()
         self._places: dict[int, _Place] = {}
         self._requires: dict[int, bool] = {}
         self._kept: list[Any] = []  # tensors whose id is a key above
@@ -92,6 +83,7 @@ class Recorder(TorchFunctionMode):
     def placeholder(self, name: str, real: Tensor) -> Tensor:
         """An argument of the graph: a fake tensor like ``real``."""
         double = self.double(real)
+        vars(double).update(vars(real), _is_param=isinstance(real, nn.Parameter))
         node = self.graph.placeholder(name)
         self._given[id(double)] = len(self._given)
         self._put(double, _Place(node), real.requires_grad)
@@ -222,15 +214,19 @@ class Recorder(TorchFunctionMode):
         return node, result
 
     def check_modes(self, depends: bool = True) -> None:
-        """Raise CaptureError where gradients or autocast are not what they were when the forward began.
+        """Raise CaptureError where gradients, autocast or hooks are not what they were when the forward began.
 
-        Whether gradients are on is no matter for a call that does not ``depend`` on a tensor that needs one.
+        Gradients and hooks are no matter for a call that does not ``depend`` on a tensor that needs one.
         """
         modes = ambient_modes()
         if modes[1:] != self._modes[1:] or (depends and modes[0] != self._modes[0]):
             if not self._turned and modes[1:] == self._modes[1:] and not torch.is_inference_mode_enabled():
                 raise CaptureError("its forward calls a custom autograd Function by another name than its apply()")
             raise CaptureError("its forward turns gradients or autocast on or off for a part of itself")
+        if depends and saved_tensors_hooks() != self._hooks:
+            raise CaptureError("its forward puts hooks on what a part of itself saves for backward")
+        if parametrizations_are_cached():
+            raise CaptureError("its forward caches parametrizations for a part of itself")
 
     def modes_differ(self) -> bool:
         """Whether gradients or autocast are not what they were when the forward began."""
@@ -318,29 +314,9 @@ class Recorder(TorchFunctionMode):
         finally:
             self.depth -= 1
 
-    @contextmanager
-    def without_data(self, module: nn.Module) -> Iterator[None]:
-        """The tensors of a module tree are fake ones meanwhile, and what it writes to its attributes is not written.
-
-        A ScriptModule holds its tensors elsewhere.
-        """
-        attributes = Attributes(module)
-        changed: list[tuple[dict[str, Any], str, Tensor]] = []
-        try:
-            for m in module.modules():
-                if isinstance(m, torch.jit.ScriptModule):
-                    continue
-                places: tuple[dict[str, Any], ...] = (m._parameters, m._buffers, m.__dict__)
-                for values in places:
-                    for name, value in list(values.items()):
-                        if isinstance(value, Tensor):
-                            changed.append((values, name, value))
-                            values[name] = self.double(value) if id(value) not in self._doubles else self._doubles[id(value)]
-            yield
-        finally:
-            attributes.restore()
-            for values, name, value in reversed(changed):
-                values[name] = value
+    def double_of(self, real: Tensor) -> Tensor:
+        """The fake tensor that stands for a real one, a new one where there is none yet."""
+        return self._doubles[id(real)] if id(real) in self._doubles else self.double(real)
 
     def lowered(self, value: Any, what: str) -> Any:
         """``value`` for a node's arguments: nodes for tensors and for numbers that follow from sizes."""
@@ -374,12 +350,9 @@ class Recorder(TorchFunctionMode):
         if isinstance(result, Tensor) and isinstance(source, Tensor) and result is not source:
             self._shaped_like[id(result)] = self._shaped_like.get(id(source), source)
 
-    def _shape(self, tensor: Tensor) -> TracedSize | torch.Size:
+    def _shape(self, tensor: Tensor) -> TracedSize:
         fake = self._fake_of(tensor)
         source = self._shaped_like.get(id(fake), fake)
-        if self.sizes.plain:
-            self.sizes.decide()
-            return fake.shape
         return TracedSize(self._number(int(n), source, i) for i, n in enumerate(fake.shape))
 
     def _size(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

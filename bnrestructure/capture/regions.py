@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +17,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from bnrestructure.capture.ambient import compiled_autograd_is_on, operations_are_overridden, wants_the_module_itself
+from bnrestructure.capture.ambient import (
+    compiled_autograd_is_on,
+    is_recomputing,
+    operations_are_overridden,
+    parametrizations_are_cached,
+    wants_the_module_itself,
+)
 from bnrestructure.capture.arguments import Arguments
 from bnrestructure.capture.guess import guessed_arguments
 from bnrestructure.capture.probation import Probation, own_forwards, wants_own_forwards
@@ -58,14 +65,14 @@ class Options:
 def holding_batch_norms(root: nn.Module) -> set[nn.Module]:
     """Every module of the tree with a batch norm layer inside of it, or code that calls the function."""
     known: dict[nn.Module, bool] = {}
-
-    def holds(m: nn.Module) -> bool:
-        if m not in known:
-            known[m] = any([_is_batch_norm(type(m)), *map(holds, m.children())])
-        return known[m]
-
-    holds(root)
+    _holds(root, known)
     return {m for m, found in known.items() if found}
+
+
+def _holds(m: nn.Module, known: dict[nn.Module, bool]) -> bool:
+    if m not in known:
+        known[m] = any([_is_batch_norm(type(m)), *[_holds(child, known) for child in m.children()]])
+    return known[m]
 
 
 def _is_batch_norm(kind: type[nn.Module]) -> bool:
@@ -157,6 +164,13 @@ class Region:
     _seen: Counter[Any] = field(default_factory=Counter)
     _recaptures: Recaptures = field(default_factory=Recaptures)
     _lock: threading.RLock = field(default_factory=threading.RLock)
+    _owner: weakref.ref[nn.Module] | None = None
+
+    def belongs_to(self, module: nn.Module) -> bool:
+        """Whether it is this module's, which it is from the first call on; another one's programs know another one's parts."""
+        if self._owner is None:
+            self._owner = weakref.ref(module)
+        return self._owner() is module
 
     @property
     def refusals(self) -> list[str]:
@@ -177,11 +191,14 @@ class Region:
         if any_global_hooks():
             self._refuse("hooks for every module are installed, and a rewritten forward calls none")
             return forward(module, *args, **kwargs)
-        if operations_are_overridden():
-            self._refuse("a TorchFunctionMode is active, and no operation of a fused node goes through it")
+        if (mode := operations_are_overridden()) is not None:
+            self._refuse(f"a {mode} is active, and no operation of a fused node goes through it")
             return forward(module, *args, **kwargs)
         if getattr(module, "_is_replica", False):
             self._refuse("nn.DataParallel runs replicas of the module, whose tensors are not parameters: DistributedDataParallel's are")
+            return forward(module, *args, **kwargs)
+        if parametrizations_are_cached():
+            self._refuse("parametrizations are cached (torch.nn.utils.parametrize.cached), and a rewritten forward would not see them")
             return forward(module, *args, **kwargs)
         if compiled_autograd_is_on():
             self._refuse("compiled autograd is on, which compiles the backward passes of PyTorch's own operations alone")
@@ -242,7 +259,9 @@ class Region:
         return found
 
     def _fitting(self, module: nn.Module, forward: Callable[..., Any], arguments: Arguments) -> _Cached | None:
-        """The program for this call, made if there is none; None where each call would need one of its own."""
+        """The program for this call, made if there is none; None where each call would need one of its own, and where an activation
+        checkpoint recomputes a call that no program ran.
+        """
         key = (arguments.key, ambient_modes())
         with self._lock:
             changed = attribute = None
@@ -262,6 +281,8 @@ class Region:
             if attribute is not None and not self._recaptures.worth_another(key):
                 self.ran.calls = 0
                 self._refuse(f"{attribute} is another one in each call, and each would need a capture of its own")
+                return None
+            if is_recomputing():
                 return None
             self._count(key, module, changed)
             made = self._make(module, forward, arguments, key)

@@ -38,12 +38,12 @@ def _snapshots(value: Any, seen: set[int], depth: int = DEPTH) -> Iterator[Snaps
 
 class Around:
     """What the forwards of a module tree find around them, at one moment; ``going_on`` are iterators and generators of random numbers,
-    ``asks_type`` is whether they may ask for the type of a number.
+    ``asking`` and ``catches`` as in :class:`bnrestructure.capture.surroundings.Found`.
     """
 
     def __init__(self, root: nn.Module) -> None:
         found = surroundings_of([m for m in root.modules() if not is_library_leaf(m)], kept=True)
-        self.going_on, self.asks_type = found.going_on, found.asks_type
+        self.going_on, self.asking, self.catches = found.going_on, found.asking, found.catches
         self._variables: list[Variable | Missing] = [*found.variables, *found.missing]
         self._generators = [state for generator in found.going_on if (state := state_of(generator)) is not None]
         self._caches = [(cached, cached.cache_info().misses) for cached in found.caches]
@@ -83,26 +83,29 @@ class Attributes:
                 self._saved += [(snapshot, module, key) for snapshot in _snapshots(value, seen)]
 
     def changed_on(self, module: nn.Module) -> bool:
-        """Whether some attribute of this very module is another object than it was."""
-        now, before = self._now(module), self._own.get(module, {})
-        return now.keys() != before.keys() or any(now[key] is not before[key] for key in now)
+        """Whether some attribute of this module, or of one in it, is another object than it was."""
+        for m in module.modules():
+            now, before = self._now(m), self._own.get(m, {})
+            if now.keys() != before.keys() or any(now[key] is not before[key] for key in now):
+                return True
+        return False
 
-    def restore(self) -> tuple[nn.Module, str] | None:
-        """Undo what has been written since, and name one (module, attribute) that was, or None."""
-        written = None
+    def restore(self) -> list[tuple[nn.Module, str]]:
+        """Undo what has been written since; which (module, attribute) that was."""
+        written = []
         for module, before in self._own.items():
             now = self._now(module)
             for key in now.keys() | before.keys():
                 if key in now and key in before and now[key] is before[key]:
                     continue
-                written = (module, key)
+                written.append((module, key))
                 if key in before:
                     module.__dict__[key] = before[key]
                 else:
                     del module.__dict__[key]
         for snapshot, owner, key in self._saved:
             if snapshot.put_back():
-                written = (owner, key)
+                written.append((owner, key))
         return written
 
     @staticmethod

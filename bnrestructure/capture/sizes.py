@@ -50,13 +50,11 @@ class SizeLog:
 
     conditions    what followed from the sizes of the forward's tensors, and the answer that the code got
     decided    whether anything else decided
-    plain    whether sizes are Python's own numbers, all of which decide: for code that may ask for their type
     uncertain    path of a part whose results' sizes follow from values: from then on nothing but the forward's tensors' may decide
     """
 
     def __init__(self) -> None:
         self.decided = False
-        self.plain = False
         self.uncertain: str | None = None
         self.conditions: dict[InputSize | Computed, Any] = {}
 

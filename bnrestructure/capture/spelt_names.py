@@ -17,6 +17,11 @@ _BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "vars"}
 #: What finds attributes by names that no code spells; builtins that do are no attributes, as ``layer.eval()`` is.
 _ANY_ATTRIBUTE = {"attrgetter", "methodcaller", "getmembers", "getattr_static", "__getattribute__"}
 _ANYTHING = {"eval", "exec"}
+#: What operations raise for tensors of sizes that do not suit them, Python's own included, and assertions.
+_RAISED_FOR_SIZES = {
+    "RuntimeError", "ValueError", "IndexError", "LookupError", "ArithmeticError", "ZeroDivisionError", "AssertionError", "Exception",
+    "BaseException",
+}  # fmt: skip
 #: Steps of which one between a name's constant and the call may make another name of it.
 _PUTS_TOGETHER = ("BINARY_", "FORMAT_", "BUILD_STRING", "LOAD_METHOD")
 _LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FAST", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK")
@@ -36,7 +41,7 @@ class Spelt(NamedTuple):
     any_attribute   whether it may ask some object for attributes of any name
     any_own         whether it may ask ``self`` for such: what a module is asked for is seen while it runs
     any_variable    whether it may read any global variable
-    asks_type       whether it may ask whether a number is an ``int``, and nothing that passes for one, or sizes a ``torch.Size``
+    catches         whether it may catch what an operation raises for tensors of other sizes
     """
 
     variables: frozenset[str]
@@ -45,7 +50,7 @@ class Spelt(NamedTuple):
     any_attribute: bool
     any_own: bool
     any_variable: bool
-    asks_type: bool
+    catches: bool
 
 
 def codes(code: CodeType) -> Iterator[CodeType]:
@@ -77,8 +82,16 @@ def spelt_names(code: CodeType) -> Spelt:
     return Spelt(
         _open(variables), _open(attributes), frozenset(imported),
         any_attribute=bool(any_attribute), any_own=_Owner.SELF in asked, any_variable=bool(variables & {"globals", *_ANYTHING}),
-        asks_type="type" in variables and bool({"int", "Size"} & (variables | attributes)),
+        catches=_catches(steps),
     )  # fmt: skip
+
+
+def _catches(steps: list[dis.Instruction]) -> bool:
+    """Whether these steps have a handler of one of ``_RAISED_FOR_SIZES``, or of anything."""
+    pairs = list(itertools.pairwise(steps))
+    anything = any(step.opname == "PUSH_EXC_INFO" and after.opname == "POP_TOP" for step, after in pairs)
+    handled = [i for i, step in enumerate(steps) if step.opname == "CHECK_EXC_MATCH"]
+    return anything or any(step.argval in _RAISED_FOR_SIZES for i in handled for step in steps[max(0, i - 6) : i])
 
 
 def _asked(steps: list[dis.Instruction]) -> _Owner:

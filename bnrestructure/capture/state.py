@@ -100,7 +100,8 @@ class _Row(NamedTuple):
         present = {n: state[n] for n in sorted(watched & state.keys()) if not isinstance(state[n], torch.Tensor | nn.Module)}
         # One name twice: of a single name the getter gives no tuple.
         plain = (name for name, value in present.items() if (is_simple(value) or id(value) in taken) and name != "training")
-        names = ["training", "training", *plain]
+        always = "training" if "training" in state else "_modules"  # a compiled module asks the one that it wraps
+        names = [always, always, *plain]
         taken.update(id(value) for name, value in present.items() if name not in names)
         own = state["_parameters"].keys() | state["_buffers"].keys() | state["_modules"].keys()
         absent = frozenset((watched | REPLACED) - state.keys() - own)

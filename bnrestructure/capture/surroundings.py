@@ -123,15 +123,18 @@ class Missing(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What code names, and what it does not find; the caches that it goes through; iterators, and generators of random numbers; and
-    whether it may ask for the type of a number.
+    """What code names, and what it does not find; the caches that it goes through; iterators, and generators of random numbers.
+
+    asking     the globals of code that names ``type``
+    catches    whether code may catch what operations raise
     """
 
     variables: list[Variable]
     missing: list[Missing]
     caches: list[Any]
     going_on: list[Any]
-    asks_type: bool
+    asking: list[dict[str, Any]]
+    catches: bool
 
 
 def surroundings_of(modules: Iterable[nn.Module], values: Iterable[Any] = (), *, kept: bool = False) -> Found:
@@ -161,7 +164,8 @@ class _Survey:
         self._of_objects: set[FunctionType] = set()  # methods of other classes than modules'
         self._caches: list[Any] = []
         self._going_on: list[Any] = []
-        self._asks_type = False
+        self._asking: dict[int, dict[str, Any]] = {}
+        self._catches = False
         self._seen: dict[int, Any] = {}  # by identity; kept alive, so that nothing else gets it
         self._left: list[Any] = []
 
@@ -196,8 +200,9 @@ class _Survey:
                 self.look_into(*[attributes[name] for name in self._names if name in attributes])
             if "get_last_lr" in self._names:
                 self._names.add("_last_lr")
-        missing = [Missing(home, frozenset(self._names - _values_of(home).keys())) for home in self._holders]
-        return Found(list(self._found.values()), missing, self._caches, self._going_on, self._asks_type)
+        # A capture puts a ``type`` among the globals of code that asks (kinds.py).
+        missing = [Missing(home, frozenset(self._names - _values_of(home).keys() - {"type"})) for home in self._holders]
+        return Found(list(self._found.values()), missing, self._caches, self._going_on, list(self._asking.values()), self._catches)
 
     def _known(self) -> tuple[int, int, bool]:
         return len(self._names), len(self._holders), self._any_name
@@ -285,7 +290,9 @@ class _Survey:
         is_the_users = _is_the_users(values)
         for code in codes(function.__code__):
             named = spelt_names(code)
-            self._asks_type |= named.asks_type
+            self._catches |= named.catches
+            if "type" in named.variables:
+                self._asking[id(values)] = values
             for name in [name for name in _variables_of(named, values, is_the_users) if name in values]:
                 if is_the_users or is_simple(values[name]):
                     self._add(name, values, values[name])

@@ -87,12 +87,18 @@ def _restructured_class(cls: type[nn.Module]) -> type[nn.Module]:
         "_bnr_original": cls, "forward": forward, "__reduce_ex__": reduce_ex, "__prepare_scriptable__": prepare_scriptable,
         "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__,
     }  # fmt: skip
-    return type(cls.__name__, (Restructured, cls), members)
+    # By type itself: a metaclass of the author's may register the classes that it makes, or ask for more arguments.
+    return type.__new__(type(cls), cls.__name__, (Restructured, cls), members)
 
 
 def _run(module: nn.Module, cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     region = region_of(module)
-    return cls.forward(module, *args, **kwargs) if region is None else region.run(module, cls.forward, args, kwargs)
+    if region is None:
+        return cls.forward(module, *args, **kwargs)
+    replica = getattr(module, "_is_replica", False)  # nn.DataParallel's, of this very module
+    if not replica and not region.belongs_to(module):  # somebody made a module with a copy of another one's __dict__, as copy.copy does
+        region = module.__dict__[_REGION] = Region(region.options)
+    return region.run(module, cls.forward, args, kwargs)
 
 
 #: To torch.compile a region is one opaque call.

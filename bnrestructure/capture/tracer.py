@@ -28,14 +28,19 @@ from bnrestructure.capture.arguments import Arguments
 from bnrestructure.capture.calls import CustomFunction
 from bnrestructure.capture.contents import state_of
 from bnrestructure.capture.fakes import FaithfulFakeMode, without_log
+from bnrestructure.capture.hooks import stored_by_hooks
+from bnrestructure.capture.kinds import telling_kinds
 from bnrestructure.capture.layers import keeps_shape, known_result
 from bnrestructure.capture.outputs import as_output
+from bnrestructure.capture.parts import follow_from_sizes
 from bnrestructure.capture.reads import Reads, not_recording, recording_reads
 from bnrestructure.capture.recorder import Recorder
 from bnrestructure.capture.side_effects import Around, Attributes
 from bnrestructure.capture.spelling import article
+from bnrestructure.capture.stand_ins import without_data
 from bnrestructure.capture.surroundings import surroundings_of
 from bnrestructure.capture.trial import AsBefore, trial
+from bnrestructure.capture.written import Written
 from bnrestructure.core.errors import AttributeWrittenError, CaptureError, NotFollowedError, first_line
 from bnrestructure.graph.boundaries import boundary_reason, is_library_leaf
 
@@ -124,9 +129,10 @@ class _Session:
         self.around = around
         self.context = contextvars.copy_context()  # what the forward sets in it goes with it
         self.wrote_around = False
+        self.written = Written()  # by parts that are called as they are
         self.reads = Reads()
         self.recorder = Recorder(root, FaithfulFakeMode(allow_non_fake_inputs=True))
-        self.recorder.sizes.plain = around.asks_type
+        self.recorder.sizes.decided = around.catches  # of other sizes it may catch something else
         self.random_before = _random_state()
         self.blamed: nn.Module | None = None  # the submodule to call as it is, if an error is its own
         self._error: BaseException | None = None  # the last one that left a module, and
@@ -146,7 +152,7 @@ class _Session:
         try:
             with _patched(), recording_reads(self.reads), without_log(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with recorder:
+                with telling_kinds(self.around.asking, is_capturing), recorder:
                     result = self.context.run(forward, self.root, *args, **kwargs)
             if [id(a) for a in pytree.tree_leaves((args, kwargs))] != [id(g) for g in given]:
                 raise CaptureError("its forward writes to a container that it is given")
@@ -164,8 +170,14 @@ class _Session:
         finally:
             _active.session = outer
             self._undo()
+        if (name := self.written.read_by(self.reads)) is not None:
+            raise CaptureError(f"its forward reads the attribute {name!r}, which a part that is called as it is writes")
+        if (name := stored_by_hooks(self.root, self.reads)) is not None:
+            raise CaptureError(f"its forward reads the attribute {name!r}, which a hook may write")
         recorder.graph.output(output)
         gm = fx.GraphModule(self.root, recorder.graph, class_name=type(self.root).__name__)
+        if not recorder.sizes.decided and follow_from_sizes(gm.graph):
+            recorder.sizes.decide()
         return Capture(gm, rebuild, dict(self.opaque), self.reads, recorder.sizes.decided, recorder.sizes.conditions)
 
     @contextmanager
@@ -191,8 +203,8 @@ class _Session:
         changed, around = self.attributes.restore(), self.context.run(self.around.restore)
         drawn = not _same_random_state(_random_state(), self.random_before)
         _set_random_state(self.random_before)
-        if changed is not None and not isinstance(pending, CaptureError):
-            owner, key = changed
+        if changed and not isinstance(pending, CaptureError):
+            owner, key = changed[-1]
             self.blamed = owner if owner is not self.root else None
             raise AttributeWrittenError(f"its forward writes the attribute {key!r}")
         if around is not None and not isinstance(pending, CaptureError):
@@ -214,6 +226,8 @@ class _Session:
                 depends = any(p.requires_grad for p in m.parameters()) or recorder.depends((args, kwargs))
             recorder.check_modes(depends)
         if path is not None and (is_library_leaf(m) or m in self.opaque or boundary_reason(m) is not None):
+            if _has_own_call(type(m)):
+                raise CaptureError(f"its forward calls a {type(m).__name__}, a call whose __call__ does more than forward")
             return self._layer(m, path, args, kwargs)
         with self._within(path or "", m):
             result = original(m, *args, **kwargs)
@@ -226,6 +240,8 @@ class _Session:
     def _layer(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.attributes.changed_on(m):
             raise CaptureError(f"its forward writes to attributes of a {type(m).__name__} before calling it")
+        if not is_library_leaf(m) and (name := self.around.changed()) is not None:
+            raise AttributeWrittenError(_writes(name))
         if not self.recorder.own.are_in_place(m):
             raise CaptureError(f"its forward calls a {type(m).__name__} with other parameters or buffers than its own")
         recorder = self.recorder
@@ -237,13 +253,13 @@ class _Session:
             if found is not None:
                 return found
             try:
-                with not_recording(), recorder.without_data(m):
-                    return m.forward(*values, **options)
+                with not_recording(), without_data(m, recorder.double_of, self.written) as stand_in:
+                    return stand_in.forward(*values, **options)
             except (DataDependentOutputException, DynamicOutputShapeException):
                 if is_library_leaf(m):
                     raise
             with not_recording():
-                found = trial(m, path, values, options)
+                found = trial(m, path, values, options, self.written)
             recorder.sizes.uncertain = path
             return pytree.tree_map_only(torch.Tensor, recorder.double, found)
 
@@ -258,6 +274,11 @@ class _Session:
             _set_random_state(before)  # it draws again when it really runs, and writes again
             self.around.restore()
         return result
+
+
+def _has_own_call(kind: type) -> bool:
+    """Whether calling a module of this class does more than PyTorch's ``__call__``, which is what the tracer sees."""
+    return next(base for base in kind.__mro__ if "__call__" in vars(base)) is not nn.Module
 
 
 def _writes(name: str) -> str:

@@ -15,14 +15,16 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 from bnrestructure.capture.spelling import VALUES
+from bnrestructure.capture.written import Written
 from bnrestructure.core.errors import CaptureError, first_line
 from bnrestructure.core.generators import preserved_generators
 
 __all__ = ["AsBefore", "trial"]
 
 
-def trial(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a copy of the module returns for random tensors like these fake ones, on their device. Nothing else is written, nor drawn.
+def trial(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], written: Written) -> Any:
+    """What a copy of the module returns for random tensors like these fake ones, on their device. Nothing else is written, nor drawn; what
+    the copy writes is noted.
 
     Raises CaptureError where it raises any error, or returns anything but tensors.
     """
@@ -31,7 +33,9 @@ def trial(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str,
         try:
             args, kwargs = pytree.tree_map_only(Tensor, _like, (args, kwargs))
             taken = [(t, t.clone()) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            result = copy.deepcopy(module).forward(*args, **kwargs)
+            double = copy.deepcopy(module)
+            with written.noting(double, of=module):
+                result = double.forward(*args, **kwargs)
         except Exception as error:  # whatever user code raises on numbers that mean nothing
             raise CaptureError(f"{VALUES} ({path}: {first_line(error)})") from error
         changed = not all(torch.equal(tensor, before) for tensor, before in taken)

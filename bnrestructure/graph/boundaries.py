@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
@@ -45,6 +46,8 @@ def boundary_reason(module: nn.Module) -> str | None:
         return "it is parametrized"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a ScriptModule"
+    if module._compiled_call_impl is not None or isinstance(module, OptimizedModule):
+        return "it is compiled (torch.compile)"
     if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return f"it is a {type(module).__name__}"
     fsdp = sys.modules.get("torch.distributed.fsdp")

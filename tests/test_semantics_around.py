@@ -1,0 +1,367 @@
+"""What is around a forward and its parts: modes, hooks, caches, copies, classes; and what a part writes that the forward around it reads."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from equivalence import assert_same_values, restructured_copy, training_step
+from stems import stem
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import bnrestructure
+from bnrestructure.capture.swap import region_of
+
+
+def _x(n: int = 3, side: int = 6) -> Tensor:
+    return torch.randn(n, 3, side, side, dtype=torch.float64)
+
+
+def _same_steps(model: nn.Module, rewritten: nn.Module, steps: int = 3) -> None:
+    for step in range(steps):
+        x = _x(3 + step)
+        assert_same_values(training_step(rewritten, x), training_step(model, x))
+
+
+class _Body(nn.Module):
+    """A stem, a part and a last layer; ``body`` makes of them what it likes."""
+
+    def __init__(self, body: Callable[[Any, Tensor], Any], part: nn.Module | None = None) -> None:
+        super().__init__()
+        self.stem, self.part, self.last = stem(4), part or stem(4, inputs=4), stem(4, inputs=4)
+        self.body = body
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+class _Gate(nn.Module):
+    """Keeps something of each call, where ``keep`` puts it."""
+
+    def __init__(self, keep: Callable[[Any, Tensor], None]) -> None:
+        super().__init__()
+        self.inner = stem(4, inputs=4)
+        self.register_buffer("loss", torch.zeros(()))
+        self.store, self.holder, self.count = {"loss": torch.zeros(())}, types.SimpleNamespace(loss=torch.zeros(())), 0
+        self.other: Tensor | None = None
+        self.keep = keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        self.keep(self, y.abs().mean())
+        return y
+
+
+def _count(gate: Any, _: Tensor) -> None:
+    gate.count += 1
+
+
+#: What a part keeps, and how the forward around it reads that.
+KEPT: dict[str, tuple[Callable[[Any, Tensor], None], Callable[[Any], Any]]] = {
+    "an attribute": (lambda g, v: setattr(g, "other", v), lambda g: g.other),
+    "a buffer": (lambda g, v: setattr(g, "loss", v), lambda g: g.loss),
+    "an entry": (lambda g, v: g.store.__setitem__("loss", v), lambda g: g.store["loss"]),
+    "an object's attribute": (lambda g, v: setattr(g.holder, "loss", v), lambda g: g.holder.loss),
+    "a number": (_count, lambda g: float(g.count)),
+    "of its values": (lambda g, v: setattr(g, "count", float(v.detach())), lambda g: g.count),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_what_a_part_keeps_is_read_in_the_same_step(kept: str) -> None:
+    """The auxiliary loss of a mixture of experts, or of a quantised layer."""
+    keep, read = KEPT[kept]
+    model = _Body(lambda m, x: m.last(m.part(m.stem(x))) + read(m.part), _Gate(keep)).double()
+    rewritten = restructured_copy(model)
+    _same_steps(model, rewritten)
+    assert region_of(rewritten.stem).ran.calls  # type: ignore[union-attr]  # its parts are rewritten still
+
+
+class _Features(nn.Module):
+    """Hooks on its layers store what they return; ``kind`` is how they reach it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a, self.b = stem(4), stem(4, inputs=4)
+        self.found: dict[str, Tensor] = {}
+        self.latest = torch.zeros(())
+        self.kind = kind
+        self.put_hooks()
+
+    def put_hooks(self) -> None:
+        found = self.found
+
+        def by_container(_: Any, given: Any, result: Tensor) -> None:
+            found["a"] = result
+
+        def by_closure(_: Any, given: Any, result: Tensor) -> None:
+            self.found["a"] = result
+
+        hooks = {"a closure": by_closure, "a container": by_container, "a method": self.store, "setattr": self.set}
+        self.a.register_forward_hook(hooks[self.kind])
+
+    def store(self, _: Any, given: Any, result: Tensor) -> None:
+        self.found["a"] = result
+
+    def set(self, _: Any, given: Any, result: Tensor) -> None:
+        setattr(self, "latest", result)  # noqa: B010
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return y + (self.latest if self.kind == "setattr" else self.found.get("a", torch.zeros(())))
+
+
+@pytest.mark.parametrize("kind", ["a closure", "a container", "a method", "setattr"])
+def test_what_hooks_store_is_read_in_the_same_step(kind: str) -> None:
+    torch.manual_seed(0)
+    model = _Features(kind).double()
+    torch.manual_seed(0)
+    rewritten = bnrestructure.restructure(_Features(kind).double(), backend="reference")  # a copy's hooks would write to the original
+    _same_steps(model, rewritten)
+
+
+def _with_frozen_part(m: Any, x: Tensor) -> Tensor:
+    x = m.stem(x)
+    m.part[1].eval()
+    y = m.part(x)
+    m.part[1].train()
+    return m.last(y + x)
+
+
+def test_a_part_that_is_frozen_for_one_call() -> None:
+    model = _Body(_with_frozen_part).double()
+    _same_steps(model, restructured_copy(model))
+    model.part.register_forward_hook(lambda *_: None)
+    _same_steps(model, restructured_copy(model))
+
+
+class _Louder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = stem(4, inputs=4)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_part_with_a_call_of_its_own(hooked: bool) -> None:
+    model = _Body(lambda m, x: m.last(m.part(m.stem(x))), _Louder()).double()
+    if hooked:
+        model.part.register_forward_hook(lambda *_: None)
+    _same_steps(model, restructured_copy(model))
+
+
+def _with_cache(m: Any, x: Tensor) -> Tensor:
+    with parametrize.cached():
+        y = m.part(m.stem(x))
+        return m.last(F.relu(m.part(y)))
+
+
+@pytest.mark.parametrize("where", ["in the forward", "around it"])
+def test_cached_parametrizations(where: str) -> None:
+    """Power iterations are counted by what they leave in a buffer."""
+    body = _with_cache if where == "in the forward" else lambda m, x: m.last(F.relu(m.part(m.part(m.stem(x)))))
+    model = _Body(body, parametrizations.spectral_norm(nn.Conv2d(4, 4, 3, padding=1))).double()
+    rewritten = restructured_copy(model)
+    for _ in range(2):
+        x = _x()
+        found = []
+        for m in (rewritten, model):
+            if where == "in the forward":
+                found.append(training_step(m, x))
+            else:
+                with parametrize.cached():
+                    found.append(training_step(m, x))
+        assert_same_values(*found)
+
+
+def test_hooks_on_what_a_part_saves() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        with torch.autograd.graph.save_on_cpu():
+            x = m.part(x)
+        return m.last(x)
+
+    model = _Body(body).double()
+    rewritten = restructured_copy(model)
+    _same_steps(model, rewritten)
+    assert any("saves for backward" in note for note in bnrestructure.explain(rewritten).notes)
+
+
+class _Seen(TorchDispatchMode):
+    """What it sees of batch norms and of fake tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not any("Fake" in kind.__name__ for kind in types)
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_models_own_operations() -> None:
+    model = _Body(lambda m, x: m.last(m.part(m.stem(x)))).double()
+    rewritten, seen = restructured_copy(model), []
+    for m in (model, rewritten):
+        with _Seen() as mode:
+            m(torch.ones(3, 3, 6, 6, dtype=torch.float64))
+        seen.append(mode.names)
+    assert seen[0] == seen[1]
+    assert any("TorchDispatchMode" in note for note in bnrestructure.explain(rewritten).notes)
+    _same_steps(model, rewritten)
+    assert bnrestructure.explain(rewritten).captures["the whole model"] == 1
+
+
+class _Grid(nn.Module):
+    """Keeps in its first call what later ones read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.grid = stem(4), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grid is None:
+            self.grid = torch.linspace(0, 1, x.shape[-1], dtype=x.dtype)
+        return self.inner(x) * self.grid
+
+
+def test_a_checkpoint_recomputes_what_ran() -> None:
+    model = bnrestructure.restructure(_Grid().double(), backend="reference")
+    for _ in range(3):
+        checkpoint(model, _x().requires_grad_(), use_reentrant=False).sum().backward()
+    assert region_of(model).ran.calls  # type: ignore[union-attr]
+
+
+def test_a_module_made_of_anothers_attributes() -> None:
+    """As meta-learning clones modules: what is changed on the clone is the clone's."""
+
+    def clone(module: nn.Module) -> nn.Module:
+        made = object.__new__(type(module))
+        made.__dict__.update(module.__dict__)
+        made._parameters = {k: None if p is None else p.clone() for k, p in module._parameters.items()}
+        made._buffers = {k: None if b is None else b.clone() for k, b in module._buffers.items()}
+        made._modules = {k: None if m is None else clone(m) for k, m in module._modules.items()}
+        return made
+
+    model = _Body(lambda m, x: m.last(m.part(m.stem(x)))).double()
+    rewritten = restructured_copy(model)
+    _same_steps(model, rewritten, 1)
+    clones = []
+    for m in (model, rewritten):
+        made: Any = clone(m)
+        made.part[1].eval()
+        made.last[1].eps = 0.5
+        clones.append(made)
+    x = _x()
+    torch.testing.assert_close(clones[1](x), clones[0](x), rtol=1e-10, atol=1e-10)
+    _same_steps(model, rewritten, 1)
+
+
+class _Once(type):
+    """A metaclass that registers each name once."""
+
+    known: dict[str, type] = {}
+
+    def __new__(cls, name: str, bases: Any, members: Any, *, key: str) -> Any:
+        assert key not in cls.known, f"{key} is registered twice"
+        made = super().__new__(cls, name, bases, members)
+        cls.known[key] = made
+        return made
+
+    def __init__(cls, name: str, bases: Any, members: Any, *, key: str) -> None:
+        super().__init__(name, bases, members)
+
+
+def test_a_metaclass_hears_nothing_of_generated_classes() -> None:
+    class Registered(_Body, metaclass=_Once, key="registered"):
+        pass
+
+    model = Registered(lambda m, x: m.last(m.part(m.stem(x)))).double()
+    rewritten = restructured_copy(model)
+    assert _Once.known["registered"] is Registered
+    assert isinstance(rewritten, Registered)
+    _same_steps(model, rewritten)
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "compile()"])
+def test_a_part_that_is_compiled(how: str) -> None:
+    model = _Body(lambda m, x: m.last(m.part(m.stem(x)))).double()
+    rewritten = restructured_copy(model)
+    if how == "compile()":
+        rewritten.part.compile(backend="eager")
+    else:
+        rewritten.part = torch.compile(rewritten.part, backend="eager")  # type: ignore[assignment]
+    for step in range(2):
+        x = _x(3 + step)
+        torch.testing.assert_close(rewritten(x), model(x), rtol=1e-10, atol=1e-10)
+    assert "it is compiled" not in str(bnrestructure.explain(rewritten).reasons) or region_of(rewritten).ran.calls  # type: ignore[union-attr]
+
+
+def test_inference_mode_is_no_training() -> None:
+    model = _Body(lambda m, x: m.last(m.part(m.stem(x)))).double()
+    rewritten = restructured_copy(model)
+    x = _x()
+    with torch.inference_mode():
+        assert torch.equal(rewritten(x), model(x))
+    _same_steps(model, rewritten)
+    assert not region_of(rewritten).refusals  # type: ignore[union-attr]
+
+
+def test_attributes_of_tensors() -> None:
+    """Of one that is given they decide; one that is put on a result is there."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        y: Any = (m.part if getattr(x, "domain", "a") == "a" else m.last)(m.stem(x))
+        return y
+
+    def marking(m: Any, x: Tensor) -> Tensor:
+        y: Any = body(m, x)
+        y.total = y.sum()
+        return y
+
+    for one in (body, marking):
+        model = _Body(one).double()
+        rewritten = restructured_copy(model)
+        for domain in ("a", "b", "a"):
+            x: Any = _x()
+            x.domain = domain
+            ours, eager = rewritten(x), model(x)
+            torch.testing.assert_close(ours, eager, rtol=1e-10, atol=1e-10)
+            assert hasattr(ours, "total") == hasattr(eager, "total")
+    x.domain = model
+    torch.testing.assert_close(rewritten(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+def test_a_restructured_model_is_freed_with_its_last_reference() -> None:
+    gc.disable()
+    try:
+        model = bnrestructure.restructure(_Body(lambda m, x: m.last(m.part(m.stem(x)))))
+        known = weakref.ref(model)
+        del model
+        assert known() is None
+    finally:
+        gc.enable()
+
+
+def test_copies_have_programs_of_their_own() -> None:
+    model = bnrestructure.restructure(_Body(lambda m, x: m.last(m.part(m.stem(x)))).double(), backend="reference")
+    model(_x())
+    shallow = copy.copy(model)
+    shallow(_x())
+    assert region_of(shallow) is not region_of(model)

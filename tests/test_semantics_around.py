@@ -1,4 +1,4 @@
-"""What is around a forward and its parts: modes, hooks, caches, copies, classes; and what a part writes that the forward around it reads."""
+"""What is around a forward and its parts: modes, hooks, caches, copies, classes; and what a part writes that the forward reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -276,7 +276,7 @@ def test_a_module_made_of_anothers_attributes() -> None:
 class _Once(type):
     """A metaclass that registers each name once."""
 
-    known: dict[str, type] = {}
+    known: ClassVar[dict[str, type]] = {}
 
     def __new__(cls, name: str, bases: Any, members: Any, *, key: str) -> Any:
         assert key not in cls.known, f"{key} is registered twice"

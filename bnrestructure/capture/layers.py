@@ -64,7 +64,8 @@ def _convolution(m: Any, x: Tensor, dimensions: int) -> Tensor | None:
         return None
     if dimensions == 3 and not (x.is_contiguous() and w.is_contiguous()):
         return None  # the layout depends on the library that convolves, and that on the batch size
-    sizes = zip(x.shape[2:], w.shape[2:], m.stride, m.padding, m.dilation, strict=True)
+    numbers = [tuple(given) * (len(x.shape) - 2 if len(given) == 1 else 1) for given in (m.stride, m.padding, m.dilation)]
+    sizes = zip(x.shape[2:], w.shape[2:], *numbers, strict=True)
     spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
     if min(spatial) < 1 or x.numel() == 0:
         return None

@@ -12,7 +12,6 @@ import builtins
 import contextlib
 import functools
 import os
-import re
 import sys
 import threading
 import weakref
@@ -27,22 +26,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from bnrestructure.capture.authors import LIBRARIES, attributes_of_module, is_by_user, is_class_by_user, package_of, package_of_forward
 from bnrestructure.capture.contents import attributes_of, contents, goes_on, is_plain_object, is_simple, length_of
 from bnrestructure.capture.raw_memory import memory_of
 from bnrestructure.capture.spelt_names import Spelt, codes, spelt_names
 
 __all__ = ["Found", "Missing", "Variable", "surroundings_of"]
 
-#: Whose code decides by nothing that a user would change between two steps.
-_LIBRARIES = frozenset({"torch", "numpy", "bnrestructure", *sys.stdlib_module_names})
 _NAMESPACES = (SimpleNamespace, argparse.Namespace)
 _WRAPPERS = (
     UserDict, UserList, ChainMap, threading.Event, SynchronizedBase, weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary
 )  # fmt: skip
 _CACHED = type(functools.cache(len))
-_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 _FEW = 200  # items of a container that are looked into for functions and objects
-_WRITTEN_IN_PYTHON = 1 << 9  # CPython's Py_TPFLAGS_HEAPTYPE
 #: What has run before a forward does.
 _AT_THE_START = {"__init__", "__new__", "__post_init__", "__init_subclass__"}
 #: The value of a variable that is not there.
@@ -173,7 +169,7 @@ class _Survey:
         """A module of this class runs its forward, and the methods that it names."""
         if kind not in self._classes:
             self._hold([base for base in kind.__mro__ if base not in nn.Module.__mro__])
-            home = next((base for base in kind.__mro__ if "forward" in vars(base) and _root_of(base) != "bnrestructure"), None)
+            home = next((base for base in kind.__mro__ if "forward" in vars(base) and package_of_forward(base) != "bnrestructure"), None)
             if home is not None:
                 self._add("forward", home, vars(home)["forward"])
 
@@ -208,7 +204,7 @@ class _Survey:
         return len(self._names), len(self._holders), self._any_name
 
     def _add(self, name: str, home: Home, value: Any) -> None:
-        fixed = isinstance(value, ModuleType) and _root(_attributes_of(value)) in _LIBRARIES
+        fixed = isinstance(value, ModuleType) and package_of(attributes_of_module(value)) in LIBRARIES
         if not fixed and (id(home), name) not in self._found:
             inside = None
             with contextlib.suppress(Exception):  # likewise
@@ -231,8 +227,8 @@ class _Survey:
             if not isinstance(value.__self__, ModuleType | type):
                 self._add(value.__name__, {value.__name__: value.__self__}, value.__self__)
         elif isinstance(value, ModuleType):
-            if _is_the_users(_attributes_of(value)):
-                self._hold_one(_attributes_of(value))
+            if is_by_user(attributes_of_module(value)):
+                self._hold_one(attributes_of_module(value))
         elif isinstance(value, type):
             self._hold(value.__mro__)
         elif length_of(value) is not None:
@@ -284,17 +280,17 @@ class _Survey:
         """
         values = function.__globals__
         cells = list(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-        if _root(values) in _LIBRARIES:
+        if package_of(values) in LIBRARIES:
             self.look_into(getattr(function, "__wrapped__", None), *[_in_cell(cell) for _, cell in cells])
             return
-        is_the_users = _is_the_users(values)
+        by_user = is_by_user(values)
         for code in codes(function.__code__):
             named = spelt_names(code)
             self._catches |= named.catches
             if "type" in named.variables:
                 self._asking[id(values)] = values
-            for name in [name for name in _variables_of(named, values, is_the_users) if name in values]:
-                if is_the_users or is_simple(values[name]):
+            for name in [name for name in _variables_of(named, values, by_user) if name in values]:
+                if by_user or is_simple(values[name]):
                     self._add(name, values, values[name])
                 self.look_into(values[name])
             for name in named.variables - values.keys():
@@ -302,7 +298,7 @@ class _Survey:
                     self._add(name, values, ABSENT)
             if "environ" in named.attributes or "getenv" in named.attributes | named.variables:
                 self._add("environ", vars(os), os.environ)
-            if is_the_users:
+            if by_user:
                 self._any_name |= named.any_attribute or (named.any_own and function in self._of_objects)
                 self._names |= named.attributes
                 package = str(values.get("__package__"))
@@ -310,7 +306,7 @@ class _Survey:
                 self.look_into(*[module for path in paths if (module := sys.modules.get(path)) is not None])
         for name, cell in cells:
             self._add(name, cell, _in_cell(cell))
-        if is_the_users:
+        if by_user:
             self._hold_one(vars(function))
             for name in ("__defaults__", "__kwdefaults__"):
                 if getattr(function, name):
@@ -318,7 +314,7 @@ class _Survey:
 
     def _hold(self, classes: Iterable[type]) -> bool:
         """Look for names in those of these classes that a user wrote, and at what Python calls unspelt; whether there are any."""
-        own = [base for base in classes if _is_the_users_class(base)]
+        own = [base for base in classes if is_class_by_user(base)]
         for base in [base for base in own if base not in self._classes]:
             self._classes.add(base)
             self._hold_one(base)
@@ -353,42 +349,13 @@ def _values_of(home: dict[str, Any] | type | threading.local) -> Mapping[str, An
     return home if isinstance(home, dict) else vars(home)
 
 
-def _attributes_of(module: ModuleType) -> dict[str, Any]:
-    """What a module has, of a lazy one what it has so far."""
-    found: dict[str, Any] = object.__getattribute__(module, "__dict__")
-    return found
-
-
-def _root(names: Mapping[str, Any]) -> str:
-    """The package that code with these globals is in, whatever it passes itself off as."""
-    return str(names.get("__name__", "")).partition(".")[0]
-
-
-def _root_of(kind: type) -> str:
-    """The package that its forward was written in."""
-    return _root(getattr(vars(kind).get("forward"), "__globals__", {}))
-
-
-def _is_the_users(names: Mapping[str, Any]) -> bool:
-    """Whether code with these globals is the user's, and of no library or package that was installed."""
-    return _root(names) not in _LIBRARIES and not _INSTALLED.search(str(names.get("__file__", "")))
-
-
-def _is_the_users_class(kind: type) -> bool:
-    """Likewise of a class; one without a module was made by code that is in no file."""
-    module = sys.modules.get(str(kind.__module__))
-    if module is None or kind.__module__ == "builtins":
-        return bool(kind.__flags__ & _WRITTEN_IN_PYTHON)
-    return _is_the_users(_attributes_of(module))
-
-
 def _is_special(name: str) -> bool:
     """Whether Python has a meaning of its own for this name."""
     return name.startswith("__")
 
 
-def _variables_of(named: Spelt, values: Mapping[str, Any], is_the_users: bool) -> Iterable[str]:
+def _variables_of(named: Spelt, values: Mapping[str, Any], by_user: bool) -> Iterable[str]:
     """The global variables that code may read: those that it names, or all of them but for tensors and modules."""
-    if not (named.any_variable and is_the_users):
+    if not (named.any_variable and by_user):
         return named.variables
     return [n for n, value in values.items() if not _is_special(n) and (n in named.variables or not isinstance(value, Tensor | nn.Module))]

@@ -42,7 +42,7 @@ from bnrestructure.capture.surroundings import surroundings_of
 from bnrestructure.capture.trial import AsBefore, trial
 from bnrestructure.capture.written import Written
 from bnrestructure.core.errors import AttributeWrittenError, CaptureError, NotFollowedError, first_line
-from bnrestructure.graph.boundaries import boundary_reason, is_library_leaf
+from bnrestructure.graph.boundaries import boundary_reason, has_own_call, has_scripts, is_library_leaf
 
 __all__ = ["Capture", "capture", "is_capturing"]
 
@@ -226,7 +226,7 @@ class _Session:
                 depends = any(p.requires_grad for p in m.parameters()) or recorder.depends((args, kwargs))
             recorder.check_modes(depends)
         if path is not None and (is_library_leaf(m) or m in self.opaque or boundary_reason(m) is not None):
-            if _has_own_call(type(m)):
+            if has_own_call(type(m)):
                 raise CaptureError(f"its forward calls a {type(m).__name__}, a call whose __call__ does more than forward")
             return self._layer(m, path, args, kwargs)
         with self._within(path or "", m):
@@ -252,12 +252,13 @@ class _Session:
             found = known_result(m, values, options)
             if found is not None:
                 return found
-            try:
-                with not_recording(), without_data(m, recorder.double_of, self.written) as stand_in:
-                    return stand_in.forward(*values, **options)
-            except (DataDependentOutputException, DynamicOutputShapeException):
-                if is_library_leaf(m):
-                    raise
+            if not has_scripts(m):  # what TorchScript compiles in its first runs is for what it is given then
+                try:
+                    with not_recording(), without_data(m, recorder.double_of, self.written) as stand_in:
+                        return stand_in.forward(*values, **options)
+                except (DataDependentOutputException, DynamicOutputShapeException):
+                    if is_library_leaf(m):
+                        raise
             with not_recording():
                 found = trial(m, path, values, options, self.written)
             recorder.sizes.uncertain = path
@@ -274,11 +275,6 @@ class _Session:
             _set_random_state(before)  # it draws again when it really runs, and writes again
             self.around.restore()
         return result
-
-
-def _has_own_call(kind: type) -> bool:
-    """Whether calling a module of this class does more than PyTorch's ``__call__``, which is what the tracer sees."""
-    return next(base for base in kind.__mro__ if "__call__" in vars(base)) is not nn.Module
 
 
 def _writes(name: str) -> str:

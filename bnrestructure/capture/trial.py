@@ -33,7 +33,8 @@ def trial(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str,
         try:
             args, kwargs = pytree.tree_map_only(Tensor, _like, (args, kwargs))
             taken = [(t, t.clone()) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            double = copy.deepcopy(module)
+            # A ScriptModule has nothing but buffers to write to, and those are the caller's to put back.
+            double = module if isinstance(module, torch.jit.ScriptModule) else copy.deepcopy(module)
             with written.noting(double, of=module):
                 result = double.forward(*args, **kwargs)
         except Exception as error:  # whatever user code raises on numbers that mean nothing

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from bnrestructure.capture.reads import Reads
@@ -24,8 +25,8 @@ class Written:
     @contextmanager
     def noting(self, root: nn.Module, of: nn.Module | None = None) -> Iterator[None]:
         """Undo what is written to this module tree within the block, and note what it was; ``of`` is the tree that it is a copy of."""
-        modules = list(root.modules())
-        originals = dict(zip(modules, modules if of is None else of.modules(), strict=True))
+        originals = dict(zip(root.modules(), root.modules() if of is None else of.modules(), strict=True))
+        modules = [m for m in originals if not isinstance(m, torch.jit.ScriptModule)]
         attributes = Attributes(root)
         tensors = [(m, m.__dict__[kind], name, t) for m in modules for kind in _TENSORS for name, t in m.__dict__[kind].items()]
         try:

@@ -11,7 +11,16 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
-__all__ = ["REPLACED", "any_global_hooks", "boundary_reason", "has_hooks", "is_called", "is_library_leaf"]
+__all__ = [
+    "REPLACED",
+    "any_global_hooks",
+    "boundary_reason",
+    "has_hooks",
+    "has_own_call",
+    "has_scripts",
+    "is_called",
+    "is_library_leaf",
+]
 
 #: Methods that somebody may put on an instance in the place of its class's: a convolution's forward goes through the second.
 REPLACED = frozenset({"forward", "_conv_forward"})
@@ -54,6 +63,16 @@ def boundary_reason(module: nn.Module) -> str | None:
     if fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
         return "FSDP manages its parameters"
     return None
+
+
+def has_own_call(kind: type) -> bool:
+    """Whether calling a module of this class does more than PyTorch's ``__call__``, which is what the tracer sees."""
+    return next(base for base in kind.__mro__ if "__call__" in vars(base)) is not nn.Module
+
+
+def has_scripts(module: nn.Module) -> bool:
+    """Whether a part of this module is compiled by TorchScript, if not all of it."""
+    return any(isinstance(part, torch.jit.ScriptModule) for part in module.modules())
 
 
 def _is_pytorchs(function: Any) -> bool:

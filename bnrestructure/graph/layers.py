@@ -150,20 +150,24 @@ def _conv_module(node: fx.Node, module: nn.modules.conv._ConvNd) -> ConvLayer | 
     source = input_of(node)
     if source is None:
         return "the convolution's input is not a tensor of the graph"
-    padding: Any = module.padding
-    if isinstance(padding, str):
-        padding = _same_padding(module.kernel_size, module.dilation) if padding == "same" else (0,) * len(module.stride)
+    dimensions = _CONV_MODULES[type(module)]
+    stride, dilation = (per_dimension(given, dimensions) for given in (module.stride, module.dilation))
+    padding: Any = per_dimension(0 if module.padding == "valid" else module.padding, dimensions)
+    if module.padding == "same" and dilation is not None:
+        padding = _same_padding(module.kernel_size, dilation)
         if padding is None:
             return _UNEVEN
+    if stride is None or padding is None or dilation is None:
+        return "the convolution's stride, padding, dilation or groups are computed in the graph"
     path = str(node.target)
     return ConvLayer(
         node=node,
         input=source,
         weight=f"{path}.weight",
         bias=None if module.bias is None else f"{path}.bias",
-        stride=tuple(module.stride),
-        padding=tuple(padding),
-        dilation=tuple(module.dilation),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
         groups=module.groups,
         out_channels=module.out_channels,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -346,6 +347,50 @@ def test_attributes_of_tensors() -> None:
             assert hasattr(ours, "total") == hasattr(eager, "total")
     x.domain = model
     torch.testing.assert_close(rewritten(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+class _Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = stem(4)
+
+    def forward(self, x: Tensor, alpha: float) -> Tensor:
+        return self.stem(x) * alpha
+
+
+def test_a_constant_that_is_another_one_in_each_call() -> None:
+    """It costs some captures, and a warning, and no more."""
+    model = _Weighted().double()
+    rewritten = restructured_copy(model)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(12):
+            x = _x()
+            torch.testing.assert_close(rewritten(x, 0.1 * step), model(x, 0.1 * step), rtol=1e-10, atol=1e-10)
+    assert ["for the 3rd time because of a constant among its arguments" in str(one.message) for one in said].count(True) == 1
+    plan = bnrestructure.explain(rewritten)
+    assert plan.captures["the whole model"] == 9
+    assert any("a constant among its arguments is another one in each call" in note for note in plan.notes)
+
+
+def test_a_few_constants_have_a_program_each() -> None:
+    model = _Weighted().double()
+    rewritten = restructured_copy(model)
+    for step in range(30):
+        x = _x()
+        torch.testing.assert_close(rewritten(x, step % 3), model(x, step % 3), rtol=1e-10, atol=1e-10)
+    assert bnrestructure.explain(rewritten).captures["the whole model"] == 3
+    assert not region_of(rewritten).refusals  # type: ignore[union-attr]
+
+
+def test_a_module_with_two_names_is_counted_once() -> None:
+    model = _Body(lambda m, x: m.last(m.encoder(x)) if bool(x.sum() < 1e9) else x)
+    model.encoder = nn.Sequential(model.stem, nn.Conv2d(4, 4, 1))
+    assert len(bnrestructure.explain(model).sites) == 3
+    rewritten: Any = bnrestructure.restructure(model)
+    rewritten(torch.randn(3, 3, 6, 6))
+    found = {site.name: site.ran for site in bnrestructure.explain(rewritten).sites}
+    assert found == {"encoder.0.1": True, "last.1": True, "part.1": False}
 
 
 def test_a_restructured_model_is_freed_with_its_last_reference() -> None:

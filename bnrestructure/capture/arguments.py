@@ -27,12 +27,13 @@ _STAND_INS = (fx.Proxy, FakeTensor, FunctionalTensor)
 class Arguments:
     """One call's (args, kwargs), taken apart.
 
-    Two calls with equal ``key`` share a graph, unless sizes decided something in it (capture/sizes.py). The key holds the structure, the
-    constants, and of each tensor what Python code can ask and does not change from batch to batch. Leaves that are neither constants,
+    Two calls with equal ``key`` share a graph, unless sizes decided something in it (capture/sizes.py). The key holds the constants and the
+    ``structure``, and of each tensor what Python code can ask and does not change from batch to batch. Leaves that are neither constants,
     plain tensors, nor stand-ins for tensors raise CaptureError; so do tensors with attributes that are no constants.
     """
 
     key: tuple[Any, ...] = ()
+    structure: tuple[Any, ...] = ()
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         leaves, self.spec = pytree.tree_flatten((args, kwargs))
@@ -52,7 +53,8 @@ class Arguments:
         if self.without_data:
             return
         constants = tuple([_hashable(c) for c in self.constants])
-        self.key = (self.is_tensor, constants, self.spec, self.places, tuple([_facts(t) for t in self.tensors]))
+        self.structure = (self.is_tensor, self.spec, self.places, tuple([_facts(t) for t in self.tensors]))
+        self.key = (constants, self.structure)
 
     @property
     def sizes(self) -> tuple[Any, ...]:

@@ -47,6 +47,7 @@ __all__ = ["Options", "Ran", "Region", "captured", "holding_batch_norms"]
 
 _CACHED_PROGRAMS = 32
 _CAPTURES_TO_WARN_OF = 3
+_CONSTANT = "a constant among its arguments"
 #: Sizes of inputs for which a program is timed where kernels are proved first.
 _SIZES_ON_PROBATION = 8
 
@@ -118,6 +119,7 @@ class _Cached:
     """One program, or the lack of one, and what it holds for. ``sizes`` None: whatever the inputs' sizes, by these conditions."""
 
     key: Any
+    structure: Any
     sizes: Any
     state: ModuleState
     program: Program | None
@@ -262,11 +264,13 @@ class Region:
         """The program for this call, made if there is none; None where each call would need one of its own, and where an activation
         checkpoint recomputes a call that no program ran.
         """
-        key = (arguments.key, ambient_modes())
+        modes = ambient_modes()
+        key, structure = (arguments.key, modes), (arguments.structure, modes)
         with self._lock:
-            changed = attribute = None
+            changed = attribute = constant = None
             for i, cached in enumerate(self._programs):
                 if cached.key != key:
+                    constant = constant or (_CONSTANT if cached.structure == structure else None)
                     continue
                 if not cached.takes(arguments):
                     changed = changed or "the sizes of its input, by which it decides something"
@@ -274,6 +278,7 @@ class Region:
                     if i:
                         self._programs.insert(0, self._programs.pop(i))
                     self._recaptures.used(key)
+                    self._recaptures.used(structure)
                     return cached
                 elif attribute is None:
                     attribute = cached.state.difference()
@@ -282,10 +287,16 @@ class Region:
                 self.ran.calls = 0
                 self._refuse(f"{attribute} is another one in each call, and each would need a capture of its own")
                 return None
+            if changed is None and constant is not None and not self._recaptures.worth_another(structure):
+                self.ran.calls = 0
+                self._refuse(f"{constant} is another one in each call, and each would need a capture of its own")
+                return None
             if is_recomputing():
                 return None
-            self._count(key, module, changed)
-            made = self._make(module, forward, arguments, key)
+            self._count(key if changed is not None else structure, module, changed or constant)
+            if changed is None:
+                self._seen[key] += 1
+            made = self._make(module, forward, arguments, key, structure)
             self._programs.insert(0, made)
             del self._programs[_CACHED_PROGRAMS:]
             return made
@@ -301,7 +312,7 @@ class Region:
                 stacklevel=5,
             )
 
-    def _make(self, module: nn.Module, forward: Callable[..., Any], arguments: Arguments, key: Any) -> _Cached:
+    def _make(self, module: nn.Module, forward: Callable[..., Any], arguments: Arguments, key: Any, structure: Any) -> _Cached:
         try:
             before = captured(module, forward, arguments)
         except CaptureError as error:
@@ -311,7 +322,7 @@ class Region:
             reads = error.reads  # an attribute may have led to what cannot be followed, and be another one later
             if reads is None or writes or self._seen[key] >= _CAPTURES_TO_WARN_OF:
                 reads = Reads()
-            return _Cached(key, None, ModuleState(module, reads, calls=[module] if writes else []), None, again=again)
+            return _Cached(key, structure, None, ModuleState(module, reads, calls=[module] if writes else []), None, again=again)
         gm = before.graph_module
         sites = site_names(gm.graph)
         try:
@@ -319,13 +330,13 @@ class Region:
         except BrokenGraphError as error:
             warnings.warn(f"bnrestructure: {error}. Please report this fault; {type(module).__name__} runs as it was", stacklevel=6)
             self._refuse(str(error))
-            return _Cached(key, None, ModuleState(module, Reads()), None)
+            return _Cached(key, structure, None, ModuleState(module, Reads()), None)
         self.ran.sites, self.ran.graph = sites, copied_graph(gm.graph)
         finish(gm)
         sizes = arguments.sizes if before.by_size else None
         program = Program(gm, before.rebuild, type(module).__name__)
         replays = None if self.options.graphs == "off" else Replays(unrecordable(gm))
-        return _Cached(key, sizes, ModuleState(module, before.reads, before.opaque), program, before.conditions, replays=replays)
+        return _Cached(key, structure, sizes, ModuleState(module, before.reads, before.opaque), program, before.conditions, replays=replays)
 
     def _refuse(self, reason: str) -> None:
         if reason not in self.ran.refusals:

@@ -78,9 +78,10 @@ def _all_shapes_known(model: nn.Module, shapes: Shapes) -> bool:
 def _kept_outside(model: nn.Module, seen: set[str], survey: Survey) -> Iterator[Site]:
     """Batch norm layers that no region's graph calls."""
     paths = dict(model.named_modules())
+    called = {module for name, module in model.named_modules(remove_duplicate=False) if name in seen}
     inside_of = {paths[region.path] for region in survey.regions}
     for name, module in paths.items():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or name in seen:
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module in called:
             continue
         reason = "nothing in the captured training graph calls it"
         parents = [name.rsplit(".", i)[0] if i else name for i in range(name.count(".") + 1)] + [""]

@@ -66,7 +66,22 @@ def take_survey(model: nn.Module, options: Options, inputs: tuple[Any, ...] | No
     paths = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     with training_flags(model):
         _look(model, options, None if inputs is None else Observed(model, inputs), paths, holding_batch_norms(model), survey)
+    survey.regions = _without_doubles(model, survey.regions)
     return survey
+
+
+def _without_doubles(model: nn.Module, regions: list[SurveyedRegion]) -> list[SurveyedRegion]:
+    """The regions but for those all of whose batch norms are another's, too: a module with two names, of which a forward calls one."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    known: set[nn.Module | None] = set()
+    kept = []
+    for region in sorted(regions, key=lambda region: not region.ran):
+        prefix = f"{region.path}." if region.path else ""
+        layers = {modules.get(prefix + site.split("#")[0]) for site in region.sites}
+        if None in layers or not layers <= known:
+            kept.append(region)
+        known |= layers
+    return [region for region in regions if region in kept]
 
 
 def _look(

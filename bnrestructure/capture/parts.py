@@ -11,7 +11,9 @@ from torch import fx, nn
 
 from bnrestructure.graph.channels import channels_of
 from bnrestructure.graph.layers import arguments_of, module_of
+from bnrestructure.graph.operations import concat_of
 from bnrestructure.graph.provenance import known_tensor
+from bnrestructure.graph.splits import part_of
 from bnrestructure.graph.targets import called_name
 
 __all__ = ["follow_from_sizes"]
@@ -19,7 +21,12 @@ __all__ = ["follow_from_sizes"]
 #: Functions and methods of a tensor and a dimension, by name, and the argument, if any, that says how it is divided.
 _DIVIDING = {"unbind": None, "split": "size", "unsafe_split": "size", "chunk": "chunks", "unsafe_chunk": "chunks"}
 #: Those whose result has the sizes of their first argument; layers, too.
-_KEEPING = {"contiguous", "clone", "detach", "relu", "gelu", "silu", "sigmoid", "tanh", "softmax", "dropout", "layer_norm", "to", "float"}
+_KEEPING = {
+    "batch_norm", "contiguous", "clone", "detach", "dropout", "elu", "float", "gelu", "hardsigmoid", "hardswish", "hardtanh", "layer_norm",
+    "leaky_relu", "mish", "relu", "relu6", "sigmoid", "silu", "softmax", "tanh", "to",
+}  # fmt: skip
+#: Arithmetic of numbers.
+_ARITHMETIC = {"add", "sub", "mul", "floordiv", "mod", "neg"}
 _KEEPING_LAYERS = (nn.LayerNorm, nn.Dropout, nn.Identity, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Softmax)
 
 
@@ -59,13 +66,29 @@ def _is_fixed(node: fx.Node, dim: int) -> bool:
         return False
     if isinstance(layer, _KEEPING_LAYERS) or name in _KEEPING:
         return _is_fixed(source, dim)
+    if (part := part_of(node)) is not None:
+        return _is_fixed(part[0].input, dim)
+    if (segments := concat_of(node)) is not None:
+        return all(_is_fixed(segment, dim) for segment in segments)
     arguments: Any = node.args[1:]
     arguments = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], tuple | list) else arguments
     if name in ("reshape", "view") and len(arguments) == rank:
-        return isinstance(arguments[dim], int) and arguments[dim] != -1
+        return _is_fixed_number(arguments[dim])
     if name == "permute" and all(isinstance(d, int) for d in arguments) and len(arguments) == rank:
         return _is_fixed(source, arguments[dim] % rank)
     if name == "transpose" and all(isinstance(d, int) for d in arguments) and len(arguments) == 2:
         one, other = (d % rank for d in arguments)
         return _is_fixed(source, other if dim == one else one if dim == other else dim)
     return False
+
+
+def _is_fixed_number(value: Any) -> bool:
+    """Whether a size that is asked for is the same one for all inputs: a number, or what layers' numbers make."""
+    if not isinstance(value, fx.Node):
+        return isinstance(value, int) and value != -1
+    name, rest = called_name(value), value.args[1:]
+    source = value.args[0] if value.args else None
+    if name == "size" and isinstance(source, fx.Node) and len(rest) == 1 and isinstance(rest[0], int):
+        known = known_tensor(source)
+        return known is not None and _is_fixed(source, rest[0] % len(known.shape))
+    return name in _ARITHMETIC and all(map(_is_fixed_number, value.args))

@@ -228,7 +228,7 @@ ERRORS = [
     ("incoming_gradient", "written.offset, written.channels", "0, written.channels", "dense", "eliminate-concat"),
     ("opened", "into.shape[1], into.shape[1] + shape[1]", "into.shape[1], into.shape[1]", "dense", "eliminate-concat"),
     ("_ConcatBuffer.backward", "gradient.narrow(1, ctx.offset,", "gradient.narrow(1, 0,", "mixed", "eliminate-concat"),
-    ("PlainConv.backward", "wanted, own,", "wanted, None,", "preact", "chain-readers"),
+    ("PlainConv.backward", "wanted, dpassed,", "wanted, None,", "preact", "chain-readers"),
     ("_ConcatBuffer.backward", "copy=ctx.own", "copy=False", "handed", "eliminate-concat"),
     ("_Normalise.backward", "dz + dslice", "dz", "slots", "eliminate-concat"),
     ("_Normalise.backward", "dz + dslice", "dslice", "slots", "eliminate-concat"),

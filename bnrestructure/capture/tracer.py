@@ -227,7 +227,7 @@ class _Session:
             recorder.check_modes(depends)
         if path is not None and (is_library_leaf(m) or m in self.opaque or boundary_reason(m) is not None):
             if has_own_call(type(m)):
-                raise CaptureError(f"its forward calls a {type(m).__name__}, a call whose __call__ does more than forward")
+                raise CaptureError(f"its forward calls a {type(m).__name__} as it is, whose __call__ does more than its forward")
             return self._layer(m, path, args, kwargs)
         with self._within(path or "", m):
             result = original(m, *args, **kwargs)

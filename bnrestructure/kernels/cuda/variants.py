@@ -197,6 +197,7 @@ VARIANTS = (
     _join("1x1 join of few bf16", 16, 96, 1, 112, act="identity"),
     _join("1x1 join odd channels bf16", 130, 70, 1, 28),
     _join("1x1 join silu bf16", 128, 256, 1, 28, act="silu"),
+    _join("1x1 gated join bf16", 256, 64, 1, 56, gated=True),
     _join("1x1 join fp16", 256, 64, 1, 56, dtype=torch.float16),
     _join("1x1 join fp32", 256, 64, 1, 56, dtype=torch.float32),
     _join("1x1 join stride 2 bf16", 256, 512, 1, 56, stride=2),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Callable
@@ -265,18 +264,6 @@ def test_a_weight_of_another_shape_is_noticed() -> None:
         m.a.weight.grad = None
         m.norms[0] = nn.BatchNorm2d(4).double()
     assert_same_values(training_step(rewritten, x), training_step(model, x))
-
-
-def test_a_weight_that_is_a_negated_view() -> None:
-    """The imaginary part of a conjugate is negative without a number in memory being so."""
-    model = _Net(lambda m, x, y: m.h6(y))
-    rewritten = bnrestructure.restructure(copy.deepcopy(model))
-    for m in (model, rewritten):
-        torch.manual_seed(0)
-        m.h6[0].weight = nn.Parameter(torch.randn(4, 4, 3, 3, dtype=torch.complex64).conj().imag)
-    assert model.h6[0].weight.is_neg()
-    x = torch.randn(3, 3, 6, 6).contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(rewritten(x), model(x), rtol=1e-3, atol=1e-3)
 
 
 def test_where_a_tensor_begins_in_memory() -> None:

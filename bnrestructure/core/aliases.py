@@ -13,7 +13,9 @@ __all__ = ["alias", "channel_slice", "channels_last_buffer"]
 
 
 def alias(x: Tensor) -> Tensor:
-    """A fresh tensor over x's storage with x's shape and strides."""
+    """A fresh tensor over x's storage with x's shape and strides. Of a view with the negative bit, which no fresh tensor has: a copy."""
+    if x.is_neg():
+        return x.resolve_neg()
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
 

@@ -40,9 +40,9 @@ def vector(v: None) -> None: ...
 @overload
 def vector(v: Tensor | None) -> Tensor | None: ...
 def vector(v: Tensor | None) -> Tensor | None:
-    """A per-channel vector as contiguous fp32; the tensor itself when it is that already."""
-    if v is None or (v.dtype is torch.float32 and v.is_contiguous()):
+    """A per-channel vector as contiguous fp32 without the negative bit; the tensor itself when it is that already."""
+    if v is None or (v.dtype is torch.float32 and v.is_contiguous() and not v.is_neg()):
         return v
     if not v.is_floating_point():
         raise UnsupportedCallError(f"a per-channel vector of {v.dtype}")
-    return readable(v).detach().to(torch.float32).contiguous()
+    return readable(v).detach().to(torch.float32).contiguous().resolve_neg()

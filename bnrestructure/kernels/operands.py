@@ -63,7 +63,7 @@ def _alone(name: str) -> Callable[[Any], tuple[Any]]:
 
 
 def checked_kind(call: Call[Any]) -> tuple[Any, ...]:
-    """What kernels can tell a call's kind by: equal for calls whose tensors are alike in shape, strides and dtype, and all else is equal.
+    """What kernels can tell a call's kind by: equal for calls whose tensors are alike in all but their numbers, and all else is equal.
 
     Raises RuntimeError where one of the tensors is on another type of device than the call's operand, or longer than its storage.
     """
@@ -84,7 +84,7 @@ def checked_kind(call: Call[Any]) -> tuple[Any, ...]:
             short = False
         if short or value.device.type != device:
             require_memory(value, reach, device)
-        found += (shape, strides, value.dtype)
+        found += (shape, strides, value.dtype, value.is_neg())
     return tuple(found)
 
 

@@ -73,8 +73,6 @@ def conv(
 
     Raises RuntimeError, in the words of PyTorch's convolution, on shapes or dtypes that do not fit.
     """
-    if not torch.compiler.is_compiling() and weight.is_neg():  # kernels read memory, and the sign of such a view is not there
-        weight = weight.resolve_neg()
     if shortcut is not None and not join_is_fusible(x, transform, shortcut, weight):
         r, r_mean, r_scale, r_beta, x_gain, r_gain = shortcut
         r_transform = Transform(r_mean, r_scale, r_beta)

@@ -79,11 +79,11 @@ def _broadcast_join(
     backend: str,
 ) -> ResidualOutputs:
     """The join of two tensors of different shapes, as PyTorch broadcasts them: in separate steps."""
-    if transform.mean is not None:
+    if transform.mean is not None or transform.gate is not None:
         y = normalise(y, transform._replace(act="identity"), backend=backend).z
     # Without vectors the add hands the caller's own gradient down, and the chain behind r will write to it.
     r = own_gradient(r) if r_transform.mean is None else normalise(r, Transform(*r_transform[:3]), backend=backend).z
-    out = activate(y + r, act)
+    out = activate(readable(y) + readable(r), act)
     if not statistics:
         return ResidualOutputs(out, None, None, None)
     found = compute_statistics(out, backend=backend)

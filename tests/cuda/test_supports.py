@@ -83,6 +83,8 @@ def test_what_a_convolution_is_refused_for() -> None:
     assert "empty" in str(forward_reason(pixels(shape=(0, 4, 3, 3))))
     assert "unknown activation" in str(forward_reason(pixels(), Transform(act="tanh")))
     assert "2^31" in str(forward_reason(pixels(shape=(2**15, 4, 2**9, 2**8))))
+    assert "negative bit" in str(forward_reason(torch._neg_view(torch.zeros(2, 4, 3, 3))))
+    assert "negative bit" in str(forward_reason(pixels(), Transform(*[torch._neg_view(torch.zeros(4))] * 3)))
 
 
 def test_a_gate_before_a_strided_convolution_is_refused_in_backward() -> None:

@@ -4,9 +4,9 @@
 
 Two kinds of cases, each forward and backward. A *node* of ``ops`` with one or two spoiled arguments, on the compiled kernels and on the
 reference: both must fail, or both give the same. A small *model* with a spoiled parameter, buffer or input, restructured and as it was,
-likewise. Tensors are spoiled in device, dtype, size, strides (expanded, overlapping, with gaps) and storage (shorter than the tensor),
-before forward or between forward and backward. Where there is no memory behind a tensor PyTorch's own kernels read what is not theirs: an
-error is expected then.
+likewise. Tensors are spoiled in device, dtype, size, sign (the negative bit), strides (expanded, overlapping, with gaps) and storage
+(shorter than the tensor), before forward or between forward and backward. Where there is no memory behind a tensor PyTorch's own kernels
+read what is not theirs: an error is expected then.
 
 The cases run in child processes; one that dies is reported with its signal and the seed of the case.
 """

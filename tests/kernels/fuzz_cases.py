@@ -63,6 +63,11 @@ def _permuted(t: Tensor, rng: random.Random) -> Tensor:
     return t.permute(order).contiguous().permute([order.index(i) for i in range(t.dim())])
 
 
+def _negated(t: Tensor, rng: random.Random) -> Tensor:
+    """The same numbers, each of which has the other sign in memory: so PyTorch gives the imaginary part of a conjugate."""
+    return t if t.dtype is torch.bool else torch._neg_view(t.neg())
+
+
 def _resized(t: Tensor, rng: random.Random) -> Tensor:
     """Another size in one dimension, zero at times."""
     sizes = list(t.shape)
@@ -90,7 +95,7 @@ def _cut(t: Tensor, rng: random.Random) -> Tensor:
 
 
 #: What leaves every tensor readable, and what takes the memory away.
-_SPOILS = (_as_dtype, _expanded, _overlapping, _with_gaps, _permuted, _resized, _of_other_dimensions)
+_SPOILS = (_as_dtype, _expanded, _overlapping, _with_gaps, _permuted, _negated, _resized, _of_other_dimensions)
 _WITHOUT_MEMORY = (_on_meta, _cut)
 
 
@@ -299,14 +304,16 @@ def outcome_only(run: Callable[[], Results]) -> Results:
 
 
 def _gradient(t: Tensor, rng: random.Random) -> Tensor:
-    """A gradient for an output, at times with the strides of a sum's, or of a buffer's slice."""
+    """A gradient for an output, at times with the strides of a sum's, or of a buffer's slice, or with the negative bit."""
     if not t.is_floating_point():
         return t
     g = torch.randn(t.shape).to(t.dtype)
     way = rng.random()
     if way < 0.2 and t.numel():
         return _expanded(g, rng)
-    return _with_gaps(g, rng) if way < 0.4 else g
+    if way < 0.4:
+        return _with_gaps(g, rng)
+    return _negated(g, rng) if way < 0.5 else g
 
 
 # --- models ------------------------------------------------------------------------------------------------------------

@@ -94,10 +94,23 @@ def test_what_a_kernel_does_not_expect_is_told_apart_from_what_is_not_there() ->
     with pytest.raises(UnsupportedCallError):
         memory.vectors(keep, 4, torch.zeros(4), None)
     assert memory.vectors(keep, 4, None, None) == [0, 0]
-    for copied in (torch.ones(1).expand(4), torch.ones(8)[::2], torch.ones(4, dtype=torch.float64)):
+    for copied in (torch.ones(1).expand(4), torch.ones(8)[::2], torch.ones(4, dtype=torch.float64), torch._neg_view(-torch.ones(4))):
         keep.clear()
         assert memory.vector(copied, keep, 4) == keep[0].data_ptr()
         assert keep[0].tolist() == [1.0] * 4
+
+
+def test_a_view_with_the_negative_bit_is_copied_and_never_written() -> None:
+    """Each of its numbers has the other sign in memory."""
+    x, keep = torch._neg_view(torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last)), memory.Keep()
+    memory.pixels(x, (2, 4, 3, 3), torch.float32, keep)
+    assert not keep[0].is_neg()
+    assert torch.equal(keep[0], x)
+    with pytest.raises(UnsupportedCallError, match="negative bit"):
+        memory.written(x, (2, 4, 3, 3), torch.float32)
+    running = torch._neg_view(torch.ones(4))
+    with pytest.raises(UnsupportedCallError, match="negative bit"):
+        memory.parameter(running, 4, None)
 
 
 def test_addresses_are_taken_in_one_file() -> None:

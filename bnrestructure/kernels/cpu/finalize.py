@@ -26,9 +26,7 @@ _backward = declare("bnr_finalize_backward")
 
 def finalize_forward(call: FinalizeForward) -> FinalizeResult:
     mean, var, keep = call.mean, call.var, Keep()
-    if mean.dtype is not torch.float32 or var.dtype is not torch.float32 or mean.dim() != 1:
-        raise UnsupportedCallError(unsupported(call) or "statistics of several dimensions")
-    if call.unmerged is not None:
+    if mean.dim() != 1 or call.unmerged is not None or any(v.dtype is not torch.float32 for v in (mean, var, *(call.behind or ()))):
         raise UnsupportedCallError(str(unsupported(call)))
     if call.behind is not None:
         mean, var = (torch.cat((readable(v), readable(behind))) for v, behind in zip((mean, var), call.behind, strict=True))

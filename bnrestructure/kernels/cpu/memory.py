@@ -1,8 +1,8 @@
 """Where a tensor becomes an address: what C++ is about to touch is held against the tensor's own memory, here and nowhere else.
 
 A caller says what its kernel reads or writes: so many images, channels and pixels of an activation, so many numbers of a vector. A tensor
-that does not have them is refused, before anything is written. One that has them in another layout is copied; copies go to ``keep``, which
-must outlive the kernel, as the tensors themselves must.
+that does not have them is refused, before anything is written. One that has them in another layout is copied. So is a view with PyTorch's
+negative bit, whose numbers have the other sign in memory. Copies go to ``keep``, which must outlive the kernel, as the tensors must.
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ Keep = list[Tensor]
 def span(x: Tensor, reach: int) -> int:
     """The address of x's first element, for a kernel that touches no more than the ``reach`` elements from there on.
 
-    Raises RuntimeError for a tensor that is not in the CPU's memory or whose storage is shorter than that (somebody resized it).
+    Raises RuntimeError for a tensor that is not in the CPU's memory or whose storage is shorter than that (somebody resized it), and
+    UnsupportedCallError for a view with the negative bit.
     """
+    if x.is_neg():
+        raise UnsupportedCallError("a view with the negative bit")
     if not x.is_cpu or (x.storage_offset() + reach) * x.itemsize > x.untyped_storage().nbytes():
         require_memory(x, reach, "cpu")
     return x.data_ptr()
@@ -55,7 +58,7 @@ def pixels(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, keep: Keep) ->
     """(address, pixel pitch) of an activation of this shape [N, C, H, W], to be read in ``dtype``."""
     if x.shape != shape:
         raise UnsupportedCallError(f"a tensor of shape {list(x.shape)} where {list(shape)} was expected")
-    pitch = pitch_of(x) if x.dtype is dtype else 0
+    pitch = pitch_of(x) if x.dtype is dtype and not x.is_neg() else 0
     if not pitch:
         x = channels_last(x, dtype)
         keep.append(x)
@@ -71,7 +74,7 @@ def channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
     """An activation as kernels can address it: in ``dtype`` (fp32 or bf16) and channels_last."""
     if x.dtype is not dtype and not x.is_floating_point():
         raise UnsupportedCallError(f"an activation of {x.dtype}")
-    return readable(x).to(dtype).contiguous(memory_format=torch.channels_last)
+    return readable(x).to(dtype).contiguous(memory_format=torch.channels_last).resolve_neg()
 
 
 def written(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int]:
@@ -104,7 +107,7 @@ def vectors(keep: Keep, channels: int, *given: Tensor | None) -> list[int]:
         if v is None:
             raise UnsupportedCallError("vectors that are not all there")
         # What vector() looks at, in the hope that there is nothing to convert or to refuse: this runs several times for every convolution.
-        plain = v.dtype is torch.float32 and v.dim() == 1 and v.numel() == channels and v.is_contiguous() and v.is_cpu
+        plain = v.dtype is torch.float32 and v.dim() == 1 and v.numel() == channels and v.is_contiguous() and v.is_cpu and not v.is_neg()
         if plain and (v.storage_offset() + channels) * 4 <= v.untyped_storage().nbytes():
             found.append(v.data_ptr())
         else:
@@ -118,10 +121,10 @@ def parameter(v: Tensor | None, channels: int, keep: Keep | None) -> tuple[int, 
         return 0, 0
     if v.numel() != channels or v.dtype not in ELEMENT_CODES:
         raise UnsupportedCallError(f"a parameter of shape {list(v.shape)} and {v.dtype} for {channels} channels")
-    if not v.is_contiguous():
+    if not v.is_contiguous() or v.is_neg():
         if keep is None:
-            raise UnsupportedCallError("running statistics must be contiguous to be updated in place")
-        v = readable(v).detach().contiguous()
+            raise UnsupportedCallError("running statistics must be contiguous, without the negative bit, to be updated in place")
+        v = readable(v).detach().contiguous().resolve_neg()
         keep.append(v)
     return span(v, channels), ELEMENT_CODES[v.dtype]
 

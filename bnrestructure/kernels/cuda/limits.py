@@ -32,7 +32,7 @@ from bnrestructure.kernels.calls import (
     StatisticsForward,
 )
 from bnrestructure.kernels.cuda.tiles import READ_BY_ONE
-from bnrestructure.kernels.operands import require_fit
+from bnrestructure.kernels.operands import leaves_of, require_fit
 from bnrestructure.kernels.unmerged import Unmerged
 
 __all__ = ["ELEMENT_TYPES", "supports", "unavailable_reason"]
@@ -65,6 +65,8 @@ def supports(call: Call[Any]) -> str | None:
     Activations are 4-D, fp32, bf16 or fp16, with elements, of any strides: what is not channels_last (or a channel
     slice of that) is copied to it first. Neither memory nor the device is touched here.
     """
+    if any(isinstance(leaf, Tensor) and leaf.is_neg() for leaf in leaves_of(call)):
+        return "a view with the negative bit, whose numbers have the other sign in memory"
     return _RULES[type(call)](call)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from bnrestructure.capture.raw_memory import memory_of, write_memory
 
 __all__ = [
-    "DEPTH", "Snapshot", "attributes_of", "contents", "depth_inside", "goes_on", "is_plain_object", "is_simple", "length_of", "state_of",
+    "DEPTH", "Snapshot", "attributes_of", "contents", "depth_inside", "goes_on", "is_plain_object", "is_simple", "length_of", "parts_of",
+    "state_of",
 ]  # fmt: skip
 
 _WRITTEN_IN_PYTHON = 1 << 9  # CPython's Py_TPFLAGS_HEAPTYPE
@@ -67,7 +68,7 @@ def length_of(value: Any) -> int | None:
     return None if kind is None else kind.__len__(value)
 
 
-def _parts(value: Any) -> dict[Any, Any] | None:
+def parts_of(value: Any) -> dict[Any, Any] | None:
     """What is in a container by key or position, what a method, a partial, a weak reference and a plain object have by name; None for
     anything else.
     """
@@ -132,7 +133,7 @@ def _contents(value: Any, depth: int, left: list[int]) -> Any:
     if (memory := memory_of(value)) is not None:
         return type(value), memory
     most = min(_LARGEST, left[0])
-    inside = _parts(value) if depth > 0 and (length_of(value) or 0) <= most else None
+    inside = parts_of(value) if depth > 0 and (length_of(value) or 0) <= most else None
     if inside is None or len(inside) > most:
         return _Same(value)
     attributes = attributes_of(value) or {}
@@ -163,7 +164,7 @@ class Snapshot:
     def __init__(self, value: Any) -> None:
         self.value = value
         self._memory = memory_of(value)
-        self.parts = _parts(value) if self._memory is None else None
+        self.parts = parts_of(value) if self._memory is None else None
 
     @property
     def is_of_anything(self) -> bool:
@@ -177,7 +178,7 @@ class Snapshot:
                 return False
             write_memory(self.value, self._memory)
             return True
-        now, before = _parts(self.value) or {}, self.parts or {}
+        now, before = parts_of(self.value) or {}, self.parts or {}
         if now.keys() == before.keys() and all(map(is_, now.values(), before.values())):
             return False
         self._write(now, before)

@@ -54,6 +54,10 @@ class Around:
         """The name of one that is not as it was."""
         return next((v.name for v in self._variables if not v.is_as_it_was()), None)
 
+    def written(self) -> set[tuple[int, str]]:
+        """All that are not as they were: (identity of where the variable is, its name)."""
+        return {(id(v.home), v.name) for v in self._variables if not v.is_as_it_was()}
+
     def restore(self) -> str | None:
         """Undo what has been written since, and name one that was. Caches forget what they learnt: it is of fake tensors."""
         written = self.changed()

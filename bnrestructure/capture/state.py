@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from bnrestructure.capture.contents import contents, is_simple
+from bnrestructure.capture.hooks import hooks_of, stored_by_hooks
 from bnrestructure.capture.program import dict_with
 from bnrestructure.capture.reads import Reads
 from bnrestructure.capture.surroundings import Missing, Variable, surroundings_of
@@ -174,6 +175,7 @@ class ModuleState:
     """
 
     def __init__(self, root: nn.Module, reads: Reads, calls: Collection[nn.Module] = ()) -> None:
+        self._root, self._reads, self._hooks = root, reads, hooks_of(root)
         paths = {module: path for path, module in root.named_modules()}
         elsewhere = {module: f"a {type(module).__name__} that is no submodule" for module in reads.names if module not in paths}
         taken: set[int] = set()
@@ -187,8 +189,8 @@ class ModuleState:
         in_attributes = (row.state[name] for row in self._rows for name, _ in row.deep if not is_library_leaf(row.module))
         of_tensors = (t.values[t.name] for row in self._rows for t in row.tensors)
         as_they_are = {module for called in calls for module in called.modules()}
-        modules = (row.module for row in self._rows if row.module not in as_they_are and not is_library_leaf(row.module))
-        around = surroundings_of(modules, [*of_class, *in_attributes, *of_tensors])
+        self._followed = [row.module for row in self._rows if row.module not in as_they_are and not is_library_leaf(row.module)]
+        around = surroundings_of(self._followed, [*of_class, *in_attributes, *of_tensors])
         self._variables: list[Variable | Missing] = [*around.variables, *around.missing]
 
     def matches(self) -> bool:
@@ -211,14 +213,26 @@ class ModuleState:
                     return False
         except KeyError:
             return False
-        return all(map(_is_one, self._tied)) and all(v.is_as_it_was() for v in self._variables)
+        return all(map(_is_one, self._tied)) and all(v.is_as_it_was() for v in self._variables) and not self._hooks_write()
+
+    def _hooks_write(self) -> bool:
+        """Whether hooks that were not there may write what the forward reads."""
+        if not self._hooks:  # a first one is a difference
+            return False
+        hooks = hooks_of(self._root)
+        if hooks != self._hooks:
+            if stored_by_hooks(self._root, self._followed, self._reads) is not None:
+                return True
+            self._hooks = hooks
+        return False
 
     def difference(self) -> str | None:
         """The first thing that is not as it was, as ``layer1.0: drop_rate``; None where all is."""
         found = ((row.path, row.difference()) for row in self._rows)
         changed = next((f"{what} of {path or 'the model'}" for path, what in found if what is not None), None)
         changed = changed or next((f"{tied[0][1]}, which was shared" for tied in self._tied if not _is_one(tied)), None)
-        return changed or next((f"the variable {v.name}" for v in self._variables if not v.is_as_it_was()), None)
+        changed = changed or next((f"the variable {v.name}" for v in self._variables if not v.is_as_it_was()), None)
+        return changed or ("the model's hooks" if self._hooks_write() else None)
 
 
 def _tied(modules: Iterable[nn.Module]) -> list[list[tuple[dict[str, Any], str]]]:

@@ -131,6 +131,7 @@ class _Session:
         self.wrote_around = False
         self.written = Written()  # by parts that are called as they are
         self.reads = Reads()
+        self.followed = {root}  # the modules whose forwards the graph is made of
         self.recorder = Recorder(root, FaithfulFakeMode(allow_non_fake_inputs=True))
         self.recorder.sizes.decided = around.catches  # of other sizes it may catch something else
         self.random_before = _random_state()
@@ -170,10 +171,10 @@ class _Session:
         finally:
             _active.session = outer
             self._undo()
-        if (name := self.written.read_by(self.reads)) is not None:
-            raise CaptureError(f"its forward reads the attribute {name!r}, which a part that is called as it is writes")
-        if (name := stored_by_hooks(self.root, self.reads)) is not None:
-            raise CaptureError(f"its forward reads the attribute {name!r}, which a hook may write")
+        if (name := self.written.read_by(self.reads, self.followed)) is not None:
+            raise AttributeWrittenError(f"its forward reads {name!r}, which a part that is called as it is writes")
+        if (name := stored_by_hooks(self.root, self.followed, self.reads)) is not None:
+            raise AttributeWrittenError(f"its forward reads {name!r}, which a hook may write")
         recorder.graph.output(output)
         gm = fx.GraphModule(self.root, recorder.graph, class_name=type(self.root).__name__)
         if not recorder.sizes.decided and follow_from_sizes(gm.graph):
@@ -229,6 +230,7 @@ class _Session:
             if has_own_call(type(m)):
                 raise CaptureError(f"its forward calls a {type(m).__name__} as it is, whose __call__ does more than its forward")
             return self._layer(m, path, args, kwargs)
+        self.followed.add(m)
         with self._within(path or "", m):
             result = original(m, *args, **kwargs)
             if self.watch and not _same_random_state(_random_state(), self.random_before):
@@ -273,6 +275,7 @@ class _Session:
                 result = recorder.call("call_function", AsBefore(path, result), (result,), {}, lambda values: values, learns=learns)
         if before is not None:
             _set_random_state(before)  # it draws again when it really runs, and writes again
+            self.written.variables |= self.around.written()
             self.around.restore()
         return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from bnrestructure.capture.reads import Reads
 from bnrestructure.capture.side_effects import Attributes
+from bnrestructure.capture.surroundings import surroundings_of
 
 __all__ = ["Written"]
 
@@ -17,9 +18,13 @@ _TENSORS = ("_parameters", "_buffers")
 
 
 class Written:
-    """Attributes, parameters and buffers of modules, by name, that other code than the captured forward gave other values."""
+    """Attributes, parameters and buffers of modules, and variables, that other code than the captured forward gave other values.
+
+    variables   (identity of where it is, name): see :meth:`bnrestructure.capture.side_effects.Around.written`
+    """
 
     def __init__(self) -> None:
+        self.variables: set[tuple[int, str]] = set()
         self._names: dict[nn.Module, set[str]] = {}
 
     @contextmanager
@@ -39,6 +44,11 @@ class Written:
             for m, name in [*written, *((m, name) for m, _, name, _ in replaced)]:
                 self._names.setdefault(originals[m], set()).add(name)
 
-    def read_by(self, reads: Reads) -> str | None:
-        """One of them that the forward reads, or None."""
-        return next((name for m, names in self._names.items() for name in sorted(names & reads.outside(m))), None)
+    def read_by(self, reads: Reads, followed: Iterable[nn.Module]) -> str | None:
+        """One of them that the forward reads, which is made of those of the modules ``followed``; or None."""
+        attribute = next((name for m, names in self._names.items() for name in sorted(names & reads.outside(m))), None)
+        if attribute is not None or not self.variables:
+            return attribute
+        around = surroundings_of(followed, kept=True)
+        named = {(id(v.home), v.name) for v in around.variables} | {(id(m.home), name) for m in around.missing for name in m.names}
+        return next((name for _, name in sorted(named & self.variables)), None)

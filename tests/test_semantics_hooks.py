@@ -1,0 +1,258 @@
+"""What hooks on the layers of a backbone store, and a wrapper reads: features of this step, however they get from the one to the other."""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from equivalence import assert_same_values, restructured_copy, training_step
+from stems import stem
+from torch import Tensor, nn
+
+import bnrestructure
+from bnrestructure.capture.swap import region_of
+
+Hook = Callable[[nn.Module, Any, Tensor], None]
+
+FOUND: dict[str, Any] = {}
+LATEST: Any = None
+
+
+class Wrapper(nn.Module):
+    """Two parts, the first with a hook; ``found`` gives what the hook has stored."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a, self.b = stem(4), stem(4, inputs=4)
+        self.features: dict[str, Tensor] = {}
+        self.list: list[Tensor] = []
+        self.latest: Any = None
+        hook, self.found = STORES[kind](self)
+        self.a.register_forward_hook(hook)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x))
+        return y + self.found(self)
+
+    def store(self, _: Any, given: Any, result: Tensor) -> None:
+        self.features["a"] = result
+
+    def store_by_another(self, module: nn.Module, given: Any, result: Tensor) -> None:
+        self.keep(result)
+
+    def keep(self, result: Tensor) -> None:
+        self.latest = result
+
+
+class Collector:
+    """An object with a hook of its own, as many tutorials have it."""
+
+    of_class: ClassVar[Any] = None
+
+    def __init__(self) -> None:
+        self.result: Any = None
+        self.inner = types.SimpleNamespace(results={})
+
+    def hook(self, _: Any, given: Any, result: Tensor) -> None:
+        self.result = result
+
+    def hook_inside(self, _: Any, given: Any, result: Tensor) -> None:
+        self.inner.results["a"] = result
+
+    def hook_of_class(self, _: Any, given: Any, result: Tensor) -> None:
+        Collector.of_class = result
+
+
+class CallableHook:
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def __call__(self, _: Any, given: Any, result: Tensor) -> None:
+        self.owner.latest = result
+
+
+class SlottedHook:
+    __slots__ = ("owner",)
+
+    def __call__(self, _: Any, given: Any, result: Tensor) -> None:
+        self.owner.latest = result
+
+
+def _collected(method: str) -> Callable[[Wrapper], tuple[Hook, Callable[[Any], Any]]]:
+    def made(m: Wrapper) -> tuple[Hook, Callable[[Any], Any]]:
+        m.collector = Collector()  # type: ignore[assignment]
+        read = {
+            "hook": lambda m: m.collector.result, "hook_inside": lambda m: m.collector.inner.results["a"],
+            "hook_of_class": lambda m: m.collector.of_class,
+        }  # fmt: skip
+        return getattr(m.collector, method), read[method]
+
+    return made
+
+
+def _slotted(m: Wrapper) -> tuple[Hook, Callable[[Any], Any]]:
+    hook = SlottedHook()
+    hook.owner = m  # type: ignore[attr-defined]
+    return hook, lambda m: m.latest
+
+
+def _through_a_helper(m: Wrapper) -> tuple[Hook, Callable[[Any], Any]]:
+    def helper(result: Tensor) -> None:
+        m.latest = result
+
+    return lambda _, given, result: helper(result), lambda m: m.latest
+
+
+def _nonlocal(m: Wrapper) -> tuple[Hook, Callable[[Any], Any]]:
+    latest: Any = None
+
+    def hook(_: Any, given: Any, result: Tensor) -> None:
+        nonlocal latest
+        latest = result
+
+    return hook, lambda m: latest
+
+
+def _store_globally(_: Any, given: Any, result: Tensor) -> None:
+    global LATEST
+    LATEST = result
+
+
+def _to(store: dict[str, Any], _: Any, given: Any, result: Tensor) -> None:
+    store["a"] = result
+
+
+def _by_weak_reference(m: Wrapper) -> tuple[Hook, Callable[[Any], Any]]:
+    reference = weakref.ref(m)
+
+    def hook(_: Any, given: Any, result: Tensor) -> None:
+        reference().latest = result  # type: ignore[union-attr]
+
+    return hook, lambda m: m.latest
+
+
+def _of_a_function(m: Wrapper) -> tuple[Hook, Callable[[Any], Any]]:
+    def hook(_: Any, given: Any, result: Tensor) -> None:
+        hook.latest = result  # type: ignore[attr-defined]
+
+    return hook, lambda m: hook.latest  # type: ignore[attr-defined]
+
+
+def _in_a_queue(m: Wrapper) -> tuple[Hook, Callable[[Any], Any]]:
+    m.queue = deque(maxlen=1)  # type: ignore[assignment]
+    return lambda _, given, result: m.queue.append(result), lambda m: m.queue[0]
+
+
+def _container(m: Wrapper) -> tuple[Hook, Callable[[Any], Any]]:
+    features = m.features
+    return lambda _, given, result: features.__setitem__("a", result), lambda m: m.features["a"]
+
+
+#: Of a wrapper: its hook, and how its forward finds what that stored.
+STORES: dict[str, Callable[[Wrapper], tuple[Hook, Callable[[Any], Any]]]] = {
+    "a closure": lambda m: (lambda _, given, result: m.features.__setitem__("a", result), lambda m: m.features["a"]),
+    "a container": _container,
+    "a method": lambda m: (m.store, lambda m: m.features["a"]),
+    "a method that calls another one": lambda m: (m.store_by_another, lambda m: m.latest),
+    "setattr": lambda m: (lambda _, given, result: setattr(m, "latest", result), lambda m: m.latest),
+    "the dict of attributes": lambda m: (lambda _, given, result: m.__dict__.update(latest=result), lambda m: m.latest),
+    "an attribute of the hooked part": lambda m: (lambda part, given, result: setattr(part, "kept", result), lambda m: m.a.kept),
+    "a partial function": lambda m: (functools.partial(_to, m.features), lambda m: m.features["a"]),
+    "an object that is called": lambda m: (CallableHook(m), lambda m: m.latest),
+    "an object with slots": _slotted,
+    "a collector": _collected("hook"),
+    "an object in a collector": _collected("hook_inside"),
+    "a class": _collected("hook_of_class"),
+    "a helper": _through_a_helper,
+    "a variable of the function around": _nonlocal,
+    "a global container": lambda m: (functools.partial(_to, FOUND), lambda m: FOUND["a"]),
+    "a global variable": lambda m: (_store_globally, lambda m: LATEST),
+    "a weak reference": _by_weak_reference,
+    "an attribute of the hook": _of_a_function,
+    "a queue": _in_a_queue,
+}
+
+
+def _x(n: int = 3) -> Tensor:
+    return torch.randn(n, 3, 6, 6, dtype=torch.float64)
+
+
+def _same_steps(model: nn.Module, rewritten: nn.Module, steps: int = 3) -> None:
+    for step in range(steps):
+        x = _x(3 + step)
+        assert_same_values(training_step(rewritten, x), training_step(model, x))
+
+
+def _wrapped(kind: str) -> tuple[nn.Module, nn.Module]:
+    """A wrapper and its restructured twin. No copy of the first: a copy's hooks would write to the original."""
+    torch.manual_seed(0)
+    model = Wrapper(kind).double()
+    torch.manual_seed(0)
+    return model, bnrestructure.restructure(Wrapper(kind).double(), backend="reference")
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_what_hooks_store_is_read_in_the_same_step(kind: str) -> None:
+    model, rewritten = _wrapped(kind)
+    _same_steps(model, rewritten)
+    assert region_of(rewritten.b).ran.calls == 3  # type: ignore[union-attr, arg-type]  # its parts are rewritten
+
+
+class _Watched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = stem(4), stem(4, inputs=4)
+        self.scale, self.calls, self.seen = 2.0, 0, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) * self.scale
+
+    def count(self, *_: Any) -> None:
+        self.calls += 1
+        self.seen.append(self.calls)
+
+
+def _watching(m: Any) -> None:
+    m.a.register_forward_hook(m.count)
+
+
+def _printing(m: Any) -> None:
+    shapes: list[Any] = []
+    m.a.register_forward_hook(lambda _, given, result: shapes.append(result.shape))
+
+
+@pytest.mark.parametrize("put", [_watching, _printing])
+def test_hooks_that_store_nothing_that_is_read_leave_the_model_whole(put: Callable[[Any], None]) -> None:
+    model = _Watched().double()
+    rewritten = restructured_copy(model)
+    for m in (model, rewritten):
+        put(m)
+    _same_steps(model, rewritten)
+    region = region_of(rewritten)
+    assert region is not None
+    assert (region.ran.calls, region.ran.captures) == (3, 1)
+
+
+def test_a_hook_that_is_put_beside_another_one() -> None:
+    """Between two steps: what it writes is read, so the program does not hold any more."""
+    model = _Watched().double()
+    rewritten = restructured_copy(model)
+    for m in (model, rewritten):
+        _printing(m)
+    _same_steps(model, rewritten, 1)
+    for m in (model, rewritten):
+        m.a.register_forward_hook(lambda _, given, result, m=m: setattr(m, "scale", float(result.shape[0])))
+    _same_steps(model, rewritten)
+    region = region_of(rewritten)
+    assert region is not None
+    assert "'scale', which a hook may write" in region.refusals[-1]
+    _printing(rewritten)  # a harmless one changes nothing
+    captures = region.ran.captures
+    _same_steps(model, rewritten, 1)
+    assert region.ran.captures == captures

@@ -27,9 +27,11 @@ _STAND_INS = (fx.Proxy, FakeTensor, FunctionalTensor)
 class Arguments:
     """One call's (args, kwargs), taken apart.
 
-    Two calls with equal ``key`` share a graph, unless sizes decided something in it (capture/sizes.py). The key holds the constants and the
-    ``structure``, and of each tensor what Python code can ask and does not change from batch to batch. Leaves that are neither constants,
-    plain tensors, nor stand-ins for tensors raise CaptureError; so do tensors with attributes that are no constants.
+    key          equal for calls that share a graph, unless sizes decided something in it (capture/sizes.py)
+    structure    the key without the constants: which leaves are tensors, and what Python code can ask of each that no batch changes
+
+    Raises CaptureError for leaves that are neither constants, plain tensors, nor stand-ins for tensors, and for tensors with attributes
+    that are no constants.
     """
 
     key: tuple[Any, ...] = ()

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch._prims_common import make_channels_last_strides_for, make_contiguous_strides_for
 
 from bnrestructure.core.memory_format import is_channels_last
+from bnrestructure.graph import activations
 
 __all__ = ["keeps_shape", "known_result"]
 
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.GELU, nn.ELU, nn.Hardtanh, nn.Mish, nn.Sigmoid, nn.Hardsigmoid)
 _BATCH_NORMS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,), nn.SyncBatchNorm: (2, 3, 4, 5),
 }  # fmt: skip
@@ -21,7 +21,7 @@ _CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv
 
 def keeps_shape(m: nn.Module) -> bool:
     """Whether the layer's result has the shape of its input."""
-    return type(m) in _BATCH_NORMS or type(m) in _ACTIVATIONS
+    return type(m) in _BATCH_NORMS or type(m) in activations.LAYERS
 
 
 def known_result(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -36,7 +36,7 @@ def known_result(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return _batch_norm(m, x)
     if kind in _CONVOLUTIONS:
         return _convolution(m, x, _CONVOLUTIONS[kind])
-    if kind in _ACTIVATIONS and x.is_floating_point():
+    if kind in activations.LAYERS and x.is_floating_point():
         if getattr(m, "inplace", False) is True:
             torch.autograd.graph.increment_version(x)
             return x

@@ -25,9 +25,9 @@ _PARTS_OF_TEXT = (ast.JoinedStr, ast.FormattedValue, ast.BinOp, ast.Tuple, ast.k
 _Place = tuple[int | None, int | None, int | None, int | None]
 
 
-def is_for_a_message(depth: int = 1) -> bool:
-    """Whether the code ``depth`` frames above the caller, which turns a number into text, makes a message. False where nobody can tell."""
-    frame: FrameType | None = sys._getframe(depth + 1)
+def is_for_a_message() -> bool:
+    """Whether the code that has called the caller, to turn a number into text, makes a message. False where nobody can tell."""
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") in (__name__, "bnrestructure.capture.sizes"):
         frame = frame.f_back
     if frame is None:

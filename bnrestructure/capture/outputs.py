@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ __all__ = ["as_output"]
 
 Rebuild = Callable[[Sequence[Any]], Any]
 
-with FakeTensorMode():
-    #: What a fake tensor has of its own.
-    _OWN = vars(torch.empty(0)).keys() | {"_is_param", "grad_fn"}
+
+@cache
+def _own_attributes() -> frozenset[str]:
+    """What a fake tensor has of its own."""
+    with FakeTensorMode():
+        return frozenset({*vars(torch.empty(0)), "_is_param", "grad_fn"})
 
 
 def as_output(result: Any, recorder: Recorder) -> tuple[Any, Rebuild | None]:
@@ -31,7 +35,7 @@ def as_output(result: Any, recorder: Recorder) -> tuple[Any, Rebuild | None]:
 
     Raises CaptureError for an object that a tensor may be hidden in.
     """
-    if any(vars(t).keys() - _OWN for t in tensors_in(result)):
+    if any(vars(t).keys() - _own_attributes() for t in tensors_in(result)):
         raise CaptureError("its forward puts an attribute on a tensor that it returns")
     if _fx_keeps(result):
         return recorder.lowered(result, "return"), None

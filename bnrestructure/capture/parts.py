@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from bnrestructure.graph import activations
 from bnrestructure.graph.channels import channels_of
 from bnrestructure.graph.layers import arguments_of, module_of
 from bnrestructure.graph.operations import concat_of
@@ -21,13 +22,10 @@ __all__ = ["follow_from_sizes"]
 #: Functions and methods of a tensor and a dimension, by name, and the argument, if any, that says how it is divided.
 _DIVIDING = {"unbind": None, "split": "size", "unsafe_split": "size", "chunk": "chunks", "unsafe_chunk": "chunks"}
 #: Those whose result has the sizes of their first argument; layers, too.
-_KEEPING = {
-    "batch_norm", "contiguous", "clone", "detach", "dropout", "elu", "float", "gelu", "hardsigmoid", "hardswish", "hardtanh", "layer_norm",
-    "leaky_relu", "mish", "relu", "relu6", "sigmoid", "silu", "softmax", "tanh", "to",
-}  # fmt: skip
+_KEEPING_LAYERS = (nn.LayerNorm, nn.Dropout, nn.Identity, nn.Softmax, *activations.LAYERS)
+_KEEPING = activations.NAMES | {"batch_norm", "contiguous", "clone", "detach", "dropout", "float", "layer_norm", "softmax", "to"}
 #: Arithmetic of numbers.
 _ARITHMETIC = {"add", "sub", "mul", "floordiv", "mod", "neg"}
-_KEEPING_LAYERS = (nn.LayerNorm, nn.Dropout, nn.Identity, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Softmax)
 
 
 def follow_from_sizes(graph: fx.Graph) -> bool:
@@ -39,7 +37,7 @@ def _may_vary(node: fx.Node) -> bool:
     name = called_name(node)
     how = _DIVIDING[name or ""]
     values = arguments_of(node, ("input", *([how] if how else []), "dim"), {"dim": 0})
-    x, dim, divided = values.get("input", values.get("self")), values["dim"], values.get(how or "")
+    x, dim, divided = values.get("input"), values["dim"], values.get(how or "")
     known = known_tensor(x) if isinstance(x, fx.Node) else None
     if not isinstance(x, fx.Node) or known is None or not isinstance(dim, int):
         return True

@@ -32,10 +32,11 @@ class Recaptures:
     def __init__(self) -> None:
         self._in_vain: dict[Any, _InVain] = {}
 
-    def used(self, key: Any) -> None:
-        """A program that was there fits a call of this structure."""
+    def used(self, *keys: Any) -> None:
+        """A program that was there fits a call of these structures."""
         if self._in_vain:  # rarely: a structure takes long to hash, and this is asked in each step
-            self._in_vain.pop(key, None)
+            for key in keys:
+                self._in_vain.pop(key, None)
 
     def worth_another(self, key: Any) -> bool:
         """An attribute has changed, and no program fits: whether to capture again."""

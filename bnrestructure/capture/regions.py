@@ -277,8 +277,7 @@ class Region:
                 elif cached.state.matches():
                     if i:
                         self._programs.insert(0, self._programs.pop(i))
-                    self._recaptures.used(key)
-                    self._recaptures.used(structure)
+                    self._recaptures.used(key, structure)
                     return cached
                 elif attribute is None:
                     attribute = cached.state.difference()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnrestructure.graph import activations
+
 __all__ = [
     "PLAIN_ANSWERS",
     "PLAIN_FUNCTIONS",
@@ -64,10 +66,7 @@ _REFLECTED = {
     "__rmod__": operator.mod, "__rmul__": operator.mul, "__radd__": operator.add,
 }  # fmt: skip
 #: Functions whose result has the shape of their first argument.
-_SAME_SHAPE = {
-    "batch_norm", "relu", "relu6", "silu", "hardswish", "gelu", "leaky_relu", "elu", "hardtanh", "mish", "sigmoid", "hardsigmoid",
-    "dropout", "clone", "contiguous", "detach",
-}  # fmt: skip
+_SAME_SHAPE = activations.NAMES | {"batch_norm", "dropout", "clone", "contiguous", "detach"}
 
 
 def name_of(func: Any) -> str:

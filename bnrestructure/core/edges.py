@@ -87,6 +87,13 @@ class Transform(NamedTuple):
         """True when the reader may use the raw tensor as it is."""
         return self.mean is None and self.act == "identity" and self.gate is None
 
+    @property
+    def gives_sums(self) -> bool:
+        """Whether the reader's backward takes the sums behind the vectors' gradients. With a gate they are left to what deferred x, which
+        is the squeeze (``SqueezeBackward``).
+        """
+        return self.mean is not None and self.gate is None
+
 
 @record
 class BackwardEdge:
@@ -124,11 +131,6 @@ class Join:
     r: Tensor
     tr: Transform
     act: str
-
-    @property
-    def sums_y(self) -> bool:
-        """Whether backward sums the gradient at the sum against y. With a gate those sums are another's: see ops/residual.py."""
-        return self.ty.mean is not None and self.ty.gate is None
 
     @property
     def operands(self) -> tuple[Tensor, Transform, Tensor, Transform, str]:

@@ -1,7 +1,6 @@
-"""How models spell activations: one table, for the patterns that fuse them and for what makes in-place ones plain.
+"""How models spell activations: one table, for the patterns that fuse them, for what makes in-place ones plain, and for capture.
 
-A new activation that kernels know (core/activation.py) is one more line here: it is fused then. Tables elsewhere (capture/layers.py,
-capture/spelling.py, graph/channels.py) make its capture faster, and need no line for it.
+A new activation that kernels know (core/activation.py) is one more line here: it is fused then.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from bnrestructure.graph.boundaries import boundary_reason
 from bnrestructure.graph.layers import arguments_of, input_of, module_of
 from bnrestructure.graph.provenance import provenance
 
-__all__ = ["FUNCTIONS", "MODULES", "Activation", "Spelling", "activation_of"]
+__all__ = ["FUNCTIONS", "LAYERS", "MODULES", "NAMES", "Activation", "Spelling", "activation_of"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,9 @@ _SPELLINGS = (
 #: The spellings by module type, and by function or name of a method.
 MODULES: dict[type[nn.Module], Spelling] = {spelling.module: spelling for spelling in _SPELLINGS}
 FUNCTIONS: dict[Any, Spelling] = {target: spelling for spelling in _SPELLINGS for target in (spelling.function, *spelling.also)}
+#: All activations, those that are never fused among them: layers, and functions and methods by name. A result has its input's shape.
+LAYERS: tuple[type[nn.Module], ...] = (*MODULES, nn.Sigmoid, nn.Tanh)
+NAMES: frozenset[str] = frozenset({spelling.function.__name__ for spelling in _SPELLINGS} | {"sigmoid", "tanh"})
 
 
 def activation_of(node: fx.Node) -> Activation | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from bnrestructure.graph.activations import MODULES
+from bnrestructure.graph import activations
 from bnrestructure.graph.ir import Conv, Link, OwnGradient, Reader, Residual, maker_of, output_of
 from bnrestructure.graph.layers import ConvLayer, conv_of, input_of, module_of, shape_of
 from bnrestructure.graph.operations import concat_of, pooling_of
@@ -21,14 +21,11 @@ _KEEP_CHANNELS = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.dropout._DropoutNd,
     nn.Upsample,
-    nn.Sigmoid,
-    nn.Tanh,
-    *MODULES,
+    *activations.LAYERS,
 )
 #: Functions and methods of PyTorch's, by name, whose result has the channels of their first argument.
-_KEEPING = {
-    "relu", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu", "mish", "sigmoid", "tanh", "clamp",
-    "interpolate", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d", "dropout", "dropout2d", "contiguous", "clone", "detach",
+_KEEPING = activations.NAMES | {
+    "clamp", "interpolate", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d", "dropout", "dropout2d", "contiguous", "clone", "detach",
     "to", "float", "double", "half", "bfloat16",
 }  # fmt: skip
 #: Those of two tensors of one shape, or of a tensor and a number.

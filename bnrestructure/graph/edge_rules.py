@@ -39,10 +39,9 @@ def whole_edge(view: Reader | Residual, look: Look) -> str | None:
     for mean, scale, beta, _ in (first, *rest):
         if not (mean is None) == (scale is None) == (beta is None):
             return "an edge has some of mean, scale and beta, and not all"
-    adds = isinstance(view, Residual) or (isinstance(view, Conv) and view.forms_residual)
-    if adds and first.mean is None and rest[0].mean is not None:
+    if view.forms_residual and first.mean is None and rest[0].mean is not None:
         return "a residual has a batch norm in its shortcut, and none in its branch"
-    if isinstance(view, Conv) and not adds and rest[0].mean is not None:
+    if isinstance(view, Conv) and not view.forms_residual and rest[0].mean is not None:
         return "there are vectors of a shortcut that is not there"
     return None
 
@@ -130,8 +129,7 @@ def gate(view: Conv | Normalise | Residual, look: Look) -> str | None:
         return None if squeeze is None else "it reads a deferred tensor without a gate"
     if squeeze is None:
         return "its gate is on a tensor that no squeeze defers"
-    is_of_sum = isinstance(view, Residual) or (isinstance(view, Conv) and view.forms_residual)
-    act = "identity" if is_of_sum else view.act
+    act = "identity" if view.forms_residual else view.act  # a residual's is the sum's
     same = all(getattr(view, name) is squeeze.edge[name] for name in ("mean", "scale", "beta")) and act == squeeze.act
     return None if same else "its edge is not the squeeze's"
 

@@ -292,6 +292,11 @@ class Residual(Fused, op=ops.residual, outputs=ops.ResidualOutputs, groups=_OF_R
         """The tensor that the node reads."""
         return self.y
 
+    @property
+    def forms_residual(self) -> bool:
+        """It is one."""
+        return True
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ConcatBuffer(OfX, op=ops.concat_buffer):

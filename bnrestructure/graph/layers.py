@@ -116,13 +116,19 @@ def per_dimension(value: Any, dimensions: int) -> tuple[int, ...] | None:
 
 _CONV_MODULES: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _CONV_FUNCTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
-_UNEVEN = "the convolution pads asymmetrically (padding='same' with an even kernel)"
 _CONV_NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
-def _same_padding(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...] | None:
+def _padding(given: Any, kernel: tuple[int, ...] | None, dilation: tuple[int, ...] | None, dimensions: int) -> tuple[int, ...] | str | None:
+    """The padding of each dimension from what convolutions take; a reason where kernels know none such; None where it is computed."""
+    if given != "same" or dilation is None:
+        return per_dimension(0 if given == "valid" else given, dimensions)
+    if kernel is None:
+        return "the convolution's padding='same' is of a weight that is computed in the graph"
     total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-    return tuple(t // 2 for t in total) if all(t % 2 == 0 for t in total) else None
+    if any(t % 2 for t in total):
+        return "the convolution pads asymmetrically (padding='same' with an even kernel)"
+    return tuple(t // 2 for t in total)
 
 
 def conv_of(node: fx.Node) -> ConvLayer | str | None:
@@ -152,11 +158,9 @@ def _conv_module(node: fx.Node, module: nn.modules.conv._ConvNd) -> ConvLayer | 
         return "the convolution's input is not a tensor of the graph"
     dimensions = _CONV_MODULES[type(module)]
     stride, dilation = (per_dimension(given, dimensions) for given in (module.stride, module.dilation))
-    padding: Any = per_dimension(0 if module.padding == "valid" else module.padding, dimensions)
-    if module.padding == "same" and dilation is not None:
-        padding = _same_padding(module.kernel_size, dilation)
-        if padding is None:
-            return _UNEVEN
+    padding = _padding(module.padding, module.kernel_size, dilation, dimensions)
+    if isinstance(padding, str):
+        return padding
     if stride is None or padding is None or dilation is None:
         return "the convolution's stride, padding, dilation or groups are computed in the graph"
     path = str(node.target)
@@ -178,11 +182,9 @@ def _conv_function(node: fx.Node, dimensions: int) -> ConvLayer | str:
     weight = values["weight"]
     shape = shape_of(weight) if isinstance(weight, fx.Node) else None
     stride, dilation = (per_dimension(values[k], dimensions) for k in ("stride", "dilation"))
-    padding = per_dimension(0 if values["padding"] == "valid" else values["padding"], dimensions)
-    if values["padding"] == "same" and dilation is not None:
-        padding = None if shape is None else _same_padding(shape[2:], dilation)
-        if padding is None:
-            return _UNEVEN if shape is not None else "the convolution's padding='same' is of a weight that is computed in the graph"
+    padding = _padding(values["padding"], None if shape is None else shape[2:], dilation, dimensions)
+    if isinstance(padding, str):
+        return padding
     if stride is None or padding is None or dilation is None or not isinstance(values["groups"], int):
         return "the convolution's stride, padding, dilation or groups are computed in the graph"
     if not isinstance(values["input"], fx.Node) or not isinstance(weight, fx.Node):

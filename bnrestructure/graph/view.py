@@ -48,6 +48,11 @@ class Fused:
             cls.outputs = () if outputs is None else outputs._fields
             cls._grouped = groups or {}
 
+    @property
+    def forms_residual(self) -> bool:
+        """Whether the node adds a shortcut to what it reads."""
+        return False
+
     @classmethod
     def of(cls, node: object) -> Self | None:
         """The view of a node that calls this op, or None of anything else."""

@@ -172,9 +172,11 @@ class JoinForward(Call[JoinResult]):
 
 
 class JoinGradients(NamedTuple):
-    """G in z's dtype, the gradient at the sum and the P of both operands; sum_p = sum G, sum_py = sum G * (y - ty.mean), sum_pr of r.
+    """What the backward of a residual join gives.
 
-    A sum against an operand is None where that has no mean, or a gate: its sums are then those of a sweep that reads G.
+    g         G, the gradient at the sum, in z's dtype: the P of both operands.       sum_p    sum G, [C].
+    sum_py    sum G * (y - ty.mean), [C]; None without such a mean, and with a gate: the sweep behind the join takes that operand's sums.
+    sum_pr    sum G * (r - tr.mean), [C]; None without such a mean.
     """
 
     g: Tensor

@@ -90,11 +90,8 @@ class JoinConv(torch.autograd.Function):
         options: ConvOptions = ctx.options
         x, mean, scale, beta, gate, r, r_mean, r_scale, r_beta, z, weight, cast, y, ymean = ctx.saved_tensors
         transform, needs = Transform(mean, scale, beta, gate=gate), ctx.needs_input_grad
-        if ctx.by_sum:
-            r = z
-            join = Join(z, Transform(), z, Transform(), options.act)
-        else:
-            join = Join(x, transform, r, Transform(r_mean, r_scale, r_beta), options.act)
+        operands = (z, Transform(), z, Transform()) if ctx.by_sum else (x, transform, r, Transform(r_mean, r_scale, r_beta))
+        join = Join(*operands, options.act)
         dy, dinto = dresult, None
         if dresult is not None and ctx.written is not None:
             dy, dinto = incoming_gradient(ctx.written, dresult)
@@ -114,5 +111,6 @@ class JoinConv(torch.autograd.Function):
             gradients = JoinGradients(found.dx, found.sum_p, found.sum_px, found.sum_pr)
             dweight, dbias = found.weight, found.bias
         gated = None if gate is None else registry.run(options.backend, NormaliseBackward(gradients.g, x, transform))
-        operands = (join.y if gate is None else x, scale, needs[1], ctx.has_gain), (r, r_scale, needs[6], ctx.has_r_gain)
-        return guard_second_derivative((*operand_gradients(*operands, gradients, gated), dweight, dbias, dinto, None))
+        left = join.y if gate is None else x, scale, needs[1], ctx.has_gain
+        right = join.r, r_scale, needs[6], ctx.has_r_gain
+        return guard_second_derivative((*operand_gradients(left, right, gradients, gated), dweight, dbias, dinto, None))

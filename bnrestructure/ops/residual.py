@@ -128,7 +128,6 @@ class _Residual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Any, dmean: Any, dvar: Any, _: Any) -> Any:
         x, mean, scale, beta, gate, r, r_mean, r_scale, r_beta, out, omean = ctx.saved_tensors
-        y = x
         statistics = None
         if dmean is not None or dvar is not None:
             statistics = (*statistics_factors(out, omean, dmean, dvar), omean)
@@ -137,18 +136,17 @@ class _Residual(torch.autograd.Function):
                 return (None,) * 14
             dout = torch.zeros_like(out)
         transform = Transform(mean, scale, beta, gate=gate)
-        join = Join(y, transform, r, Transform(r_mean, r_scale, r_beta), ctx.act)
-        if ctx.by_sum:
-            y = r = dout if out is None else out  # without an activation nobody asks for its values
-            join = Join(y, Transform(), r, Transform(), ctx.act)
+        total = dout if out is None else out  # without an activation nobody asks for its values
+        operands = (total, Transform(), total, Transform()) if ctx.by_sum else (x, transform, r, Transform(r_mean, r_scale, r_beta))
+        join = Join(*operands, ctx.act)
         found = registry.run(ctx.backend, JoinBackward(dout, statistics, join, out))
         if found.g.untyped_storage()._cdata == dout.untyped_storage()._cdata:
             # A join without an activation: the chains behind r will write to g, and dout may be the caller's.
             found = found._replace(g=found.g.clone())
         needs = ctx.needs_input_grad
         gated = None if gate is None else registry.run(ctx.backend, NormaliseBackward(found.g, x, transform))
-        operands = (y if gate is None else x, scale, needs[1], ctx.has_gain), (r, r_scale, needs[6], ctx.has_r_gain)
-        return guard_second_derivative((*operand_gradients(*operands, found, gated), None, None, None))
+        left, right = (join.y if gate is None else x, scale, needs[1], ctx.has_gain), (join.r, r_scale, needs[6], ctx.has_r_gain)
+        return guard_second_derivative((*operand_gradients(left, right, found, gated), None, None, None))
 
 
 def is_told_by_sum(join: Join) -> bool:

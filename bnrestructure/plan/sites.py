@@ -77,7 +77,7 @@ def _site(name: str, statistics: list[fx.Node], normalises: list[fx.Node], refus
     act = getattr(readers[0], "act", "identity") if readers else "identity"
     alone = [view for view in readers if isinstance(view, Normalise) and view.is_alone]
     in_concat = any(isinstance(view, Normalise) and view.in_buffer for view in readers)
-    in_gated_sum = any(_is_residual(view) and getattr(view, "gate", None) is not None for view in readers)
+    in_gated_sum = any(view.forms_residual and getattr(view, "gate", None) is not None for view in readers)
     for normalise in alone:
         z = normalise.outs().get("z")
         wanted = sorted({describe(reader) for reader in readers_along_chain(z)}) if z is not None else []
@@ -112,19 +112,15 @@ def _pattern(statistics: list[fx.Node], shared: bool, act: str, readers: list[Fu
     else:
         start = "add" if any(Residual.of(node) is not None for node in statistics) else "any"
     ends = list(dict.fromkeys(_reader_word(reader) for reader in readers))
-    added = any(_is_residual(reader) for reader in readers)  # the activation is then the residual's
+    added = any(reader.forms_residual for reader in readers)  # the activation is then the residual's
     middle = [] if act == "identity" or added else [act.split("(")[0]]
     return "-".join([start, "bn", *middle, "|".join(ends) or "other"])
-
-
-def _is_residual(reader: Fused) -> bool:
-    return isinstance(reader, Residual) or (isinstance(reader, Conv) and reader.forms_residual)
 
 
 def _reader_word(reader: Fused) -> str:
     if isinstance(reader, Normalise) and not reader.is_alone:
         return "add" if reader.r is not None else "concat" if reader.in_buffer else "mul"
-    if isinstance(reader, Residual | Conv) and _is_residual(reader):
+    if isinstance(reader, Residual | Conv) and reader.forms_residual:
         return "add" if reader.act == "identity" else f"add-{reader.act.split('(')[0]}"
     if isinstance(reader, Conv):
         word = "depthwise" if is_depthwise(shape_of(reader.weight), reader.groups) else "conv"

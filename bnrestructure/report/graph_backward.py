@@ -84,8 +84,8 @@ def _adds(view: Fused) -> str | None:
 
 def _operands(view: Residual | Conv) -> str:
     """What the operands of a residual get: one gradient G where y is added as it is, or its convolution applies its own s."""
-    if view.gate is not None:
-        return f"{view.act}' mask, G*gate and G, gate's gradient"
-    gain = view.gain if isinstance(view, Residual) else view.x_gain
     mask = "" if view.act == "identity" else f"{view.act}' mask, "
+    if view.gate is not None:
+        return f"{mask}G*gate and G, gate's gradient"
+    gain = view.gain if isinstance(view, Residual) else view.x_gain
     return f"{mask}one G for both operands" if view.mean is None or gain is not None else f"{mask}s*G and G"

@@ -134,7 +134,7 @@ class Fused:
             db, a.bias_gradient = memory.fresh_vector(channels_out)
         self._backward.call(_byref(a))
         if call.join is not None:
-            sum_px = sum_px if call.join.sums_y else None
+            sum_px = sum_px if call.join.ty.gives_sums else None
             sum_pr = sum_pr if call.join.tr.mean is not None else None
         elif dx is not None and call.accumulate is not None and dx is not call.accumulate:
             dx = call.accumulate.add_(dx.to(call.accumulate.dtype))

@@ -151,7 +151,7 @@ def normalise_backward(call: NormaliseBackward) -> SweepGradients:
     a.dz, a.dz_pitch = memory.pixels(call.dz, x.shape, x.dtype, keep)
     a.gradient_factor = call.factor
     dx = _to_dx(a, x, call.accumulate)
-    sum_p, sum_px = _sums(a, call.transform.mean is not None and gate is None)
+    sum_p, sum_px = _sums(a, call.transform.gives_sums)
     dgate = None
     if call.factors is not None:
         a.gate = memory.vector(call.factors, keep, *x.shape[:2])
@@ -226,7 +226,7 @@ def join_backward(call: JoinBackward) -> JoinGradients:
     sum_py, a.sum_px = memory.fresh_vector(a.channels)
     sum_pr, a.sum_pr = memory.fresh_vector(a.channels)
     _join_backward.call(_byref(a))
-    return JoinGradients(g, sum_p, sum_py if join.sums_y else None, None if join.tr.mean is None else sum_pr)
+    return JoinGradients(g, sum_p, sum_py if join.ty.gives_sums else None, None if join.tr.mean is None else sum_pr)
 
 
 def _with_join(join: Any, dtype: torch.dtype, keep: Keep) -> SweepArguments:

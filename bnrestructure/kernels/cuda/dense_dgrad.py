@@ -236,7 +236,7 @@ def dgrad(
     ]  # fmt: skip
     all_tiles = sum(row_tiles)
     has_sums = (transform.mean is not None or join is not None) and not gated
-    has_px = transform.mean is not None and transform.gate is None
+    has_px = transform.gives_sums
     planes = 1 + has_px + (r_vectors.mean is not None)
     partial = partial_sums(planes, all_tiles, inputs, x.device) if has_sums else None
     gate_partial = partial_sums(1, all_tiles, inputs, x.device) if gated else None

@@ -157,7 +157,7 @@ def residual_backward(
     _, channels, h, w = out.shape
     tile = tiles.sweep(channels)
     row_tiles = tiles.cdiv(g.rows, tile.rows)
-    has_py, has_pr = ty.mean is not None and ty.gate is None, tr.mean is not None
+    has_py, has_pr = ty.gives_sums, tr.mean is not None
     partial = partial_sums(1 + has_py + has_pr, row_tiles, channels, out.device)
     added = None if more is None else pixels(more)
     operands = (gradient, *([] if added is None else [added]), left, right, kept, g)

@@ -82,7 +82,7 @@ def join_backward(call: JoinBackward) -> JoinGradients:
         a, b, mean = call.statistics
         g = g + per_channel(a, z) * (z.to(acc) - per_channel(mean, z)) + per_channel(b, z)
     g = activation_gradient(g, joined(join), join.act)
-    spy = None if not join.sums_y else channel_sum(g * (y.to(acc) - per_channel(ty.mean, y)))
+    spy = channel_sum(g * (y.to(acc) - per_channel(ty.mean, y))) if ty.gives_sums else None
     spr = None if tr.mean is None else channel_sum(g * (r.to(acc) - per_channel(tr.mean, r)))
     stored = g.to(dtype) if call.statistics is None else dithered(g, dtype)
     return JoinGradients(stored, channel_sum(g), spy, spr)

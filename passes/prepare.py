@@ -14,6 +14,7 @@ from bnrestructure.graph.layers import BatchNormLayer, ConvLayer, conv_of, modul
 from bnrestructure.graph.operations import concat_of, zero_added_to
 from bnrestructure.graph.provenance import known_tensor, module_path, remember
 from bnrestructure.passes.base import Pass, Rule
+from bnrestructure.passes.name_activations import NAME_ACTIVATIONS
 from bnrestructure.passes.restore_formats import note_formats
 from bnrestructure.passes.share_returned import SHARE_RETURNED, note_handed_through
 from bnrestructure.passes.use_reshape import USE_RESHAPE
@@ -24,7 +25,7 @@ __all__ = ["prepare"]
 
 def prepare(gm: fx.GraphModule, path_of: Callable[[fx.Node], str] = module_path) -> None:
     """Make a captured graph ready for patterns: no nn.Identity, no sum that begins with 0, no operation in place that can be avoided, no
-    view that must be one.
+    view that must be one, no activation that is written out.
 
     Each batch norm call becomes a site with a name of its own: ``path_of`` it, with #2, #3 ... for further calls of a shared module. The
     module's forward stays as it was until ``gm.recompile()``.
@@ -35,6 +36,7 @@ def prepare(gm: fx.GraphModule, path_of: Callable[[fx.Node], str] = module_path)
     DROP_IDENTITIES.rewrite(gm)
     functionalise(gm.graph)
     DROP_ZEROS.rewrite(gm)
+    NAME_ACTIVATIONS.rewrite(gm)
     READ_SIZES_BEFORE.rewrite(gm)
     USE_RESHAPE.rewrite(gm)
     SHARE_RETURNED.rewrite(gm)

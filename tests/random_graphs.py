@@ -173,8 +173,8 @@ class Writer:
         spellings = {
             "relu": ["F.relu({})", "torch.relu({})", "{}.relu()", "nn.functional.relu({})", "MODULE:nn.ReLU()"],
             "relu6": ["F.relu6({})", "MODULE:nn.ReLU6()"],
-            "silu": ["F.silu({})", "MODULE:nn.SiLU()"],
-            "hardswish": ["F.hardswish({})", "MODULE:nn.Hardswish()"],
+            "silu": ["F.silu({})", "MODULE:nn.SiLU()", "{0} * torch.sigmoid({0})"],
+            "hardswish": ["F.hardswish({})", "MODULE:nn.Hardswish()", "{0} * F.relu6({0} + 3) / 6"],
             "gelu": ["F.gelu({})", "F.gelu({}, approximate='tanh')", "MODULE:nn.GELU()"],
             "leaky": ["F.leaky_relu({}, 0.1)", "MODULE:nn.LeakyReLU(0.3)"],
             "tanh": ["torch.tanh({})", "{}.sigmoid()"],

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import signal
 import types
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -21,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bnrestructure
+from bnrestructure.capture import tracer
 from bnrestructure.capture.swap import region_of
 
 
@@ -372,3 +375,49 @@ def test_copies_have_programs_of_their_own() -> None:
     shallow = copy.copy(model)
     shallow(_x())
     assert region_of(shallow) is not region_of(model)
+
+
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, as in a program that pytest does not run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
+def test_an_interrupt_waits_until_pytorch_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes when a capture has drawn random numbers, and is about to put them back."""
+    model = _Body(lambda m, x: m.last(m.part(m.stem(x)))).double()
+    rewritten = restructured_copy(model)
+    put_back, x = tracer._set_random_state, _x()
+
+    def interrupted(state: Any) -> None:
+        torch.rand(3)
+        signal.raise_signal(signal.SIGINT)
+        put_back(state)
+
+    monkeypatch.setattr(tracer, "_set_random_state", interrupted)
+    before = torch.get_rng_state(), nn.Module.__call__, torch.autograd.Function.apply
+    with pytest.raises(KeyboardInterrupt):
+        rewritten(x)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (nn.Module.__call__, torch.autograd.Function.apply) == before[1:]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    _same_steps(model, rewritten)
+
+
+@pytest.mark.usefixtures("_interruptible")
+def test_a_second_interrupt_ends_a_forward_that_does_not_end(tmp_path: Path) -> None:
+    presses = tmp_path / "presses"  # a list would be put back
+
+    def endless(m: Any, x: Tensor) -> Tensor:
+        for _ in range(1000):
+            signal.raise_signal(signal.SIGINT)
+            presses.open("a").write("once ")
+        return m.last(m.stem(x))
+
+    with pytest.raises(KeyboardInterrupt):
+        restructured_copy(_Body(endless).double())(_x())
+    assert presses.read_text() == "once "

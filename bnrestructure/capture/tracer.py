@@ -29,6 +29,7 @@ from bnrestructure.capture.calls import CustomFunction
 from bnrestructure.capture.contents import state_of
 from bnrestructure.capture.fakes import FaithfulFakeMode, without_log
 from bnrestructure.capture.hooks import stored_by_hooks
+from bnrestructure.capture.interrupts import interrupts_deferred
 from bnrestructure.capture.kinds import telling_kinds
 from bnrestructure.capture.layers import keeps_shape, known_result
 from bnrestructure.capture.outputs import as_output
@@ -86,7 +87,7 @@ def capture(module: nn.Module, forward: Callable[..., Any], arguments: Arguments
     calls too. The module is left as it was. Raises CaptureError naming what in the module's forward could not be followed.
     """
     watch = False
-    with _lock:
+    with _lock, interrupts_deferred():
         around = Around(module)
         opaque = _asking(module) if around.going_on else {}
         while True:

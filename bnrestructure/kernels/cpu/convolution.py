@@ -65,7 +65,7 @@ class Fused:
         if notes is None:
             notes = site.notes = self._notes(call)
         if not notes.x_reach:
-            return self.forward(replace(call, x=self._readable(x, dtype), weight=weight.resolve_neg()), Site(site.node, None))
+            return self.forward(replace(call, x=self._readable(x, dtype)), Site(site.node, None))
         keep, shape, channels = Keep(), notes.shape_out, x.shape[1]
         a = ForwardArguments.from_buffer_copy(notes.forward)
         a.x, a.weight = memory.span(x, notes.x_reach), memory.span(weight, notes.weight_reach)
@@ -164,10 +164,10 @@ class Fused:
         return memory.channels_last(x, x.dtype if self._depthwise else dtype)
 
     def _converted_backward(self, call: ConvBackward, site: Site) -> ConvGradients:
-        """The gradients at copies of x and the weight that the kernel can read, in x's own dtype."""
+        """The gradients at a copy of x that the kernel can read, in x's own dtype."""
         x, accumulate = self._readable(call.x, call.dtype), call.accumulate
         own = accumulate if accumulate is not None and accumulate.dtype is x.dtype else None
-        found = self.backward(replace(call, x=x, weight=call.weight.resolve_neg(), accumulate=own), Site(site.node, None))
+        found = self.backward(replace(call, x=x, accumulate=own), Site(site.node, None))
         if found.dx is None or (own is not None and found.dx is own):
             return found
         if accumulate is None or call.join is not None:
@@ -175,12 +175,12 @@ class Fused:
         return found._replace(dx=accumulate.add_(found.dx.to(accumulate.dtype)))
 
     def _notes(self, call: ConvForward | ConvBackward) -> _Notes:
-        """What all calls of this site have in common; an x_reach of 0 where x or the weight must be copied first."""
+        """What all calls of this site have in common; an x_reach of 0 where x must be copied first."""
         x, weight, geometry, dtype = call.x, call.weight, call.geometry, call.dtype
         size = geometry.output_size(x.shape[2:], weight.shape[2:])
         shape_out = (x.shape[0], weight.shape[0], *size)
         pitch = pitch_of(x) if self._depthwise or x.dtype is dtype else 0
-        if not pitch or x.is_neg() or weight.is_neg():
+        if not pitch:
             return _Notes(b"", b"", shape_out, 0, 0, 1.0)
         forward, backward = ForwardArguments(), BackwardArguments()
         for a in (forward, backward):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from torch import fx, nn
+from torch import fx
 
 from bnrestructure.graph.activations import activation_of
-from bnrestructure.graph.boundaries import boundary_reason
 from bnrestructure.graph.inplace import functionalise
-from bnrestructure.graph.layers import BatchNormLayer, ConvLayer, conv_of, module_of
-from bnrestructure.graph.operations import concat_of, zero_added_to
+from bnrestructure.graph.layers import BatchNormLayer, ConvLayer, conv_of
+from bnrestructure.graph.operations import concat_of, handed_through, zero_added_to
 from bnrestructure.graph.provenance import known_tensor, module_path, remember
 from bnrestructure.passes.base import Pass, Rule
 from bnrestructure.passes.name_activations import NAME_ACTIVATIONS
@@ -24,7 +23,7 @@ __all__ = ["prepare"]
 
 
 def prepare(gm: fx.GraphModule, path_of: Callable[[fx.Node], str] = module_path) -> None:
-    """Make a captured graph ready for patterns: no nn.Identity, no sum that begins with 0, no operation in place that can be avoided, no
+    """Make a captured graph ready for patterns: no identities, no sum that begins with 0, no operation in place that can be avoided, no
     view that must be one, no activation that is written out.
 
     Each batch norm call becomes a site with a name of its own: ``path_of`` it, with #2, #3 ... for further calls of a shared module. The
@@ -58,9 +57,8 @@ def note_unlike(graph: fx.Graph) -> None:
 
 
 def identity(node: fx.Node) -> fx.Node | None:
-    """A call of nn.Identity."""
-    module = module_of(node)
-    return node if type(module) is nn.Identity and boundary_reason(module) is None and len(node.all_input_nodes) == 1 else None
+    """A call that returns its input as it is."""
+    return node if handed_through(node) is not None else None
 
 
 def zero_sum(node: fx.Node) -> fx.Node | None:

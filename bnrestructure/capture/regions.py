@@ -116,13 +116,18 @@ def _guessed(module: nn.Module, forward: Callable[..., Any]) -> Capture:
 
 @dataclass
 class _Cached:
-    """One program, or the lack of one, and what it holds for. ``sizes`` None: whatever the inputs' sizes, by these conditions."""
+    """One program, or the lack of one, and what it holds for. ``sizes`` None: whatever the inputs' sizes, by these conditions.
+
+    ``sites`` are the batch norm calls in it, by name, and ``graph`` is what the passes made of it.
+    """
 
     key: Any
     structure: Any
     sizes: Any
     state: ModuleState
     program: Program | None
+    sites: list[str] = field(default_factory=list)
+    graph: fx.Graph | None = None
     conditions: dict[Any, Any] = field(default_factory=dict)
     again: bool = False  # the next call like this one is captured once more
     replays: Replays | None = None  # its recordings as graphs of its device, where these are wanted
@@ -141,7 +146,7 @@ class Ran:
 
     captures    how often its forward was captured
     calls       how often a rewritten program ran
-    sites       the batch norm calls of the latest capture, by name, and ``graph``, what the passes made of it
+    sites       the batch norm calls of the latest call's program, by name, and ``graph``, what the passes made of it
     refusals    why calls ran the module's own forward
     probation   of the latest call, on a device whose kernels are proved first
     replays     of the latest call, where device graphs are wanted
@@ -217,6 +222,7 @@ class Region:
             return forward(module, *args, **kwargs)
         if cached.program is None:
             return self._own(cached, module, forward, args, kwargs)
+        self.ran.sites, self.ran.graph = cached.sites, cached.graph
         probation = self._probation(cached, module, arguments)
         if probation is not None and not probation.rewritten():
             if probation.reason is not None:
@@ -330,12 +336,13 @@ class Region:
             warnings.warn(f"bnrestructure: {error}. Please report this fault; {type(module).__name__} runs as it was", stacklevel=6)
             self._refuse(str(error))
             return _Cached(key, structure, None, ModuleState(module, Reads()), None)
-        self.ran.sites, self.ran.graph = sites, copied_graph(gm.graph)
+        graph = copied_graph(gm.graph)
         finish(gm)
-        sizes = arguments.sizes if before.by_size else None
+        by_size = arguments.sizes if before.by_size else None
         program = Program(gm, before.rebuild, type(module).__name__)
         replays = None if self.options.graphs == "off" else Replays(unrecordable(gm))
-        return _Cached(key, structure, sizes, ModuleState(module, before.reads, before.opaque), program, before.conditions, replays=replays)
+        state = ModuleState(module, before.reads, before.opaque)
+        return _Cached(key, structure, by_size, state, program, sites, graph, before.conditions, replays=replays)
 
     def _refuse(self, reason: str) -> None:
         if reason not in self.ran.refusals:

@@ -21,6 +21,7 @@ __all__ = [
     "Pooling",
     "add_of",
     "concat_of",
+    "handed_through",
     "pooling_of",
     "product_of",
     "zero_added_to",
@@ -51,6 +52,32 @@ def zero_added_to(node: fx.Node) -> fx.Node | None:
     known = known_tensor(node), known_tensor(x)
     same = all(t is not None and t.dtype.is_floating_point for t in known) and known[0].dtype == known[1].dtype
     return x if same and all(provenance(n).changed_by is None for n in (node, x)) else None
+
+
+#: Layers that drop values at random, and the functions, with the names of their arguments.
+_DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_DROPOUT_FUNCTIONS: dict[Any, tuple[str, ...]] = {
+    **dict.fromkeys((F.dropout, F.dropout2d, F.dropout3d, F.alpha_dropout), ("input", "p", "training", "inplace")),
+    torch.dropout: ("input", "p", "train"),
+}
+
+
+def handed_through(node: fx.Node) -> fx.Node | None:
+    """The tensor that this node returns as it is, the very same one: ``nn.Identity``, a dropout that drops nothing. Else None."""
+    module = module_of(node)
+    if module is not None:
+        drops = type(module) in _DROPOUTS and module.training and module.p != 0
+        known = type(module) is nn.Identity or type(module) in _DROPOUTS
+        if not known or drops or boundary_reason(module) is not None:
+            return None
+    elif node.op == "call_function" and node.target in _DROPOUT_FUNCTIONS:
+        values = arguments_of(node, _DROPOUT_FUNCTIONS[node.target], {"p": 0.5, "training": node.target is not F.alpha_dropout})
+        p, training = values["p"], values.get("train", values["training"])
+        if training is not False and not (isinstance(p, int | float) and p == 0):
+            return None
+    else:
+        return None
+    return input_of(node) if len(node.all_input_nodes) == 1 else None
 
 
 def product_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

@@ -72,6 +72,8 @@ PATTERNS = (
     Fault("add_of", "or node.kwargs", "", "tests/passes/test_must_not_fire.py"),
     Fault("_mean_of", "tuple(dims) not in _LAST_TWO_OF_FOUR", "False", "tests/passes/test_must_not_fire.py"),
     Fault("layers.py:_padding", "d * (k - 1)", "d * k", "tests/passes/test_must_not_fire.py"),
+    Fault("handed_through", "and module.p != 0", "and False", "tests/passes/test_identities.py"),
+    Fault("handed_through", 'values.get("train", values["training"])', "False", "tests/passes/test_identities.py"),
     Fault("written_out", "set(n.users) <= {*inside, node}", "True", "tests/passes/test_written_out.py"),
     Fault("_with_number", "value == number", "True", "tests/passes/test_written_out.py"),
     Fault("boundary_reason", "if parametrize.is_parametrized(module):", "if False:", "tests/passes/test_must_not_fire.py"),

@@ -7,6 +7,7 @@ import datetime as dt
 import functools
 import itertools
 import random
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from equivalence import assert_same_training, restructured_copy, training_step
+from equivalence import assert_same_training, assert_same_values, restructured_copy, training_step
+from stems import stem
 from test_semantics_tracing import _Base, _double
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import bnrestructure
+from bnrestructure.capture.swap import region_of
 
 
 class Attributes(dict[str, Any]):
@@ -296,3 +301,40 @@ def test_a_bias_that_is_an_attribute_from_now_on() -> None:
         del m.conv2.bias
         m.conv2.bias = None
     assert model(x).shape == plain(x).shape
+
+
+class _Configuration:
+    def __init__(self) -> None:
+        self.factor = 2.0
+
+
+class ReadsAProxy(nn.Module):
+    """A weak proxy of a configuration that is there, and one of a configuration that is gone."""
+
+    def __init__(self, configuration: _Configuration, reads_the_dead: bool = False) -> None:
+        super().__init__()
+        self.part, self.reads_the_dead = stem(4), reads_the_dead
+        self.__dict__["configuration"] = weakref.proxy(configuration)  # of a dead one PyTorch's own setattr raises
+        self.__dict__["dead"] = weakref.proxy(_Configuration())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reads_the_dead:
+            self.dead  # noqa: B018
+        return self.part(x) * self.configuration.factor
+
+
+@pytest.mark.parametrize("reads_the_dead", [False, True])
+def test_weak_proxies(reads_the_dead: bool) -> None:
+    """What is behind one is compared, as if nothing were between."""
+    configuration = _Configuration()
+    model = ReadsAProxy(configuration, reads_the_dead).double()
+    rewritten = ReadsAProxy(configuration, reads_the_dead).double()
+    rewritten.load_state_dict(model.state_dict())
+    bnrestructure.restructure(rewritten, backend="reference")
+    for factor in (2.0, 2.0, 3.0, 3.0):
+        configuration.factor = factor
+        x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+        assert_same_values(training_step(rewritten, x), training_step(model, x))
+    region = region_of(rewritten)
+    assert region is not None
+    assert (region.ran.captures, region.ran.calls) == (2, 4)

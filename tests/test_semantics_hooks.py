@@ -155,6 +155,13 @@ def _by_weak_reference(m: Wrapper) -> tuple[Hook, Callable[[Any], Any]]:
     return hook, lambda m: m.latest
 
 
+def _beside_a_dead_reference(m: Wrapper) -> tuple[Hook, Callable[[Any], Any]]:
+    """One that raises whatever it is asked."""
+    dead = weakref.proxy(Collector())
+    m.__dict__["dead"] = dead
+    return lambda _, given, result: setattr(m, "latest", (result, lambda: (dead, m.dead))[0]), lambda m: m.latest
+
+
 def _of_a_function(m: Wrapper) -> tuple[Hook, Callable[[Any], Any]]:
     def hook(_: Any, given: Any, result: Tensor) -> None:
         hook.latest = result  # type: ignore[attr-defined]
@@ -196,6 +203,7 @@ STORES: dict[str, Callable[[Wrapper], tuple[Hook, Callable[[Any], Any]]]] = {
     "a weak reference": _by_weak_reference,
     "an attribute of the hook": _of_a_function,
     "a queue": _in_a_queue,
+    "beside a dead reference": _beside_a_dead_reference,
 }
 
 

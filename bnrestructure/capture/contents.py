@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from bnrestructure.capture.raw_memory import memory_of, write_memory
 
 __all__ = [
-    "DEPTH", "Snapshot", "attributes_of", "contents", "depth_inside", "goes_on", "is_plain_object", "is_simple", "length_of", "parts_of",
-    "state_of",
+    "DEPTH", "Snapshot", "attributes_of", "behind", "contents", "depth_inside", "goes_on", "is_plain_object", "is_proxy", "is_simple",
+    "length_of", "parts_of", "state_of",
 ]  # fmt: skip
 
 _WRITTEN_IN_PYTHON = 1 << 9  # CPython's Py_TPFLAGS_HEAPTYPE
@@ -33,13 +33,32 @@ _ITEMS = (dict, list, tuple, deque, set, frozenset)
 _OPAQUE = (nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType)
 
 
+def is_proxy(value: Any) -> bool:
+    """Whether this is a weak proxy: it says that it is its object, and raises whatever it is asked once that is gone."""
+    return type(value) in weakref.ProxyTypes
+
+
+def behind(proxy: Any) -> Any:
+    """The object that a weak proxy stands for; None where it is gone."""
+    try:
+        return proxy.__reduce_ex__.__self__
+    except ReferenceError:
+        return None
+
+
 def is_simple(value: Any) -> bool:
     """Whether this cannot change, and is what it is equal to."""
+    return not is_proxy(value) and _is_simple(value)
+
+
+def _is_simple(value: Any) -> bool:
     return isinstance(value, _SIMPLE) or (isinstance(value, tuple) and all(isinstance(v, _SIMPLE) for v in value))
 
 
 def goes_on(value: Any) -> bool:
     """Whether asking this for something changes what it gives next: an iterator, a generator of random numbers."""
+    if is_proxy(value):
+        return False
     if isinstance(value, random.Random) or type(value).__module__.startswith("numpy.random"):
         return True
     return isinstance(value, Iterator) and not isinstance(value, nn.Module)
@@ -73,6 +92,8 @@ def parts_of(value: Any) -> dict[Any, Any] | None:
     anything else.
     """
     kind = type(value)
+    if is_proxy(value):
+        return parts_of(weakref.ref(found)) if (found := behind(value)) is not None else {"object": None}
     if issubclass(kind, OrderedDict):
         return dict(OrderedDict.items(value))
     if issubclass(kind, dict):
@@ -98,7 +119,7 @@ def parts_of(value: Any) -> dict[Any, Any] | None:
 
 def attributes_of(container: Any) -> dict[str, Any] | None:
     """What somebody has set on a container of a class of theirs, beside its items."""
-    found = getattr(container, "__dict__", None) if isinstance(container, _ITEMS) else None
+    found = getattr(container, "__dict__", None) if length_of(container) is not None else None
     return found if type(found) is dict else None
 
 
@@ -128,6 +149,8 @@ def contents(value: Any) -> Any:
 
 def _contents(value: Any, depth: int, left: list[int]) -> Any:
     """``left`` is how many more things may be looked at."""
+    if is_proxy(value):
+        value = behind(value)
     if isinstance(value, _SIMPLE):
         return type(value), value, repr(value) if value == 0 else None  # 1 is no 1.0, and 0.0 no -0.0
     if (memory := memory_of(value)) is not None:

@@ -18,7 +18,7 @@ class OwnTensors:
             self._registered[module] = _registered(module)
             for source in (module._parameters, module._buffers, module.__dict__):
                 for name, value in source.items():
-                    if isinstance(value, Tensor):
+                    if issubclass(type(value), Tensor):  # isinstance() asks a weak proxy, whose object may be gone
                         self._paths.setdefault(id(value), dot + name)
 
     def path_of(self, tensor: Tensor) -> str | None:

@@ -5,6 +5,7 @@ Nothing runs. A name counts wherever it leads to: code that spells ``store`` may
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import weakref
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from bnrestructure.capture.authors import LIBRARIES, attributes_of_module, package_of
-from bnrestructure.capture.contents import is_simple, parts_of
+from bnrestructure.capture.contents import behind, is_proxy, is_simple, parts_of
 from bnrestructure.capture.spelt_names import codes, spelt_names
 
 __all__ = ["Reach"]
@@ -84,11 +85,12 @@ class Reach:
         self._names: set[str] = {"__call__"}
         self._holders: dict[int, Mapping[str, Any]] = {}  # what names are looked up in, by the identity of whose they are
         self._seen: dict[int, Any] = {}  # by identity; kept alive, so that nothing else gets it
-        self._left = list(values)
+        self._left, self._looked_at = list(values), 0
         while self._left and self.complete:
             while self._left and self.complete:
-                self._look_at(self._left.pop())
-            self._left = [value for value in self._named() if not self._is_known(value)]
+                with contextlib.suppress(Exception):  # whatever a user's object does when it is asked what it is
+                    self._look_at(self._left.pop())
+            self._left = [value for value in self._named() if id(value) not in self._seen]
 
     def _named(self) -> Iterator[Any]:
         """What has one of the names so far: one may lead to more names."""
@@ -98,13 +100,10 @@ class Reach:
             for module in list(self.modules):
                 yield from module.modules()
 
-    def _is_known(self, value: Any) -> bool:
-        return is_simple(value) or isinstance(value, Tensor) or id(value) in self._seen
-
     @property
     def complete(self) -> bool:
         """Whether all was looked at."""
-        return len(self._seen) <= _MOST
+        return self._looked_at <= _MOST
 
     def may_write(self, home: object, name: str, value: object) -> bool:
         """Whether code may give another value to what has this name in ``home``, or change what is in its value."""
@@ -113,9 +112,14 @@ class Reach:
         return self.writes and not self.objects.keys().isdisjoint(Reach([value]).objects)
 
     def _look_at(self, value: Any) -> None:
-        if self._is_known(value):
+        if id(value) in self._seen:
             return
         self._seen[id(value)] = value
+        if is_proxy(value):
+            value = behind(value)
+        if is_simple(value) or isinstance(value, Tensor):
+            return
+        self._looked_at += 1
         if isinstance(value, nn.Module):
             self._look_at_module(value)
         elif isinstance(value, FunctionType):
@@ -129,8 +133,6 @@ class Reach:
             self._left += [value.fget, value.fset]
         elif isinstance(value, weakref.ref):
             self._left.append(value())
-        elif type(value) in weakref.ProxyTypes:
-            self._left.append(value.__reduce_ex__.__self__)
         elif isinstance(value, ModuleType):
             if package_of(attributes_of_module(value)) not in LIBRARIES:
                 self._hold(value, attributes_of_module(value))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnrestructure.capture.contents import DEPTH, Snapshot, attributes_of, depth_inside, is_simple, state_of
+from bnrestructure.capture.contents import DEPTH, Snapshot, attributes_of, behind, depth_inside, is_proxy, is_simple, state_of
 from bnrestructure.capture.surroundings import Missing, Variable, surroundings_of
 from bnrestructure.graph.boundaries import is_library_leaf
 
@@ -24,6 +24,8 @@ def ambient_modes() -> tuple[Any, ...]:
 
 def _snapshots(value: Any, seen: set[int], depth: int = DEPTH) -> Iterator[Snapshot]:
     """Of this value, where it can change, and of what is in it; of nothing twice."""
+    if is_proxy(value):
+        value = behind(value)
     if depth <= 0 or is_simple(value) or isinstance(value, Tensor | nn.Module) or id(value) in seen:
         return
     snapshot = Snapshot(value)

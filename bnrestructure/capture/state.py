@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from bnrestructure.capture.contents import contents, is_simple
+from bnrestructure.capture.contents import contents, is_proxy, is_simple
 from bnrestructure.capture.hooks import hooks_of, stored_by_hooks
 from bnrestructure.capture.program import dict_with
 from bnrestructure.capture.reads import Reads
@@ -41,7 +41,7 @@ class _Tensor(NamedTuple):
         """That of this name, or None where the module has none."""
         values = dict_with(module, name)
         t = None if values is None else values[name]
-        if values is None or not isinstance(t, torch.Tensor) or is_lazy(t):
+        if values is None or is_proxy(t) or not isinstance(t, torch.Tensor) or is_lazy(t):
             return None
         return cls(values, name, t.shape, t.dtype, t.device, t.requires_grad)
 
@@ -98,7 +98,8 @@ class _Row(NamedTuple):
         What is in an object is compared in one row: ``taken`` are the objects, by identity, that other rows look into.
         """
         state = module.__dict__
-        present = {n: state[n] for n in sorted(watched & state.keys()) if not isinstance(state[n], torch.Tensor | nn.Module)}
+        named = {n: state[n] for n in sorted(watched & state.keys())}
+        present = {n: value for n, value in named.items() if is_proxy(value) or not isinstance(value, torch.Tensor | nn.Module)}
         # One name twice: of a single name the getter gives no tuple.
         plain = (name for name, value in present.items() if (is_simple(value) or id(value) in taken) and name != "training")
         always = "training" if "training" in state else "_modules"  # a compiled module asks the one that it wraps

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bnrestructure.capture.authors import LIBRARIES, attributes_of_module, is_by_user, is_class_by_user, package_of, package_of_forward
-from bnrestructure.capture.contents import attributes_of, contents, goes_on, is_plain_object, is_simple, length_of
+from bnrestructure.capture.contents import attributes_of, behind, contents, goes_on, is_plain_object, is_proxy, is_simple, length_of
 from bnrestructure.capture.raw_memory import memory_of
 from bnrestructure.capture.spelt_names import Spelt, codes, spelt_names
 
@@ -267,8 +267,8 @@ class _Survey:
             self.look_into(value.dispatcher, value.func)
         elif isinstance(value, weakref.ref):
             self.look_into(value())
-        elif type(value) in weakref.ProxyTypes:
-            self.look_into(value.__reduce_ex__.__self__)
+        elif is_proxy(value):
+            self.look_into(behind(value))
         else:
             return False
         return True

@@ -421,3 +421,42 @@ def test_a_second_interrupt_ends_a_forward_that_does_not_end(tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         restructured_copy(_Body(endless).double())(_x())
     assert presses.read_text() == "once "
+
+
+class _Guard(nn.Module):
+    """Reads values, and returns one thing for small ones and another for large ones."""
+
+    def __init__(self, small: Callable[[Tensor], Any], large: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.small, self.large, self.norm = small, large, nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.small(x) if float(x.detach().abs().max()) < 1e3 else self.large(x)
+
+
+@pytest.mark.parametrize("handed", [lambda x: x, lambda x: x.view(x.shape), lambda x: x[:]], ids=["itself", "a view", "a slice"])
+@pytest.mark.parametrize("edit", [lambda y: F.relu(y, inplace=True), lambda y: y.mul_(2)], ids=["relu", "mul_"])
+def test_what_a_part_hands_on_and_somebody_changes_in_place(edit: Callable[[Tensor], Tensor], handed: Callable[[Tensor], Tensor]) -> None:
+    """A tensor that others read, too."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        z = m.part.norm(m.stem(x))
+        y = edit(m.part(z))
+        return m.last(z) + y
+
+    model = _Body(body, _Guard(handed, torch.nan_to_num)).double()
+    _same_steps(model, restructured_copy(model))
+
+
+@pytest.mark.parametrize("small", [lambda x: None, lambda x: (x, None), lambda x: [x]], ids=["nothing", "a tuple", "a list"])
+def test_a_part_that_returns_something_else_than_when_it_was_captured(small: Callable[[Tensor], Any]) -> None:
+    """An error that says so, whatever it is."""
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        y = m.part(x)
+        return m.last(m.stem(x)) + (0 if y is None else y[0].sum())
+
+    model = restructured_copy(_Body(body, _Guard(small, lambda x: x)).double())
+    model(_x())
+    with pytest.raises(RuntimeError, match="part returned a tensor of 4 dimensions in float64, and something else when"):
+        model(_x() * 1e4)

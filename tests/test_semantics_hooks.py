@@ -285,3 +285,105 @@ def test_a_hook_that_is_put_beside_another_one() -> None:
     captures = region.ran.captures
     _same_steps(model, rewritten, 1)
     assert region.ran.captures == captures
+
+
+class _Shared(nn.Module):
+    """A normalised tensor that two layers read, the first with hooks; ``forward`` may be another one."""
+
+    def __init__(self, prepare: Callable[[Any], None], body: Callable[[Any, Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.conv, self.bn, self.seen = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), []
+        self.hooked, self.other, self.norm = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.inplace, self.body = nn.ReLU(inplace=True), body
+        prepare(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.bn(self.conv(x))
+        if self.body is not None:
+            return self.body(self, z)
+        return self.norm(self.hooked(z)).relu() + self.other(z)
+
+
+def _before(hook: Callable[..., Any]) -> Callable[[Any], None]:
+    return lambda m: m.hooked.register_forward_pre_hook(hook) and None
+
+
+def _after(hook: Callable[..., Any]) -> Callable[[Any], None]:
+    return lambda m: m.hooked.register_forward_hook(hook) and None
+
+
+def _scaled(_: Any, given: Any) -> None:
+    x = given[0].data
+    x *= 2
+
+
+def _set_a_setting(m: Any) -> None:
+    def hook(*_: Any) -> None:
+        m.norm.eps = m.norm.eps * 4
+
+    m.hooked.register_forward_hook(hook)
+
+
+def _replace_a_weight(m: Any) -> None:
+    m.hooked.register_forward_hook(lambda *_: setattr(m.norm, "weight", nn.Parameter(m.norm.weight.detach() * 2)))
+
+
+def _freeze_by_turns(m: Any) -> None:
+    m.hooked.register_forward_hook(lambda *_: m.norm.train(not m.norm.training) and None)
+
+
+def _with_hook_inside(m: Any, z: Tensor) -> Tensor:
+    with m.hooked.register_forward_hook(lambda _, given, result: result * 2):
+        return m.hooked(z) + m.other(z)
+
+
+def _collecting_inside(m: Any, z: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    with m.hooked.register_forward_hook(lambda _, given, result: seen.append(result)):
+        y = m.hooked(z)
+    return y + sum(seen) + m.other(z)
+
+
+def _nothing(m: Any) -> None:
+    pass
+
+
+#: Hooks that change what others compute, and forwards that have to do with hooks.
+CHANGING: dict[str, tuple[Callable[[Any], None], Callable[[Any, Tensor], Tensor] | None]] = {
+    "its input in place": (_before(lambda _, given: (given[0].clamp_(-0.5, 0.5), None)[1]), None),
+    "its input by an operator": (_before(_scaled), None),
+    "a part of its result": (_after(lambda _, given, result: (result.data[:, 0].zero_(), None)[1]), None),
+    "a setting": (_set_a_setting, None),
+    "a weight": (_replace_a_weight, None),
+    "a training flag": (_freeze_by_turns, None),
+    "a hook inside": (_nothing, _with_hook_inside),
+    "a collector inside": (_nothing, _collecting_inside),
+    "an attribute of the result": (
+        _after(lambda _, given, result: setattr(result, "mark", result.mean())),
+        lambda m, z: m.hooked(z) * getattr(m.hooked(z), "mark", 0) + m.other(z),
+    ),
+    "a list's alias": (
+        _after(lambda _, given, result, seen=[]: seen.__iadd__([result.mean()]) and None),
+        lambda m, z: m.hooked(z) + sum(next(iter(m.hooked._forward_hooks.values())).__defaults__[0][-1:]) + m.other(z),
+    ),
+    "another size": (
+        _after(lambda _, given, result: result[..., ::2, ::2]),
+        lambda m, z: (m.hooked(z) if m.hooked(z).shape[-1] == 3 else m.other(z)) * 2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_what_hooks_change(name: str) -> None:
+    prepare, body = CHANGING[name]
+    torch.manual_seed(0)
+    model = _Shared(prepare, body).double()
+    torch.manual_seed(0)
+    rewritten = bnrestructure.restructure(_Shared(prepare, body).double(), backend="reference")
+    _same_steps(model, rewritten)
+
+
+def test_a_hook_that_returns_something_else_is_an_error_that_says_so() -> None:
+    model = bnrestructure.restructure(_Shared(_after(lambda _, given, result: result.float())).double(), backend="reference")
+    with pytest.raises(RuntimeError, match="hooked returned a tensor of 4 dimensions in float32, and something else when"):
+        model(torch.randn(2, 3, 6, 6, dtype=torch.float64))

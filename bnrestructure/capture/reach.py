@@ -10,7 +10,7 @@ import dis
 import functools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, MethodWrapperType, ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -21,11 +21,6 @@ from bnrestructure.capture.spelt_names import codes, spelt_names
 
 __all__ = ["Reach"]
 
-#: Methods that change what they belong to.
-_CHANGING = {
-    "__setattr__", "__setitem__", "add", "append", "appendleft", "clear", "difference_update", "discard", "extend", "insert", "pop",
-    "popitem", "popleft", "put", "remove", "reverse", "set", "setattr", "setdefault", "sort", "update",
-}  # fmt: skip
 #: What finds or gives attributes, or variables, of any name.
 _ANY_NAME = {"__dict__", "vars", "globals", "exec", "eval"}
 _GIVES_BY_NAME = {"setattr", "__setattr__"}
@@ -38,12 +33,12 @@ _MOST, _MOST_ITEMS = 5000, 1000
 
 
 class _Stores(NamedTuple):
-    """What a piece of code gives values to: attributes and variables by name, or attributes of any name; whether it changes anything."""
+    """What a piece of code gives values to: attributes and variables by name, or attributes of any name; whether it may edit a tensor."""
 
     attributes: frozenset[str]
     variables: frozenset[str]
     any_name: bool
-    anything: bool
+    edits: bool
 
 
 @functools.lru_cache(maxsize=1024)
@@ -58,9 +53,26 @@ def _stores(code: CodeType) -> _Stores:
         attributes |= {constant for constant in code.co_consts if isinstance(constant, str)}
     any_name = not _ANY_NAME.isdisjoint(code.co_names) or (by_name and (spelt.any_attribute or spelt.any_own))
     variables = by_step.get("STORE_GLOBAL", set()) | by_step.get("STORE_DEREF", set())
-    changes = any(name.startswith(("STORE_SUBSCR", "STORE_SLICE", "DELETE_SUBSCR")) for name in by_step)
-    changes |= not _CHANGING.isdisjoint(code.co_names)
-    return _Stores(frozenset(attributes), frozenset(variables), any_name, bool(attributes or variables or any_name or changes))
+    return _Stores(frozenset(attributes), frozenset(variables), any_name, _edits(code, steps))
+
+
+def _edits(code: CodeType, steps: list[dis.Instruction]) -> bool:
+    """Whether code may change a tensor in place: by a method, an argument, an operator, or an assignment to a part of it."""
+    methods = any(name.endswith("_") and not name.startswith("_") for name in code.co_names)
+    arguments = any(isinstance(names, tuple) and not {"out", "inplace"}.isdisjoint(names) for names in code.co_consts)
+    return methods or arguments or any(_edits_at(steps, i) for i in range(len(steps)))
+
+
+def _edits_at(steps: list[dis.Instruction], i: int) -> bool:
+    step, before = steps[i], steps[max(0, i - 2) : i]
+    if step.opname == "STORE_SLICE" or (step.opname == "STORE_ATTR" and step.argval == "data"):
+        return True
+    if step.opname == "STORE_SUBSCR" and before:  # a name or a text as the key is one of a dict's
+        last = before[-1]
+        built = last.opname in ("BUILD_SLICE", "BUILD_TUPLE") or (last.opname == "LOAD_CONST" and not isinstance(last.argval, str))
+        return built or all(b.opname.startswith("LOAD_FAST") for b in before)
+    in_place = step.opname.startswith("INPLACE_") or (step.opname == "BINARY_OP" and step.argrepr.endswith("="))
+    return in_place and not steps[i + 1].opname.startswith(("STORE_ATTR", "STORE_GLOBAL", "STORE_DEREF", "SWAP"))
 
 
 class Reach:
@@ -71,7 +83,8 @@ class Reach:
     homes       where names may be given a value: namespaces of Python modules, classes, attributes of objects; by identity
     stored      the names that code gives values to, as attributes; ``any_name``: or any
     variables   the global variables and those of closures that it gives values to: (identity of the globals or the cell, name)
-    writes      whether code writes to anything
+    names       the names of attributes that code spells
+    edits       whether code, but for PyTorch's own, may change a tensor in place
     complete    whether all was looked at: of many thousands of objects no more are
     """
 
@@ -81,8 +94,8 @@ class Reach:
         self.homes: set[int] = set()
         self.stored: set[str] = set()
         self.variables: set[tuple[int, str]] = set()
-        self.any_name = self.writes = False
-        self._names: set[str] = {"__call__"}
+        self.any_name = self.edits = False
+        self.names: set[str] = {"__call__"}
         self._holders: dict[int, Mapping[str, Any]] = {}  # what names are looked up in, by the identity of whose they are
         self._seen: dict[int, Any] = {}  # by identity; kept alive, so that nothing else gets it
         self._left, self._looked_at = list(values), 0
@@ -95,8 +108,8 @@ class Reach:
     def _named(self) -> Iterator[Any]:
         """What has one of the names so far: one may lead to more names."""
         for holder in list(self._holders.values()):
-            yield from [holder[name] for name in self._names & holder.keys()]
-        if not _ALL_MODULES.isdisjoint(self._names):
+            yield from [holder[name] for name in self.names & holder.keys()]
+        if not _ALL_MODULES.isdisjoint(self.names):
             for module in list(self.modules):
                 yield from module.modules()
 
@@ -109,7 +122,7 @@ class Reach:
         """Whether code may give another value to what has this name in ``home``, or change what is in its value."""
         if not self.complete or (id(home), name) in self.variables or (id(home) in self.homes and (self.any_name or name in self.stored)):
             return True
-        return self.writes and not self.objects.keys().isdisjoint(Reach([value]).objects)
+        return not self.objects.keys().isdisjoint(Reach([value]).objects)
 
     def _look_at(self, value: Any) -> None:
         if id(value) in self._seen:
@@ -124,8 +137,7 @@ class Reach:
             self._look_at_module(value)
         elif isinstance(value, FunctionType):
             self._look_at_function(value)
-        elif isinstance(value, BuiltinMethodType):
-            self.writes |= value.__name__ in _CHANGING
+        elif isinstance(value, BuiltinMethodType | MethodWrapperType):
             self._left.append(value.__self__)
         elif isinstance(value, staticmethod | classmethod):
             self._left.append(value.__func__)
@@ -157,8 +169,8 @@ class Reach:
             stores, spelt = _stores(code), spelt_names(code)
             self.stored |= stores.attributes
             self.any_name |= stores.any_name
-            self.writes |= stores.anything
-            self._names |= spelt.attributes
+            self.edits |= followed and stores.edits
+            self.names |= spelt.attributes
             self.variables |= {(id(cells.get(name, values)), name) for name in stores.variables}
             if followed:
                 self._left += [values[name] for name in spelt.variables if name in values]

@@ -58,6 +58,10 @@ class _Place:
     steps: tuple[Any, ...] = ()
 
 
+#: See :meth:`Recorder.call`.
+Check = Callable[[Any], Callable[[Any], Any] | None]
+
+
 class Recorder(TorchFunctionMode):
     """Adds a node to ``graph`` for each PyTorch function called while it is the active mode; ``call`` is for calls of other kinds."""
 
@@ -158,20 +162,23 @@ class Recorder(TorchFunctionMode):
 
     def call(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any], *,
-        learns: bool = False, opaque: bool = True, shape_stays: bool = False,
+        learns: bool = False, opaque: bool = True, shape_stays: bool = False, check: Check | None = None,
     ) -> Any:  # fmt: skip
         """Record a call that PyTorch does not announce (of a layer, of a custom Function), and ``run`` it on the fake tensors.
 
         learns    it has parameters that take gradients
         opaque    whose memory it hands back may differ from call to call
         shape_stays    its result has the shape of its first argument
+        check     what makes a function of the result, or None, that is to be called with each later result before anybody gets it
         Raises CaptureError where it changes an argument's memory without handing it back: nothing in the graph would say so.
         """
         with self.unseen():
             given = [(t, t._version, self.node_of(t)) for t in map(self._fake_of, tensors_in((args, kwargs)))]
-            node, result = self._run(op, target, args, kwargs, run, learns, shape_stays)
+            node, result = self._run(op, target, args, kwargs, run, learns, shape_stays, check)
             if opaque and node is not None:
-                remember(node, storages=(provenance(node).storages or frozenset()) | {self._storage(t) for t, *_ in given})
+                called = node if node.op == op else node.all_input_nodes[0]  # what is checked
+                for n in {called, node}:
+                    remember(n, storages=(provenance(node).storages or frozenset()) | {self._storage(t) for t, *_ in given})
             for t, version, source in given:
                 if t._version != version:
                     if node is None or not any(t is r for r in tensors_in(result)):
@@ -185,7 +192,7 @@ class Recorder(TorchFunctionMode):
 
     def _run(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any], learns: bool = False,
-        shape_stays: bool = False,
+        shape_stays: bool = False, check: Check | None = None,
     ) -> tuple[fx.Node | None, Any]:  # fmt: skip
         """(a call's node, or None where its result is a constant; the result on fake tensors)."""
         nodes, values = self._lowered(args, target)
@@ -208,6 +215,9 @@ class Recorder(TorchFunctionMode):
             return None, result
         node = self.graph.create_node(op, target, nodes, named)  # now, for an error that the forward catches leaves no node
         node.meta["nn_module_stack"] = self.trail.stack()
+        if (checking := None if check is None else check(result)) is not None:
+            node = self.graph.create_node("call_function", checking, (node,))
+            node.meta["nn_module_stack"] = self.trail.stack()
         result = self._results(node, result, given, requires)
         if values and (shape_stays or call_keeps_shape(op, target)):
             self._note_shape(result, values[0])

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from bnrestructure.capture.contents import contents, is_proxy, is_simple
-from bnrestructure.capture.hooks import hooks_of, stored_by_hooks
+from bnrestructure.capture.hooks import hooks_of, objection_to_hooks
 from bnrestructure.capture.program import dict_with
 from bnrestructure.capture.reads import Reads
 from bnrestructure.capture.surroundings import Missing, Variable, surroundings_of
@@ -222,7 +222,7 @@ class ModuleState:
             return False
         hooks = hooks_of(self._root)
         if hooks != self._hooks:
-            if stored_by_hooks(self._root, self._followed, self._reads) is not None:
+            if objection_to_hooks(self._root, self._followed, self._reads) is not None:
                 return True
             self._hooks = hooks
         return False

@@ -121,6 +121,7 @@ class Missing(NamedTuple):
 class Found(NamedTuple):
     """What code names, and what it does not find; the caches that it goes through; iterators, and generators of random numbers.
 
+    names      of attributes, that it spells
     asking     the globals of code that names ``type``
     catches    whether code may catch what operations raise
     """
@@ -131,6 +132,7 @@ class Found(NamedTuple):
     going_on: list[Any]
     asking: list[dict[str, Any]]
     catches: bool
+    names: frozenset[str]
 
 
 def surroundings_of(modules: Iterable[nn.Module], values: Iterable[Any] = (), *, kept: bool = False) -> Found:
@@ -198,7 +200,8 @@ class _Survey:
                 self._names.add("_last_lr")
         # A capture puts a ``type`` among the globals of code that asks (kinds.py).
         missing = [Missing(home, frozenset(self._names - _values_of(home).keys() - {"type"})) for home in self._holders]
-        return Found(list(self._found.values()), missing, self._caches, self._going_on, list(self._asking.values()), self._catches)
+        asking, names = list(self._asking.values()), frozenset(self._names)
+        return Found(list(self._found.values()), missing, self._caches, self._going_on, asking, self._catches, names)
 
     def _known(self) -> tuple[int, int, bool]:
         return len(self._names), len(self._holders), self._any_name

@@ -28,7 +28,7 @@ from bnrestructure.capture.arguments import Arguments
 from bnrestructure.capture.calls import CustomFunction
 from bnrestructure.capture.contents import state_of
 from bnrestructure.capture.fakes import FaithfulFakeMode, without_log
-from bnrestructure.capture.hooks import stored_by_hooks
+from bnrestructure.capture.hooks import announcing_hooks, may_change_result, objection_to_hooks
 from bnrestructure.capture.interrupts import interrupts_deferred
 from bnrestructure.capture.kinds import telling_kinds
 from bnrestructure.capture.layers import keeps_shape, known_result
@@ -41,7 +41,7 @@ from bnrestructure.capture.spelling import article
 from bnrestructure.capture.stand_ins import without_data
 from bnrestructure.capture.surroundings import surroundings_of
 from bnrestructure.capture.trial import AsBefore, trial
-from bnrestructure.capture.written import Written
+from bnrestructure.capture.written import Written, keeping_buffers_of_scripts
 from bnrestructure.core.errors import AttributeWrittenError, CaptureError, NotFollowedError, first_line
 from bnrestructure.graph.boundaries import boundary_reason, has_own_call, has_scripts, is_library_leaf
 
@@ -174,8 +174,8 @@ class _Session:
             self._undo()
         if (name := self.written.read_by(self.reads, self.followed)) is not None:
             raise AttributeWrittenError(f"its forward reads {name!r}, which a part that is called as it is writes")
-        if (name := stored_by_hooks(self.root, self.followed, self.reads)) is not None:
-            raise AttributeWrittenError(f"its forward reads {name!r}, which a hook may write")
+        if (objection := objection_to_hooks(self.root, self.followed, self.reads)) is not None:
+            raise AttributeWrittenError(objection)
         recorder.graph.output(output)
         gm = fx.GraphModule(self.root, recorder.graph, class_name=type(self.root).__name__)
         if not recorder.sizes.decided and follow_from_sizes(gm.graph):
@@ -267,13 +267,13 @@ class _Session:
             recorder.sizes.uncertain = path
             return pytree.tree_map_only(torch.Tensor, recorder.double, found)
 
-        before = None if is_library_leaf(m) else _random_state()
-        with self._within(path, m), _keeping_buffers_of_scripts(m, recorder):
+        before, hooked = None if is_library_leaf(m) else _random_state(), may_change_result(m)
+        with self._within(path, m), keeping_buffers_of_scripts(m, recorder.unseen):
+            recorder.sizes.uncertain = path if hooked else recorder.sizes.uncertain
             result = recorder.call(
-                "call_module", path, args, kwargs, run, learns=learns, opaque=before is not None, shape_stays=keeps_shape(m)
-            )
-            if recorder.sizes.uncertain == path:
-                result = recorder.call("call_function", AsBefore(path, result), (result,), {}, lambda values: values, learns=learns)
+                "call_module", path, args, kwargs, run, learns=learns, opaque=before is not None, shape_stays=keeps_shape(m) and not hooked,
+                check=lambda found: AsBefore(path, found) if recorder.sizes.uncertain == path else None,
+            )  # fmt: skip
         if before is not None:
             _set_random_state(before)  # it draws again when it really runs, and writes again
             self.written.variables |= self.around.written()
@@ -283,20 +283,6 @@ class _Session:
 
 def _writes(name: str) -> str:
     return f"its forward writes the variable {name!r}, or what is in it"
-
-
-@contextmanager
-def _keeping_buffers_of_scripts(module: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Put back what ScriptModules write to their buffers: compiled code finds them by itself, so that no fake ones can stand for them."""
-    scripts = [m for m in module.modules() if isinstance(m, torch.jit.ScriptModule)]
-    with recorder.unseen(), torch.no_grad():
-        kept = [(b, b.clone()) for m in scripts for b in m.buffers()]
-    try:
-        yield
-    finally:
-        with recorder.unseen(), torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
 
 
 def _session() -> _Session | None:
@@ -326,13 +312,19 @@ def _patched() -> Iterator[None]:
     for module, name, function in seeding:
         setattr(module, name, _not_seeding(function))
     try:
-        with _no_checkpoints():
+        with _no_checkpoints(), announcing_hooks(_refuse_hooks):
             yield
     finally:
         for module, name, function in seeding:
             setattr(module, name, function)
         nn.Module.__call__ = call  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply
+
+
+def _refuse_hooks(module: nn.Module) -> None:
+    session = _session()
+    if session is not None and not session.recorder.depth:
+        raise CaptureError(f"its forward puts hooks on a {type(module).__name__}")
 
 
 def _not_seeding(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -54,7 +54,8 @@ def _like(fake: Tensor) -> Tensor:
 
 
 class AsBefore:
-    """Hands on what a part of a model returned, if it is of the kind that was captured, as a function that a graph can call.
+    """Hands on what a part of a model returned, if it is of the kind that was captured, as a function that a graph can call: where the kind
+    may follow from values, or from what a hook returns.
 
     The kind is the nest of containers and each tensor's dtype and number of dimensions.
     """
@@ -68,7 +69,7 @@ class AsBefore:
         if _kind(result) != self._kind:
             raise RuntimeError(
                 f"{self._path} returned {_shown(result)}, and something else when the model was captured: what its result is follows "
-                "from the values of a tensor. Call bnrestructure.unrestructure on the model, and restructure its parts"
+                "from the values of a tensor, or from a hook. Call bnrestructure.unrestructure on the model, and restructure its parts"
             )
         return result
 

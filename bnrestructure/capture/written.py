@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from bnrestructure.capture.reads import Reads
 from bnrestructure.capture.side_effects import Attributes
 from bnrestructure.capture.surroundings import surroundings_of
 
-__all__ = ["Written"]
+__all__ = ["Written", "keeping_buffers_of_scripts"]
 
 _TENSORS = ("_parameters", "_buffers")
 
@@ -52,3 +52,17 @@ class Written:
         around = surroundings_of(followed, kept=True)
         named = {(id(v.home), v.name) for v in around.variables} | {(id(m.home), name) for m in around.missing for name in m.names}
         return next((name for _, name in sorted(named & self.variables)), None)
+
+
+@contextmanager
+def keeping_buffers_of_scripts(module: nn.Module, unseen: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Put back what ScriptModules write to their buffers: compiled code finds them by itself, so that no fake ones can stand for them."""
+    scripts = [m for m in module.modules() if isinstance(m, torch.jit.ScriptModule)]
+    with unseen(), torch.no_grad():
+        kept = [(b, b.clone()) for m in scripts for b in m.buffers()]
+    try:
+        yield
+    finally:
+        with unseen(), torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)

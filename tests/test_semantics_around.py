@@ -460,3 +460,50 @@ def test_a_part_that_returns_something_else_than_when_it_was_captured(small: Cal
     model(_x())
     with pytest.raises(RuntimeError, match="part returned a tensor of 4 dimensions in float64, and something else when"):
         model(_x() * 1e4)
+
+
+class _Calls(nn.Module):
+    """Reads values, and tells somebody of them: ``call``, which a copy of it shares with it, or the one that holds it."""
+
+    call: Callable[[float], Any]
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = float(x.detach().mean())
+        self.call(mean)
+        for owner in vars(self).get("owners", ()):
+            owner.mean = mean
+        return x * (2 if mean > 0 else 3)
+
+
+def _adds(m: Any) -> None:
+    m.part.call = lambda v: m.last[1].running_mean.add_(v)
+
+
+def _scales(m: Any) -> None:
+    def scale(v: float) -> None:
+        m.last[0].weight.data.mul_(1 + v)
+
+    m.part.call = scale
+
+
+def _appends(m: Any) -> None:
+    m.part.call = m.notes.append
+
+
+def _sets(m: Any) -> None:
+    m.part.call, m.part.owners = (lambda v: None), [m]
+
+
+@pytest.mark.parametrize("connect", [_adds, _scales, _appends, _sets])
+def test_a_part_that_reaches_for_its_parent(connect: Callable[[Any], None]) -> None:
+    """It runs once more while its parent is captured, on random numbers. Nothing stays of that, what it writes later is read at once."""
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        model = _Body(lambda m, x: m.last(m.part(m.stem(x))) + sum(m.notes[-1:]) + m.mean, _Calls()).double()
+        model.notes, model.mean = [], 0.0  # type: ignore[assignment]
+        connect(model)
+        return model
+
+    model, rewritten = made(), bnrestructure.restructure(made(), backend="reference")  # a copy's part would call the original's
+    _same_steps(model, rewritten)

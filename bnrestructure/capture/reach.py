@@ -79,7 +79,7 @@ class Reach:
     """All that ``values`` can get hold of.
 
     modules     modules; of what they have, only what code names
-    objects     containers and other objects that may change, by identity
+    objects     containers and other objects that may change, by identity; ``bound``, those that methods written in C belong to
     homes       where names may be given a value: namespaces of Python modules, classes, attributes of objects; by identity
     stored      the names that code gives values to, as attributes; ``any_name``: or any
     variables   the global variables and those of closures that it gives values to: (identity of the globals or the cell, name)
@@ -91,6 +91,7 @@ class Reach:
     def __init__(self, values: Iterable[Any]) -> None:
         self.modules: set[nn.Module] = set()
         self.objects: dict[int, Any] = {}
+        self.bound: dict[int, Any] = {}
         self.homes: set[int] = set()
         self.stored: set[str] = set()
         self.variables: set[tuple[int, str]] = set()
@@ -138,6 +139,7 @@ class Reach:
         elif isinstance(value, FunctionType):
             self._look_at_function(value)
         elif isinstance(value, BuiltinMethodType | MethodWrapperType):
+            self.bound[id(value.__self__)] = value.__self__
             self._left.append(value.__self__)
         elif isinstance(value, staticmethod | classmethod):
             self._left.append(value.__func__)

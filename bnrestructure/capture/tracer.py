@@ -277,6 +277,7 @@ class _Session:
         if before is not None:
             _set_random_state(before)  # it draws again when it really runs, and writes again
             self.written.variables |= self.around.written()
+            self.written.note_reach(m)
             self.around.restore()
         return result
 

@@ -7,13 +7,17 @@ that), and :class:`AsBefore` holds each later result against the one that was ca
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from bnrestructure.capture.reach import Reach
 from bnrestructure.capture.spelling import VALUES
 from bnrestructure.capture.written import Written
 from bnrestructure.core.errors import CaptureError, first_line
@@ -35,7 +39,7 @@ def trial(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str,
             taken = [(t, t.clone()) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             # A ScriptModule has nothing but buffers to write to, and those are the caller's to put back.
             double = module if isinstance(module, torch.jit.ScriptModule) else copy.deepcopy(module)
-            with written.noting(double, of=module):
+            with written.noting(double, of=module), _keeping_tensors(module):
                 result = double.forward(*args, **kwargs)
         except Exception as error:  # whatever user code raises on numbers that mean nothing
             raise CaptureError(f"{VALUES} ({path}: {first_line(error)})") from error
@@ -45,6 +49,20 @@ def trial(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str,
     if not all(leaf is None or isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
         raise CaptureError(f"{VALUES} ({path}, which returns more than tensors)")
     return result
+
+
+@contextmanager
+def _keeping_tensors(module: nn.Module) -> Iterator[None]:
+    """Put back the parameters and buffers that a part can get hold of: a copy's callbacks are the part's own, and write to what it has."""
+    modules = {*module.modules(), *Reach([type(module).forward, module]).modules}
+    tensors = {id(t): t for m in modules for values in (m._parameters, m._buffers) for t in values.values() if t is not None}
+    kept = [(t, t.clone()) for t in tensors.values() if not is_lazy(t)]
+    try:
+        yield
+    finally:
+        for t, before in kept:
+            if not torch.equal(t, before):
+                t.data.copy_(before)
 
 
 def _like(fake: Tensor) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
+from bnrestructure.capture.reach import Reach
 from bnrestructure.capture.reads import Reads
 from bnrestructure.capture.side_effects import Attributes
 from bnrestructure.capture.surroundings import surroundings_of
@@ -26,6 +28,7 @@ class Written:
     def __init__(self) -> None:
         self.variables: set[tuple[int, str]] = set()
         self._names: dict[nn.Module, set[str]] = {}
+        self._objects: dict[int, Any] = {}  # by identity
 
     @contextmanager
     def noting(self, root: nn.Module, of: nn.Module | None = None) -> Iterator[None]:
@@ -44,9 +47,19 @@ class Written:
             for m, name in [*written, *((m, name) for m, _, name, _ in replaced)]:
                 self._names.setdefault(originals[m], set()).add(name)
 
+    def note_reach(self, part: nn.Module) -> None:
+        """Note what a part's code may write outside of it by a way round: on modules that it can get hold of, by methods that it keeps."""
+        reach = Reach([type(part).forward, part])
+        for module in reach.modules - set(part.modules()):
+            self._names.setdefault(module, set()).update(reach.stored)
+        self._objects |= reach.bound
+
     def read_by(self, reads: Reads, followed: Iterable[nn.Module]) -> str | None:
         """One of them that the forward reads, which is made of those of the modules ``followed``; or None."""
         attribute = next((name for m, names in self._names.items() for name in sorted(names & reads.outside(m))), None)
+        if attribute is None and self._objects:
+            held = ((name, m.__dict__.get(name)) for m, names in reads.names_outside.items() for name in sorted(names))
+            attribute = next((name for name, value in held if id(value) in self._objects), None)
         if attribute is not None or not self.variables:
             return attribute
         around = surroundings_of(followed, kept=True)

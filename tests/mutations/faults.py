@@ -81,6 +81,8 @@ PATTERNS = (
     Fault("Reach._look_at_object", "self.objects[id(value)] = value", "pass", "tests/test_semantics_hooks.py"),
     Fault("Reach._look_at_function", "self.variables |=", "_ =", "tests/test_semantics_hooks.py"),
     Fault("_edits_at", "return in_place and", "return False and", "tests/test_semantics_hooks.py"),
+    Fault("Written.note_reach", "self._objects |= reach.bound", "pass", "tests/test_semantics_around.py"),
+    Fault("_keeping_tensors", "t.data.copy_(before)", "pass", "tests/test_semantics_around.py"),
     Fault("may_change_result", "", "return False", "tests/test_semantics_hooks.py"),
     Fault("_settings", "yield from sorted(reach.stored & (tensors | numbers))", "pass", "tests/test_semantics_hooks.py"),
     Fault("Recorder.call", "for n in {called, node}:", "for n in {called}:", "tests/test_semantics_around.py"),

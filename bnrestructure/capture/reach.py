@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, MethodWrapperType, ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from bnrestructure.capture.authors import LIBRARIES, attributes_of_module, package_of
 from bnrestructure.capture.contents import behind, is_proxy, is_simple, parts_of
 from bnrestructure.capture.spelt_names import codes, spelt_names
 
-__all__ = ["Reach"]
+__all__ = ["Reach", "reach_of_part"]
 
 #: What finds or gives attributes, or variables, of any name.
 _ANY_NAME = {"__dict__", "vars", "globals", "exec", "eval"}
@@ -134,7 +135,9 @@ class Reach:
         if is_simple(value) or isinstance(value, Tensor):
             return
         self._looked_at += 1
-        if isinstance(value, nn.Module):
+        if isinstance(value, torch.jit.ScriptModule):
+            self.modules.add(value)
+        elif isinstance(value, nn.Module):
             self._look_at_module(value)
         elif isinstance(value, FunctionType):
             self._look_at_function(value)
@@ -204,6 +207,11 @@ class Reach:
         """Look for names here, in ``home``, which is the dict itself, a class or a Python module."""
         self.homes |= {id(home), id(names)}
         self._holders.setdefault(id(home), names)
+
+
+def reach_of_part(part: nn.Module) -> Reach:
+    """What the forward of a part of a model can get hold of. Of one that TorchScript has compiled, nothing but itself."""
+    return Reach([part] if isinstance(part, torch.jit.ScriptModule) else [type(part).forward, part])
 
 
 def _is_filled(cell: CellType) -> bool:

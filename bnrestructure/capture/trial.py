@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from bnrestructure.capture.reach import Reach
+from bnrestructure.capture.reach import reach_of_part
 from bnrestructure.capture.spelling import VALUES
 from bnrestructure.capture.written import Written
 from bnrestructure.core.errors import CaptureError, first_line
@@ -54,7 +54,7 @@ def trial(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str,
 @contextmanager
 def _keeping_tensors(module: nn.Module) -> Iterator[None]:
     """Put back the parameters and buffers that a part can get hold of: a copy's callbacks are the part's own, and write to what it has."""
-    modules = {*module.modules(), *Reach([type(module).forward, module]).modules}
+    modules = {*module.modules(), *reach_of_part(module).modules}
     tensors = {id(t): t for m in modules for values in (m._parameters, m._buffers) for t in values.values() if t is not None}
     kept = [(t, t.clone()) for t in tensors.values() if not is_lazy(t)]
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnrestructure.capture.reach import Reach
+from bnrestructure.capture.reach import reach_of_part
 from bnrestructure.capture.reads import Reads
 from bnrestructure.capture.side_effects import Attributes
 from bnrestructure.capture.surroundings import surroundings_of
@@ -49,7 +49,7 @@ class Written:
 
     def note_reach(self, part: nn.Module) -> None:
         """Note what a part's code may write outside of it by a way round: on modules that it can get hold of, by methods that it keeps."""
-        reach = Reach([type(part).forward, part])
+        reach = reach_of_part(part)
         for module in reach.modules - set(part.modules()):
             self._names.setdefault(module, set()).update(reach.stored)
         self._objects |= reach.bound
